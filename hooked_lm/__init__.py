@@ -1,0 +1,57 @@
+"""hooked_lm: a transformer you can look inside.
+
+Names are resolved when first used, so that importing the package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hooked_lm import (
+        components as components,
+    )
+    from hooked_lm import utils as utils
+    from hooked_lm.activation_cache import ActivationCache as ActivationCache
+    from hooked_lm.config import HookedTransformerConfig as HookedTransformerConfig
+    from hooked_lm.factored_matrix import FactoredMatrix as FactoredMatrix
+    from hooked_lm.hooks import HookedRootModule as HookedRootModule
+    from hooked_lm.hooks import HookPoint as HookPoint
+    from hooked_lm.kv_cache import HookedTransformerKeyValueCache as HookedTransformerKeyValueCache
+    from hooked_lm.names import UnknownHookError as UnknownHookError
+    from hooked_lm.slicing import Slice as Slice
+    from hooked_lm.transformer import HookedTransformer as HookedTransformer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ActivationCache": "hooked_lm.activation_cache",
+    "CheckpointError": "weight_conversion.errors",
+    "FactoredMatrix": "hooked_lm.factored_matrix",
+    "HookPoint": "hooked_lm.hooks",
+    "HookedRootModule": "hooked_lm.hooks",
+    "HookedTransformer": "hooked_lm.transformer",
+    "HookedTransformerConfig": "hooked_lm.config",
+    "HookedTransformerKeyValueCache": "hooked_lm.kv_cache",
+    "SVDInterpreter": "hooked_lm.circuits.svd",
+    "Slice": "hooked_lm.slicing",
+    "UnknownHookError": "hooked_lm.names",
+}
+_MODULES = ("components", "utils", "weights")
+
+__all__ = [*_HOMES, *_MODULES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"hooked_lm.{name}")
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'hooked_lm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES, *_MODULES])

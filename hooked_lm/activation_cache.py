@@ -1,0 +1,611 @@
+"""ActivationCache: what a run computed, by name; and the residual stream taken apart.
+
+The mapping is in `CachedActivations`, the decompositions are in `ActivationCache` itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hooked_lm.components.norm import Norm
+from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.names import UnknownHookError, describe_unknown, get_act_name
+from hooked_lm.slicing import Slice
+from hooked_lm.weight_views import HeadLabels
+
+CacheKey = str | tuple[Any, ...]
+Stack = Float[Tensor, "component *batch_and_pos d_model"]
+
+
+class CacheModel(Protocol):
+    """What a cache needs of the model it came from."""
+
+    cfg: HookedTransformerConfig
+    blocks: Any
+    hook_dict: dict[str, Any]
+    ln_final: Any
+
+    def tokens_to_residual_directions(self, tokens: Any) -> Tensor: ...
+
+    def accumulated_bias(self, layer: int, mlp_input: bool, include_mlp_biases: bool) -> Tensor: ...
+
+
+class CachedActivations(Mapping[Any, Tensor]):
+    """A mapping from names to tensors. Names may be short: `cache["q", 3]`, `cache["scale", 4, "ln1"]`, `cache["k2a"]`.
+
+    Attributes:
+        cache_dict: full hook name -> tensor.
+        model: the model of the run.
+        has_batch_dim: whether the tensors have their batch axis.
+    """
+
+    def __init__(self, cache_dict: dict[str, Tensor], model: CacheModel, has_batch_dim: bool = True) -> None:
+        self.cache_dict = cache_dict
+        self.model = model
+        self.has_batch_dim = has_batch_dim
+
+    def full_name(self, key: CacheKey) -> str:
+        """Return the hook name that a key stands for; negative layers count from the last.
+
+        Raises:
+            UnknownHookError: it stands for none.
+        """
+        if isinstance(key, str) and key in self.cache_dict:
+            return key
+        parts = list(key) if isinstance(key, tuple) else [key]
+        if len(parts) > 1 and isinstance(parts[1], int) and parts[1] < 0:
+            parts[1] += self.model.cfg.n_layers
+        try:
+            return get_act_name(*parts)
+        except (ValueError, TypeError) as error:
+            raise UnknownHookError(f"{key!r} names no activation: {error}") from error
+
+    def __getitem__(self, key: CacheKey) -> Tensor:
+        name = self.full_name(key)
+        if name in self.cache_dict:
+            return self.cache_dict[name]
+        if name.removesuffix("_grad") in self.model.hook_dict:
+            demand = getattr(self.model.hook_dict.get(name), "on_demand", False)
+            reason = "computed on demand: name it in names_filter" if demand else "not recorded in this run"
+            raise UnknownHookError(f"{name!r} exists in the model but is not in this cache: it is {reason}")
+        raise UnknownHookError(describe_unknown(name, list(self.model.hook_dict)))
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            return self.full_name(key) in self.cache_dict  # type: ignore[arg-type]
+        except UnknownHookError:
+            return False
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.cache_dict)
+
+    def __len__(self) -> int:
+        return len(self.cache_dict)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} with {len(self)} activations: {list(self.cache_dict)}"
+
+    # Moving and slicing
+
+    def to(self, device: torch.device | str, move_model: bool = False) -> Self:
+        """Move the tensors (and, if asked, the model) to a device. Returns this cache."""
+        moved: dict[int, Tensor] = {}
+        for name, tensor in self.cache_dict.items():
+            # Entries that are one tensor stay one.
+            self.cache_dict[name] = moved.setdefault(id(tensor), tensor.to(device))
+        if move_model:
+            self.model.to(device)  # type: ignore[attr-defined]
+        return self
+
+    def remove_batch_dim(self) -> Self:
+        """Drop the batch axis of every tensor. Returns this cache.
+
+        Raises:
+            ValueError: the batch is not 1; nothing has been changed then.
+        """
+        if self.has_batch_dim:
+            for name, tensor in self.cache_dict.items():
+                if tensor.shape[0] != 1:
+                    raise ValueError(
+                        f"the batch axis can go only when it is 1; {name!r} has shape {tuple(tensor.shape)}"
+                    )
+            for name, tensor in self.cache_dict.items():
+                self.cache_dict[name] = tensor[0]
+            self.has_batch_dim = False
+        return self
+
+    def apply_slice_to_batch_dim(self, batch_slice: object) -> Self:
+        """Return a new cache with some of the prompts; a single index drops the batch axis."""
+        if not self.has_batch_dim:
+            raise ValueError("this cache has no batch axis to slice")
+        batch = Slice.unwrap(batch_slice)
+        sliced = {name: batch.apply(tensor, dim=0) for name, tensor in self.cache_dict.items()}
+        return type(self)(sliced, self.model, has_batch_dim=batch.mode != "int")
+
+    def toggle_autodiff(self, mode: bool = False) -> None:
+        """Turn gradients on or off for all of torch: caches of long runs with gradients keep whole graphs alive."""
+        torch.set_grad_enabled(mode)
+
+    # On disk
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache to a safetensors file. An entry that is the same tensor as another is written once."""
+        written: dict[tuple[Any, ...], str] = {}
+        tensors, aliases = {}, {}
+        for name, tensor in self.cache_dict.items():
+            memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            if memory in written:
+                aliases[name] = written[memory]
+            else:
+                written[memory] = name
+                tensors[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+        order = json.dumps(list(self.cache_dict))
+        about = {"has_batch_dim": str(self.has_batch_dim), "aliases": json.dumps(aliases), "order": order}
+        save_file(tensors, path, metadata=about)
+
+    @classmethod
+    def load(cls, path: str | Path, model: CacheModel) -> Self:
+        """Read a cache that `save` has written, for use with the model it came from."""
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            if "order" not in about:
+                raise ValueError(f"{path} is not a saved ActivationCache")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        aliases = json.loads(about["aliases"])
+        entries = {name: tensors[aliases.get(name, name)] for name in json.loads(about["order"])}
+        return cls(entries, model, has_batch_dim=about["has_batch_dim"] == "True")
+
+
+class ActivationCache(CachedActivations):
+    """The activations of a run, and what the residual stream is made of.
+
+    Everything that is written to the residual stream adds up to it, so a direction read from the stream (a token's logit,
+    say) is the sum of what each component writes along it (Elhage et al. 2021, "A Mathematical Framework").
+    """
+
+    def _final(self, layer: int | None) -> int:
+        """`layer` as 0 to n_layers; None and -1 are the end of the model."""
+        n_layers = self.model.cfg.n_layers
+        if layer is None or layer == -1:
+            return n_layers
+        if not 0 <= layer <= n_layers:
+            raise ValueError(f"layer {layer} is out of range: 0-{n_layers}, or None for the end")
+        return layer
+
+    @staticmethod
+    def _stacked(components: list[Tensor], like: Tensor) -> Tensor:
+        return torch.stack(components) if components else like.new_empty((0, *like.shape))
+
+    # Whole streams
+
+    def accumulated_resid(
+        self,
+        layer: int | None = None,
+        incl_mid: bool = False,
+        apply_ln: bool = False,
+        pos_slice: object = None,
+        mlp_input: bool = False,
+        return_labels: bool = False,
+    ) -> Any:
+        """Return the residual stream at every depth up to the input of `layer`, [component batch pos d_model].
+
+        Args:
+            layer: the block whose input comes last; None or -1 for the end of the model.
+            incl_mid: also between attention and MLP.
+            apply_ln: apply the norm that reads at `layer` (the final one at the end), each partial stream with its own
+                statistics: the logit lens (nostalgebraist 2020).
+            pos_slice: positions to keep, anything `Slice` takes.
+            mlp_input: end with the input of `layer`'s MLP.
+            return_labels: also return labels: `"0_pre"`, `"0_mid"`, ..., `"final_post"`.
+        """
+        last = self._final(layer)
+        n_layers = self.model.cfg.n_layers
+        keys: list[tuple[str, CacheKey]] = []
+        for depth in range(last + 1):
+            if depth == n_layers:
+                keys.append(("final_post", ("resid_post", n_layers - 1)))
+                break
+            keys.append((f"{depth}_pre", ("resid_pre", depth)))
+            if (incl_mid and depth < last) or (mlp_input and depth == last):
+                keys.append((f"{depth}_mid", ("resid_mid", depth)))
+        positions = Slice.unwrap(pos_slice)
+        stack = torch.stack([positions.apply(self[key], dim=-2) for _, key in keys])
+        if apply_ln:
+            stack = self.apply_ln_to_stack(stack, layer, mlp_input, positions, recompute_ln=True)
+        return (stack, [label for label, _ in keys]) if return_labels else stack
+
+    def decompose_resid(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        mode: Literal["all", "mlp", "attn"] = "all",
+        apply_ln: bool = False,
+        pos_slice: object = None,
+        incl_embeds: bool = True,
+        return_labels: bool = False,
+    ) -> Any:
+        """Return what each layer writes, [component batch pos d_model]; with mode `"all"` it sums to the stream.
+
+        Args:
+            layer: up to the input of this block; None or -1 for the end of the model.
+            mlp_input: up to the input of its MLP.
+            mode: attention and MLPs, or one of them.
+            apply_ln: scale as the norm that reads at `layer` scales, by its cached statistics.
+            pos_slice: positions to keep.
+            incl_embeds: start with the embeddings.
+            return_labels: also return labels: `"embed"`, `"pos_embed"`, `"0_attn_out"`, `"0_mlp_out"`, ...
+        """
+        if mode not in ("all", "mlp", "attn"):
+            raise ValueError(f"mode is 'all', 'mlp' or 'attn', not {mode!r}")
+        last = self._final(layer)
+        keys: list[tuple[str, CacheKey]] = self._embedding_keys() if incl_embeds else []
+        for depth in range(last + int(mlp_input)):
+            if mode != "mlp":
+                keys.append((f"{depth}_attn_out", ("attn_out", depth)))
+            if mode != "attn" and not self.model.cfg.attn_only and depth < last:
+                keys.append((f"{depth}_mlp_out", ("mlp_out", depth)))
+        positions = Slice.unwrap(pos_slice)
+        like = positions.apply(self[self._any_stream()], dim=-2)
+        stack = self._stacked([positions.apply(self[key], dim=-2) for _, key in keys], like)
+        if apply_ln:
+            stack = self.apply_ln_to_stack(stack, layer, mlp_input, positions)
+        return (stack, [label for label, _ in keys]) if return_labels else stack
+
+    def _embedding_keys(self) -> list[tuple[str, CacheKey]]:
+        keys: list[tuple[str, CacheKey]] = []
+        if "hook_embed" in self.cache_dict:
+            keys.append(("embed", "hook_embed"))
+        # Shortformer's positions never enter the stream.
+        if "hook_pos_embed" in self.cache_dict and self.model.cfg.positional_embedding_type == "standard":
+            keys.append(("pos_embed", "hook_pos_embed"))
+        return keys
+
+    def _any_stream(self) -> str:
+        """The name of some recorded tensor [batch pos d_model], for its shape."""
+        for name in self.cache_dict:
+            if name.endswith(("hook_embed", "hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out")):
+                return name
+        raise UnknownHookError("this cache holds nothing of the residual stream; record hook_embed or resid_pre")
+
+    # Heads
+
+    def compute_head_results(self) -> None:
+        """Add `hook_result`, what each head writes, [batch pos head d_model], for every layer whose `z` is cached."""
+        for layer, block in enumerate(self.model.blocks):
+            name = get_act_name("result", layer)
+            if name not in self.cache_dict:
+                self.cache_dict[name] = _head_results(self["z", layer], block.attn.W_O)
+
+    def stack_head_results(
+        self,
+        layer: int | None = -1,
+        return_labels: bool = False,
+        incl_remainder: bool = False,
+        pos_slice: object = None,
+        apply_ln: bool = False,
+    ) -> Any:
+        """Return what every head before `layer` writes, [layer*head batch pos d_model].
+
+        Args:
+            layer: None or -1 for all heads.
+            return_labels: also return `"L0H0"`, `"L0H1"`, ..., `"remainder"`.
+            incl_remainder: add what is in the stream besides (embeddings, MLPs, biases), so that it sums to the stream.
+            pos_slice: positions to keep.
+            apply_ln: scale as the norm that reads at `layer` scales, by its cached statistics.
+        """
+        last, positions = self._final(layer), Slice.unwrap(pos_slice)
+        pieces, labels = [], HeadLabels()
+        for depth in range(last):
+            # Of the product only the kept positions are formed.
+            z = _slice_positions(self["z", depth], positions, axis=-3)
+            pieces.append(_head_results(z, self.model.blocks[depth].attn.W_O).movedim(-2, 0))
+            labels += [f"L{depth}H{head}" for head in range(self.model.cfg.n_heads)]
+        stack = torch.cat(pieces) if pieces else self._stacked([], positions.apply(self[self._any_stream()], dim=-2))
+        if incl_remainder:
+            stack = self._with_remainder(stack, last, positions)
+            labels.append("remainder")
+        if apply_ln:
+            stack = self.apply_ln_to_stack(stack, layer, pos_slice=positions)
+        return (stack, labels) if return_labels else stack
+
+    def _with_remainder(self, stack: Stack, last: int, positions: Slice) -> Stack:
+        key = ("resid_post", last - 1) if last > 0 else ("resid_pre", 0)
+        remainder = positions.apply(self[key], dim=-2) - stack.sum(0)
+        return torch.cat((stack, remainder[None]))
+
+    def stack_activation(
+        self, activation_name: str, layer: int | None = -1, sublayer_type: str | None = None
+    ) -> Float[Tensor, "layer ..."]:
+        """Return one activation of every block before `layer`, stacked. `sublayer_type` is the module, as for norms."""
+        return torch.stack([self[activation_name, depth, sublayer_type] for depth in range(self._final(layer))])
+
+    # Neurons
+
+    def get_neuron_results(
+        self, layer: int, neuron_slice: object = None, pos_slice: object = None
+    ) -> Float[Tensor, "*batch_and_pos neuron d_model"]:
+        """Return what each neuron of a layer writes: its activation times its row of `W_out`."""
+        post, W_out = self._neurons(layer, Slice.unwrap(neuron_slice), Slice.unwrap(pos_slice))
+        return post[..., None] * W_out
+
+    def _neurons(self, layer: int, neurons: Slice, positions: Slice) -> tuple[Tensor, Tensor]:
+        """Activations [batch pos neuron] and output weights [neuron d_model] of some neurons."""
+        if self.model.cfg.attn_only or self.model.cfg.num_experts is not None:
+            raise ValueError("neurons are those of plain MLPs: this model has none, or a mixture of experts")
+        if not 0 <= layer < self.model.cfg.n_layers:
+            raise ValueError(f"layer {layer} is out of range: 0-{self.model.cfg.n_layers - 1}")
+        if neurons.mode == "int":
+            neurons = Slice([neurons.slice])
+        post = positions.apply(self["post", layer], dim=-2)
+        return neurons.apply(post, dim=-1), neurons.apply(self.model.blocks[layer].mlp.W_out, dim=0)
+
+    def stack_neuron_results(
+        self,
+        layer: int | None,
+        pos_slice: object = None,
+        neuron_slice: object = None,
+        return_labels: bool = False,
+        incl_remainder: bool = False,
+        apply_ln: bool = False,
+        project_output_onto: Float[Tensor, "d_model *out"] | None = None,
+    ) -> Any:
+        """Return what every neuron before `layer` writes, [layer*neuron batch pos d_model].
+
+        Args:
+            layer: None or -1 for all.
+            pos_slice, neuron_slice: positions and neurons to keep.
+            return_labels: also return `"L0N0"`, ..., `"remainder"`.
+            incl_remainder: add what is in the stream besides.
+            apply_ln: scale as the norm that reads at `layer` scales, by its cached statistics.
+            project_output_onto: a direction [d_model], or several [d_model out]: the result is [... batch pos] or
+                [... batch pos out], and the outputs themselves, `d_model` times as large, are never formed.
+        """
+        last = self._final(layer)
+        neurons, positions = Slice.unwrap(neuron_slice), Slice.unwrap(pos_slice)
+        pieces, labels = [], []
+        for depth in range(last):
+            post, W_out = self._neurons(depth, neurons, positions)
+            pieces.append(self._write(post, W_out, layer, positions, apply_ln, project_output_onto))
+            labels += [f"L{depth}N{n}" for n in neurons.indices(self.model.cfg.d_mlp)]
+        if incl_remainder:
+            pieces.append(self._neuron_remainder(last, layer, neurons, positions, apply_ln, project_output_onto))
+            labels.append("remainder")
+        if not pieces:
+            pieces = [self._stacked([], positions.apply(self[self._any_stream()], dim=-2))]
+        stack = torch.cat(pieces)
+        return (stack, labels) if return_labels else stack
+
+    def _write(
+        self,
+        post: Tensor,
+        W_out: Tensor,
+        layer: int | None,
+        positions: Slice,
+        apply_ln: bool,
+        onto: Tensor | None,
+    ) -> Tensor:
+        """[neuron batch pos d_model] or, projected, [neuron batch pos *out]."""
+        if onto is None:
+            stack = (post[..., None] * W_out).movedim(-2, 0)
+            return self.apply_ln_to_stack(stack, layer, pos_slice=positions) if apply_ln else stack
+        if not apply_ln:
+            projected = W_out @ onto
+            return post.movedim(-1, 0)[(...,) + (None,) * (onto.ndim - 1)] * _spread(projected, post.ndim - 1)
+        # The norm is linear once its scale is fixed: centre and gain act on W_out, the scale on the activations.
+        norm, scale = self._norm_and_scale(layer, False, positions, Slice())
+        if norm is not None:
+            W_out = W_out - W_out.mean(-1, keepdim=True) if norm.centred else W_out
+            W_out = W_out if norm.w is None else W_out * norm.w
+            post = post / scale
+        return self._write(post, W_out, layer, positions, False, onto)
+
+    def _neuron_remainder(
+        self, last: int, layer: int | None, neurons: Slice, positions: Slice, apply_ln: bool, onto: Tensor | None
+    ) -> Tensor:
+        key = ("resid_post", last - 1) if last > 0 else ("resid_pre", 0)
+        remainder = positions.apply(self[key], dim=-2)
+        for depth in range(last):
+            post, W_out = self._neurons(depth, neurons, positions)
+            remainder = remainder - post @ W_out
+        stack = remainder[None]
+        if apply_ln:
+            stack = self.apply_ln_to_stack(stack, layer, pos_slice=positions)
+        return stack if onto is None else stack @ onto
+
+    # Everything at once
+
+    def get_full_resid_decomposition(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        expand_neurons: bool = True,
+        apply_ln: bool = False,
+        pos_slice: object = None,
+        return_labels: bool = False,
+        project_output_onto: Float[Tensor, "d_model *out"] | None = None,
+    ) -> Any:
+        """Return everything written to the stream before `layer`: heads, neurons (or MLPs), embeddings and biases.
+
+        It sums to the stream. Arguments as for `decompose_resid` and `stack_neuron_results`.
+        """
+        last, positions = self._final(layer), Slice.unwrap(pos_slice)
+        heads, labels = self.stack_head_results(last + int(mlp_input), return_labels=True, pos_slice=positions)
+        rest, rest_labels = [], []
+        for label, key in self._embedding_keys():
+            rest.append(positions.apply(self[key], dim=-2))
+            rest_labels.append(label)
+        bias = self.model.accumulated_bias(last, mlp_input, include_mlp_biases=expand_neurons)
+        rest.append(bias.expand_as(positions.apply(self[self._any_stream()], dim=-2)))
+        rest_labels.append("bias")
+
+        def finished(stack: Stack) -> Tensor:
+            if apply_ln:
+                stack = self.apply_ln_to_stack(stack, layer, mlp_input, positions)
+            return stack if project_output_onto is None else stack @ project_output_onto
+
+        pieces = [finished(heads)]
+        if not self.model.cfg.attn_only and last > 0:
+            mlps, mlp_labels = self._mlp_pieces(
+                last, mlp_input, expand_neurons, positions, apply_ln, project_output_onto
+            )
+            pieces += mlps
+            labels = [*labels, *mlp_labels]
+        stack = torch.cat((*pieces, finished(torch.stack(rest))))
+        return (stack, [*labels, *rest_labels]) if return_labels else stack
+
+    def _mlp_pieces(
+        self, last: int, mlp_input: bool, expand: bool, positions: Slice, apply_ln: bool, onto: Tensor | None
+    ) -> tuple[list[Tensor], list[str]]:
+        pieces, labels = [], []
+        reader = None if last == self.model.cfg.n_layers else last
+        for depth in range(last):
+            if expand:
+                post, W_out = self._neurons(depth, Slice(), positions)
+                labels += [f"L{depth}N{n}" for n in range(W_out.shape[0])]
+                if not mlp_input:
+                    pieces.append(self._write(post, W_out, reader, positions, apply_ln, onto))
+                    continue
+                stack = (post[..., None] * W_out).movedim(-2, 0)
+            else:
+                stack = positions.apply(self["mlp_out", depth], dim=-2)[None]
+                labels.append(f"{depth}_mlp_out")
+            stack = self.apply_ln_to_stack(stack, reader, mlp_input, positions) if apply_ln else stack
+            pieces.append(stack if onto is None else stack @ onto)
+        return pieces, labels
+
+    # Norms and logits
+
+    def apply_ln_to_stack(
+        self,
+        residual_stack: Stack,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        pos_slice: object = None,
+        batch_slice: object = None,
+        has_batch_dim: bool = True,
+        recompute_ln: bool = False,
+    ) -> Stack:
+        """Return the stack as the norm that reads at `layer` would scale it.
+
+        With the cached scale this is linear, so components still add up: it centres (LayerNorm), divides by the scale and
+        multiplies with the gain, if that has not been folded away. A norm's own bias belongs to no component.
+
+        Args:
+            residual_stack: [component batch pos d_model], already sliced as `pos_slice` and `batch_slice` say.
+            layer: the block that reads; None or -1 for the final norm.
+            mlp_input: its MLP rather than its attention.
+            pos_slice, batch_slice: which positions and prompts of the cached scale belong to the stack.
+            has_batch_dim: whether the stack has a batch axis.
+            recompute_ln: each component with statistics of its own, gain and bias included: for whole streams.
+        """
+        norm = self._norm(layer, mlp_input)
+        if norm is None:
+            return residual_stack
+        if recompute_ln:
+            return norm.without_hooks(residual_stack)
+        _, scale = self._norm_and_scale(layer, mlp_input, Slice.unwrap(pos_slice), Slice.unwrap(batch_slice))
+        if self.has_batch_dim and not has_batch_dim and scale.shape[0] == 1:
+            scale = scale[0]
+        if norm.centred:
+            residual_stack = residual_stack - residual_stack.mean(-1, keepdim=True)
+        residual_stack = residual_stack / scale
+        return residual_stack if norm.w is None else residual_stack * norm.w
+
+    def _norm(self, layer: int | None, mlp_input: bool) -> Norm | None:
+        depth = self._final(layer)
+        if depth == self.model.cfg.n_layers:
+            module = self.model.ln_final
+        else:
+            block = self.model.blocks[depth]
+            module = block.ln2 if mlp_input else block.ln1
+        return module if isinstance(module, Norm) else None
+
+    def _norm_and_scale(
+        self, layer: int | None, mlp_input: bool, positions: Slice, batch: Slice
+    ) -> tuple[Norm | None, Tensor]:
+        norm = self._norm(layer, mlp_input)
+        if norm is None:
+            return None, torch.ones(())
+        depth = self._final(layer)
+        if depth == self.model.cfg.n_layers:
+            scale = self["scale"]
+        else:
+            scale = self["scale", depth, "ln2" if mlp_input else "ln1"]
+        scale = positions.apply(scale, dim=-2)
+        return norm, batch.apply(scale, dim=0) if self.has_batch_dim else scale
+
+    def logit_attrs(
+        self,
+        residual_stack: Stack,
+        tokens: Any,
+        incorrect_tokens: Any = None,
+        pos_slice: object = None,
+        batch_slice: object = None,
+        has_batch_dim: bool = True,
+    ) -> Float[Tensor, "component *batch_and_pos"]:
+        """Return how much each component adds to a token's logit, or to a difference of two logits.
+
+        The stack is scaled as the final norm scales it and projected on the tokens' unembedding directions; the biases of
+        the norm and of the unembedding belong to no component.
+
+        Args:
+            residual_stack: [component batch pos d_model], sliced as below.
+            tokens: a string that is one token, a token, or tensors [batch] or [batch pos].
+            incorrect_tokens: the same; their logits are subtracted.
+            pos_slice, batch_slice: which positions and prompts of the run the stack holds.
+            has_batch_dim: whether the stack has a batch axis.
+        """
+        directions = self._directions(tokens)
+        if incorrect_tokens is not None:
+            wrong = self._directions(incorrect_tokens)
+            if wrong.shape != directions.shape:
+                raise ValueError(
+                    f"tokens have shape {tuple(directions.shape[:-1])}, incorrect_tokens {tuple(wrong.shape[:-1])}"
+                )
+            directions = directions - wrong
+        if not Slice.unwrap(batch_slice).is_identity and directions.ndim > 1 and self.has_batch_dim:
+            directions = Slice.unwrap(batch_slice).apply(directions, dim=0)
+        has_pos = (
+            residual_stack.ndim == 2 + int(has_batch_dim and self._stack_has_batch(residual_stack, batch_slice)) + 1
+        )
+        if directions.ndim == 2 and has_pos and has_batch_dim:
+            directions = directions[:, None]  # [batch 1 d_model]: the same for each position
+        scaled = self.apply_ln_to_stack(
+            residual_stack,
+            layer=-1,
+            pos_slice=pos_slice,
+            batch_slice=batch_slice,
+            has_batch_dim=has_batch_dim,
+        )
+        return (scaled * directions).sum(-1)
+
+    def _stack_has_batch(self, residual_stack: Tensor, batch_slice: object) -> bool:
+        return self.has_batch_dim and Slice.unwrap(batch_slice).mode != "int"
+
+    def _directions(self, tokens: Any) -> Tensor:
+        return self.model.tokens_to_residual_directions(tokens)
+
+
+def _head_results(
+    z: Float[Tensor, "*batch_and_pos head d_head"], W_O: Float[Tensor, "head d_head d_model"]
+) -> Float[Tensor, "*batch_and_pos head d_model"]:
+    return einsum(z, W_O, "... head d_head, head d_head d_model -> ... head d_model")
+
+
+def _slice_positions(tensor: Tensor, positions: Slice, axis: int) -> Tensor:
+    return positions.apply(tensor, dim=axis)
+
+
+def _spread(projected: Tensor, between: int) -> Tensor:
+    """[neuron *out] with `between` axes of length 1 after the first."""
+    return projected.reshape(projected.shape[0], *(1,) * between, *projected.shape[1:])

@@ -1,0 +1,1 @@
+"""Reading circuits from weights and activations."""

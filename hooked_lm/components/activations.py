@@ -1,0 +1,64 @@
+"""Activation functions by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+Activation = Callable[[Float[Tensor, "..."]], Float[Tensor, "..."]]
+
+
+def gelu_new(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Return GPT-2's GELU, the tanh approximation (Hendrycks and Gimpel 2016), as one fused operation."""
+    return F.gelu(x, approximate="tanh")
+
+
+def gelu_fast(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Return the tanh approximation of GELU with its constants cut to four digits, as some checkpoints were trained."""
+    return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
+
+
+def quick_gelu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Return `x * sigmoid(1.702 x)`."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def relu2(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Return `relu(x) ** 2` (So et al. 2021, "Primer")."""
+    return F.relu(x).square()
+
+
+def solu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Return `x * softmax(x)` over the last axis (Elhage et al. 2022, "Softmax Linear Units")."""
+    return x * F.softmax(x, dim=-1)
+
+
+def identity(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Return `x`: a linear MLP."""
+    return x
+
+
+# `solu_ln` is `solu` here: its layer norm is a module of the MLP.
+ACTIVATION_FUNCTIONS: dict[str, Activation] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "gelu_new": gelu_new,
+    "gelu_fast": gelu_fast,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
+    "relu2": relu2,
+    "identity": identity,
+    "solu": solu,
+    "solu_ln": solu,
+}
+
+
+def soft_cap(x: Float[Tensor, "..."], cap: float) -> Float[Tensor, "..."]:
+    """Return `cap * tanh(x / cap)`, or `x` itself when the cap is off (not positive)."""
+    return cap * torch.tanh(x / cap) if cap > 0 else x

@@ -1,0 +1,170 @@
+"""Attention: one class for all heads, query groups, positions and masks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooked_lm.components.activations import soft_cap
+from hooked_lm.components.layout import SequenceLayout
+from hooked_lm.components.norm import RMSNorm
+from hooked_lm.components.positions import RotarySpec, rotate
+from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.hooks import HookPoint
+from hooked_lm.kv_cache import HookedTransformerKeyValueCacheEntry
+
+
+class Attention(nn.Module):
+    """Multi-head attention with named activations (Elhage et al. 2021, "A Mathematical Framework").
+
+    Fused unless `hook_attn_scores` or `hook_pattern` is live here; `hook_result` is computed when it is.
+
+    Parameters:
+        W_Q [head d_model d_head], W_K, W_V [kv_head d_model d_head], W_O [head d_head d_model],
+        b_Q [head d_head], b_K, b_V [kv_head d_head], b_O [d_model].
+    """
+
+    def __init__(self, cfg: HookedTransformerConfig, layer_id: int = 0) -> None:
+        super().__init__()
+        self.cfg, self.layer_id = cfg, layer_id
+        heads, kv_heads = cfg.n_heads, cfg.n_kv_heads
+        self.W_Q = input_projection(heads, cfg.d_model, cfg.d_head)
+        self.W_K = input_projection(kv_heads, cfg.d_model, cfg.d_head)
+        self.W_V = input_projection(kv_heads, cfg.d_model, cfg.d_head)
+        self.W_O = nn.Parameter(torch.empty(heads, cfg.d_head, cfg.d_model))
+        self.b_Q = nn.Parameter(torch.zeros(heads, cfg.d_head))
+        self.b_K = nn.Parameter(torch.zeros(kv_heads, cfg.d_head))
+        self.b_V = nn.Parameter(torch.zeros(kv_heads, cfg.d_head))
+        self.b_O = nn.Parameter(torch.zeros(cfg.d_model))
+
+        self.causal = cfg.attention_dir == "causal"
+        self.window = cfg.window(layer_id)
+        self.scale = cfg.score_scale(layer_id)
+        self.score_cap = cfg.attn_scores_soft_cap
+        self.alibi = cfg.positional_embedding_type == "alibi"
+        self.rotary = RotarySpec.of(cfg, layer_id) if cfg.positional_embedding_type == "rotary" else None
+        if cfg.use_qk_norm:
+            self.q_norm: nn.Module = RMSNorm(cfg, cfg.d_head, axes="batch pos head d_head")
+            self.k_norm: nn.Module = RMSNorm(cfg, cfg.d_head, axes="batch pos kv_head d_head")
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+
+        self.hook_q = HookPoint("batch pos head d_head")
+        self.hook_k = HookPoint("batch pos kv_head d_head")
+        self.hook_v = HookPoint("batch pos kv_head d_head")
+        if self.rotary is not None:
+            self.hook_rot_q = HookPoint("batch pos head d_head")
+            self.hook_rot_k = HookPoint("batch pos kv_head d_head")
+        self.hook_attn_scores = HookPoint("batch head query key")
+        self.hook_pattern = HookPoint("batch head query key")
+        self.hook_z = HookPoint("batch pos head d_head")
+        self.hook_result = HookPoint("batch pos head d_model", on_demand=True)
+
+    def forward(
+        self,
+        query_input: Float[Tensor, "batch pos *head d_model"],
+        key_input: Float[Tensor, "batch pos *kv_head d_model"],
+        value_input: Float[Tensor, "batch pos *kv_head d_model"],
+        layout: SequenceLayout | None = None,
+        past: HookedTransformerKeyValueCacheEntry | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Return what the heads add to the residual stream.
+
+        Args:
+            query_input, key_input, value_input: normalised inputs, shared by the heads or, with a head axis, their own.
+            layout: lengths, padding and positions; by default a sequence that starts here and has no padding.
+            past: this layer's key-value cache, which grows by the new positions.
+        """
+        layout = layout or SequenceLayout(query_input.shape[1], 0, query_input.device)
+        q = self.hook_q(self.q_norm(project(query_input, self.W_Q, self.b_Q)))
+        k = self.hook_k(self.k_norm(project(key_input, self.W_K, self.b_K)))
+        v = self.hook_v(project(value_input, self.W_V, self.b_V))
+        if self.rotary is not None:
+            cos, sin = layout.rotary(self.rotary, q.dtype)
+            q = self.hook_rot_q(rotate(q, self.rotary, cos, sin))
+            k = self.hook_rot_k(rotate(k, self.rotary, cos, sin))
+        if past is not None:
+            k, v = past.append(k, v)
+        eager = self.hook_attn_scores.live or self.hook_pattern.live or self.score_cap > 0
+        z = self.hook_z((self.eager_attention if eager else self.fused_attention)(q, k, v, layout))
+        return self.write(z)
+
+    def fused_attention(
+        self,
+        q: Float[Tensor, "batch query head d_head"],
+        k: Float[Tensor, "batch key kv_head d_head"],
+        v: Float[Tensor, "batch key kv_head d_head"],
+        layout: SequenceLayout,
+    ) -> Float[Tensor, "batch query head d_head"]:
+        """Return z without forming scores or pattern."""
+        plain = self.causal and not self.alibi and layout.is_plainly_causal(self.window)
+        mask = None
+        if self.alibi:
+            mask = layout.bias(self.causal, self.window, q.shape[2], q.dtype)
+        elif not plain:
+            mask = layout.mask(self.causal, self.window)
+        z = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=plain,
+            scale=self.scale,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
+        return z.transpose(1, 2)
+
+    def eager_attention(
+        self,
+        q: Float[Tensor, "batch query head d_head"],
+        k: Float[Tensor, "batch key kv_head d_head"],
+        v: Float[Tensor, "batch key kv_head d_head"],
+        layout: SequenceLayout,
+    ) -> Float[Tensor, "batch query head d_head"]:
+        """Return z by way of scores and pattern, each shown to its hook point."""
+        group = q.shape[2] // k.shape[2]
+        if group > 1:
+            k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+        # The scale goes on the queries: one pass over them is cheaper than one over the scores.
+        scores = einsum(q * self.scale, k, "batch query head d_head, batch key head d_head -> batch head query key")
+        scores = soft_cap(scores, self.score_cap)
+        if self.alibi:
+            scores = scores + layout.alibi(q.shape[2], q.dtype)
+        allowed = layout.mask(self.causal, self.window)
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, float("-inf"))
+        pattern = self.hook_pattern(F.softmax(self.hook_attn_scores(scores), dim=-1))
+        return einsum(pattern, v, "batch head query key, batch key head d_head -> batch query head d_head")
+
+    def write(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:
+        """Return the sum of the heads' outputs and `b_O`; by way of `hook_result` where that must carry it."""
+        if self.hook_result.live:
+            on_path = self.hook_result.on_path
+            result = self.hook_result(
+                einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos head d_model")
+            )
+            if on_path:
+                return result.sum(-2) + self.b_O
+        return F.linear(z.flatten(-2), self.W_O.flatten(0, 1).T, self.b_O)
+
+
+def input_projection(heads: int, d_model: int, d_head: int) -> nn.Parameter:
+    """Return an uninitialised [head d_model d_head] parameter in the memory order of the GEMM that uses it.
+
+    In memory it is [d_model (head d_head)]: one matrix that projects to all heads at once.
+    """
+    return nn.Parameter(torch.empty(d_model, heads, d_head).transpose(0, 1))
+
+
+def project(
+    x: Float[Tensor, "batch pos *head d_model"],
+    W: Float[Tensor, "head d_model d_head"],
+    b: Float[Tensor, "head d_head"],
+) -> Float[Tensor, "batch pos head d_head"]:
+    """Return `x W + b` for every head: one GEMM on a view of `W` when the heads share their input."""
+    if x.ndim == 4:
+        return einsum(x, W, "batch pos head d_model, head d_model d_head -> batch pos head d_head") + b
+    return F.linear(x, W.mT.flatten(0, 1), b.flatten()).unflatten(-1, b.shape)

@@ -1,0 +1,133 @@
+"""One transformer block: attention and MLP, each reading from and writing to the residual stream."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooked_lm.components.attention import Attention
+from hooked_lm.components.layout import SequenceLayout
+from hooked_lm.components.mlp import MLP, GatedMLP
+from hooked_lm.components.moe import MoE
+from hooked_lm.components.norm import Norm, make_norm, make_writing_norm
+from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.hooks import HookPoint, protect
+from hooked_lm.kv_cache import HookedTransformerKeyValueCacheEntry
+
+HeadInputs = tuple[Tensor, Tensor, Tensor]
+
+
+class TransformerBlock(nn.Module):
+    """`resid_mid = resid_pre + attn(ln1(resid_pre))`, `resid_post = resid_mid + mlp(ln2(resid_mid))`.
+
+    Parallel blocks feed `resid_pre` to the MLP too and have no `resid_mid`; attention-only blocks have no MLP.
+    """
+
+    def __init__(self, cfg: HookedTransformerConfig, layer_id: int) -> None:
+        super().__init__()
+        self.attn_only, self.parallel = cfg.attn_only, cfg.parallel_attn_mlp
+        self.n_heads, self.n_kv_heads = cfg.n_heads, cfg.n_kv_heads
+        self.hook_resid_pre = HookPoint("batch pos d_model")
+        self.hook_attn_in = HookPoint("batch pos head d_model", on_demand=True)
+        self.hook_q_input = HookPoint("batch pos head d_model", on_demand=True)
+        self.hook_k_input = HookPoint("batch pos kv_head d_model", on_demand=True)
+        self.hook_v_input = HookPoint("batch pos kv_head d_model", on_demand=True)
+        self.ln1 = make_norm(cfg)
+        self.attn = Attention(cfg, layer_id)
+        self.ln1_post = make_writing_norm(cfg) if cfg.use_normalization_before_and_after else nn.Identity()
+        self.hook_attn_out = HookPoint("batch pos d_model")
+        if not cfg.attn_only:
+            if not cfg.parallel_attn_mlp:
+                self.hook_resid_mid = HookPoint("batch pos d_model")
+            self.hook_mlp_in = HookPoint("batch pos d_model")
+            self.ln2 = make_norm(cfg)
+            self.mlp = MoE(cfg) if cfg.num_experts else GatedMLP(cfg) if cfg.gated_mlp else MLP(cfg)
+            self.ln2_post = make_writing_norm(cfg) if cfg.use_normalization_before_and_after else nn.Identity()
+            self.hook_mlp_out = HookPoint("batch pos d_model")
+        self.hook_resid_post = HookPoint("batch pos d_model")
+
+    def forward(
+        self,
+        resid_pre: Float[Tensor, "batch pos d_model"],
+        layout: SequenceLayout | None = None,
+        past: HookedTransformerKeyValueCacheEntry | None = None,
+        shortformer_pos: Float[Tensor, "batch pos d_model"] | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        resid_pre = self.hook_resid_pre(resid_pre)
+        attn_out = self.attn(*self.attention_inputs(resid_pre, shortformer_pos), layout, past)
+        attn_out = self.hook_attn_out(self.ln1_post(attn_out))
+        if self.attn_only:
+            return self.hook_resid_post(resid_pre + attn_out)
+        if self.parallel:
+            return self.hook_resid_post(resid_pre + attn_out + self.mlp_output(resid_pre))
+        resid_mid = self.hook_resid_mid(resid_pre + attn_out)
+        return self.hook_resid_post(resid_mid + self.mlp_output(resid_mid))
+
+    def mlp_output(self, stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """Return what the MLP adds, given the stream it reads; an edit at `hook_mlp_in` stays off the stream."""
+        mlp_in = stream
+        if self.hook_mlp_in.live:
+            # A view of its own: its gradient is that of the MLP's reading alone.
+            mlp_in = self.hook_mlp_in(protect(stream).view_as(stream))
+        return self.hook_mlp_out(self.ln2_post(self.mlp(self.ln2(mlp_in))))
+
+    def attention_inputs(
+        self, resid_pre: Float[Tensor, "batch pos d_model"], shortformer_pos: Tensor | None = None
+    ) -> HeadInputs:
+        """Return the normalised inputs of queries, keys and values: one tensor for all, unless heads read their own."""
+        sources = self.head_sources(resid_pre)
+        q, k, v = self.normalized_sources(sources, resid_pre)
+        if shortformer_pos is not None:
+            q = q + (shortformer_pos if q.ndim == 3 else shortformer_pos[:, :, None])
+            k = k + (shortformer_pos if k.ndim == 3 else shortformer_pos[:, :, None])
+        return q, k, v
+
+    def head_sources(self, resid_pre: Float[Tensor, "batch pos d_model"]) -> HeadInputs:
+        """Return what queries, keys and values read, before the norm: `resid_pre` itself, or per-head copies of it."""
+        attn_in = self._per_head(self.hook_attn_in, resid_pre, self.n_heads)
+        return (
+            self._per_head(self.hook_q_input, attn_in, self.n_heads),
+            self._per_head(self.hook_k_input, attn_in, self.n_kv_heads),
+            self._per_head(self.hook_v_input, attn_in, self.n_kv_heads),
+        )
+
+    @staticmethod
+    def _per_head(point: HookPoint, source: Tensor, heads: int) -> Tensor:
+        """Show per-head copies of `source` to a hook point; return them if they must carry the computation.
+
+        Where a key-value head serves several query heads whose `hook_attn_in` differ, it reads their mean.
+        """
+        if source.ndim == 3:
+            if not point.live:
+                return source
+            on_path = point.on_path
+            copies = point(protect(source)[:, :, None].expand(-1, -1, heads, -1))
+            return copies if on_path else source
+        if source.shape[2] != heads:
+            source = source.unflatten(2, (heads, -1)).mean(3)
+        return point(protect(source).view_as(source)) if point.live else source
+
+    def normalized_sources(self, sources: HeadInputs, resid_pre: Tensor) -> HeadInputs:
+        """Apply `ln1` to each distinct input. Its hook points see the shared stream, never the per-head copies."""
+        shared = self.ln1(resid_pre) if self._ln1_is_needed(sources, resid_pre) else None
+        bare = self.ln1.without_hooks if isinstance(self.ln1, Norm) else self.ln1
+
+        def normalized(source: Tensor) -> Tensor:
+            return shared if source is resid_pre and shared is not None else bare(source)
+
+        q, k, v = sources
+        return normalized(q), normalized(k), normalized(v)
+
+    def _ln1_is_needed(self, sources: HeadInputs, resid_pre: Tensor) -> bool:
+        if any(source is resid_pre for source in sources):
+            return True
+        if not isinstance(self.ln1, Norm):
+            return False
+        points = (self.ln1.hook_scale, self.ln1.hook_normalized)
+        for point in points:
+            if any(not handle.reads_only for handle in point.fwd_hooks):
+                raise RuntimeError(
+                    f"an edit at {point.name!r} would change nothing: queries, keys and values all read per-head "
+                    f"copies (hooks at attn_in or at q_input, k_input and v_input), which are normalised on their own"
+                )
+        return any(point.live for point in points)

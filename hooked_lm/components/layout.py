@@ -1,0 +1,98 @@
+"""What one forward pass knows about its sequence: lengths, padding, positions, and the masks that follow.
+
+Every layer asks the same questions, so each answer is worked out once per pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooked_lm.components.positions import RotarySpec, alibi_slopes, rotary_tables
+
+
+class SequenceLayout:
+    """The shape of one forward pass.
+
+    Args:
+        n_queries: positions computed in this pass.
+        n_past: positions before them, in the key-value cache.
+        valid: [batch key] False at padding, over past and new positions; None when nothing is padded.
+    """
+
+    def __init__(
+        self, n_queries: int, n_past: int, device: torch.device, valid: Bool[Tensor, "batch key"] | None = None
+    ) -> None:
+        self.n_queries, self.n_past, self.device, self.valid = n_queries, n_past, device, valid
+        self._made: dict[object, Tensor | tuple[Tensor, Tensor] | None] = {}
+
+    @property
+    def n_keys(self) -> int:
+        return self.n_past + self.n_queries
+
+    @property
+    def position_ids(self) -> Int[Tensor, "batch_or_1 query"]:
+        """The position of each query within its own prompt: padding is not counted."""
+        if "positions" not in self._made:
+            if self.valid is None:
+                positions = torch.arange(self.n_past, self.n_keys, device=self.device)[None]
+            else:
+                positions = (self.valid.long().cumsum(-1) - 1).clamp(min=0)[:, self.n_past :]
+            self._made["positions"] = positions
+        return self._made["positions"]  # type: ignore[return-value]
+
+    def is_plainly_causal(self, window: int | None) -> bool:
+        """Whether the mask is the whole lower triangle, which fused attention knows without being given it."""
+        return self.valid is None and self.n_past == 0 and (window is None or window >= self.n_keys)
+
+    def mask(self, causal: bool, window: int | None) -> Bool[Tensor, "batch_or_1 1 query key"] | None:
+        """Return where a query may look; None when it may look everywhere."""
+        key = ("mask", causal, window)
+        if key not in self._made:
+            self._made[key] = self._make_mask(causal, window)
+        return self._made[key]  # type: ignore[return-value]
+
+    def _make_mask(self, causal: bool, window: int | None) -> Tensor | None:
+        distance = self._distance()
+        allowed = torch.ones_like(distance, dtype=torch.bool)
+        if causal:
+            allowed = distance >= 0
+        if window is not None:
+            allowed = allowed & (distance < window)
+            if not causal:
+                allowed = allowed & (distance > -window)
+        allowed = allowed[None, None]
+        if self.valid is not None:
+            # A padded query has nothing real to look at; its own position keeps its softmax defined.
+            allowed = (allowed & self.valid[:, None, None, :]) | (distance == 0)
+        return None if bool(allowed.all()) else allowed
+
+    def _distance(self) -> Int[Tensor, "query key"]:
+        queries = torch.arange(self.n_past, self.n_keys, device=self.device)
+        keys = torch.arange(self.n_keys, device=self.device)
+        return queries[:, None] - keys[None, :]
+
+    def alibi(self, n_heads: int, dtype: torch.dtype) -> Float[Tensor, "1 head query key"]:
+        """Return what ALiBi adds to the scores: minus slope times distance (Press et al. 2022)."""
+        key = ("alibi", n_heads, dtype)
+        if key not in self._made:
+            slopes = alibi_slopes(n_heads).to(self.device)
+            self._made[key] = (-slopes[:, None, None] * self._distance().abs())[None].to(dtype)
+        return self._made[key]  # type: ignore[return-value]
+
+    def bias(self, causal: bool, window: int | None, n_heads: int, dtype: torch.dtype) -> Tensor:
+        """Return ALiBi and mask as one tensor to add to the scores."""
+        key = ("bias", causal, window, n_heads, dtype)
+        if key not in self._made:
+            bias, allowed = self.alibi(n_heads, dtype), self.mask(causal, window)
+            self._made[key] = bias if allowed is None else bias.masked_fill(~allowed, float("-inf"))
+        return self._made[key]  # type: ignore[return-value]
+
+    def rotary(self, spec: RotarySpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines for this pass's positions, each [batch_or_1 query 1 rotary_dim]."""
+        key = (spec, dtype)
+        if key not in self._made:
+            cos, sin = rotary_tables(spec, self.position_ids)
+            self._made[key] = (cos.to(dtype), sin.to(dtype))
+        return self._made[key]  # type: ignore[return-value]

@@ -1,0 +1,75 @@
+"""The MLPs: plain, gated, and with a layer norm after the activation (SoLU)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooked_lm.components.activations import ACTIVATION_FUNCTIONS
+from hooked_lm.components.norm import make_norm
+from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.hooks import HookPoint
+
+
+class MLP(nn.Module):
+    """`act(x W_in + b_in) W_out + b_out`, with W_in [d_model d_mlp] and W_out [d_mlp d_model].
+
+    With `solu_ln` the activation is normalised before `W_out`; `hook_mid` is before that norm, `hook_post` after.
+    """
+
+    def __init__(self, cfg: HookedTransformerConfig) -> None:
+        super().__init__()
+        d_mlp = _width(cfg)
+        self.W_in = nn.Parameter(torch.empty(cfg.d_model, d_mlp))
+        self.b_in = nn.Parameter(torch.zeros(d_mlp))
+        self.W_out = nn.Parameter(torch.empty(d_mlp, cfg.d_model))
+        self.b_out = nn.Parameter(torch.zeros(cfg.d_model))
+        self.act_fn = ACTIVATION_FUNCTIONS[str(cfg.act_fn)]
+        self.hook_pre = HookPoint("batch pos d_mlp")
+        if cfg.is_layer_norm_activation():
+            self.hook_mid = HookPoint("batch pos d_mlp")
+            kind = "LNPre" if cfg.normalization_type == "LNPre" else "LN"
+            self.ln: nn.Module | None = make_norm(cfg, d_mlp, axes="batch pos d_mlp", kind=kind)
+        else:
+            self.ln = None
+        self.hook_post = HookPoint("batch pos d_mlp")
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        post = self.act_fn(self.hook_pre(F.linear(x, self.W_in.T, self.b_in)))
+        if self.ln is not None:
+            post = self.ln(self.hook_mid(post))
+        return F.linear(self.hook_post(post), self.W_out.T, self.b_out)
+
+
+class GatedMLP(nn.Module):
+    """`(act(x W_gate + b_gate) * (x W_in + b_in)) W_out + b_out` (Shazeer 2020, "GLU Variants").
+
+    `hook_pre` is the gate before its activation, `hook_pre_linear` the other factor, `hook_post` their product.
+    """
+
+    def __init__(self, cfg: HookedTransformerConfig) -> None:
+        super().__init__()
+        d_mlp = _width(cfg)
+        self.W_in = nn.Parameter(torch.empty(cfg.d_model, d_mlp))
+        self.b_in = nn.Parameter(torch.zeros(d_mlp))
+        self.W_gate = nn.Parameter(torch.empty(cfg.d_model, d_mlp))
+        self.b_gate = nn.Parameter(torch.zeros(d_mlp))
+        self.W_out = nn.Parameter(torch.empty(d_mlp, cfg.d_model))
+        self.b_out = nn.Parameter(torch.zeros(cfg.d_model))
+        self.act_fn = ACTIVATION_FUNCTIONS[str(cfg.act_fn)]
+        self.hook_pre = HookPoint("batch pos d_mlp")
+        self.hook_pre_linear = HookPoint("batch pos d_mlp")
+        self.hook_post = HookPoint("batch pos d_mlp")
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        gate = self.act_fn(self.hook_pre(F.linear(x, self.W_gate.T, self.b_gate)))
+        linear = self.hook_pre_linear(F.linear(x, self.W_in.T, self.b_in))
+        return F.linear(self.hook_post(gate * linear), self.W_out.T, self.b_out)
+
+
+def _width(cfg: HookedTransformerConfig) -> int:
+    if cfg.d_mlp is None:
+        raise ValueError("this config is attn_only: it has no MLP")
+    return cfg.d_mlp

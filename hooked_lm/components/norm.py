@@ -1,0 +1,115 @@
+"""Normalisation: LayerNorm and RMSNorm, with gain and bias or, once those are folded away, without."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.hooks import HookPoint
+
+
+class Norm(nn.Module):
+    """`(x - mean) / scale * w + b`, where `scale = sqrt(variance + eps)`; RMS norms subtract no mean.
+
+    One fused operation unless `hook_scale` or `hook_normalized` is live.
+
+    Args:
+        length: the size of the normalised axis, the last.
+        eps: added under the root.
+        centred: subtract the mean (LayerNorm) or not (RMSNorm).
+        affine: has a gain `w`, and a bias `b` if centred; otherwise neither.
+        axes: the axes of what is normalised, for the hook points.
+    """
+
+    def __init__(self, length: int, eps: float, centred: bool, affine: bool, axes: str = "batch pos d_model") -> None:
+        super().__init__()
+        self.length, self.eps, self.centred = length, eps, centred
+        self.w = nn.Parameter(torch.ones(length)) if affine else None
+        self.b = nn.Parameter(torch.zeros(length)) if affine and centred else None
+        self.hook_scale = HookPoint(f"{axes.rsplit(maxsplit=1)[0]} 1")
+        self.hook_normalized = HookPoint(axes)
+
+    def forward(self, x: Float[Tensor, "*batch length"]) -> Float[Tensor, "*batch length"]:
+        if not (self.hook_scale.live or self.hook_normalized.live):
+            return self.without_hooks(x)
+        exact = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        if self.centred:
+            exact = exact - exact.mean(-1, keepdim=True)
+        scale = self.hook_scale((exact.square().mean(-1, keepdim=True) + self.eps).sqrt())
+        normalized = self.hook_normalized((exact / scale).to(x.dtype))
+        if self.w is None:
+            return normalized
+        return normalized * self.w if self.b is None else torch.addcmul(self.b, normalized, self.w)
+
+    def without_hooks(self, x: Float[Tensor, "*batch length"]) -> Float[Tensor, "*batch length"]:
+        """Normalise without showing anything to the hook points."""
+        if self.centred:
+            return F.layer_norm(x, (self.length,), self.w, self.b, self.eps)
+        return F.rms_norm(x, (self.length,), self.w, self.eps)
+
+    def drop_gain_and_bias(self) -> None:
+        """Become the norm without gain and bias, once they have been folded into the weights that read from it."""
+        self.w = self.b = None
+
+    def extra_repr(self) -> str:
+        return f"{self.length}, eps={self.eps}, centred={self.centred}, affine={self.w is not None}"
+
+
+class LayerNorm(Norm):
+    """LayerNorm with gain and bias (Ba et al. 2016)."""
+
+    def __init__(
+        self, cfg: HookedTransformerConfig, length: int | None = None, axes: str = "batch pos d_model"
+    ) -> None:
+        super().__init__(length or cfg.d_model, cfg.eps, centred=True, affine=True, axes=axes)
+
+
+class LayerNormPre(Norm):
+    """LayerNorm whose gain and bias have been folded into the weights that read from it."""
+
+    def __init__(
+        self, cfg: HookedTransformerConfig, length: int | None = None, axes: str = "batch pos d_model"
+    ) -> None:
+        super().__init__(length or cfg.d_model, cfg.eps, centred=True, affine=False, axes=axes)
+
+
+class RMSNorm(Norm):
+    """RMSNorm with a gain (Zhang and Sennrich 2019)."""
+
+    def __init__(
+        self, cfg: HookedTransformerConfig, length: int | None = None, axes: str = "batch pos d_model"
+    ) -> None:
+        super().__init__(length or cfg.d_model, cfg.eps, centred=False, affine=True, axes=axes)
+
+
+class RMSNormPre(Norm):
+    """RMSNorm whose gain has been folded into the weights that read from it."""
+
+    def __init__(
+        self, cfg: HookedTransformerConfig, length: int | None = None, axes: str = "batch pos d_model"
+    ) -> None:
+        super().__init__(length or cfg.d_model, cfg.eps, centred=False, affine=False, axes=axes)
+
+
+NORMS: dict[str, type[LayerNorm | LayerNormPre | RMSNorm | RMSNormPre]] = {
+    "LN": LayerNorm,
+    "LNPre": LayerNormPre,
+    "RMS": RMSNorm,
+    "RMSPre": RMSNormPre,
+}
+
+
+def make_norm(
+    cfg: HookedTransformerConfig, length: int | None = None, axes: str = "batch pos d_model", kind: str | None = None
+) -> nn.Module:
+    """Return the norm a config asks for (or another `kind`); the identity where it asks for none."""
+    kind = kind or cfg.normalization_type
+    return nn.Identity() if kind is None else NORMS[kind](cfg, length, axes)
+
+
+def make_writing_norm(cfg: HookedTransformerConfig) -> nn.Module:
+    """Return a norm whose output goes into the residual stream: its gain and bias have no reader to be folded into."""
+    return make_norm(cfg, kind=cfg.normalization_type and cfg.normalization_type.removesuffix("Pre"))

@@ -1,0 +1,144 @@
+"""Sampling, and the loop that extends prompts token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooked_lm.kv_cache import HookedTransformerKeyValueCache
+
+
+class LanguageModel(Protocol):
+    """What the decoding loop needs of a model."""
+
+    def __call__(self, input: Tensor, **kwargs: Any) -> Any: ...
+
+    def new_kv_cache(self, batch_size: int) -> HookedTransformerKeyValueCache: ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Attributes:
+        do_sample: draw from the distribution; False takes the likeliest token.
+        top_k: keep the k likeliest tokens.
+        top_p: keep the likeliest tokens that together reach this probability.
+        temperature: logits are divided by it; 0 takes the likeliest token.
+        freq_penalty: subtract this much from a token's logit for each time it has occurred.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    do_sample: bool = True
+    top_k: int | None = None
+    top_p: float | None = None
+    temperature: float = 1.0
+    freq_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is above 0 and at most 1, got {self.top_p}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is not negative, got {self.temperature}")
+
+    def pick(
+        self, logits: Float[Tensor, "batch vocab"], tokens: Int[Tensor, "batch pos"] | None = None
+    ) -> Int[Tensor, "batch"]:
+        """Return one token for each prompt. `tokens`, the text so far, is read by `freq_penalty` alone."""
+        if self.freq_penalty:
+            if tokens is None:
+                raise ValueError("freq_penalty counts the tokens so far: give tokens [batch pos]")
+            counts = torch.zeros_like(logits).scatter_add_(1, tokens, torch.ones_like(tokens, dtype=logits.dtype))
+            logits = logits - self.freq_penalty * counts
+        if not self.do_sample or self.temperature == 0:
+            return logits.argmax(-1)
+        logits = logits / self.temperature
+        if self.top_k is not None:
+            least = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < least, float("-inf"))
+        if self.top_p is not None:
+            logits = _nucleus(logits, self.top_p)
+        return torch.multinomial(logits.softmax(-1), 1)[:, 0]
+
+
+def _nucleus(logits: Float[Tensor, "batch vocab"], top_p: float) -> Float[Tensor, "batch vocab"]:
+    """Keep the likeliest tokens up to the one that brings their probability to `top_p` (Holtzman et al. 2020)."""
+    ordered, order = logits.sort(-1, descending=True)
+    before = ordered.softmax(-1).cumsum(-1).roll(1, -1)
+    before[:, 0] = 0.0
+    ordered = ordered.masked_fill(before >= top_p, float("-inf"))
+    return torch.empty_like(logits).scatter_(-1, order, ordered)
+
+
+def sample_logits(
+    final_logits: Float[Tensor, "batch vocab"],
+    top_k: int | None = None,
+    top_p: float | None = None,
+    temperature: float = 1.0,
+    freq_penalty: float = 0.0,
+    tokens: Int[Tensor, "batch pos"] | None = None,
+) -> Int[Tensor, "batch"]:
+    """Return a token drawn from each row of logits. Options as in `Sampling`."""
+    return Sampling(True, top_k, top_p, temperature, freq_penalty).pick(final_logits, tokens)
+
+
+@torch.no_grad()
+def decode_steps(
+    model: LanguageModel,
+    tokens: Int[Tensor, "batch pos"],
+    attention_mask: Int[Tensor, "batch pos"] | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    eos_token_ids: tuple[int, ...] = (),
+    use_past_kv_cache: bool = True,
+    verbose: bool = False,
+) -> Iterator[Int[Tensor, "batch"]]:
+    """Yield the next token of every prompt, step by step.
+
+    A prompt that has produced an end-of-sequence token goes on repeating it; when all have, the loop ends.
+
+    Args:
+        model: called once per step, under whatever hooks it has.
+        tokens, attention_mask: the prompts, padded on the left if at all.
+        max_new_tokens: steps at most.
+        sampling: how tokens are drawn.
+        eos_token_ids: tokens that end a prompt; none by default.
+        use_past_kv_cache: read only the new token at each step; False reads everything anew.
+        verbose: show a progress bar.
+    """
+    cache = model.new_kv_cache(tokens.shape[0]) if use_past_kv_cache else None
+    unread = tokens
+    finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
+    ends = torch.tensor(eos_token_ids, dtype=tokens.dtype, device=tokens.device)
+    for _ in tqdm(range(max_new_tokens), disable=not verbose, desc="generating", leave=False):
+        logits = model(
+            unread,
+            return_type="logits",
+            past_kv_cache=cache,
+            attention_mask=attention_mask,
+            logits_to_keep=1,
+        )
+        chosen = sampling.pick(logits[:, -1], tokens)
+        if eos_token_ids:
+            chosen = torch.where(finished, ends[0], chosen)
+            finished |= torch.isin(chosen, ends)
+        tokens = torch.cat((tokens, chosen[:, None]), 1)
+        if cache is not None:
+            unread, attention_mask = chosen[:, None], None
+        else:
+            unread = tokens
+            if attention_mask is not None:
+                attention_mask = torch.cat((attention_mask, torch.ones_like(chosen)[:, None]), 1)
+        yield chosen
+        if eos_token_ids and bool(finished.all()):
+            return

@@ -1,0 +1,572 @@
+"""HookPoint, and HookedRootModule: a registry of hook points around any `nn.Module`.
+
+A hook point is an identity that costs one call until something listens. Whatever listens sees tensors in a fixed
+contract:
+
+* the first hook to see a tensor may write to it in place; once any hook has seen it, later hooks are handed a copy.
+  So a cache never changes, and a copy is made only when a second listener could write;
+* a returned tensor replaces the activation and must have its shape, dtype and device.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from functools import partial, reduce
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from hooked_lm.names import NamesFilter, is_pattern, layer_of, select_names
+from hooked_lm.slicing import Slice
+
+HookFunction = Callable[..., Any]
+Direction = Literal["fwd", "bwd", "both"]
+HookSpec = tuple[NamesFilter, HookFunction]
+
+
+class _SeenStorages:
+    """The memory that hooks have been shown. Weak: it keeps no data alive, and an address is not reused under it."""
+
+    def __init__(self) -> None:
+        self._refs: set[StorageWeakRef] = set()
+        self._limit = 256
+
+    def add(self, tensor: Tensor) -> None:
+        self._refs.add(StorageWeakRef(tensor.untyped_storage()))
+        if len(self._refs) > self._limit:
+            self._refs = {ref for ref in self._refs if not ref.expired()}
+            self._limit = max(256, 2 * len(self._refs))
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return StorageWeakRef(tensor.untyped_storage()) in self._refs
+
+
+_seen = _SeenStorages()
+
+
+def protect(tensor: Tensor) -> Tensor:
+    """Mark memory that a hook must not write to (a parameter, a caller's tensor): hooks are handed a copy of it."""
+    _seen.add(tensor)
+    return tensor
+
+
+class HookHandle:
+    """One hook on one hook point.
+
+    Attributes:
+        hook: the function, called as `hook(activation, hook_point)`.
+        is_permanent: survives `reset_hooks` unless that is told otherwise.
+        context_level: how many `hooks()` contexts were open when it was added; None if added at no level.
+        reads_only: promises not to write; it is then shown the tensor itself, never a copy.
+        fired: whether it has run since it was attached.
+    """
+
+    def __init__(
+        self,
+        point: HookPoint,
+        hook: HookFunction,
+        dir: Direction = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        reads_only: bool = False,
+    ) -> None:
+        if not callable(hook):
+            raise TypeError(f"the hook for {point.name!r} is not callable: {hook!r}")
+        if dir not in ("fwd", "bwd"):
+            raise ValueError(f"a hook runs in direction 'fwd' or 'bwd', not {dir!r}")
+        if dir == "bwd" and not point.differentiable:
+            raise ValueError(f"no backward hook can run at {point.name!r}: its activation holds integers")
+        self.point, self.hook, self.dir = point, hook, dir
+        self.is_permanent, self.context_level, self.reads_only = is_permanent, level, reads_only
+        self.fired = False
+        self._by_keyword = _takes_hook_keyword(hook)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Show `x` to the hook; return what the model goes on with."""
+        # A graph may have saved x for the backward pass, so a hook that may write gets a copy there too.
+        if not self.reads_only and (x in _seen or (x.requires_grad and torch.is_grad_enabled()) or self.dir == "bwd"):
+            x = x.clone()
+        self.fired = True
+        returned = self.hook(x, hook=self.point) if self._by_keyword else self.hook(x, self.point)
+        _seen.add(x)
+        if returned is None or returned is x:
+            return x
+        if self.dir == "bwd" and isinstance(returned, tuple) and len(returned) == 1:
+            returned = returned[0]
+        self._check(returned, x)
+        _seen.add(returned)
+        return returned
+
+    def _check(self, returned: object, x: Tensor) -> None:
+        where = f"the {'backward ' if self.dir == 'bwd' else ''}hook at {self.point.name!r}"
+        if not isinstance(returned, Tensor):
+            raise TypeError(f"{where} returned {type(returned).__name__}: return a tensor, or None to change nothing")
+        for what in ("shape", "dtype", "device"):
+            came, expected = getattr(returned, what), getattr(x, what)
+            if came != expected:
+                if what == "shape":
+                    came, expected = tuple(came), tuple(expected)
+                raise ValueError(f"{where} returned {what} {came}, but the activation has {what} {expected}")
+
+    def attach(self, prepend: bool = False) -> None:
+        """Put this handle on its hook point, first in line if `prepend`."""
+        handles = self._line()
+        handles.insert(0 if prepend else len(handles), self)
+
+    def remove(self) -> None:
+        """Take this handle off its hook point; harmless when it is gone already."""
+        handles = self._line()
+        if self in handles:
+            handles.remove(self)
+
+    def _line(self) -> list[HookHandle]:
+        return self.point.fwd_hooks if self.dir == "fwd" else self.point.bwd_hooks
+
+
+def _takes_hook_keyword(function: HookFunction) -> bool:
+    """Whether to pass the hook point as `hook=`: then partials that fill other arguments work in any order."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # builtins without a signature
+        return False
+    return any(p.name == "hook" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+class HookPoint(nn.Module):
+    """An identity that hands its input to whatever listens, and passes on what comes back.
+
+    Args:
+        axes: the names of the activation's axes, from `names.AXES` (`"batch pos head d_head"`); position slices need it.
+        on_demand: computed only when asked for by name, so left out when everything is cached.
+        differentiable: False for integer activations, which have no gradient.
+
+    Attributes:
+        name: the full hook name, given by `HookedRootModule.setup`.
+        ctx: a dictionary for hooks to keep things in between calls.
+        fwd_hooks, bwd_hooks: the `HookHandle`s in the order they run.
+    """
+
+    def __init__(self, axes: str | None = None, on_demand: bool = False, differentiable: bool = True) -> None:
+        super().__init__()
+        self.axes = axes
+        self.on_demand = on_demand
+        self.differentiable = differentiable
+        self.name: str = ""
+        self.ctx: dict[Any, Any] = {}
+        self.fwd_hooks: list[HookHandle] = []
+        self.bwd_hooks: list[HookHandle] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.fwd_hooks and not self.bwd_hooks:
+            return x
+        for handle in tuple(self.fwd_hooks):
+            x = handle(x)
+        if self.bwd_hooks:
+            self._watch_gradient(x)
+        return x
+
+    def _watch_gradient(self, x: Tensor) -> None:
+        # The handles of now: a graph built under a hook runs it, also when the context has closed by then.
+        handles = tuple(self.bwd_hooks)
+        if x.requires_grad:
+            x.register_hook(lambda grad: reduce(lambda g, handle: handle(g), handles, grad))
+        elif any(not handle.reads_only for handle in handles):
+            raise RuntimeError(
+                f"the backward hook at {self.name!r} can never run: the activation does not require a gradient "
+                "(is this under torch.no_grad(), or are the parameters frozen?)"
+            )
+
+    @property
+    def live(self) -> bool:
+        """Whether anything listens here."""
+        return bool(self.fwd_hooks or self.bwd_hooks)
+
+    @property
+    def edits(self) -> bool:
+        """Whether a listener may change the activation or its gradient."""
+        return bool(self.bwd_hooks) or any(not handle.reads_only for handle in self.fwd_hooks)
+
+    @property
+    def on_path(self) -> bool:
+        """Whether the activation itself must carry the computation: someone may edit it, or differentiate by it."""
+        return self.live and (torch.is_grad_enabled() or self.edits)
+
+    def add_hook(
+        self,
+        hook: HookFunction,
+        dir: Direction = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+        reads_only: bool = False,
+    ) -> HookHandle:
+        """Add a hook here and return its handle.
+
+        Args:
+            hook: `hook(activation, hook_point) -> tensor | None`; None keeps the activation, in-place edits included.
+            dir: `"fwd"` for the activation, `"bwd"` for its gradient.
+            is_permanent: keep it through `reset_hooks`.
+            level: the depth of `hooks()` contexts it belongs to.
+            prepend: run it before the hooks that are here already.
+            reads_only: the hook promises not to write, and is never handed a copy.
+        """
+        handle = HookHandle(self, hook, dir, is_permanent, level, reads_only)
+        handle.attach(prepend)
+        return handle
+
+    def add_perma_hook(self, hook: HookFunction, dir: Direction = "fwd") -> HookHandle:
+        """Add a hook that `reset_hooks` leaves in place."""
+        return self.add_hook(hook, dir, is_permanent=True)
+
+    def remove_hooks(self, dir: Direction = "fwd", including_permanent: bool = False, level: int | None = None) -> None:
+        """Remove the hooks of a direction; permanent ones only if asked, and of one context level only if given."""
+        if dir not in ("fwd", "bwd", "both"):
+            raise ValueError(f"direction {dir!r} is none of 'fwd', 'bwd', 'both'")
+
+        def stays(handle: HookHandle) -> bool:
+            kept = handle.is_permanent and not including_permanent
+            return kept or (level is not None and handle.context_level != level)
+
+        if dir in ("fwd", "both"):
+            self.fwd_hooks[:] = filter(stays, self.fwd_hooks)
+        if dir in ("bwd", "both"):
+            self.bwd_hooks[:] = filter(stays, self.bwd_hooks)
+
+    def has_hooks(self, dir: Direction = "both", including_permanent: bool = True, level: int | None = None) -> bool:
+        """Whether hooks of this direction (and level) are here."""
+        handles = [handle for handle in (*self.fwd_hooks, *self.bwd_hooks) if dir in ("both", handle.dir)]
+        return any(
+            (including_permanent or not handle.is_permanent) and (level is None or handle.context_level == level)
+            for handle in handles
+        )
+
+    def clear_context(self) -> None:
+        """Forget what hooks have kept in `ctx`."""
+        self.ctx.clear()
+
+    def layer(self) -> int:
+        """Return the block this hook point is in.
+
+        Raises:
+            ValueError: it is in none, like `hook_embed`.
+        """
+        layer = layer_of(self.name)
+        if layer is None:
+            raise ValueError(f"{self.name!r} is in no block, so it has no layer")
+        return layer
+
+    def axis(self, name: str) -> int:
+        """Return where an axis of the activation is, counted from the end (so that a missing batch does not matter)."""
+        axes = (self.axes or "").split()
+        if name not in axes:
+            raise ValueError(f"{self.name!r} has no axis {name!r}; its axes are {self.axes!r}")
+        return axes.index(name) - len(axes)
+
+    def extra_repr(self) -> str:
+        return repr(self.axes) if self.axes else ""
+
+
+class HookedRootModule(nn.Module):
+    """An `nn.Module` that finds its hook points by name. Call `setup()` at the end of `__init__`."""
+
+    mod_dict: dict[str, nn.Module]
+    hook_dict: dict[str, HookPoint]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.context_level = 0
+
+    def setup(self) -> None:
+        """Name every hook point after its place in the module tree, and index them."""
+        # Plain dictionaries: as attributes of a module they are not registered a second time.
+        self.mod_dict = {name: module for name, module in self.named_modules() if name}
+        self.hook_dict = {name: module for name, module in self.mod_dict.items() if isinstance(module, HookPoint)}
+        for name, point in self.hook_dict.items():
+            point.name = name
+
+    def hook_points(self) -> Iterable[HookPoint]:
+        """Return every hook point, in the order of the module tree."""
+        return self.hook_dict.values()
+
+    def list_hooks(self, names_filter: NamesFilter = None) -> list[str]:
+        """Return the names of the hook points a filter picks; all of them by default."""
+        return select_names(names_filter, list(self.hook_dict))
+
+    # Adding and removing
+
+    def add_hook(
+        self,
+        name: NamesFilter,
+        hook: HookFunction,
+        dir: Direction = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> list[HookHandle]:
+        """Add a hook wherever a name, glob, list or predicate points; return the handles.
+
+        Raises:
+            UnknownHookError: something in `name` matches no hook point. Nothing has been added then.
+        """
+        handles = self._plan([(name, hook)], dir, is_permanent=is_permanent, level=level)
+        for handle in handles:
+            handle.attach(prepend)
+        return handles
+
+    def add_perma_hook(self, name: NamesFilter, hook: HookFunction, dir: Direction = "fwd") -> list[HookHandle]:
+        """Add a hook that `reset_hooks` leaves in place."""
+        return self.add_hook(name, hook, dir, is_permanent=True)
+
+    def reset_hooks(
+        self,
+        clear_contexts: bool = True,
+        direction: Direction = "both",
+        including_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
+        """Remove hooks: all that are not permanent, or those of one direction or context level."""
+        for point in self.hook_points():
+            point.remove_hooks(direction, including_permanent, level)
+        if clear_contexts:
+            self.clear_contexts()
+
+    def remove_all_hook_fns(
+        self, direction: Direction = "both", including_permanent: bool = False, level: int | None = None
+    ) -> None:
+        """Remove hooks and leave what they kept in `ctx`."""
+        self.reset_hooks(False, direction, including_permanent, level)
+
+    def clear_contexts(self) -> None:
+        """Forget what hooks have kept in the `ctx` of any hook point."""
+        for point in self.hook_points():
+            point.clear_context()
+
+    def _plan(
+        self, specs: Iterable[HookSpec], dir: Direction, is_permanent: bool = False, level: int | None = None
+    ) -> list[HookHandle]:
+        """Turn (filter, function) pairs into handles, all checked, none attached."""
+        handles = []
+        for spec in specs:
+            if not isinstance(spec, (tuple, list)) or len(spec) != 2:
+                raise TypeError(f"a hook is given as (name, function), got {spec!r}")
+            names_filter, function = spec
+            points = [self.hook_dict[name] for name in self.list_hooks(names_filter)]
+            if dir == "bwd" and is_pattern(names_filter):
+                points = [point for point in points if point.differentiable]
+            handles += [HookHandle(point, function, dir, is_permanent, level) for point in points]
+        return handles
+
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Sequence[HookSpec] = (),
+        bwd_hooks: Sequence[HookSpec] = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Generator[Any, None, None]:
+        """Add hooks for the length of a `with` block.
+
+        Args:
+            fwd_hooks: (name, glob, list of names or predicate; function) pairs on activations.
+            bwd_hooks: the same on gradients. They act in every backward pass through what was computed in the block.
+            reset_hooks_end: False leaves the hooks in place afterwards.
+            clear_contexts: also empty the `ctx` of every hook point afterwards.
+
+        Raises:
+            UnknownHookError: before anything is added, if any entry matches nothing.
+        """
+        level = self.context_level + 1
+        handles = self._plan(fwd_hooks, "fwd", level=level) + self._plan(bwd_hooks, "bwd", level=level)
+        with self._attached(handles, reset_hooks_end, clear_contexts):
+            yield self
+
+    @contextmanager
+    def _attached(
+        self, handles: Sequence[HookHandle], reset_hooks_end: bool = True, clear_contexts: bool = False
+    ) -> Generator[None, None, None]:
+        self.context_level += 1
+        try:
+            for handle in handles:
+                handle.attach()
+            yield
+        finally:
+            self.context_level -= 1
+            if reset_hooks_end:
+                for handle in handles:
+                    handle.remove()
+                if clear_contexts:
+                    self.clear_contexts()
+
+    # Running
+
+    def run_with_hooks(
+        self,
+        *model_args: Any,
+        fwd_hooks: Sequence[HookSpec] = (),
+        bwd_hooks: Sequence[HookSpec] = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Run the model once under hooks and return its output. Arguments as for `hooks` and the model itself.
+
+        Raises:
+            UnknownHookError: before the run, if any entry matches nothing.
+            RuntimeError: after the run, if a forward hook never ran, for example beyond `stop_at_layer`.
+        """
+        level = self.context_level + 1
+        planned = [self._plan([spec], "fwd", level=level) for spec in fwd_hooks]
+        handles = sum(planned, []) + self._plan(bwd_hooks, "bwd", level=level)
+        with self._attached(handles, reset_hooks_end, clear_contexts):
+            output = self(*model_args, **model_kwargs)
+        for spec, group in zip(fwd_hooks, planned, strict=True):
+            self._check_fired(spec[0], group)
+        return output
+
+    @staticmethod
+    def _check_fired(names_filter: NamesFilter, handles: Sequence[HookHandle]) -> None:
+        """Every hook asked for by its plain name must have run; of a pattern, one at least."""
+        if is_pattern(names_filter) and not isinstance(names_filter, (list, tuple, set, frozenset)):
+            silent = [] if any(handle.fired for handle in handles) else list(handles)
+        else:
+            silent = [handle for handle in handles if not handle.fired]
+        if silent:
+            raise RuntimeError(
+                f"the hook at {silent[0].point.name!r} was asked for but the model did not get there in this run "
+                "(start_at_layer and stop_at_layer leave layers out)"
+            )
+
+    # Caching
+
+    def get_caching_hooks(
+        self,
+        names_filter: NamesFilter = None,
+        incl_bwd: bool = False,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+        pos_slice: object = None,
+    ) -> tuple[dict[str, Tensor], list[tuple[str, HookFunction]], list[tuple[str, HookFunction]]]:
+        """Return an empty cache and the (name, function) pairs that fill it, as (cache, fwd_hooks, bwd_hooks).
+
+        Args:
+            names_filter: which activations; None for all but those computed on demand (`hook_result` and the per-head
+                inputs), which have to be named.
+            incl_bwd: also record gradients, under the name with `_grad` appended.
+            device: where to keep the tensors; None leaves them where they are.
+            remove_batch_dim: drop the batch axis, which must have length 1.
+            cache: an existing dictionary to fill.
+            pos_slice: the positions to keep (anything `Slice` takes); query positions for attention patterns.
+        """
+        store: dict[str, Tensor] = {} if cache is None else cache
+        positions = Slice.unwrap(pos_slice)
+        names = self.list_hooks(names_filter)
+        if names_filter is None:
+            names = [name for name in names if not self.hook_dict[name].on_demand]
+
+        def keep(suffix: str, x: Tensor, hook: HookPoint) -> None:
+            if not positions.is_identity:
+                axis = "query" if hook.axes is not None and "query" in hook.axes.split() else "pos"
+                # A copy of the few positions lets go of the rest.
+                x = positions.apply(x, dim=hook.axis(axis)).clone()
+            if remove_batch_dim:
+                if x.shape[0] != 1:
+                    raise ValueError(f"remove_batch_dim needs a batch of 1; {hook.name!r} has shape {tuple(x.shape)}")
+                x = x[0]
+            store[hook.name + suffix] = x.to(device=device)
+
+        fwd = [(name, partial(keep, "")) for name in names]
+        bwd = [(name, partial(keep, "_grad")) for name in names if self.hook_dict[name].differentiable]
+        return store, fwd, bwd if incl_bwd else []
+
+    def add_caching_hooks(
+        self,
+        names_filter: NamesFilter = None,
+        incl_bwd: bool = False,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Add hooks that fill a dictionary on every run until they are reset, and return that dictionary."""
+        store, fwd, bwd = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, cache)
+        for handle in self._recording_handles(fwd, bwd):
+            handle.attach()
+        return store
+
+    def cache_all(
+        self,
+        cache: dict[str, Tensor] | None,
+        incl_bwd: bool = False,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+    ) -> dict[str, Tensor]:
+        """Record every activation into `cache` on every run until the hooks are reset."""
+        return self.add_caching_hooks(None, incl_bwd, device, remove_batch_dim, cache)
+
+    def cache_some(
+        self,
+        cache: dict[str, Tensor] | None,
+        names: NamesFilter,
+        incl_bwd: bool = False,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+    ) -> dict[str, Tensor]:
+        """Record the named activations into `cache` on every run until the hooks are reset."""
+        return self.add_caching_hooks(names, incl_bwd, device, remove_batch_dim, cache)
+
+    def _recording_handles(
+        self, fwd: Sequence[tuple[str, HookFunction]], bwd: Sequence[tuple[str, HookFunction]], level: int | None = None
+    ) -> list[HookHandle]:
+        pairs = [(name, function, "fwd") for name, function in fwd] + [(name, fn, "bwd") for name, fn in bwd]
+        return [
+            HookHandle(self.hook_dict[name], function, dir, level=level, reads_only=True)  # type: ignore[arg-type]
+            for name, function, dir in pairs
+        ]
+
+    def run_with_cache(
+        self,
+        *model_args: Any,
+        names_filter: NamesFilter = None,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        incl_bwd: bool = False,
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        pos_slice: object = None,
+        **model_kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """Run the model once; return its output and a dictionary of the activations on the way.
+
+        Arguments as for `get_caching_hooks`; the rest goes to the model. With `incl_bwd` the output must be a scalar
+        (`return_type="loss"`), and its backward pass is run too.
+
+        A cached tensor is never changed by a later hook or run. Entries that are one tensor share their memory.
+
+        Raises:
+            UnknownHookError: before the run, if a name or pattern matches nothing.
+            RuntimeError: after it, if an activation asked for by name was not computed in this run.
+        """
+        store, fwd, bwd = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, pos_slice=pos_slice)
+        handles = self._recording_handles(fwd, bwd, level=self.context_level + 1)
+        with self._attached(handles, reset_hooks_end, clear_contexts):
+            output = self(*model_args, **model_kwargs)
+            if incl_bwd:
+                _check_scalar(output)
+                output.backward()
+        self._check_fired(
+            names_filter if names_filter is not None else "*", [handle for handle in handles if handle.dir == "fwd"]
+        )
+        return output, dict(store)
+
+
+def _check_scalar(output: object) -> None:
+    if not isinstance(output, Tensor) or output.numel() != 1 or not output.requires_grad:
+        came = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"incl_bwd runs the backward pass, so the model must return a scalar with a gradient "
+            f"(return_type='loss'); it returned {came}"
+        )

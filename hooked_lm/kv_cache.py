@@ -1,0 +1,148 @@
+"""The key-value cache: what attention remembers of the positions that have been read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_lm.config import HookedTransformerConfig
+
+
+class HookedTransformerKeyValueCacheEntry:
+    """Keys and values of one layer, in a buffer that grows by doubling.
+
+    Keys are kept as attention uses them, that is, rotated.
+
+    Attributes:
+        past_keys, past_values: [batch pos kv_head d_head], views of what has been stored.
+        frozen: `append` then returns the longer keys and values but stores nothing.
+    """
+
+    def __init__(self, keys: Float[Tensor, "batch pos kv_head d_head"], values: Tensor) -> None:
+        self._keys, self._values = keys, values
+        self._length = keys.shape[1]
+        self.frozen = False
+
+    @property
+    def past_keys(self) -> Float[Tensor, "batch pos kv_head d_head"]:
+        return self._keys[:, : self._length]
+
+    @property
+    def past_values(self) -> Float[Tensor, "batch pos kv_head d_head"]:
+        return self._values[:, : self._length]
+
+    def append(
+        self, keys: Float[Tensor, "batch pos kv_head d_head"], values: Float[Tensor, "batch pos kv_head d_head"]
+    ) -> tuple[Tensor, Tensor]:
+        """Store new keys and values; return all of them, [batch all_pos kv_head d_head].
+
+        Raises:
+            ValueError: another batch size, dtype or device than the cache has.
+        """
+        past = self._keys
+        if (keys.shape[0], keys.dtype, keys.device) != (past.shape[0], past.dtype, past.device):
+            raise ValueError(
+                f"the key-value cache holds batch {past.shape[0]}, {past.dtype} on {past.device}; "
+                f"got batch {keys.shape[0]}, {keys.dtype} on {keys.device}"
+            )
+        if self.frozen:
+            return torch.cat((self.past_keys, keys), 1), torch.cat((self.past_values, values), 1)
+        if torch.is_grad_enabled() and (keys.requires_grad or past.requires_grad):
+            # A write into the buffer would break the graph through it.
+            self._keys = torch.cat((self.past_keys, keys), 1)
+            self._values = torch.cat((self.past_values, values), 1)
+            self._length = self._keys.shape[1]
+            return self._keys, self._values
+        end = self._length + keys.shape[1]
+        if end > self._keys.shape[1]:
+            self._grow(max(end, 2 * self._length, 64))
+        self._keys[:, self._length : end] = keys
+        self._values[:, self._length : end] = values
+        self._length = end
+        return self.past_keys, self.past_values
+
+    def rewind(self, length: int) -> None:
+        """Forget every position from `length` on."""
+        self._length = min(length, self._length)
+
+    def _grow(self, capacity: int) -> None:
+        def grown(buffer: Tensor) -> Tensor:
+            longer = buffer.new_empty(buffer.shape[0], capacity, *buffer.shape[2:])
+            longer[:, : self._length] = buffer[:, : self._length].detach()
+            return longer
+
+        self._keys, self._values = grown(self._keys), grown(self._values)
+
+
+class HookedTransformerKeyValueCache:
+    """One entry per layer, and which positions are padding.
+
+    Attributes:
+        entries: the layers' `HookedTransformerKeyValueCacheEntry`s; `cache[layer]` is one of them.
+        previous_attention_mask: [batch pos] of 0 and 1.
+    """
+
+    def __init__(self, entries: list[HookedTransformerKeyValueCacheEntry], previous_attention_mask: Tensor) -> None:
+        self.entries = entries
+        self.previous_attention_mask = previous_attention_mask
+        self.frozen = False
+
+    @classmethod
+    def init_cache(
+        cls, cfg: HookedTransformerConfig, device: torch.device | str | None, batch_size: int = 1
+    ) -> HookedTransformerKeyValueCache:
+        """Return an empty cache for a model's config."""
+        shape = (batch_size, 0, cfg.n_kv_heads, cfg.d_head)
+
+        def empty() -> Tensor:
+            return torch.empty(shape, dtype=cfg.dtype, device=device)
+
+        entries = [HookedTransformerKeyValueCacheEntry(empty(), empty()) for _ in range(cfg.n_layers)]
+        return cls(entries, torch.empty(batch_size, 0, dtype=torch.long, device=device))
+
+    @property
+    def length(self) -> int:
+        """Positions stored."""
+        return self.previous_attention_mask.shape[1]
+
+    @property
+    def batch_size(self) -> int:
+        return self.previous_attention_mask.shape[0]
+
+    def freeze(self) -> None:
+        """Use what is stored, and store nothing more."""
+        self._set_frozen(True)
+
+    def unfreeze(self) -> None:
+        """Store again."""
+        self._set_frozen(False)
+
+    def _set_frozen(self, frozen: bool) -> None:
+        self.frozen = frozen
+        for entry in self.entries:
+            entry.frozen = frozen
+
+    def append_attention_mask(self, attention_mask: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch all_pos"]:
+        """Store the mask of new positions (unless frozen) and return that of all positions."""
+        mask = torch.cat((self.previous_attention_mask, attention_mask.to(self.previous_attention_mask)), 1)
+        if not self.frozen:
+            self.previous_attention_mask = mask
+        return mask
+
+    def rewind(self, length: int) -> None:
+        """Forget every position from `length` on, in every layer; undoes a run that failed half-way."""
+        self.previous_attention_mask = self.previous_attention_mask[:, :length]
+        for entry in self.entries:
+            entry.rewind(length)
+
+    def __getitem__(self, layer: int) -> HookedTransformerKeyValueCacheEntry:
+        return self.entries[layer]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __iter__(self) -> Iterator[HookedTransformerKeyValueCacheEntry]:
+        return iter(self.entries)

@@ -1,0 +1,232 @@
+"""Where a model's weights come from and go to: checkpoints, state dicts, processing, folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hooked_lm import weights as processing
+from hooked_lm.components.norm import Norm
+from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.tokenization import Tokenizer
+from hooked_lm.weights import Weights
+from weight_conversion import checkpoint
+
+
+class ModelWeights(nn.Module):
+    """The loading, processing and saving methods of `HookedTransformer`."""
+
+    cfg: HookedTransformerConfig
+    tokenizer: Tokenizer | None
+    # The processing steps that the weights have been through, so that a saved model is not put through them again.
+    processed: tuple[str, ...] = ()
+
+    # Checkpoints
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        fold_ln: bool | None = None,
+        center_writing_weights: bool | None = None,
+        center_unembed: bool | None = None,
+        fold_value_biases: bool | None = None,
+        refactor_factored_attn_matrices: bool | None = None,
+        hf_model: Any = None,
+        tokenizer: Tokenizer | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+        revision: str | None = None,
+        checkpoint_index: int | None = None,
+        checkpoint_value: int | None = None,
+        first_n_layers: int | None = None,
+        n_ctx: int | None = None,
+        default_prepend_bos: bool | None = None,
+        default_padding_side: Literal["left", "right"] | None = None,
+        trust_remote_code: bool = False,
+    ) -> Self:
+        """Load a trained model.
+
+        The weights are rewritten so that circuits are easier to read; log-probabilities stay what they were. For a
+        processing step, None (the default) means "where it preserves the function", True the same with a warning where
+        it does not, False leaves it out. `refactor_factored_attn_matrices` is off by default.
+
+        Args:
+            name_or_path: the name of a bundled model, an alias (`"gpt2-small"`), a HuggingFace hub id, or a folder in
+                HuggingFace's format or in that of `save_pretrained`.
+            fold_ln: fold the norms' gains and biases into the weights that read from them.
+            center_writing_weights: remove the mean from what is written to the residual stream.
+            center_unembed: remove the mean over the vocabulary from the unembedding.
+            fold_value_biases: move the value biases into attention's output bias.
+            refactor_factored_attn_matrices: rotate each head's basis to its singular vectors.
+            hf_model: a loaded `transformers` model to take the weights from; then nothing is read from disk.
+            tokenizer: instead of the checkpoint's own.
+            device, dtype: where and in which precision the model is kept. By default the CPU, and the checkpoint's dtype.
+            revision: branch, tag or commit on the hub.
+            checkpoint_index, checkpoint_value: a training checkpoint, of families that publish them.
+            first_n_layers: keep only so many blocks.
+            n_ctx: a shorter context.
+            default_prepend_bos, default_padding_side: override the model's defaults.
+            trust_remote_code: let the hub's own code run for the tokenizer.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be found or read; the message says what was tried.
+        """
+        loaded = checkpoint.load(
+            name_or_path,
+            hf_model=hf_model,
+            tokenizer=tokenizer,
+            revision=revision,
+            checkpoint_index=checkpoint_index,
+            checkpoint_value=checkpoint_value,
+            first_n_layers=first_n_layers,
+            n_ctx=n_ctx,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
+        changes = {"default_prepend_bos": default_prepend_bos, "default_padding_side": default_padding_side}
+        cfg = loaded.cfg.replace(
+            init_weights=False,
+            device=None if device is None else str(device),
+            **{name: value for name, value in changes.items() if value is not None},
+        )
+        plan = [
+            step
+            for step in processing.plan_processing(
+                cfg,
+                {
+                    "fold_ln": fold_ln,
+                    "center_writing_weights": center_writing_weights,
+                    "center_unembed": center_unembed,
+                    "fold_value_biases": fold_value_biases,
+                    "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
+                },
+            )
+            if step not in loaded.processed
+        ]
+        cfg, weights = processing.process(cfg, loaded.weights, plan)
+        model = cls(cfg, loaded.tokenizer)
+        nn.Module.load_state_dict(model, weights, strict=True)
+        model.processed = (*loaded.processed, *plan)
+        return model
+
+    @classmethod
+    def from_pretrained_no_processing(cls, name_or_path: str | Path, **kwargs: Any) -> Self:
+        """Load a model with its weights as they were trained: its logits equal HuggingFace's. See `from_pretrained`."""
+        off = dict.fromkeys(processing.STEPS, False)
+        return cls.from_pretrained(name_or_path, **{**off, **kwargs})
+
+    @staticmethod
+    def _load_tokenizer(name: str) -> Tokenizer:
+        return checkpoint.load_tokenizer(name)
+
+    # State dicts
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Copy weights in. A state dict saved by the classic library is understood; see `weights.from_classic`.
+
+        Raises:
+            RuntimeError: a key is missing or surplus, or a tensor has the wrong shape.
+            ValueError: `assign`, which would give up the memory layout that the projections rely on.
+        """
+        if assign:
+            raise ValueError(
+                "load_state_dict copies the weights into the model's own memory layout: leave assign=False"
+            )
+        return super().load_state_dict(processing.from_classic(self.cfg, dict(state_dict)), strict=strict)
+
+    def load_and_process_state_dict(
+        self,
+        state_dict: Mapping[str, Tensor],
+        fold_ln: bool | None = None,
+        center_writing_weights: bool | None = None,
+        center_unembed: bool | None = None,
+        fold_value_biases: bool | None = None,
+        refactor_factored_attn_matrices: bool | None = None,
+    ) -> None:
+        """Copy unprocessed weights in and process them. Steps as in `from_pretrained`."""
+        self.load_state_dict(state_dict)
+        self.processed = ()
+        self.process_weights_(
+            fold_ln, center_writing_weights, center_unembed, fold_value_biases, refactor_factored_attn_matrices
+        )
+
+    def process_weights_(
+        self,
+        fold_ln: bool | None = None,
+        center_writing_weights: bool | None = None,
+        center_unembed: bool | None = None,
+        fold_value_biases: bool | None = None,
+        refactor_factored_attn_matrices: bool | None = None,
+    ) -> None:
+        """Process the weights the model has, where that preserves its function. Steps as in `from_pretrained`."""
+        asked = {
+            "fold_ln": fold_ln,
+            "center_writing_weights": center_writing_weights,
+            "center_unembed": center_unembed,
+            "fold_value_biases": fold_value_biases,
+            "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
+        }
+        for step in processing.plan_processing(self.cfg, asked):
+            self._apply_step(step)
+
+    def fold_layer_norm(self) -> None:
+        """Fold the norms' gains and biases into the weights that read from them; see `weights.fold_layer_norm`."""
+        self._apply_step("fold_ln")
+
+    def center_writing_weights(self) -> None:
+        """Centre what is written to the residual stream, whatever the norm; see `weights.center_writing_weights`."""
+        self._apply_step("center_writing_weights")
+
+    def center_unembed(self) -> None:
+        """Centre the unembedding over the vocabulary; see `weights.center_unembed`."""
+        self._apply_step("center_unembed")
+
+    def fold_value_biases(self) -> None:
+        """Move the value biases into attention's output bias; see `weights.fold_value_biases`."""
+        self._apply_step("fold_value_biases")
+
+    def refactor_factored_attn_matrices(self) -> None:
+        """Rotate each head's basis to its singular vectors; see `weights.refactor_factored_attn_matrices`."""
+        self._apply_step("refactor_factored_attn_matrices")
+
+    @torch.no_grad()
+    def _apply_step(self, name: str) -> None:
+        cfg, weights = processing.STEPS[name].apply(self.cfg, self.state_dict())
+        self._install(cfg, weights)
+        self.processed = (*self.processed, name)
+
+    def _install(self, cfg: HookedTransformerConfig, weights: Weights) -> None:
+        """Take over processed weights; norms whose gain has been folded away lose it."""
+        self.cfg.normalization_type = cfg.normalization_type
+        for name, module in self.named_modules():
+            if isinstance(module, Norm) and f"{name}.w" not in weights:
+                module.drop_gain_and_bias()
+        nn.Module.load_state_dict(self, weights, strict=True)
+
+    # Folders
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model to a folder: `config.json`, `model.safetensors` and the tokenizer, if it has one.
+
+        `from_pretrained(folder)` gives the same model, bit for bit; processing it has been through is not done twice.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = self.cfg.to_dict()
+        # Where a model was is no property of it.
+        del config["device"]
+        config["tokenizer_name"] = None
+        saved = {"format": checkpoint.OWN_FORMAT, "processed": list(self.processed), "config": config}
+        (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
+        tensors = {name: value.contiguous() for name, value in self.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors")
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)

@@ -1,0 +1,189 @@
+"""`generate` and `generate_stream`: the decoding loop, from text to text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hooked_lm import tokenization
+from hooked_lm.generation import Sampling, decode_steps
+from hooked_lm.text_interface import TextInterface
+
+ReturnAs = Literal["input", "str", "tokens"]
+
+
+class TextGeneration(TextInterface):
+    """The generating methods of `HookedTransformer`."""
+
+    def generate(
+        self,
+        input: str | Sequence[str] | Tensor = "",
+        max_new_tokens: int = 10,
+        stop_at_eos: bool = True,
+        eos_token_id: int | Sequence[int] | None = None,
+        do_sample: bool = True,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float = 1.0,
+        freq_penalty: float = 0.0,
+        use_past_kv_cache: bool = True,
+        prepend_bos: bool | None = None,
+        padding_side: Literal["left", "right"] | None = None,
+        return_type: ReturnAs = "input",
+        verbose: bool = True,
+        attention_mask: Tensor | None = None,
+    ) -> Any:
+        """Extend prompts token by token and return them, extended.
+
+        Whatever hooks the model has act at every step. With the key-value cache a step after the first sees only the
+        newest position.
+
+        Args:
+            input: a string, a list of strings, or tokens [pos] or [batch pos]. An empty string is BOS alone.
+            max_new_tokens: steps at most.
+            stop_at_eos: stop a prompt that has produced `eos_token_id`; it goes on repeating it until all have stopped.
+            eos_token_id: one or several; by default the tokenizer's.
+            do_sample, top_k, top_p, temperature, freq_penalty: how tokens are drawn; see `generation.Sampling`.
+            use_past_kv_cache: False reads the whole text anew at each step. The logits are the same.
+            prepend_bos: for strings; by default the model's.
+            padding_side: for strings; left, and nothing else, since text goes on at the right.
+            return_type: `"str"`, `"tokens"`, or `"input"` for whichever came in.
+            verbose: show a progress bar.
+            attention_mask: [batch pos] for tokens padded on the left.
+
+        Returns:
+            Tokens [batch pos] ([pos] if so given), padding included; or the text without padding and the BOS that was
+            put in front, up to and with the first end-of-sequence token.
+
+        Raises:
+            ValueError: prompt and new tokens exceed `n_ctx`, or an option is out of range.
+        """
+        if return_type not in ("input", "str", "tokens"):
+            raise ValueError(f"return_type is 'input', 'str' or 'tokens', not {return_type!r}")
+        tokens, mask, texts = self._prompts(input, prepend_bos, padding_side, attention_mask)
+        self._check_room(tokens, max_new_tokens)
+        ends = self._ends(stop_at_eos, eos_token_id)
+        steps = decode_steps(
+            self,  # type: ignore[arg-type]
+            tokens,
+            mask,
+            max_new_tokens,
+            Sampling(do_sample, top_k, top_p, temperature, freq_penalty),
+            ends,
+            use_past_kv_cache,
+            verbose,
+        )
+        new = list(steps)
+        out = torch.cat((tokens, *(token[:, None] for token in new)), 1)
+        as_text = texts is not None if return_type == "input" else return_type == "str"
+        if not as_text:
+            return out[0] if isinstance(input, Tensor) and input.ndim == 1 else out
+        strings = self._texts(out, mask, tokens.shape[1], ends, texts is not None and self._prepends_bos(prepend_bos))
+        return strings[0] if isinstance(input, str) or (isinstance(input, Tensor) and input.ndim == 1) else strings
+
+    def generate_stream(
+        self,
+        input: str | Tensor = "",
+        max_new_tokens: int = 10,
+        max_tokens_per_yield: int = 25,
+        stop_at_eos: bool = True,
+        eos_token_id: int | Sequence[int] | None = None,
+        do_sample: bool = True,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float = 1.0,
+        freq_penalty: float = 0.0,
+        use_past_kv_cache: bool = True,
+        prepend_bos: bool | None = None,
+        padding_side: Literal["left", "right"] | None = None,
+        return_type: ReturnAs = "input",
+        verbose: bool = True,
+    ) -> Iterator[Any]:
+        """Yield what `generate` would return in pieces of `max_tokens_per_yield` new tokens, the prompt with the first.
+
+        Joined, the pieces are the whole. Arguments as for `generate`; a single prompt.
+        """
+        if max_tokens_per_yield < 1:
+            raise ValueError(f"max_tokens_per_yield is at least 1, got {max_tokens_per_yield}")
+        tokens, mask, texts = self._prompts(input, prepend_bos, padding_side, None)
+        if tokens.shape[0] != 1:
+            raise ValueError(f"one prompt at a time can be streamed, got {tokens.shape[0]}")
+        self._check_room(tokens, max_new_tokens)
+        as_text = texts is not None if return_type == "input" else return_type == "str"
+        skip = 1 if texts is not None and self._prepends_bos(prepend_bos) else 0
+        sampling = Sampling(do_sample, top_k, top_p, temperature, freq_penalty)
+        ends = self._ends(stop_at_eos, eos_token_id)
+        steps = decode_steps(self, tokens, mask, max_new_tokens, sampling, ends, use_past_kv_cache, verbose)  # type: ignore[arg-type]
+
+        def piece(parts: list[Tensor], start: int) -> Any:
+            joined = torch.cat(parts, 1)
+            return self.to_string(joined[0, start:]) if as_text else joined
+
+        parts, pending = [tokens], 0
+        for token in steps:
+            parts.append(token[:, None])
+            pending += 1
+            if pending == max_tokens_per_yield:
+                yield piece(parts, skip)
+                parts, pending, skip = [], 0, 0
+        if parts:
+            yield piece(parts, skip)
+
+    def _prompts(
+        self,
+        input: str | Sequence[str] | Tensor,
+        prepend_bos: bool | None,
+        padding_side: str | None,
+        attention_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, list[str] | None]:
+        """Tokens [batch pos], their mask, and the strings they came from, if they did."""
+        device = self.unembed.W_U.device
+        if isinstance(input, str) or (isinstance(input, (list, tuple)) and input and isinstance(input[0], str)):
+            if padding_side == "right":
+                raise ValueError("text goes on at the right, so prompts of unequal length are padded on the left")
+            texts = [input] if isinstance(input, str) else list(input)
+            batch = self._tokenize(texts, prepend_bos, "left")
+            mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
+            return batch.tokens.to(device), mask, texts
+        tokens = tokenization.token_rows(input)  # type: ignore[arg-type]
+        tokens = tokens[None] if tokens.ndim == 1 else tokens
+        if attention_mask is None and self.tokenizer is not None and self._padding_side(padding_side) == "left":
+            attention_mask = tokenization.infer_attention_mask(
+                self.tokenizer, tokens, self._prepends_bos(prepend_bos), "left"
+            )
+        if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+            raise ValueError("text goes on at the right, so the last position of every prompt has to be a real token")
+        return tokens.to(device), attention_mask, None
+
+    def _check_room(self, tokens: Tensor, max_new_tokens: int) -> None:
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens is not negative, got {max_new_tokens}")
+        if tokens.shape[1] + max_new_tokens > self.cfg.n_ctx + 1:
+            raise ValueError(
+                f"a prompt of {tokens.shape[1]} tokens and {max_new_tokens} new ones do not fit n_ctx={self.cfg.n_ctx}"
+            )
+
+    def _ends(self, stop_at_eos: bool, eos_token_id: int | Sequence[int] | None) -> tuple[int, ...]:
+        if not stop_at_eos:
+            return ()
+        if eos_token_id is not None:
+            return (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+        if self.tokenizer is None or self.tokenizer.eos_token_id is None:
+            raise ValueError("stop_at_eos needs an end-of-sequence token: pass eos_token_id, or stop_at_eos=False")
+        return (self.tokenizer.eos_token_id,)
+
+    def _texts(
+        self, tokens: Tensor, mask: Tensor | None, n_prompt: int, ends: tuple[int, ...], skip_bos: bool
+    ) -> list[str]:
+        """Each row as text: without padding and the BOS put in front, up to the first end-of-sequence token."""
+        strings = []
+        for index, row in enumerate(tokens):
+            prompt = row[:n_prompt] if mask is None else row[:n_prompt][mask[index].bool()]
+            new = row[n_prompt:].tolist()
+            stops = [at for at, token in enumerate(new) if token in ends]
+            kept = new[: stops[0] + 1] if stops else new
+            strings.append(str(self.to_string(prompt[int(skip_bos) :].tolist() + kept)))
+        return strings

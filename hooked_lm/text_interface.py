@@ -1,0 +1,178 @@
+"""A model's dealings with text: strings to tokens, tokens to strings, tokens to directions."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooked_lm import tokenization
+from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.tokenization import TokenBatch, Tokenizer
+
+Text = str | Sequence[str]
+
+
+class TextInterface(nn.Module):
+    """The text methods of `HookedTransformer`."""
+
+    cfg: HookedTransformerConfig
+    unembed: Any
+    _tokenizer: Tokenizer | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's own copy of its tokenizer; None if it has none."""
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer | None) -> None:
+        if tokenizer is None:
+            self._tokenizer = None
+        else:
+            self.set_tokenizer(tokenizer)
+
+    def set_tokenizer(self, tokenizer: Tokenizer, default_padding_side: str | None = None) -> None:
+        """Give the model a tokenizer. It is copied; a missing BOS or padding token becomes the end-of-sequence token.
+
+        Raises:
+            ValueError: the tokenizer has tokens that the embedding has no row for.
+        """
+        if default_padding_side is not None:
+            tokenization.check_padding_side(default_padding_side)
+            self.cfg.default_padding_side = default_padding_side
+        largest = max(tokenizer.get_vocab().values())
+        if self.cfg.d_vocab != -1 and largest >= self.cfg.d_vocab:
+            raise ValueError(f"the tokenizer's tokens go up to {largest}, the model's only to {self.cfg.d_vocab - 1}")
+        self._tokenizer = tokenization.prepare_tokenizer(tokenizer, self.cfg.default_padding_side)
+
+    def _require_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise ValueError("this model has no tokenizer, so it reads tokens only; give it one with set_tokenizer")
+        return self._tokenizer
+
+    def _prepends_bos(self, prepend_bos: bool | None) -> bool:
+        return self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
+
+    def _padding_side(self, padding_side: str | None) -> Any:
+        return self.cfg.default_padding_side if padding_side is None else padding_side
+
+    def _tokenize(self, text: Text, prepend_bos: bool | None, padding_side: str | None) -> TokenBatch:
+        return tokenization.tokenize(
+            self._require_tokenizer(), text, self._prepends_bos(prepend_bos), self._padding_side(padding_side)
+        )
+
+    def to_tokens(
+        self,
+        input: Text,
+        prepend_bos: bool | None = None,
+        padding_side: Literal["left", "right"] | None = None,
+        move_to_device: bool = True,
+        truncate: bool = True,
+    ) -> Tensor:
+        """Return the tokens [batch pos] of a string or of several, padded to the longest.
+
+        Args:
+            input: a string or a list of strings.
+            prepend_bos: put BOS in front; by default as the model's `default_prepend_bos`.
+            padding_side: by default the model's.
+            move_to_device: put the tokens where the model is.
+            truncate: cut to `n_ctx` tokens, with a warning.
+
+        Raises:
+            ValueError: there is no tokenizer, or a string has no tokens.
+        """
+        batch = self._tokenize(input, prepend_bos, padding_side)
+        tokens = batch.tokens
+        if truncate and tokens.shape[1] > self.cfg.n_ctx:
+            warnings.warn(f"a prompt of {tokens.shape[1]} tokens was cut to n_ctx={self.cfg.n_ctx}", stacklevel=2)
+            tokens = tokenization.tokenize(
+                self._require_tokenizer(),
+                input,
+                self._prepends_bos(prepend_bos),
+                self._padding_side(padding_side),
+                self.cfg.n_ctx,
+            ).tokens
+        return tokens.to(self.unembed.W_U.device) if move_to_device else tokens
+
+    def to_string(self, tokens: Tensor | np.ndarray | Sequence[int] | int) -> str | list[str]:
+        """Return the string of a sequence of tokens, or a list of them for a batch."""
+        return tokenization.decode(self._require_tokenizer(), tokens)
+
+    def to_str_tokens(
+        self,
+        input: Text | Tensor | np.ndarray,
+        prepend_bos: bool | None = None,
+        padding_side: Literal["left", "right"] | None = None,
+    ) -> list[str] | list[list[str]]:
+        """Return the tokens of a prompt as strings; a list of such lists for a list of prompts.
+
+        Args:
+            input: a string, a list of strings, or the tokens of one sequence, [pos] or [1 pos]; a batch [batch pos]
+                gives a list of lists.
+            prepend_bos: for strings; by default as the model's `default_prepend_bos`.
+            padding_side: accepted for old calls: prompts are taken one by one, so nothing is padded.
+        """
+        tokenizer = self._require_tokenizer()
+        if isinstance(input, str):
+            ids = self._tokenize(input, prepend_bos, padding_side).tokens[0]
+            return tokenization.str_tokens(tokenizer, ids)
+        if isinstance(input, (list, tuple)) and input and isinstance(input[0], str):
+            return [self.to_str_tokens(one, prepend_bos, padding_side) for one in input]  # type: ignore[misc]
+        rows = tokenization.token_rows(input)  # type: ignore[arg-type]
+        if rows.ndim == 2 and rows.shape[0] > 1:
+            return [tokenization.str_tokens(tokenizer, row) for row in rows]
+        return tokenization.str_tokens(tokenizer, rows)
+
+    def to_single_token(self, string: str) -> int:
+        """Return the token that a string is. Raises ValueError if it is not exactly one."""
+        return tokenization.single_token(self._require_tokenizer(), string)
+
+    def to_single_str_token(self, int_token: int) -> str:
+        """Return the string that a token stands for."""
+        if isinstance(int_token, bool) or not isinstance(int_token, int):
+            raise TypeError(f"a token is an int, got {int_token!r}")
+        return tokenization.str_tokens(self._require_tokenizer(), [int_token])[0]
+
+    def get_token_position(
+        self,
+        single_token: str | int,
+        input: str | Tensor,
+        mode: Literal["first", "last"] = "first",
+        prepend_bos: bool | None = None,
+        padding_side: Literal["left", "right"] | None = None,
+    ) -> int:
+        """Return the position of a token in a prompt, counting BOS where there is one.
+
+        Args:
+            single_token: a token, or a string that is one.
+            input: a string, or tokens [pos] or [1 pos].
+            mode: `"first"` or `"last"` occurrence.
+
+        Raises:
+            ValueError: it does not occur.
+        """
+        if isinstance(input, str):
+            tokens = self._tokenize(input, prepend_bos, padding_side).tokens
+        else:
+            tokens = tokenization.token_rows(input)
+        token = self.to_single_token(single_token) if isinstance(single_token, str) else int(single_token)
+        return tokenization.token_position(token, tokens, repr(single_token), mode)
+
+    def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "*shape d_model"]:
+        """Return the column of `W_U` of each token: the direction in the final stream that raises its logit.
+
+        Args:
+            tokens: a string that is one token, a token, or a tensor of tokens of any shape.
+        """
+        if isinstance(tokens, str):
+            tokens = self.to_single_token(tokens)
+        index = tokenization.token_rows(tokens)
+        limit = self.cfg.d_vocab_out
+        if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < limit):
+            raise ValueError(f"tokens {index.tolist()} are not all in 0-{limit - 1}")
+        return self.unembed.W_U.T[index.to(self.unembed.W_U.device)]

@@ -1,0 +1,219 @@
+"""Text to tokens and back: functions over a tokenizer, none of which changes it.
+
+A beginning-of-sequence token (BOS) is put in front of strings, and never in front of tokens. It is added here and not by
+the tokenizer, so that every tokenizer behaves alike.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Tokenizer = Any  # a transformers PreTrainedTokenizerBase; naming the type would import transformers
+PaddingSide = Literal["left", "right"]
+
+
+def prepare_tokenizer(tokenizer: Tokenizer, padding_side: str) -> Tokenizer:
+    """Return a copy of a tokenizer that has BOS and padding tokens: its own, or else its end-of-sequence token.
+
+    Raises:
+        ValueError: it has neither an end-of-sequence token nor both of the others.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    for role in ("bos_token", "pad_token"):
+        if getattr(tokenizer, role) is None:
+            if tokenizer.eos_token is None:
+                raise ValueError(f"the tokenizer has no {role} and no eos_token to stand in for it: set one")
+            setattr(tokenizer, role, tokenizer.eos_token)
+    tokenizer.padding_side = padding_side
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Tokens [batch pos] and their attention mask [batch pos], which is None when nothing is padded."""
+
+    tokens: Tensor
+    attention_mask: Tensor | None
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return a string's tokens, with no special tokens added."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def tokenize(
+    tokenizer: Tokenizer,
+    text: str | Sequence[str],
+    prepend_bos: bool,
+    padding_side: PaddingSide,
+    n_ctx: int | None = None,
+) -> TokenBatch:
+    """Tokenize one string or several, padded to the longest.
+
+    Args:
+        tokenizer: as from `prepare_tokenizer`.
+        text: a string or a sequence of strings.
+        prepend_bos: put BOS in front of each.
+        padding_side: `"left"` or `"right"`.
+        n_ctx: cut each prompt to this many tokens; None cuts nothing.
+
+    Raises:
+        TypeError: something other than strings.
+        ValueError: no strings at all, or one without a single token.
+    """
+    texts = [text] if isinstance(text, str) else list(text)
+    if not texts:
+        raise ValueError("there is nothing to tokenize: the list of strings is empty")
+    for one in texts:
+        if not isinstance(one, str):
+            raise TypeError(f"expected strings to tokenize, got {type(one).__name__}: {one!r}")
+    check_padding_side(padding_side)
+    start = [tokenizer.bos_token_id] if prepend_bos else []
+    rows = [(start + encode(tokenizer, one))[:n_ctx] for one in texts]
+    for one, row in zip(texts, rows, strict=True):
+        if not row:
+            raise ValueError(f"the string {one!r} has no tokens; with prepend_bos=True it would have one")
+    longest = max(map(len, rows))
+    if all(len(row) == longest for row in rows):
+        return TokenBatch(torch.tensor(rows), None)
+    tokens = torch.full((len(rows), longest), tokenizer.pad_token_id)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for index, row in enumerate(rows):
+        where = slice(longest - len(row), None) if padding_side == "left" else slice(len(row))
+        tokens[index, where] = torch.tensor(row)
+        mask[index, where] = 1
+    return TokenBatch(tokens, mask)
+
+
+def check_padding_side(padding_side: str) -> None:
+    """Raise ValueError unless the side is `"left"` or `"right"`."""
+    if padding_side not in ("left", "right"):
+        raise ValueError(f"padding_side is 'left' or 'right', not {padding_side!r}")
+
+
+def infer_attention_mask(tokenizer: Tokenizer, tokens: Tensor, prepend_bos: bool, padding_side: str) -> Tensor | None:
+    """Return the mask [batch pos] of tokens that came without one, or None if nothing is padded.
+
+    Padding is the run of padding tokens at the padded side. Where padding and BOS are the same token and prompts start
+    with BOS, the last of a left run is that BOS.
+    """
+    is_pad = tokens == tokenizer.pad_token_id
+    if padding_side == "left":
+        padded = is_pad.long().cumprod(1).bool()
+        if prepend_bos and tokenizer.pad_token_id == tokenizer.bos_token_id:
+            # One step to the left: the last of the run is kept.
+            padded = torch.cat((padded[:, 1:], torch.zeros_like(padded[:, :1])), 1) & padded
+    else:
+        padded = is_pad.long().flip(1).cumprod(1).flip(1).bool()
+        padded[:, 0] &= not (prepend_bos and tokenizer.pad_token_id == tokenizer.bos_token_id)
+    return None if not bool(padded.any()) else (~padded).long()
+
+
+def token_rows(tokens: Tensor | np.ndarray | Sequence[int] | int) -> Tensor:
+    """Return tokens in any form as an integer tensor.
+
+    Raises:
+        TypeError: they are not integers.
+    """
+    tensor = torch.as_tensor(tokens)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"tokens are integers, got {tensor.dtype}")
+    return tensor
+
+
+def decode(tokenizer: Tokenizer, tokens: Tensor | np.ndarray | Sequence[int] | int) -> str | list[str]:
+    """Return the string of one sequence of tokens, or the list of strings of a batch."""
+    rows = token_rows(tokens)
+    if rows.ndim > 2:
+        raise ValueError(f"expected one sequence of tokens or a batch [batch pos], got shape {tuple(rows.shape)}")
+    if rows.ndim == 2:
+        return [str(decode(tokenizer, row)) for row in rows]
+    return tokenizer.decode(rows.reshape(-1).tolist(), clean_up_tokenization_spaces=False)
+
+
+def str_tokens(tokenizer: Tokenizer, tokens: Tensor | np.ndarray | Sequence[int]) -> list[str]:
+    """Return each token of one sequence as the string it stands for."""
+    ids = token_rows(tokens).reshape(-1).tolist()
+    return [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in ids]
+
+
+def single_token(tokenizer: Tokenizer, text: str) -> int:
+    """Return the one token a string is.
+
+    Raises:
+        ValueError: it is none, or several; the message shows which.
+    """
+    tokens = encode(tokenizer, text)
+    if len(tokens) != 1:
+        hint = "" if text.startswith(" ") else f"; words inside a text start with a space: {' ' + text!r}"
+        raise ValueError(f"{text!r} is {len(tokens)} tokens, not one: {str_tokens(tokenizer, tokens)}{hint}")
+    return tokens[0]
+
+
+def token_position(single: int, tokens: Tensor, what: str, mode: Literal["first", "last"] = "first") -> int:
+    """Return where a token stands in a sequence [pos] or [1 pos].
+
+    Raises:
+        ValueError: it does not occur, or the tokens are a batch.
+    """
+    if mode not in ("first", "last"):
+        raise ValueError(f"mode is 'first' or 'last', not {mode!r}")
+    if tokens.ndim == 2:
+        if tokens.shape[0] != 1:
+            raise ValueError(f"positions are looked up in one sequence, got a batch with shape {tuple(tokens.shape)}")
+        tokens = tokens[0]
+    found = (tokens == single).nonzero().flatten().tolist()
+    if not found:
+        raise ValueError(f"{what} does not occur in the tokens {tokens.tolist()}")
+    return found[0 if mode == "first" else -1]
+
+
+def tokenize_and_concatenate(
+    dataset: Any,
+    tokenizer: Tokenizer,
+    streaming: bool = False,
+    max_length: int = 1024,
+    column_name: str = "text",
+    add_bos_token: bool = True,
+    num_proc: int = 1,
+) -> Any:
+    """Turn a `datasets.Dataset` of texts, or an iterable of strings, into rows of `max_length` tokens.
+
+    Texts are joined with the end-of-sequence token between them and cut into equal rows, each starting with BOS if asked;
+    what is left over at the end is dropped.
+
+    Args:
+        dataset: a HuggingFace `Dataset` with a text column, or an iterable of strings.
+        tokenizer: its `eos_token` and `bos_token` are used.
+        streaming, num_proc: accepted for old calls; a `Dataset` is read in one process.
+        max_length: tokens a row, BOS included.
+        column_name: the text column.
+        add_bos_token: start each row with BOS.
+
+    Returns:
+        A `Dataset` with a `tokens` column for a `Dataset`; otherwise a tensor [row max_length].
+
+    Raises:
+        ValueError: fewer tokens than one row.
+    """
+    is_dataset = hasattr(dataset, "column_names")
+    texts: Iterable[str] = dataset[column_name] if is_dataset else dataset
+    separator = [tokenizer.eos_token_id]
+    stream: list[int] = []
+    for index, text in enumerate(texts):
+        stream += (separator if index else []) + encode(tokenizer, text)
+    width = max_length - 1 if add_bos_token else max_length
+    n_rows = len(stream) // width
+    if n_rows == 0:
+        raise ValueError(f"the texts have {len(stream)} tokens, which is less than one row of {width}")
+    rows = torch.tensor(stream[: n_rows * width]).reshape(n_rows, width)
+    if add_bos_token:
+        rows = torch.cat((torch.full((n_rows, 1), tokenizer.bos_token_id), rows), 1)
+    return type(dataset).from_dict({"tokens": rows.numpy()}).with_format("torch") if is_dataset else rows

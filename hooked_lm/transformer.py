@@ -1,0 +1,442 @@
+"""HookedTransformer: the model, its forward pass, and how it is loaded and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooked_lm import tokenization
+from hooked_lm.activation_cache import ActivationCache
+from hooked_lm.components import Embed, PosEmbed, SequenceLayout, TransformerBlock, Unembed
+from hooked_lm.components.norm import make_norm
+from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.hooks import HookedRootModule, HookPoint, protect
+from hooked_lm.initialization import initialize_weights
+from hooked_lm.kv_cache import HookedTransformerKeyValueCache
+from hooked_lm.losses import lm_cross_entropy_loss
+from hooked_lm.model_weights import ModelWeights
+from hooked_lm.text_generation import TextGeneration
+from hooked_lm.tokenization import Tokenizer
+from hooked_lm.weight_views import WeightViews
+
+ReturnType = Literal["logits", "loss", "both"] | None
+ModelInput = str | Sequence[str] | Tensor | np.ndarray
+
+
+class HookedTransformer(ModelWeights, WeightViews, TextGeneration, HookedRootModule):
+    """A transformer with a named hook point at every activation.
+
+    Args:
+        cfg: the architecture, as a config or a dictionary of its fields.
+        tokenizer: a HuggingFace tokenizer, needed to read strings. Without one, a config with `tokenizer_name` loads it.
+        move_to_device: move the parameters to `cfg.device`, where that is given.
+        default_padding_side: overrides the config's.
+
+    Raises:
+        ValueError: `d_vocab` is missing and there is no tokenizer to take it from.
+    """
+
+    def __init__(
+        self,
+        cfg: HookedTransformerConfig | dict[str, Any],
+        tokenizer: Tokenizer | None = None,
+        move_to_device: bool = True,
+        default_padding_side: Literal["left", "right"] | None = None,
+    ) -> None:
+        super().__init__()
+        cfg = HookedTransformerConfig.unwrap(cfg)
+        if tokenizer is None and cfg.tokenizer_name is not None:
+            tokenizer = self._load_tokenizer(cfg.tokenizer_name)
+        self.cfg = cfg = _with_vocabulary(cfg, tokenizer)
+        if tokenizer is not None:
+            self.set_tokenizer(tokenizer, default_padding_side)
+
+        self.hook_tokens = HookPoint("batch pos", differentiable=False)
+        self.embed = Embed(cfg)
+        self.hook_embed = HookPoint("batch pos d_model")
+        if cfg.positional_embedding_type in ("standard", "shortformer"):
+            self.pos_embed = PosEmbed(cfg)
+            self.hook_pos_embed = HookPoint("batch pos d_model")
+        self.blocks = nn.ModuleList([TransformerBlock(cfg, layer) for layer in range(cfg.n_layers)])
+        self.ln_final = make_norm(cfg, kind=_final_norm_kind(cfg))
+        self.unembed = Unembed(cfg)
+        self.to(cfg.dtype)
+        if cfg.init_weights:
+            initialize_weights(self, cfg)
+        if move_to_device and cfg.device is not None:
+            self.to(cfg.device)
+        self.setup()
+
+    # The forward pass
+
+    def forward(
+        self,
+        input: ModelInput,
+        return_type: ReturnType = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        padding_side: Literal["left", "right"] | None = None,
+        start_at_layer: int | None = None,
+        tokens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        stop_at_layer: int | None = None,
+        past_kv_cache: HookedTransformerKeyValueCache | None = None,
+        logits_to_keep: int | slice | Tensor | None = None,
+    ) -> Any:
+        """Run the model.
+
+        Args:
+            input: a string, a list of strings, tokens [pos] or [batch pos], or with `start_at_layer` the residual stream
+                [batch pos d_model] that enters that block.
+            return_type: `"logits"` [batch pos vocab]; `"loss"`, the mean next-token loss in nats; `"both"`, a pair; None
+                runs up to the final norm and returns None.
+            loss_per_token: the loss as [batch pos-1].
+            prepend_bos: for strings; by default the model's. Never applies to tokens.
+            padding_side: for strings, and for recognising padding in tokens without a mask; by default the model's.
+            start_at_layer: the first block to run; negative counts from the end.
+            tokens: with `start_at_layer`, the tokens [batch pos] that a loss needs.
+            attention_mask: [batch pos], 0 at padding. By default it follows from the strings, or from a run of padding
+                tokens on the left when the padding side is left.
+            stop_at_layer: the first block not to run; the residual stream before it comes back. 0 is embeddings only,
+                `n_layers` is all blocks without the final norm, negative counts from the end.
+            past_kv_cache: keys and values of the positions before; extended by this call.
+            logits_to_keep: the last so many positions, or a slice or index of positions, to compute logits for.
+
+        Raises:
+            TypeError: the input is none of these.
+            ValueError: tokens out of range, too long a sequence, layers out of range, shapes that do not match, or
+                options that exclude each other.
+        """
+        start, stop = self._layer_range(start_at_layer, stop_at_layer)
+        _check_return(return_type, stop_at_layer, logits_to_keep, loss_per_token)
+        with _rewound_on_error(past_kv_cache):
+            residual, tokens, shortformer_pos, mask, layout = self._enter(
+                input, prepend_bos, padding_side, attention_mask, past_kv_cache, start_at_layer, tokens
+            )
+            for layer in range(start, stop):
+                past = None if past_kv_cache is None else past_kv_cache[layer]
+                residual = self.blocks[layer](residual, layout, past, shortformer_pos)
+        if stop_at_layer is not None:
+            return residual
+        normalized = self.ln_final(residual)
+        if return_type is None and not (self.unembed.hook_in.live or self.unembed.hook_out.live):
+            return None
+        logits = self.unembed(_kept(normalized, logits_to_keep))
+        return self._output(logits, tokens, mask, return_type, loss_per_token)
+
+    def _output(
+        self, logits: Tensor, tokens: Tensor | None, mask: Tensor | None, return_type: ReturnType, per_token: bool
+    ) -> Any:
+        if return_type is None:
+            return None
+        if return_type == "logits":
+            return logits
+        if tokens is None:
+            raise ValueError("a loss from a residual stream needs tokens=, the tokens it came from")
+        loss = self.loss_fn(logits, tokens, mask, per_token)
+        return loss if return_type == "loss" else (logits, loss)
+
+    def _layer_range(self, start: int | None, stop: int | None) -> tuple[int, int]:
+        n_layers = self.cfg.n_layers
+        if start is not None and not -n_layers <= start < n_layers:
+            raise ValueError(f"start_at_layer {start} is out of range: this model has blocks 0-{n_layers - 1}")
+        if stop is not None and not -n_layers <= stop <= n_layers:
+            raise ValueError(f"stop_at_layer {stop} is out of range: it goes from -{n_layers} to {n_layers}")
+        first = 0 if start is None else start % n_layers
+        last = n_layers if stop is None else stop + n_layers if stop < 0 else stop
+        if start is not None and last < first:
+            raise ValueError(f"stop_at_layer {stop} comes before start_at_layer {start}")
+        return first, last
+
+    def _enter(
+        self,
+        input: ModelInput,
+        prepend_bos: bool | None,
+        padding_side: str | None,
+        attention_mask: Tensor | None,
+        past_kv_cache: HookedTransformerKeyValueCache | None,
+        start_at_layer: int | None,
+        tokens: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, SequenceLayout]:
+        """Return what enters the first block: residual, tokens, shortformer positions, mask and layout."""
+        if start_at_layer is not None:
+            residual = self._check_residual(input, tokens)
+            if tokens is not None:
+                tokens = self._check_tokens(tokens)
+                attention_mask = self._infer_mask(tokens, attention_mask, prepend_bos, padding_side, past_kv_cache)
+            layout = self._layout(residual.shape[0], residual.shape[1], attention_mask, past_kv_cache)
+            return protect(residual), tokens, self._shortformer_pos(layout, residual.shape[0]), attention_mask, layout
+        if tokens is not None:
+            raise ValueError("tokens= goes with start_at_layer; without it the input is the tokens")
+        tokens, attention_mask = self._read(input, prepend_bos, padding_side, attention_mask, past_kv_cache)
+        layout = self._layout(*tokens.shape, attention_mask, past_kv_cache)
+        return *self._embed(tokens, layout), attention_mask, layout
+
+    def _embed(self, tokens: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the residual stream that enters block 0, the tokens (a hook may change them), shortformer positions."""
+        if self.hook_tokens.live:
+            tokens = self._check_tokens(self.hook_tokens(protect(tokens)))
+        residual = self.hook_embed(self.embed(tokens))
+        shortformer_pos = self._shortformer_pos(layout, tokens.shape[0])
+        if self.cfg.positional_embedding_type == "standard":
+            residual = residual + self._positions(layout, tokens.shape[0])
+        return residual, tokens, shortformer_pos
+
+    def _shortformer_pos(self, layout: SequenceLayout, batch: int) -> Tensor | None:
+        shortformer = self.cfg.positional_embedding_type == "shortformer"
+        return self._positions(layout, batch) if shortformer else None
+
+    def _positions(self, layout: SequenceLayout, batch: int) -> Tensor:
+        positions = self.pos_embed(layout, batch)
+        return self.hook_pos_embed(protect(positions)) if self.hook_pos_embed.live else positions
+
+    # What comes in
+
+    def _read(
+        self,
+        input: ModelInput,
+        prepend_bos: bool | None,
+        padding_side: str | None,
+        attention_mask: Tensor | None,
+        past_kv_cache: HookedTransformerKeyValueCache | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return tokens [batch pos] on the model's device, and their mask (None if nothing is padded)."""
+        if isinstance(input, str) or (isinstance(input, (list, tuple)) and input and isinstance(input[0], str)):
+            if attention_mask is not None:
+                raise ValueError("strings bring their own attention mask: pass tokens to use another")
+            batch = self._tokenize(input, prepend_bos, padding_side)
+            mask = None if batch.attention_mask is None else batch.attention_mask.to(self.W_E.device)
+            return self._check_tokens(batch.tokens), mask
+        if not isinstance(input, (Tensor, np.ndarray, list, tuple)) or len(input) == 0:
+            raise TypeError(f"the input is a string, a list of strings or tokens, got {_describe(input)}")
+        tokens = self._check_tokens(tokenization.token_rows(input))  # type: ignore[arg-type]
+        return tokens, self._infer_mask(tokens, attention_mask, prepend_bos, padding_side, past_kv_cache)
+
+    def _check_tokens(self, tokens: Tensor) -> Tensor:
+        """Return tokens as [batch pos] on the model's device, or say what is wrong with them."""
+        tokens = tokenization.token_rows(tokens)
+        if tokens.ndim == 1:
+            tokens = tokens[None]
+        if tokens.ndim != 2 or tokens.numel() == 0:
+            raise ValueError(f"tokens have shape [batch pos], neither empty; got {tuple(tokens.shape)}")
+        least, most = (int(extreme) for extreme in torch.aminmax(tokens))
+        if least < 0 or most >= self.cfg.d_vocab:
+            raise ValueError(
+                f"token {least if least < 0 else most} is out of range: this model's tokens are 0-{self.cfg.d_vocab - 1}"
+            )
+        return tokens.to(self.W_E.device)
+
+    def _check_residual(self, residual: object, tokens: Tensor | None) -> Tensor:
+        if not isinstance(residual, Tensor) or residual.ndim != 3 or residual.shape[-1] != self.cfg.d_model:
+            raise ValueError(
+                f"with start_at_layer the input is the residual stream [batch pos {self.cfg.d_model}], "
+                f"got {_describe(residual)}"
+            )
+        if residual.dtype != self.W_E.dtype:
+            raise ValueError(f"the residual stream has dtype {residual.dtype}, the model {self.W_E.dtype}")
+        if tokens is not None and tokens.shape[-2:] != residual.shape[:2] and tokens.shape != residual.shape[1:2]:
+            raise ValueError(f"tokens {tuple(tokens.shape)} do not fit the residual {tuple(residual.shape)}")
+        return residual
+
+    def _infer_mask(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None,
+        prepend_bos: bool | None,
+        padding_side: str | None,
+        past_kv_cache: HookedTransformerKeyValueCache | None,
+    ) -> Tensor | None:
+        """The mask given; or, for tokens padded on the left at the start of a sequence, the one they imply."""
+        side = self._padding_side(padding_side)
+        tokenization.check_padding_side(side)
+        continuing = past_kv_cache is not None and past_kv_cache.length > 0
+        if attention_mask is not None or self.tokenizer is None or side == "right" or continuing:
+            return attention_mask
+        return tokenization.infer_attention_mask(self.tokenizer, tokens, self._prepends_bos(prepend_bos), side)
+
+    def _layout(
+        self,
+        batch: int,
+        n_new: int,
+        attention_mask: Tensor | None,
+        past_kv_cache: HookedTransformerKeyValueCache | None,
+    ) -> SequenceLayout:
+        device = self.W_E.device
+        n_past = 0 if past_kv_cache is None else past_kv_cache.length
+        if n_past + n_new > self.cfg.n_ctx:
+            raise ValueError(f"{n_past + n_new} positions are more than this model's n_ctx of {self.cfg.n_ctx}")
+        if past_kv_cache is not None and (len(past_kv_cache), past_kv_cache.batch_size) != (self.cfg.n_layers, batch):
+            raise ValueError(
+                f"the key-value cache is for {len(past_kv_cache)} layers and batch {past_kv_cache.batch_size}; "
+                f"the model has {self.cfg.n_layers} layers and the input batch {batch}"
+            )
+        if attention_mask is not None:
+            _check_mask(attention_mask, batch, n_new, continuing=n_past > 0)
+            attention_mask = attention_mask.to(device=device, dtype=torch.long)
+        if past_kv_cache is not None:
+            new = (
+                torch.ones(batch, n_new, dtype=torch.long, device=device) if attention_mask is None else attention_mask
+            )
+            attention_mask = past_kv_cache.append_attention_mask(new)
+        valid = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+        return SequenceLayout(n_new, n_past, device, valid)
+
+    def input_to_embed(
+        self,
+        input: ModelInput,
+        prepend_bos: bool | None = None,
+        padding_side: Literal["left", "right"] | None = None,
+        attention_mask: Tensor | None = None,
+        past_kv_cache: HookedTransformerKeyValueCache | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return (residual entering block 0, tokens, shortformer positions or None, attention mask or None)."""
+        tokens, mask = self._read(input, prepend_bos, padding_side, attention_mask, past_kv_cache)
+        with _rewound_on_error(past_kv_cache):
+            layout = self._layout(*tokens.shape, mask, past_kv_cache)
+            residual, tokens, shortformer_pos = self._embed(tokens, layout)
+        return residual, tokens, shortformer_pos, mask
+
+    def loss_fn(
+        self,
+        logits: Float[Tensor, "batch pos vocab"],
+        tokens: Tensor,
+        attention_mask: Tensor | None = None,
+        per_token: bool = False,
+    ) -> Tensor:
+        """Return the next-token loss in nats; see `losses.lm_cross_entropy_loss`."""
+        if tokens.shape[1] < 2:
+            raise ValueError("a next-token loss needs at least two positions")
+        return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
+
+    def new_kv_cache(self, batch_size: int = 1) -> HookedTransformerKeyValueCache:
+        """Return an empty key-value cache for this model."""
+        return HookedTransformerKeyValueCache.init_cache(self.cfg, self.W_E.device, batch_size)
+
+    # Caching
+
+    def run_with_cache(
+        self,
+        *model_args: Any,
+        return_cache_object: bool = True,
+        remove_batch_dim: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """Run the model and return its output with an `ActivationCache` of what was computed on the way.
+
+        Args:
+            return_cache_object: False returns a plain dictionary of tensors.
+            remove_batch_dim: drop the batch axis of the cached tensors; the batch must be 1.
+            kwargs: those of `HookedRootModule.run_with_cache` (`names_filter`, `device`, `incl_bwd`, `pos_slice`, ...)
+                and of the model.
+        """
+        output, cache = super().run_with_cache(*model_args, remove_batch_dim=remove_batch_dim, **kwargs)
+        if return_cache_object:
+            cache = ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+        return output, cache
+
+    # Housekeeping
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Keep the config's dtype and device true after `.to()`, `.half()`, `.cuda()` and their like."""
+        super()._apply(fn, recurse)
+        if hasattr(self, "unembed"):
+            self.cfg.dtype, self.cfg.device = self.unembed.W_U.dtype, str(self.unembed.W_U.device)
+        return self
+
+    def mps(self) -> HookedTransformer:
+        """Move the model to Apple's GPU."""
+        return self.to("mps")
+
+    # The classic library's gates. Every hook point exists here without them, so there is nothing to set.
+
+    def set_use_attn_result(self, use_attn_result: bool) -> None:
+        """Accepted, without effect: `hook_result` is computed whenever something listens to it."""
+
+    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
+        """Accepted, without effect: `hook_q_input` and its like are made whenever something listens to them."""
+
+    def set_use_attn_in(self, use_attn_in: bool) -> None:
+        """Accepted, without effect: `hook_attn_in` is made whenever something listens to it."""
+
+    def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
+        """Accepted, without effect: `hook_mlp_in` always exists."""
+
+    def set_ungroup_grouped_query_attention(self, ungroup_grouped_query_attention: bool) -> None:
+        """Accepted, without effect: keys and values are hooked per key-value head."""
+
+    @property
+    def n_params_total(self) -> int:
+        """All parameters, embeddings, biases and norms included."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def _with_vocabulary(cfg: HookedTransformerConfig, tokenizer: Tokenizer | None) -> HookedTransformerConfig:
+    """A copy of the config, with `d_vocab` from the tokenizer where it has none of its own."""
+    if cfg.d_vocab != -1:
+        return cfg.replace()
+    if tokenizer is None:
+        raise ValueError("d_vocab is missing from the config: give it, or a tokenizer to take it from")
+    return cfg.replace(d_vocab=max(tokenizer.get_vocab().values()) + 1)
+
+
+def _final_norm_kind(cfg: HookedTransformerConfig) -> str | None:
+    if not cfg.final_rms or cfg.normalization_type is None:
+        return cfg.normalization_type
+    return "RMSPre" if cfg.normalization_type.endswith("Pre") else "RMS"
+
+
+def _check_return(return_type: object, stop: int | None, logits_to_keep: object, loss_per_token: bool) -> None:
+    if return_type not in ("logits", "loss", "both", None):
+        raise ValueError(f"return_type is 'logits', 'loss', 'both' or None, not {return_type!r}")
+    wants_loss = return_type in ("loss", "both")
+    if wants_loss and stop is not None:
+        raise ValueError(f"stop_at_layer returns the residual stream, so there is no {return_type!r} to return")
+    if wants_loss and logits_to_keep is not None:
+        raise ValueError("a loss needs the logits of every position: logits_to_keep does not go with it")
+    if loss_per_token and not wants_loss:
+        raise ValueError(f"loss_per_token needs return_type 'loss' or 'both', not {return_type!r}")
+
+
+def _kept(normalized: Tensor, logits_to_keep: int | slice | Tensor | None) -> Tensor:
+    if logits_to_keep is None:
+        return normalized
+    if isinstance(logits_to_keep, int) and not isinstance(logits_to_keep, bool):
+        if not 1 <= logits_to_keep <= normalized.shape[1]:
+            raise ValueError(f"logits_to_keep is 1-{normalized.shape[1]} for this input, got {logits_to_keep}")
+        return normalized[:, -logits_to_keep:]
+    if isinstance(logits_to_keep, (slice, Tensor)):
+        return normalized[:, logits_to_keep]
+    raise TypeError(f"logits_to_keep is an int, a slice or a tensor of positions, got {logits_to_keep!r}")
+
+
+def _check_mask(mask: object, batch: int, n_new: int, continuing: bool) -> None:
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != (batch, n_new):
+        raise ValueError(f"attention_mask has shape [batch pos] = [{batch} {n_new}], got {_describe(mask)}")
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError("attention_mask holds 1 for real tokens and 0 for padding, and nothing else")
+    if not continuing and not bool(mask.any(1).all()):
+        raise ValueError("attention_mask marks a whole prompt as padding")
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f"a tensor with shape {tuple(value.shape)} and dtype {value.dtype}"
+    return f"{type(value).__name__} {value!r}"
+
+
+@contextmanager
+def _rewound_on_error(cache: HookedTransformerKeyValueCache | None) -> Generator[None, None, None]:
+    """Take back what a failed run has added to a key-value cache."""
+    length = 0 if cache is None else cache.length
+    try:
+        yield
+    except BaseException:
+        if cache is not None:
+            cache.rewind(length)
+        raise

@@ -1,0 +1,272 @@
+"""Small helpers under their classic names; most live elsewhere and are gathered here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hooked_lm import tokenization
+from hooked_lm.components.activations import gelu_fast, gelu_new, solu
+from hooked_lm.factored_matrix import FactoredMatrix, composition_scores
+from hooked_lm.generation import sample_logits
+from hooked_lm.initialization import (
+    calc_fan_in_and_fan_out,
+    init_kaiming_normal_,
+    init_kaiming_uniform_,
+    init_xavier_normal_,
+    init_xavier_uniform_,
+)
+from hooked_lm.losses import lm_accuracy, lm_cross_entropy_loss
+from hooked_lm.names import get_act_name
+from hooked_lm.slicing import Slice, SliceInput
+from hooked_lm.tokenization import tokenize_and_concatenate
+
+__all__ = [
+    "FactoredMatrix",
+    "PromptReport",
+    "Slice",
+    "SliceInput",
+    "calc_fan_in_and_fan_out",
+    "composition_scores",
+    "gelu_fast",
+    "gelu_new",
+    "get_act_name",
+    "get_attention_mask",
+    "get_corner",
+    "get_cumsum_along_dim",
+    "get_offset_position_ids",
+    "get_tokenizer_with_bos",
+    "init_kaiming_normal_",
+    "init_kaiming_uniform_",
+    "init_xavier_normal_",
+    "init_xavier_uniform_",
+    "is_lower_triangular",
+    "is_square",
+    "lm_accuracy",
+    "lm_cross_entropy_loss",
+    "logits_to_df",
+    "override_or_use_default_value",
+    "remove_batch_dim",
+    "repeat_along_head_dimension",
+    "sample_logits",
+    "solu",
+    "test_prompt",
+    "to_numpy",
+    "tokenize_and_concatenate",
+    "transpose",
+]
+
+
+def to_numpy(tensor: Any) -> np.ndarray:
+    """Return a tensor, parameter, list or number as a numpy array on the CPU; bfloat16 becomes float32.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    if isinstance(tensor, np.ndarray):
+        return tensor
+    if isinstance(tensor, Tensor):
+        tensor = tensor.detach().cpu()
+        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    if isinstance(tensor, (list, tuple, int, float, bool, str, np.generic)):
+        return np.array(tensor)
+    raise TypeError(f"cannot make a numpy array of {type(tensor).__name__}")
+
+
+def get_corner(tensor: Any, n: int = 3) -> Any:
+    """Return the first `n` entries along every axis of a tensor or a FactoredMatrix."""
+    if isinstance(tensor, FactoredMatrix):
+        return get_corner(tensor.get_corner(n), n)
+    return tensor[(slice(n),) * tensor.ndim]
+
+
+def is_square(x: Tensor) -> bool:
+    """Whether this is a square matrix."""
+    return x.ndim == 2 and x.shape[0] == x.shape[1]
+
+
+def is_lower_triangular(x: Tensor) -> bool:
+    """Whether this is a square matrix with zeros above the diagonal."""
+    return is_square(x) and bool(torch.equal(x, x.tril()))
+
+
+def transpose(tensor: Tensor) -> Tensor:
+    """Return the tensor with its last two axes exchanged."""
+    return tensor.transpose(-1, -2)
+
+
+def remove_batch_dim(tensor: Tensor) -> Tensor:
+    """Return the tensor without its first axis if that has length 1, and as it is otherwise."""
+    return tensor.squeeze(0)
+
+
+def repeat_along_head_dimension(tensor: Tensor, n_heads: int, clone_tensor: bool = True) -> Tensor:
+    """Return [batch pos d_model] as [batch pos head d_model]: a copy for each head, or one view for all of them."""
+    repeated = tensor[:, :, None].expand(-1, -1, n_heads, -1)
+    return repeated.clone() if clone_tensor else repeated
+
+
+def override_or_use_default_value(default_flag: Any, override: Any = None) -> Any:
+    """Return the override, or the default where that is None."""
+    return default_flag if override is None else override
+
+
+def get_attention_mask(tokenizer: Any, tokens: Tensor, prepend_bos: bool) -> Tensor:
+    """Return the mask [batch pos] of padded tokens, 0 at padding, on the side the tokenizer pads."""
+    inferred = tokenization.infer_attention_mask(tokenizer, tokens, prepend_bos, tokenizer.padding_side)
+    return torch.ones_like(tokens) if inferred is None else inferred
+
+
+def get_cumsum_along_dim(tensor: Tensor, dim: int, reverse: bool = False) -> Tensor:
+    """Return the cumulative sum along an axis, from its end if `reverse`."""
+    return tensor.flip(dim).cumsum(dim).flip(dim) if reverse else tensor.cumsum(dim)
+
+
+def get_offset_position_ids(past_kv_pos_offset: int, attention_mask: Tensor) -> Tensor:
+    """Return each token's position in its own prompt, padding not counted, from a mask over past and new tokens."""
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    return positions[:, past_kv_pos_offset:]
+
+
+def get_tokenizer_with_bos(tokenizer: Any) -> Any:
+    """Return a copy of a tokenizer that has a BOS token; strings get it from the model, not from the tokenizer."""
+    return tokenization.prepare_tokenizer(tokenizer, tokenizer.padding_side)
+
+
+@dataclass(frozen=True)
+class AnswerToken:
+    """How a model ranked one token of an answer.
+
+    Attributes:
+        token: the token as a string.
+        rank: 0 for the likeliest.
+        logit, probability: the model's.
+        top: the likeliest tokens at this point, as (string, logit, probability).
+    """
+
+    token: str
+    rank: int
+    logit: float
+    probability: float
+    top: tuple[tuple[str, float, float], ...]
+
+
+@dataclass(frozen=True)
+class PromptReport:
+    """How a model answered a prompt. As a string, the report that `test_prompt` prints.
+
+    Attributes:
+        prompt_tokens: as strings.
+        answers: for each answer that was given, its tokens.
+    """
+
+    prompt_tokens: list[str]
+    answers: tuple[tuple[AnswerToken, ...], ...]
+
+    @property
+    def ranks(self) -> list[list[int]]:
+        """The rank of each token of each answer."""
+        return [[token.rank for token in answer] for answer in self.answers]
+
+    def __str__(self) -> str:
+        lines = [f"Tokenized prompt: {self.prompt_tokens}"]
+        for answer in self.answers:
+            lines.append(f"Tokenized answer: {[token.token for token in answer]}")
+            for token in answer:
+                lines.append(
+                    f"{token.token!r}: rank {token.rank}, logit {token.logit:.2f}, probability {token.probability:.2%}"
+                )
+                for place, (string, logit, probability) in enumerate(token.top):
+                    lines.append(f"  top {place}: logit {logit:6.2f}  probability {probability:7.2%}  {string!r}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def test_prompt(
+    prompt: str,
+    answer: str | Sequence[str],
+    model: Any,
+    prepend_space_to_answer: bool = True,
+    print_details: bool = True,
+    prepend_bos: bool | None = None,
+    top_k: int = 10,
+) -> PromptReport:
+    """Ask whether a model gives the right answer; print the report and return it.
+
+    Each token of the answer is ranked with the tokens before it in place.
+
+    Args:
+        prompt: the text so far.
+        answer: the right continuation, or several to compare.
+        model: a `HookedTransformer` with a tokenizer.
+        prepend_space_to_answer: put a space in front of an answer that has none.
+        print_details: print the report.
+        prepend_bos: by default the model's.
+        top_k: how many of the likeliest tokens to list.
+
+    Raises:
+        ValueError: an answer is empty.
+    """
+    answers = [answer] if isinstance(answer, str) else list(answer)
+    prompt_tokens = model.to_tokens(prompt, prepend_bos=prepend_bos)
+    judged = []
+    for one in answers:
+        text = f" {one}" if prepend_space_to_answer and not one.startswith(" ") else one
+        tokens = model.to_tokens(text, prepend_bos=False)
+        logits = model(torch.cat((prompt_tokens, tokens), 1))[0, prompt_tokens.shape[1] - 1 : -1]
+        judged.append(tuple(_judge(model, *pair, top_k) for pair in zip(logits, tokens[0].tolist(), strict=True)))
+    report = PromptReport(model.to_str_tokens(prompt_tokens[0]), tuple(judged))
+    if print_details:
+        print(report)
+    return report
+
+
+# pytest would otherwise take it for a test wherever it is imported.
+test_prompt.__test__ = False  # type: ignore[attr-defined]
+
+
+def _judge(model: Any, logits: Tensor, token: int, top_k: int) -> AnswerToken:
+    probabilities = logits.softmax(-1)
+    best = logits.topk(min(top_k, logits.shape[-1]))
+    top = tuple(
+        (model.to_single_str_token(int(index)), float(value), float(probabilities[index]))
+        for value, index in zip(best.values, best.indices, strict=True)
+    )
+    return AnswerToken(
+        token=model.to_single_str_token(token),
+        rank=int((logits > logits[token]).sum()),
+        logit=float(logits[token]),
+        probability=float(probabilities[token]),
+        top=top,
+    )
+
+
+def logits_to_df(logits: Tensor, model: Any, k: int = 20) -> Any:
+    """Return the `k` likeliest tokens for one position's logits [vocab] as a pandas DataFrame, the likeliest first.
+
+    Raises:
+        ImportError: pandas is not installed; the `notebooks` extra brings it.
+    """
+    try:
+        # An optional extra: nothing else in the package needs it.
+        import pandas as pd
+    except ImportError as error:
+        raise ImportError("logits_to_df needs pandas: pip install 'hooked-lm[notebooks]'") from error
+    if logits.ndim != 1:
+        raise ValueError(f"logits of one position [vocab] are expected, got shape {tuple(logits.shape)}")
+    log_probabilities = logits.log_softmax(-1)
+    best = logits.topk(min(k, logits.shape[-1]))
+    return pd.DataFrame(
+        {
+            "token": best.indices.tolist(),
+            "string": [model.to_single_str_token(int(index)) for index in best.indices],
+            "logit": to_numpy(best.values),
+            "log_prob": to_numpy(log_probabilities[best.indices]),
+            "probability": to_numpy(log_probabilities[best.indices].exp()),
+        }
+    )

@@ -1,0 +1,172 @@
+"""A model's weights under their circuit names: stacked over layers, and as factored QK and OV matrices."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.factored_matrix import FactoredMatrix, composition_scores
+
+
+class HeadLabels(list[str]):
+    """A list of labels that may also be called, since existing code has it both as an attribute and as a method."""
+
+    def __call__(self) -> HeadLabels:
+        return self
+
+
+class WeightViews(nn.Module):
+    """The weight accessors of `HookedTransformer`. Stacks are copies; single parameters are the parameters themselves."""
+
+    cfg: HookedTransformerConfig
+    blocks: nn.ModuleList
+    embed: Any
+    pos_embed: Any
+    unembed: Any
+
+    def _stack(self, module: str, name: str) -> Tensor:
+        found = [getattr(getattr(block, module, None), name, None) for block in self.blocks]
+        if not found or any(value is None for value in found):
+            raise AttributeError(f"the blocks of this model have no {module}.{name}")
+        return torch.stack([value for value in found if value is not None])
+
+    @property
+    def W_E(self) -> Float[Tensor, "vocab d_model"]:
+        return self.embed.W_E
+
+    @property
+    def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
+        if not hasattr(self, "pos_embed"):
+            raise AttributeError(
+                f"a model with positional_embedding_type={self.cfg.positional_embedding_type!r} has no W_pos"
+            )
+        return self.pos_embed.W_pos
+
+    @property
+    def W_E_pos(self) -> Float[Tensor, "vocab_and_ctx d_model"]:
+        """Token and position embeddings one below the other: every input of a full circuit."""
+        return torch.cat((self.W_E, self.W_pos))
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model vocab"]:
+        return self.unembed.W_U
+
+    @property
+    def b_U(self) -> Float[Tensor, "vocab"]:
+        return self.unembed.b_U
+
+    @property
+    def W_Q(self) -> Float[Tensor, "layer head d_model d_head"]:
+        return self._stack("attn", "W_Q")
+
+    @property
+    def W_K(self) -> Float[Tensor, "layer kv_head d_model d_head"]:
+        return self._stack("attn", "W_K")
+
+    @property
+    def W_V(self) -> Float[Tensor, "layer kv_head d_model d_head"]:
+        return self._stack("attn", "W_V")
+
+    @property
+    def W_O(self) -> Float[Tensor, "layer head d_head d_model"]:
+        return self._stack("attn", "W_O")
+
+    @property
+    def b_Q(self) -> Float[Tensor, "layer head d_head"]:
+        return self._stack("attn", "b_Q")
+
+    @property
+    def b_K(self) -> Float[Tensor, "layer kv_head d_head"]:
+        return self._stack("attn", "b_K")
+
+    @property
+    def b_V(self) -> Float[Tensor, "layer kv_head d_head"]:
+        return self._stack("attn", "b_V")
+
+    @property
+    def b_O(self) -> Float[Tensor, "layer d_model"]:
+        return self._stack("attn", "b_O")
+
+    @property
+    def W_in(self) -> Float[Tensor, "layer *expert d_model d_mlp"]:
+        return self._stack("mlp", "W_in")
+
+    @property
+    def W_gate(self) -> Float[Tensor, "layer *expert d_model d_mlp"]:
+        return self._stack("mlp", "W_gate")
+
+    @property
+    def W_out(self) -> Float[Tensor, "layer *expert d_mlp d_model"]:
+        return self._stack("mlp", "W_out")
+
+    @property
+    def b_in(self) -> Float[Tensor, "layer *expert d_mlp"]:
+        return self._stack("mlp", "b_in")
+
+    @property
+    def b_gate(self) -> Float[Tensor, "layer *expert d_mlp"]:
+        return self._stack("mlp", "b_gate")
+
+    @property
+    def b_out(self) -> Float[Tensor, "layer *expert d_model"]:
+        return self._stack("mlp", "b_out")
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """`W_Q W_K^T` of every head, [layer head d_model d_model]: rows are destinations, columns sources."""
+        return FactoredMatrix(self.W_Q, self._per_query_head(self.W_K).mT)
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """`W_V W_O` of every head, [layer head d_model d_model]: from what a source holds to what is written."""
+        return FactoredMatrix(self._per_query_head(self.W_V), self.W_O)
+
+    def _per_query_head(self, stacked: Tensor) -> Tensor:
+        return stacked.repeat_interleave(self.cfg.n_heads // self.cfg.n_kv_heads, dim=1)
+
+    def all_composition_scores(self, mode: Literal["Q", "K", "V"]) -> Float[Tensor, "layer head layer head"]:
+        """Return how much each head's output is read by each later head, [writer layer, head, reader layer, head].
+
+        `||W_OV W_read|| / (||W_OV|| ||W_read||)`, where the reader's matrix is its QK for `"Q"`, the transpose of that
+        for `"K"`, and its OV for `"V"` (Elhage et al. 2021). Zero unless the reader is in a later layer.
+        """
+        if mode not in ("Q", "K", "V"):
+            raise ValueError(f"composition is by 'Q', 'K' or 'V', not {mode!r}")
+        reads = {"Q": self.QK, "K": self.QK.T, "V": self.OV}[mode] if self.cfg.n_layers else self.OV
+        scores = composition_scores(self.OV, reads)
+        layer = torch.arange(self.cfg.n_layers, device=scores.device)
+        earlier = layer[:, None, None, None] < layer[None, None, :, None]
+        return scores.where(earlier, 0.0)
+
+    @property
+    def all_head_labels(self) -> HeadLabels:
+        """`"L0H0"`, `"L0H1"`, ... in the order in which `[layer head]` is flattened."""
+        return HeadLabels(f"L{layer}H{head}" for layer in range(self.cfg.n_layers) for head in range(self.cfg.n_heads))
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, "d_model"]:
+        """Return the sum of the output biases written to the stream before `layer`.
+
+        Args:
+            layer: 0 to n_layers; the blocks before it count.
+            mlp_input: also count attention's bias in `layer` itself.
+            include_mlp_biases: count the MLPs' biases too.
+        """
+        if not 0 <= layer <= self.cfg.n_layers or (mlp_input and layer == self.cfg.n_layers):
+            raise ValueError(f"layer {layer} is out of range: this model has blocks 0-{self.cfg.n_layers - 1}")
+        if self.cfg.use_normalization_before_and_after:
+            raise ValueError("biases are normalised before they reach the stream here: they do not add up")
+        if self.cfg.num_experts is not None and include_mlp_biases:
+            raise ValueError("which experts' biases are written depends on the tokens: pass include_mlp_biases=False")
+        total = torch.zeros(self.cfg.d_model, dtype=self.W_E.dtype, device=self.W_E.device)
+        for block in list(self.blocks)[: layer + int(mlp_input)]:
+            total = total + block.attn.b_O
+        if include_mlp_biases and not self.cfg.attn_only:
+            for block in list(self.blocks)[:layer]:
+                total = total + block.mlp.b_out
+        return total

@@ -1,0 +1,5 @@
+"""The one error of this package."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be found, read or converted; the message says what was tried and what to do."""

@@ -1,0 +1,71 @@
+"""GPT-2 (Radford et al. 2019)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from weight_conversion.family import Family
+from weight_conversion.fields import ConfigFields
+from weight_conversion.rules import Drop, Rule, RuleTable, Zeros
+
+
+def config(fields: ConfigFields) -> dict[str, Any]:
+    """Map a `GPT2Config`."""
+    fields.require("add_cross_attention", False)
+    fields.ignore("attn_pdrop", "embd_pdrop", "resid_pdrop", "reorder_and_upcast_attn")
+    # What a classification head or an old file says of itself.
+    fields.ignore("summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type")
+    fields.ignore("summary_use_proj", "n_ctx", "gradient_checkpointing", "tie_word_embeddings")
+    d_model = fields.take("n_embd")
+    return {
+        "n_layers": fields.take("n_layer"),
+        "d_model": d_model,
+        "n_heads": fields.take("n_head"),
+        "d_mlp": fields.take("n_inner") or 4 * d_model,
+        "n_ctx": fields.take("n_positions"),
+        "d_vocab": fields.take("vocab_size"),
+        "act_fn": fields.take("activation_function"),
+        "eps": fields.take("layer_norm_epsilon"),
+        "use_attn_scale": fields.take("scale_attn_weights"),
+        "scale_attn_by_inverse_layer_idx": fields.take("scale_attn_by_inverse_layer_idx"),
+        "normalization_type": "LN",
+        "positional_embedding_type": "standard",
+    }
+
+
+def rules(tied: bool) -> RuleTable:
+    """Map the tensors of a `GPT2LMHeadModel`. GPT-2 keeps its matrices as [in out]."""
+    block = "blocks.{layer}"
+    qkv_weights = tuple(f"{block}.attn.W_{which}" for which in "QKV")
+    qkv_biases = tuple(f"{block}.attn.b_{which}" for which in "QKV")
+    unembedding = (
+        (Rule("wte.weight", "vocab d_model -> d_model vocab", ("unembed.W_U",), tied=True),
+         Drop("lm_head.weight", "it is the token embedding"))
+        if tied
+        else (Rule("lm_head.weight", "vocab d_model -> d_model vocab", ("unembed.W_U",)),)
+    )  # fmt: skip
+    return (
+        Rule("wte.weight", "vocab d_model -> vocab d_model", ("embed.W_E",)),
+        Rule("wpe.weight", "n_ctx d_model -> n_ctx d_model", ("pos_embed.W_pos",)),
+        Rule("h.{layer}.ln_1.weight", "d_model -> d_model", (f"{block}.ln1.w",)),
+        Rule("h.{layer}.ln_1.bias", "d_model -> d_model", (f"{block}.ln1.b",)),
+        Rule("h.{layer}.attn.c_attn.weight", "d_model (part head d_head) -> part head d_model d_head", qkv_weights),
+        Rule("h.{layer}.attn.c_attn.bias", "(part head d_head) -> part head d_head", qkv_biases),
+        Rule("h.{layer}.attn.c_proj.weight", "(head d_head) d_model -> head d_head d_model", (f"{block}.attn.W_O",)),
+        Rule("h.{layer}.attn.c_proj.bias", "d_model -> d_model", (f"{block}.attn.b_O",)),
+        Rule("h.{layer}.ln_2.weight", "d_model -> d_model", (f"{block}.ln2.w",)),
+        Rule("h.{layer}.ln_2.bias", "d_model -> d_model", (f"{block}.ln2.b",)),
+        Rule("h.{layer}.mlp.c_fc.weight", "d_model d_mlp -> d_model d_mlp", (f"{block}.mlp.W_in",)),
+        Rule("h.{layer}.mlp.c_fc.bias", "d_mlp -> d_mlp", (f"{block}.mlp.b_in",)),
+        Rule("h.{layer}.mlp.c_proj.weight", "d_mlp d_model -> d_mlp d_model", (f"{block}.mlp.W_out",)),
+        Rule("h.{layer}.mlp.c_proj.bias", "d_model -> d_model", (f"{block}.mlp.b_out",)),
+        Rule("ln_f.weight", "d_model -> d_model", ("ln_final.w",)),
+        Rule("ln_f.bias", "d_model -> d_model", ("ln_final.b",)),
+        *unembedding,
+        Zeros("unembed.b_U", "vocab"),
+        Drop("h.{layer}.attn.bias", "the causal mask of old checkpoints"),
+        Drop("h.{layer}.attn.masked_bias", "a constant of old checkpoints"),
+    )
+
+
+FAMILY = Family("GPT-2", ("GPT2LMHeadModel", "GPT2Model"), config, rules, prefix="transformer.")

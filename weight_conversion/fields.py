@@ -1,0 +1,65 @@
+"""Reading a HuggingFace config so that no field goes unnoticed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from weight_conversion.errors import CheckpointError
+
+# Fields that every transformers config carries and that say nothing about the function a model computes.
+GENERIC_FIELDS = frozenset(
+    ["_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_autoset", "architectures", "auto_map", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "decoder_start_token_id", "dtype", "eos_token_id", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label", "initializer_range", "is_encoder_decoder", "label2id", "model_type", "output_attentions", "output_hidden_states", "pad_token_id", "prefix", "problem_type", "pruned_heads", "return_dict", "sep_token_id", "suppress_tokens", "task_specific_params", "tf_legacy_loss", "tokenizer_class", "torch_dtype", "torchscript", "transformers_version", "use_bfloat16", "use_cache", "bad_words_ids", "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "temperature", "top_k", "top_p", "typical_p"]
+)
+
+
+class ConfigFields:
+    """The fields of one HuggingFace config, each to be taken, ignored by name, or refused.
+
+    Args:
+        fields: the whole config as a dictionary, defaults included.
+        family: for messages.
+    """
+
+    def __init__(self, fields: Mapping[str, Any], family: str) -> None:
+        self._fields, self.family = dict(fields), family
+        self._unread = set(self._fields) - GENERIC_FIELDS
+
+    def take(self, name: str) -> Any:
+        """Return a field's value.
+
+        Raises:
+            CheckpointError: the config has no such field.
+        """
+        if name not in self._fields:
+            raise CheckpointError(f"the {self.family} config lacks {name!r}; it has {sorted(self._fields)}")
+        self._unread.discard(name)
+        return self._fields[name]
+
+    def ignore(self, *names: str) -> None:
+        """Leave fields unused on purpose: they do not change what a trained model computes."""
+        self._unread.difference_update(names)
+
+    def require(self, name: str, value: Any) -> None:
+        """Check that a field has the one value that is supported.
+
+        Raises:
+            CheckpointError: it has another.
+        """
+        found = self._fields.get(name, value)
+        if found != value:
+            raise CheckpointError(f"{self.family} with {name}={found!r} is not supported; only {value!r} is")
+        self._unread.discard(name)
+
+    def finish(self) -> None:
+        """Check that nothing was overlooked.
+
+        Raises:
+            CheckpointError: fields are left that nobody has read.
+        """
+        if self._unread:
+            raise CheckpointError(
+                f"the {self.family} config has fields that its conversion does not know: "
+                f"{ {name: self._fields[name] for name in sorted(self._unread)} }. They may change what the model "
+                f"computes, so they are not skipped: handle them in weight_conversion/families"
+            )

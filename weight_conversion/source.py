@@ -1,0 +1,142 @@
+"""Finding a checkpoint and reading its tensors: a folder, the hub, or a model in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from weight_conversion.errors import CheckpointError
+from weight_conversion.registry import ALIASES
+
+_SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
+
+
+def find_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """Return the folder of a checkpoint: the path itself, or a download of the hub id that a name stands for.
+
+    Raises:
+        CheckpointError: it is no folder, and the hub does not give it; the message says what was tried.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file: give the folder that holds config.json and the weights")
+    return _download(str(name_or_path), revision)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    # Only loading from the hub needs the hub's client.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    hub_id = ALIASES.get(name, name)
+    wanted = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    try:
+        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(hub_id, revision=revision, allow_patterns=["*.bin"], ignore_patterns=["*/*"])
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        short = hub_id.rsplit("/", maxsplit=1)[-1]
+        raise CheckpointError(
+            f"no checkpoint {name!r}. Tried: the folder {Path(name).absolute()} (there is none); {hub_id!r} in the local "
+            f"HuggingFace cache and on the hub ({type(error).__name__}: {str(error).splitlines()[0]}). Without a network, "
+            f"run `hf download {hub_id} --local-dir {short}` where there is one, copy the folder here, and load it by its path"
+        ) from error
+    return folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the contents of a JSON file that holds an object.
+
+    Raises:
+        CheckpointError: it is absent, or is not that.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} has no {path.name}: it is not the folder of a checkpoint")
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object")
+    return content
+
+
+def open_tensors(folder: Path) -> Mapping[str, Tensor]:
+    """Return a folder's tensors by name, each read when it is asked for.
+
+    Safetensors come first; a pickle is read with `weights_only=True`, and only if there is nothing better.
+
+    Raises:
+        CheckpointError: there are none, a shard is absent, or a file is damaged.
+    """
+    for single, read in ((_SAFETENSORS, SafetensorFiles), (_PICKLE, PickleFiles)):
+        if (folder / f"{single}.index.json").is_file():
+            names = set(read_json(folder / f"{single}.index.json").get("weight_map", {}).values())
+            absent = sorted(name for name in names if not (folder / name).is_file())
+            if absent or not names:
+                raise CheckpointError(f"{folder / single}.index.json names files that are absent: {', '.join(absent)}")
+            return read([folder / name for name in sorted(names)])
+        if (folder / single).is_file():
+            return read([folder / single])
+    raise CheckpointError(
+        f"{folder} has no weights: expected {_SAFETENSORS}, {_PICKLE}, or the .index.json of one in shards"
+    )
+
+
+class SafetensorFiles(Mapping[str, Tensor]):
+    """Safetensors files as one mapping. They are memory-mapped: a tensor costs nothing until its values are used."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._where: dict[str, Any] = {}
+        self._paths: dict[str, Path] = {}
+        for path in paths:
+            try:
+                file = safe_open(path, framework="pt")
+                names = list(file.keys())
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
+            self._where |= dict.fromkeys(names, file)
+            self._paths |= dict.fromkeys(names, path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            return self._where[name].get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{name} in {self._paths[name]} cannot be read: {error}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
+class PickleFiles(Mapping[str, Tensor]):
+    """PyTorch pickles as one mapping, memory-mapped, and only if they hold tensors and nothing that could run."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        for path in paths:
+            try:
+                self._tensors |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except Exception as error:  # torch.load raises whatever the damage leads to
+                raise CheckpointError(
+                    f"{path} is damaged, or holds more than tensors, and is not unpickled: {type(error).__name__}: {error}"
+                ) from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
