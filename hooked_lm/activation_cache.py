@@ -1,169 +1,20 @@
-"""ActivationCache: what a run computed, by name; and the residual stream taken apart.
-
-The mapping is in `CachedActivations`, the decompositions are in `ActivationCache` itself.
-"""
+"""ActivationCache: a run's activations, and the residual stream taken apart."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal
 
 import torch
 from einops import einsum
 from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from hooked_lm.cached_activations import CachedActivations, CacheKey
 from hooked_lm.components.norm import Norm
-from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.names import UnknownHookError, describe_unknown, get_act_name
+from hooked_lm.names import UnknownHookError, get_act_name
 from hooked_lm.slicing import Slice
-from hooked_lm.weight_views import HeadLabels
 
-CacheKey = str | tuple[Any, ...]
 Stack = Float[Tensor, "component *batch_and_pos d_model"]
-
-
-class CacheModel(Protocol):
-    """What a cache needs of the model it came from."""
-
-    cfg: HookedTransformerConfig
-    blocks: Any
-    hook_dict: dict[str, Any]
-    ln_final: Any
-
-    def tokens_to_residual_directions(self, tokens: Any) -> Tensor: ...
-
-    def accumulated_bias(self, layer: int, mlp_input: bool, include_mlp_biases: bool) -> Tensor: ...
-
-
-class CachedActivations(Mapping[Any, Tensor]):
-    """A mapping from names to tensors. Names may be short: `cache["q", 3]`, `cache["scale", 4, "ln1"]`, `cache["k2a"]`.
-
-    Attributes:
-        cache_dict: full hook name -> tensor.
-        model: the model of the run.
-        has_batch_dim: whether the tensors have their batch axis.
-    """
-
-    def __init__(self, cache_dict: dict[str, Tensor], model: CacheModel, has_batch_dim: bool = True) -> None:
-        self.cache_dict = cache_dict
-        self.model = model
-        self.has_batch_dim = has_batch_dim
-
-    def full_name(self, key: CacheKey) -> str:
-        """Return the hook name that a key stands for; negative layers count from the last.
-
-        Raises:
-            UnknownHookError: it stands for none.
-        """
-        if isinstance(key, str) and key in self.cache_dict:
-            return key
-        parts = list(key) if isinstance(key, tuple) else [key]
-        if len(parts) > 1 and isinstance(parts[1], int) and parts[1] < 0:
-            parts[1] += self.model.cfg.n_layers
-        try:
-            return get_act_name(*parts)
-        except (ValueError, TypeError) as error:
-            raise UnknownHookError(f"{key!r} names no activation: {error}") from error
-
-    def __getitem__(self, key: CacheKey) -> Tensor:
-        name = self.full_name(key)
-        if name in self.cache_dict:
-            return self.cache_dict[name]
-        if name.removesuffix("_grad") in self.model.hook_dict:
-            demand = getattr(self.model.hook_dict.get(name), "on_demand", False)
-            reason = "computed on demand: name it in names_filter" if demand else "not recorded in this run"
-            raise UnknownHookError(f"{name!r} exists in the model but is not in this cache: it is {reason}")
-        raise UnknownHookError(describe_unknown(name, list(self.model.hook_dict)))
-
-    def __contains__(self, key: object) -> bool:
-        try:
-            return self.full_name(key) in self.cache_dict  # type: ignore[arg-type]
-        except UnknownHookError:
-            return False
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.cache_dict)
-
-    def __len__(self) -> int:
-        return len(self.cache_dict)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__} with {len(self)} activations: {list(self.cache_dict)}"
-
-    # Moving and slicing
-
-    def to(self, device: torch.device | str, move_model: bool = False) -> Self:
-        """Move the tensors (and, if asked, the model) to a device. Returns this cache."""
-        moved: dict[int, Tensor] = {}
-        for name, tensor in self.cache_dict.items():
-            # Entries that are one tensor stay one.
-            self.cache_dict[name] = moved.setdefault(id(tensor), tensor.to(device))
-        if move_model:
-            self.model.to(device)  # type: ignore[attr-defined]
-        return self
-
-    def remove_batch_dim(self) -> Self:
-        """Drop the batch axis of every tensor. Returns this cache.
-
-        Raises:
-            ValueError: the batch is not 1; nothing has been changed then.
-        """
-        if self.has_batch_dim:
-            for name, tensor in self.cache_dict.items():
-                if tensor.shape[0] != 1:
-                    raise ValueError(
-                        f"the batch axis can go only when it is 1; {name!r} has shape {tuple(tensor.shape)}"
-                    )
-            for name, tensor in self.cache_dict.items():
-                self.cache_dict[name] = tensor[0]
-            self.has_batch_dim = False
-        return self
-
-    def apply_slice_to_batch_dim(self, batch_slice: object) -> Self:
-        """Return a new cache with some of the prompts; a single index drops the batch axis."""
-        if not self.has_batch_dim:
-            raise ValueError("this cache has no batch axis to slice")
-        batch = Slice.unwrap(batch_slice)
-        sliced = {name: batch.apply(tensor, dim=0) for name, tensor in self.cache_dict.items()}
-        return type(self)(sliced, self.model, has_batch_dim=batch.mode != "int")
-
-    def toggle_autodiff(self, mode: bool = False) -> None:
-        """Turn gradients on or off for all of torch: caches of long runs with gradients keep whole graphs alive."""
-        torch.set_grad_enabled(mode)
-
-    # On disk
-
-    def save(self, path: str | Path) -> None:
-        """Write the cache to a safetensors file. An entry that is the same tensor as another is written once."""
-        written: dict[tuple[Any, ...], str] = {}
-        tensors, aliases = {}, {}
-        for name, tensor in self.cache_dict.items():
-            memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            if memory in written:
-                aliases[name] = written[memory]
-            else:
-                written[memory] = name
-                tensors[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
-        order = json.dumps(list(self.cache_dict))
-        about = {"has_batch_dim": str(self.has_batch_dim), "aliases": json.dumps(aliases), "order": order}
-        save_file(tensors, path, metadata=about)
-
-    @classmethod
-    def load(cls, path: str | Path, model: CacheModel) -> Self:
-        """Read a cache that `save` has written, for use with the model it came from."""
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-            if "order" not in about:
-                raise ValueError(f"{path} is not a saved ActivationCache")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        aliases = json.loads(about["aliases"])
-        entries = {name: tensors[aliases.get(name, name)] for name in json.loads(about["order"])}
-        return cls(entries, model, has_batch_dim=about["has_batch_dim"] == "True")
 
 
 class ActivationCache(CachedActivations):
@@ -304,10 +155,10 @@ class ActivationCache(CachedActivations):
             apply_ln: scale as the norm that reads at `layer` scales, by its cached statistics.
         """
         last, positions = self._final(layer), Slice.unwrap(pos_slice)
-        pieces, labels = [], HeadLabels()
+        pieces, labels = [], []
         for depth in range(last):
             # Of the product only the kept positions are formed.
-            z = _slice_positions(self["z", depth], positions, axis=-3)
+            z = positions.apply(self["z", depth], dim=-3)
             pieces.append(_head_results(z, self.model.blocks[depth].attn.W_O).movedim(-2, 0))
             labels += [f"L{depth}H{head}" for head in range(self.model.cfg.n_heads)]
         stack = torch.cat(pieces) if pieces else self._stacked([], positions.apply(self[self._any_stream()], dim=-2))
@@ -565,45 +416,29 @@ class ActivationCache(CachedActivations):
             pos_slice, batch_slice: which positions and prompts of the run the stack holds.
             has_batch_dim: whether the stack has a batch axis.
         """
-        directions = self._directions(tokens)
+        directions = self.model.tokens_to_residual_directions(tokens)
         if incorrect_tokens is not None:
-            wrong = self._directions(incorrect_tokens)
+            wrong = self.model.tokens_to_residual_directions(incorrect_tokens)
             if wrong.shape != directions.shape:
                 raise ValueError(
                     f"tokens have shape {tuple(directions.shape[:-1])}, incorrect_tokens {tuple(wrong.shape[:-1])}"
                 )
             directions = directions - wrong
-        if not Slice.unwrap(batch_slice).is_identity and directions.ndim > 1 and self.has_batch_dim:
-            directions = Slice.unwrap(batch_slice).apply(directions, dim=0)
-        has_pos = (
-            residual_stack.ndim == 2 + int(has_batch_dim and self._stack_has_batch(residual_stack, batch_slice)) + 1
-        )
-        if directions.ndim == 2 and has_pos and has_batch_dim:
-            directions = directions[:, None]  # [batch 1 d_model]: the same for each position
-        scaled = self.apply_ln_to_stack(
-            residual_stack,
-            layer=-1,
-            pos_slice=pos_slice,
-            batch_slice=batch_slice,
-            has_batch_dim=has_batch_dim,
-        )
+        batch = Slice.unwrap(batch_slice)
+        if directions.ndim > 1 and self.has_batch_dim:
+            directions = batch.apply(directions, dim=0)
+        has_batch = has_batch_dim and self.has_batch_dim and batch.mode != "int"
+        has_pos = residual_stack.ndim == 3 + has_batch
+        if directions.ndim == 2 and has_batch and has_pos:
+            directions = directions[:, None]  # [batch 1 d_model]: the same at every position
+        scaled = self.apply_ln_to_stack(residual_stack, -1, False, pos_slice, batch_slice, has_batch_dim)
         return (scaled * directions).sum(-1)
-
-    def _stack_has_batch(self, residual_stack: Tensor, batch_slice: object) -> bool:
-        return self.has_batch_dim and Slice.unwrap(batch_slice).mode != "int"
-
-    def _directions(self, tokens: Any) -> Tensor:
-        return self.model.tokens_to_residual_directions(tokens)
 
 
 def _head_results(
     z: Float[Tensor, "*batch_and_pos head d_head"], W_O: Float[Tensor, "head d_head d_model"]
 ) -> Float[Tensor, "*batch_and_pos head d_model"]:
     return einsum(z, W_O, "... head d_head, head d_head d_model -> ... head d_model")
-
-
-def _slice_positions(tensor: Tensor, positions: Slice, axis: int) -> Tensor:
-    return positions.apply(tensor, dim=axis)
 
 
 def _spread(projected: Tensor, between: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from hooked_lm.kv_cache import HookedTransformerKeyValueCache
 
 
+@runtime_checkable
 class LanguageModel(Protocol):
     """What the decoding loop needs of a model."""
 

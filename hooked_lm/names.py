@@ -30,7 +30,18 @@ AXES: dict[str, str] = {
 NamesFilter = None | str | Iterable[str] | Callable[[str], bool]
 
 # Where a short name lives inside a block.
-_BLOCK_SITES = ["resid_pre", "resid_mid", "resid_post", "attn_in", "q_input", "k_input", "v_input", "mlp_in", "attn_out", "mlp_out"]
+_BLOCK_SITES = [
+    "resid_pre",
+    "resid_mid",
+    "resid_post",
+    "attn_in",
+    "q_input",
+    "k_input",
+    "v_input",
+    "mlp_in",
+    "attn_out",
+    "mlp_out",
+]
 _ATTN_SITES = ["q", "k", "v", "z", "rot_q", "rot_k", "attn_scores", "pattern", "result"]
 _MLP_SITES = ["pre", "mid", "post", "pre_linear", "expert_weights", "expert_indices"]
 _NORM_SITES = ["scale", "normalized"]

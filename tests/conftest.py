@@ -1,0 +1,27 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import transformers
+from transformers import PreTrainedTokenizerFast
+
+from tests.helpers import tiny_gpt2, tiny_tokenizer
+
+transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A folder with a tiny GPT-2 checkpoint and its tokenizer, as transformers writes them. Do not write to it."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    tiny_gpt2().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
