@@ -20,8 +20,8 @@ Stack = Float[Tensor, "component *batch_and_pos d_model"]
 class ActivationCache(CachedActivations):
     """The activations of a run, and what the residual stream is made of.
 
-    Everything that is written to the residual stream adds up to it, so a direction read from the stream (a token's logit,
-    say) is the sum of what each component writes along it (Elhage et al. 2021, "A Mathematical Framework").
+    Everything that is written to the residual stream adds up to it, so what is read from the stream along a direction (a
+    token's logit, say) is the sum of what each component writes along it (Elhage et al. 2021, "A Mathematical Framework").
     """
 
     def _final(self, layer: int | None) -> int:
@@ -208,7 +208,7 @@ class ActivationCache(CachedActivations):
         return_labels: bool = False,
         incl_remainder: bool = False,
         apply_ln: bool = False,
-        project_output_onto: Float[Tensor, "d_model *out"] | None = None,
+        project_output_onto: Float[Tensor, " d_model *out"] | None = None,
     ) -> Any:
         """Return what every neuron before `layer` writes, [layer*neuron batch pos d_model].
 
@@ -283,7 +283,7 @@ class ActivationCache(CachedActivations):
         apply_ln: bool = False,
         pos_slice: object = None,
         return_labels: bool = False,
-        project_output_onto: Float[Tensor, "d_model *out"] | None = None,
+        project_output_onto: Float[Tensor, " d_model *out"] | None = None,
     ) -> Any:
         """Return everything written to the stream before `layer`: heads, neurons (or MLPs), embeddings and biases.
 
@@ -348,8 +348,8 @@ class ActivationCache(CachedActivations):
     ) -> Stack:
         """Return the stack as the norm that reads at `layer` would scale it.
 
-        With the cached scale this is linear, so components still add up: it centres (LayerNorm), divides by the scale and
-        multiplies with the gain, if that has not been folded away. A norm's own bias belongs to no component.
+        With the cached scale this is linear, so components still add up: it centres (LayerNorm), divides by the scale
+        and multiplies with the gain, if that has not been folded away. A norm's own bias belongs to no component.
 
         Args:
             residual_stack: [component batch pos d_model], already sliced as `pos_slice` and `batch_slice` say.
@@ -403,11 +403,11 @@ class ActivationCache(CachedActivations):
         pos_slice: object = None,
         batch_slice: object = None,
         has_batch_dim: bool = True,
-    ) -> Float[Tensor, "component *batch_and_pos"]:
+    ) -> Float[Tensor, " component *batch_and_pos"]:
         """Return how much each component adds to a token's logit, or to a difference of two logits.
 
-        The stack is scaled as the final norm scales it and projected on the tokens' unembedding directions; the biases of
-        the norm and of the unembedding belong to no component.
+        The stack is scaled as the final norm scales it and projected on the tokens' unembedding directions. The biases
+        of the norm and of the unembedding belong to no component.
 
         Args:
             residual_stack: [component batch pos d_model], sliced as below.

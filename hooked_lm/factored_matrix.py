@@ -179,7 +179,7 @@ class FactoredMatrix:
         return torch.linalg.eigvals(self.BA)
 
     def norm(self) -> Float[Tensor, "*leading"]:
-        """Return the Frobenius norm, from the triangular parts of the factors (Gram matrices would square the error)."""
+        """Return the Frobenius norm, from the factors' triangular parts: Gram matrices would square the error."""
         R_left = torch.linalg.qr(self.A, mode="r").R
         R_right = torch.linalg.qr(self.B.mT, mode="r").R
         return torch.linalg.matrix_norm(R_left @ R_right.mT)
@@ -229,7 +229,7 @@ class FactoredMatrix:
         return index
 
     def unsqueeze(self, k: int) -> FactoredMatrix:
-        """Return this with a new leading axis of length 1 at place `k`, counted from the left or (negative) the right."""
+        """Return this with a new leading axis of length 1 at place `k`, from the left or, if negative, the right."""
         n_leading = self.ndim - 2
         if not -self.ndim - 1 <= k <= n_leading or -3 < k < 0:
             raise IndexError(f"unsqueeze({k}): only leading axes can be added, at 0-{n_leading}")

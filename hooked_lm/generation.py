@@ -54,7 +54,7 @@ class Sampling:
 
     def pick(
         self, logits: Float[Tensor, "batch vocab"], tokens: Int[Tensor, "batch pos"] | None = None
-    ) -> Int[Tensor, "batch"]:
+    ) -> Int[Tensor, " batch"]:
         """Return one token for each prompt. `tokens`, the text so far, is read by `freq_penalty` alone."""
         if self.freq_penalty:
             if tokens is None:
@@ -88,7 +88,7 @@ def sample_logits(
     temperature: float = 1.0,
     freq_penalty: float = 0.0,
     tokens: Int[Tensor, "batch pos"] | None = None,
-) -> Int[Tensor, "batch"]:
+) -> Int[Tensor, " batch"]:
     """Return a token drawn from each row of logits. Options as in `Sampling`."""
     return Sampling(True, top_k, top_p, temperature, freq_penalty).pick(final_logits, tokens)
 
@@ -103,7 +103,7 @@ def decode_steps(
     eos_token_ids: tuple[int, ...] = (),
     use_past_kv_cache: bool = True,
     verbose: bool = False,
-) -> Iterator[Int[Tensor, "batch"]]:
+) -> Iterator[Int[Tensor, " batch"]]:
     """Yield the next token of every prompt, step by step.
 
     A prompt that has produced an end-of-sequence token goes on repeating it; when all have, the loop ends.

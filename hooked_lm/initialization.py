@@ -50,7 +50,7 @@ def init_kaiming_uniform_(
     mode: str = "fan_in",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Fill from a uniform distribution of variance `(gain * g)^2 / fan`, g being the nonlinearity's (He et al. 2015)."""
+    """Fill from a uniform distribution of variance `(gain * g)^2 / fan`, g the nonlinearity's (He et al. 2015)."""
     bound = math.sqrt(3.0) * _kaiming_std(param, a, nonlinearity, gain, mode)
     return param.uniform_(-bound, bound, generator=generator)
 
@@ -64,7 +64,7 @@ def init_kaiming_normal_(
     mode: str = "fan_in",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Fill from a normal distribution of variance `(gain * g)^2 / fan`, g being the nonlinearity's (He et al. 2015)."""
+    """Fill from a normal distribution of variance `(gain * g)^2 / fan`, g the nonlinearity's (He et al. 2015)."""
     return param.normal_(0.0, _kaiming_std(param, a, nonlinearity, gain, mode), generator=generator)
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hooked_lm import bundled
 from hooked_lm import weights as processing
 from hooked_lm.components.norm import Norm
 from hooked_lm.config import HookedTransformerConfig
@@ -68,7 +69,7 @@ class ModelWeights(nn.Module):
             refactor_factored_attn_matrices: rotate each head's basis to its singular vectors.
             hf_model: a loaded `transformers` model to take the weights from; then nothing is read from disk.
             tokenizer: instead of the checkpoint's own.
-            device, dtype: where and in which precision the model is kept. By default the CPU, and the checkpoint's dtype.
+            device, dtype: where and in which precision the model is kept; by default the CPU and the checkpoint's dtype.
             revision: branch, tag or commit on the hub.
             checkpoint_index, checkpoint_value: a training checkpoint, of families that publish them.
             first_n_layers: keep only so many blocks.
@@ -80,7 +81,7 @@ class ModelWeights(nn.Module):
             CheckpointError: the checkpoint cannot be found or read; the message says what was tried.
         """
         loaded = checkpoint.load(
-            name_or_path,
+            bundled.find(str(name_or_path)) or name_or_path,
             hf_model=hf_model,
             tokenizer=tokenizer,
             revision=revision,
@@ -140,7 +141,7 @@ class ModelWeights(nn.Module):
             raise ValueError(
                 "load_state_dict copies the weights into the model's own memory layout: leave assign=False"
             )
-        return super().load_state_dict(processing.from_classic(self.cfg, dict(state_dict)), strict=strict)
+        return super().load_state_dict(processing.from_classic(dict(state_dict)), strict=strict)
 
     def load_and_process_state_dict(
         self,

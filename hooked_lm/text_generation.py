@@ -116,7 +116,16 @@ class TextGeneration(TextInterface):
         skip = 1 if texts is not None and self._prepends_bos(prepend_bos) else 0
         sampling = Sampling(do_sample, top_k, top_p, temperature, freq_penalty)
         ends = self._ends(stop_at_eos, eos_token_id)
-        steps = decode_steps(self, tokens, mask, max_new_tokens, sampling, ends, use_past_kv_cache, verbose)  # type: ignore[arg-type]
+        steps = decode_steps(
+            self,  # type: ignore[arg-type]
+            tokens,
+            mask,
+            max_new_tokens,
+            sampling,
+            ends,
+            use_past_kv_cache,
+            verbose,
+        )
 
         def piece(parts: list[Tensor], start: int) -> Any:
             joined = torch.cat(parts, 1)

@@ -118,11 +118,14 @@ class TextInterface(nn.Module):
             padding_side: accepted for old calls: prompts are taken one by one, so nothing is padded.
         """
         tokenizer = self._require_tokenizer()
+
+        def of_text(text: str) -> list[str]:
+            return tokenization.str_tokens(tokenizer, self._tokenize(text, prepend_bos, padding_side).tokens[0])
+
         if isinstance(input, str):
-            ids = self._tokenize(input, prepend_bos, padding_side).tokens[0]
-            return tokenization.str_tokens(tokenizer, ids)
+            return of_text(input)
         if isinstance(input, (list, tuple)) and input and isinstance(input[0], str):
-            return [self.to_str_tokens(one, prepend_bos, padding_side) for one in input]  # type: ignore[misc]
+            return [of_text(str(text)) for text in input]
         rows = tokenization.token_rows(input)  # type: ignore[arg-type]
         if rows.ndim == 2 and rows.shape[0] > 1:
             return [tokenization.str_tokens(tokenizer, row) for row in rows]

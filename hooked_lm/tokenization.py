@@ -1,7 +1,7 @@
 """Text to tokens and back: functions over a tokenizer, none of which changes it.
 
-A beginning-of-sequence token (BOS) is put in front of strings, and never in front of tokens. It is added here and not by
-the tokenizer, so that every tokenizer behaves alike.
+A beginning-of-sequence token (BOS) is put in front of strings, and never in front of tokens. It is added here, not by the
+tokenizer, so that every tokenizer behaves alike.
 """
 
 from __future__ import annotations
@@ -186,8 +186,8 @@ def tokenize_and_concatenate(
 ) -> Any:
     """Turn a `datasets.Dataset` of texts, or an iterable of strings, into rows of `max_length` tokens.
 
-    Texts are joined with the end-of-sequence token between them and cut into equal rows, each starting with BOS if asked;
-    what is left over at the end is dropped.
+    Texts are joined with the end-of-sequence token between them and cut into equal rows, each starting with BOS if
+    asked. What is left over at the end is dropped.
 
     Args:
         dataset: a HuggingFace `Dataset` with a text column, or an iterable of strings.

@@ -34,7 +34,7 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, HookedRootMod
 
     Args:
         cfg: the architecture, as a config or a dictionary of its fields.
-        tokenizer: a HuggingFace tokenizer, needed to read strings. Without one, a config with `tokenizer_name` loads it.
+        tokenizer: a HuggingFace tokenizer, needed to read strings. A config with `tokenizer_name` loads its own.
         move_to_device: move the parameters to `cfg.device`, where that is given.
         default_padding_side: overrides the config's.
 
@@ -92,10 +92,10 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, HookedRootMod
         """Run the model.
 
         Args:
-            input: a string, a list of strings, tokens [pos] or [batch pos], or with `start_at_layer` the residual stream
-                [batch pos d_model] that enters that block.
-            return_type: `"logits"` [batch pos vocab]; `"loss"`, the mean next-token loss in nats; `"both"`, a pair; None
-                runs up to the final norm and returns None.
+            input: a string, a list of strings, tokens [pos] or [batch pos], or with `start_at_layer` the residual
+                stream [batch pos d_model] that enters that block.
+            return_type: `"logits"` [batch pos vocab]; `"loss"`, the mean next-token loss in nats; `"both"`, a pair;
+                None runs up to the final norm and returns None.
             loss_per_token: the loss as [batch pos-1].
             prepend_bos: for strings; by default the model's. Never applies to tokens.
             padding_side: for strings, and for recognising padding in tokens without a mask; by default the model's.
@@ -175,11 +175,11 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, HookedRootMod
         if tokens is not None:
             raise ValueError("tokens= goes with start_at_layer; without it the input is the tokens")
         tokens, attention_mask = self._read(input, prepend_bos, padding_side, attention_mask, past_kv_cache)
-        layout = self._layout(*tokens.shape, attention_mask, past_kv_cache)
+        layout = self._layout(tokens.shape[0], tokens.shape[1], attention_mask, past_kv_cache)
         return *self._embed(tokens, layout), attention_mask, layout
 
     def _embed(self, tokens: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the residual stream that enters block 0, the tokens (a hook may change them), shortformer positions."""
+        """Return the residual stream that enters block 0, the tokens as hooks leave them, shortformer positions."""
         if self.hook_tokens.live:
             tokens = self._check_tokens(self.hook_tokens(protect(tokens)))
         residual = self.hook_embed(self.embed(tokens))
@@ -215,7 +215,7 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, HookedRootMod
             return self._check_tokens(batch.tokens), mask
         if not isinstance(input, (Tensor, np.ndarray, list, tuple)) or len(input) == 0:
             raise TypeError(f"the input is a string, a list of strings or tokens, got {_describe(input)}")
-        tokens = self._check_tokens(tokenization.token_rows(input))  # type: ignore[arg-type]
+        tokens = self._check_tokens(tokenization.token_rows(input))
         return tokens, self._infer_mask(tokens, attention_mask, prepend_bos, padding_side, past_kv_cache)
 
     def _check_tokens(self, tokens: Tensor) -> Tensor:
@@ -227,9 +227,8 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, HookedRootMod
             raise ValueError(f"tokens have shape [batch pos], neither empty; got {tuple(tokens.shape)}")
         least, most = (int(extreme) for extreme in torch.aminmax(tokens))
         if least < 0 or most >= self.cfg.d_vocab:
-            raise ValueError(
-                f"token {least if least < 0 else most} is out of range: this model's tokens are 0-{self.cfg.d_vocab - 1}"
-            )
+            culprit = least if least < 0 else most
+            raise ValueError(f"token {culprit} is out of range: this model's tokens are 0-{self.cfg.d_vocab - 1}")
         return tokens.to(self.W_E.device)
 
     def _check_residual(self, residual: object, tokens: Tensor | None) -> Tensor:
@@ -298,7 +297,7 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, HookedRootMod
         """Return (residual entering block 0, tokens, shortformer positions or None, attention mask or None)."""
         tokens, mask = self._read(input, prepend_bos, padding_side, attention_mask, past_kv_cache)
         with _rewound_on_error(past_kv_cache):
-            layout = self._layout(*tokens.shape, mask, past_kv_cache)
+            layout = self._layout(tokens.shape[0], tokens.shape[1], mask, past_kv_cache)
             residual, tokens, shortformer_pos = self._embed(tokens, layout)
         return residual, tokens, shortformer_pos, mask
 

@@ -20,10 +20,10 @@ class HeadLabels(list[str]):
 
 
 class WeightViews(nn.Module):
-    """The weight accessors of `HookedTransformer`. Stacks are copies; single parameters are the parameters themselves."""
+    """The weight accessors of `HookedTransformer`. Stacks are copies; the rest are the parameters themselves."""
 
     cfg: HookedTransformerConfig
-    blocks: nn.ModuleList
+    blocks: Any  # an nn.ModuleList of TransformerBlock
     embed: Any
     pos_embed: Any
     unembed: Any
@@ -56,7 +56,7 @@ class WeightViews(nn.Module):
         return self.unembed.W_U
 
     @property
-    def b_U(self) -> Float[Tensor, "vocab"]:
+    def b_U(self) -> Float[Tensor, " vocab"]:
         return self.unembed.b_U
 
     @property
@@ -149,7 +149,7 @@ class WeightViews(nn.Module):
 
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
-    ) -> Float[Tensor, "d_model"]:
+    ) -> Float[Tensor, " d_model"]:
         """Return the sum of the output biases written to the stream before `layer`.
 
         Args:
@@ -164,9 +164,9 @@ class WeightViews(nn.Module):
         if self.cfg.num_experts is not None and include_mlp_biases:
             raise ValueError("which experts' biases are written depends on the tokens: pass include_mlp_biases=False")
         total = torch.zeros(self.cfg.d_model, dtype=self.W_E.dtype, device=self.W_E.device)
-        for block in list(self.blocks)[: layer + int(mlp_input)]:
+        for block in self.blocks[: layer + int(mlp_input)]:
             total = total + block.attn.b_O
         if include_mlp_biases and not self.cfg.attn_only:
-            for block in list(self.blocks)[:layer]:
+            for block in self.blocks[:layer]:
                 total = total + block.mlp.b_out
         return total

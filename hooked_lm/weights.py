@@ -215,7 +215,7 @@ _CLASSIC_GROUPED = re.compile(r"(blocks\.\d+\.attn\.)_([Wb]_[KV])")
 _CLASSIC_EXPERT = re.compile(r"(blocks\.\d+\.mlp\.)experts\.(\d+)\.([Wb]_(?:in|gate|out))")
 
 
-def from_classic(cfg: HookedTransformerConfig, state_dict: Weights) -> Weights:
+def from_classic(state_dict: Weights) -> Weights:
     """Return a state dict in today's names from one that the classic library may have saved.
 
     Buffers are dropped by name, `_W_K`-style grouped names lose their underscore, experts are stacked, and biases the
@@ -225,7 +225,7 @@ def from_classic(cfg: HookedTransformerConfig, state_dict: Weights) -> Weights:
         ValueError: a gated MLP with a non-zero `b_in`, which the classic library added after the product of gate and
             input, where this one adds it before.
     """
-    weights = {}
+    weights: Weights = {}
     experts: dict[str, dict[int, Tensor]] = {}
     for name, value in state_dict.items():
         if _CLASSIC_BUFFERS.fullmatch(name):
@@ -233,18 +233,18 @@ def from_classic(cfg: HookedTransformerConfig, state_dict: Weights) -> Weights:
         expert = _CLASSIC_EXPERT.fullmatch(name)
         if expert:
             experts.setdefault(expert[1] + expert[3], {})[int(expert[2])] = value
-            continue
-        weights[_CLASSIC_GROUPED.sub(r"\1\2", name)] = value
-    for name, by_number in experts.items():
-        prefix = name.rpartition("W_")[0] or name.rpartition("b_")[0]
-        if f"{prefix}W_gate" in weights:
-            weights[f"{prefix}W_router"] = weights.pop(f"{prefix}W_gate")
+        else:
+            weights[_CLASSIC_GROUPED.sub(r"\1\2", name)] = value
+    # The classic router of a mixture is its `W_gate`, a name that here belongs to the experts.
+    for prefix in {name.rpartition(".")[0] for name in experts}:
+        if f"{prefix}.W_gate" in weights:
+            weights[f"{prefix}.W_router"] = weights.pop(f"{prefix}.W_gate")
     for name, by_number in experts.items():
         weights[name] = torch.stack([by_number[number] for number in sorted(by_number)])
-    return _with_absent_biases(cfg, weights)
+    return _with_absent_biases(weights)
 
 
-def _with_absent_biases(cfg: HookedTransformerConfig, weights: Weights) -> Weights:
+def _with_absent_biases(weights: Weights) -> Weights:
     added = {}
     for name, value in weights.items():
         prefix, _, last = name.rpartition(".")
@@ -253,8 +253,8 @@ def _with_absent_biases(cfg: HookedTransformerConfig, weights: Weights) -> Weigh
             b_in = weights.get(f"{prefix}.b_in")
             if last == "W_gate" and b_in is not None and bool(b_in.any()):
                 raise ValueError(
-                    f"{prefix}.b_in is not zero and {prefix}.b_gate is absent: the classic library added b_in after the "
-                    "product of gate and input, which this model cannot express"
+                    f"{prefix}.b_in is not zero and {prefix}.b_gate is absent: the classic library added b_in after "
+                    "the product of gate and input, which this model cannot express"
                 )
             added[f"{prefix}.{pairs[last]}"] = value.new_zeros((*value.shape[:-2], value.shape[-1]))
     return {**weights, **added}

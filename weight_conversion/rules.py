@@ -48,8 +48,8 @@ class Rule:
             result = rearrange(tensor, self.axes, **used)
         except EinopsError as error:
             raise CheckpointError(
-                f"{self.source} has shape {tuple(tensor.shape)}, which is not {self.axes.split('->')[0].strip()!r} with "
-                f"{used}: the weights do not belong to this config"
+                f"{self.source} has shape {tuple(tensor.shape)}, which is not {self.axes.split('->')[0].strip()!r} "
+                f"with {used}: the weights do not belong to this config"
             ) from error
         return dict(zip(self.targets, result if len(self.targets) > 1 else [result], strict=True))
 
@@ -143,7 +143,9 @@ def convert(
 
 def _expand(table: RuleTable, n_layers: int) -> tuple[list[Rule], list[Zeros], set[str]]:
     """The rules and zeros of every block, and every source name that is accounted for."""
-    rules, zeros, known = [], [], set()
+    rules: list[Rule] = []
+    zeros: list[Zeros] = []
+    known: set[str] = set()
     for entry in table:
         if isinstance(entry, Drop):
             known.update(_per_layer(entry.source, n_layers))

@@ -45,9 +45,10 @@ def _download(name: str, revision: str | None) -> Path:
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         short = hub_id.rsplit("/", maxsplit=1)[-1]
         raise CheckpointError(
-            f"no checkpoint {name!r}. Tried: the folder {Path(name).absolute()} (there is none); {hub_id!r} in the local "
-            f"HuggingFace cache and on the hub ({type(error).__name__}: {str(error).splitlines()[0]}). Without a network, "
-            f"run `hf download {hub_id} --local-dir {short}` where there is one, copy the folder here, and load it by its path"
+            f"no checkpoint {name!r}. Tried: the folder {Path(name).absolute()} (there is none); {hub_id!r} in the "
+            f"local HuggingFace cache and on the hub ({type(error).__name__}: {str(error).splitlines()[0]}). Without a "
+            f"network, run `hf download {hub_id} --local-dir {short}` where there is one, copy the folder here, and load "
+            "it by its path"
         ) from error
     return folder
 
@@ -129,7 +130,8 @@ class PickleFiles(Mapping[str, Tensor]):
                 self._tensors |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except Exception as error:  # torch.load raises whatever the damage leads to
                 raise CheckpointError(
-                    f"{path} is damaged, or holds more than tensors, and is not unpickled: {type(error).__name__}: {error}"
+                    f"{path} is damaged, or holds more than tensors, and is not unpickled: "
+                    f"{type(error).__name__}: {error}"
                 ) from error
 
     def __getitem__(self, name: str) -> Tensor:

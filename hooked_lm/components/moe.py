@@ -19,7 +19,8 @@ class MoE(nn.Module):
     chosen. `hook_expert_indices` [batch pos chosen] is who is chosen.
 
     Parameters:
-        W_router [d_model expert], b_router [expert]; W_in, W_gate [expert d_model d_mlp], W_out [expert d_mlp d_model] and the biases
+        W_router [d_model expert], b_router [expert]; W_in, W_gate [expert d_model d_mlp], W_out [expert d_mlp d_model]
+        and the biases
         b_in, b_gate [expert d_mlp], b_out [expert d_model]. `W_gate` and `b_gate` only where `gated_mlp`.
     """
 

@@ -73,7 +73,7 @@ class RotarySpec:
 
 
 @lru_cache(maxsize=64)
-def rotary_frequencies(spec: RotarySpec, device: torch.device) -> Float[Tensor, "pair"]:
+def rotary_frequencies(spec: RotarySpec, device: torch.device) -> Float[Tensor, " pair"]:
     """Return radians per position of each rotating pair, in float32 as the checkpoints were trained with."""
     exponents = torch.arange(0, spec.dim, 2, dtype=torch.int64, device=device).float() / spec.dim
     frequencies = 1.0 / spec.base**exponents
@@ -83,8 +83,8 @@ def rotary_frequencies(spec: RotarySpec, device: torch.device) -> Float[Tensor, 
 
 
 def _scale_by_parts(
-    frequencies: Float[Tensor, "pair"], factor: float, low: float, high: float, original_ctx: int
-) -> Float[Tensor, "pair"]:
+    frequencies: Float[Tensor, " pair"], factor: float, low: float, high: float, original_ctx: int
+) -> Float[Tensor, " pair"]:
     """Slow the pairs that turn less than `low` times over the original context by `factor`; leave those above `high`.
 
     In between the two are blended (Llama 3; "NTK-by-parts", Peng et al. 2023, section 3.2).
@@ -117,7 +117,7 @@ def rotate(
     return turned if still.shape[-1] == 0 else torch.cat((turned, still), -1)
 
 
-def alibi_slopes(n_heads: int) -> Float[Tensor, "head"]:
+def alibi_slopes(n_heads: int) -> Float[Tensor, " head"]:
     """Return ALiBi's slope per head: the powers of `2 ** (-8 / n)`, for n the largest power of two up to `n_heads`.
 
     Heads beyond n take every second power of the next finer sequence (Press et al. 2022).
