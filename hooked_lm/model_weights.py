@@ -69,7 +69,7 @@ class ModelWeights(nn.Module):
             refactor_factored_attn_matrices: rotate each head's basis to its singular vectors.
             hf_model: a loaded `transformers` model to take the weights from; then nothing is read from disk.
             tokenizer: instead of the checkpoint's own.
-            device, dtype: where and in which precision the model is kept; by default the CPU and the checkpoint's dtype.
+            device, dtype: where and in which precision the model is kept; by default the CPU, the checkpoint's dtype.
             revision: branch, tag or commit on the hub.
             checkpoint_index, checkpoint_value: a training checkpoint, of families that publish them.
             first_n_layers: keep only so many blocks.

@@ -1,7 +1,7 @@
 """Text to tokens and back: functions over a tokenizer, none of which changes it.
 
-A beginning-of-sequence token (BOS) is put in front of strings, and never in front of tokens. It is added here, not by the
-tokenizer, so that every tokenizer behaves alike.
+A beginning-of-sequence token (BOS) is put in front of strings, and never in front of tokens. It is added here, not by
+the tokenizer, so that every tokenizer behaves alike.
 """
 
 from __future__ import annotations

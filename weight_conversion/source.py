@@ -47,8 +47,8 @@ def _download(name: str, revision: str | None) -> Path:
         raise CheckpointError(
             f"no checkpoint {name!r}. Tried: the folder {Path(name).absolute()} (there is none); {hub_id!r} in the "
             f"local HuggingFace cache and on the hub ({type(error).__name__}: {str(error).splitlines()[0]}). Without a "
-            f"network, run `hf download {hub_id} --local-dir {short}` where there is one, copy the folder here, and load "
-            "it by its path"
+            f"network, run `hf download {hub_id} --local-dir {short}` where there is one, copy the folder here, and "
+            "load it by its path"
         ) from error
     return folder
 
