@@ -20,8 +20,8 @@ Stack = Float[Tensor, "component *batch_and_pos d_model"]
 class ActivationCache(CachedActivations):
     """The activations of a run, and what the residual stream is made of.
 
-    Everything that is written to the residual stream adds up to it. So what is read from it along a direction (a token's
-    logit, say) is the sum of what each component writes there (Elhage et al. 2021, "A Mathematical Framework").
+    Everything that is written to the residual stream adds up to it. So what is read from it along a direction (say,
+    a token's logit) is the sum of what each component writes there (Elhage et al. 2021, "A Mathematical Framework").
     """
 
     def _final(self, layer: int | None) -> int:
