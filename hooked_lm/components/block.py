@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -109,25 +110,34 @@ class TransformerBlock(nn.Module):
 
     def normalized_sources(self, sources: HeadInputs, resid_pre: Tensor) -> HeadInputs:
         """Apply `ln1` to each distinct input. Its hook points see the shared stream, never the per-head copies."""
-        shared = self.ln1(resid_pre) if self._ln1_is_needed(sources, resid_pre) else None
-        bare = self.ln1.without_hooks if isinstance(self.ln1, Norm) else self.ln1
-
-        def normalized(source: Tensor) -> Tensor:
-            return shared if source is resid_pre and shared is not None else bare(source)
-
+        if all(source is resid_pre for source in sources):
+            shared = self.ln1(resid_pre)
+            return shared, shared, shared
+        if not isinstance(self.ln1, Norm):
+            return sources
         q, k, v = sources
+        if not any(source is resid_pre for source in sources):
+            self._show_unread_norm(self.ln1, resid_pre)
+            return self.ln1.without_hooks(q), self.ln1.without_hooks(k), self.ln1.without_hooks(v)
+        shared = self.ln1(resid_pre)
+
+        def normalized(source: Tensor, norm: Norm = self.ln1) -> Tensor:
+            return shared if source is resid_pre else norm.without_hooks(source)
+
         return normalized(q), normalized(k), normalized(v)
 
-    def _ln1_is_needed(self, sources: HeadInputs, resid_pre: Tensor) -> bool:
-        if any(source is resid_pre for source in sources):
-            return True
-        if not isinstance(self.ln1, Norm):
-            return False
-        points = (self.ln1.hook_scale, self.ln1.hook_normalized)
-        for point in points:
-            if any(not handle.reads_only for handle in point.fwd_hooks):
-                raise RuntimeError(
-                    f"an edit at {point.name!r} would change nothing: queries, keys and values all read per-head "
-                    f"copies (hooks at attn_in or at q_input, k_input and v_input), which are normalised on their own"
-                )
-        return any(point.live for point in points)
+    @staticmethod
+    def _show_unread_norm(ln1: Norm, resid_pre: Tensor) -> None:
+        """Show the norm of the shared stream to whoever listens, though no head reads it.
+
+        Raises:
+            RuntimeError: a hook changes it, which would have no effect.
+        """
+        if not (ln1.hook_scale.live or ln1.hook_normalized.live):
+            return
+        if not torch.equal(ln1(resid_pre), ln1.step_by_step(resid_pre)):
+            raise RuntimeError(
+                f"an edit at {ln1.hook_normalized.name!r} or {ln1.hook_scale.name!r} would change nothing: queries, keys "
+                "and values all read per-head copies here (hooks at attn_in, or at q_input, k_input and v_input), which "
+                "are normalised on their own"
+            )

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hooked_lm.components.activations import Activation, identity
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint
 
@@ -35,11 +36,17 @@ class Norm(nn.Module):
     def forward(self, x: Float[Tensor, "*batch length"]) -> Float[Tensor, "*batch length"]:
         if not (self.hook_scale.live or self.hook_normalized.live):
             return self.without_hooks(x)
+        return self.step_by_step(x, self.hook_scale, self.hook_normalized)
+
+    def step_by_step(
+        self, x: Float[Tensor, "*batch length"], see_scale: Activation = identity, see_normalized: Activation = identity
+    ) -> Float[Tensor, "*batch length"]:
+        """Normalise by way of scale and normalised input, each passed through a function on its way."""
         exact = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         if self.centred:
             exact = exact - exact.mean(-1, keepdim=True)
-        scale = self.hook_scale((exact.square().mean(-1, keepdim=True) + self.eps).sqrt())
-        normalized = self.hook_normalized((exact / scale).to(x.dtype))
+        scale = see_scale((exact.square().mean(-1, keepdim=True) + self.eps).sqrt())
+        normalized = see_normalized((exact / scale).to(x.dtype))
         if self.w is None:
             return normalized
         return normalized * self.w if self.b is None else torch.addcmul(self.b, normalized, self.w)

@@ -1,0 +1,201 @@
+"""Induction, end to end: the tokens that call for it, the heads that do it, and the circuit that links them.
+
+An induction head continues a repeat: at a token seen before it attends to what came after it then, and predicts that. It
+needs an earlier head that writes, at each position, which token came before (Elhage et al. 2021, "A Mathematical
+Framework for Transformer Circuits"; Olsson et al. 2022, "In-context Learning and Induction Heads").
+
+The tokens are a start token, then `length` random ones, then the same again:
+
+    position   0      1 ... length      length+1 ... 2*length
+    token      start  t_1 ... t_length  t_1 ...      t_length
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooked_lm.activation_cache import ActivationCache
+from hooked_lm.factored_matrix import FactoredMatrix
+
+Head = tuple[int, int]
+
+
+def repeated_random_tokens(
+    batch: int, length: int, d_vocab: int, generator: torch.Generator, start_token: int = 0
+) -> Int[Tensor, "batch pos"]:
+    """Return `start_token`, then `length` random tokens, then the same again: [batch 2*length+1].
+
+    The tokens of a block differ from one another and from `start_token`, so the repeat determines each next token.
+
+    Args:
+        batch: rows, drawn independently.
+        length: tokens in the block that is repeated.
+        d_vocab: tokens are drawn from `0` to `d_vocab - 1`.
+        generator: where the randomness comes from. Its device is that of the result.
+        start_token: what stands first; a BOS token where the model has one.
+
+    Raises:
+        ValueError: nothing to draw, or more tokens than the vocabulary holds.
+    """
+    if batch < 1 or not 1 <= length < d_vocab or not 0 <= start_token < d_vocab:
+        raise ValueError(
+            f"repeated_random_tokens draws a block of 1-{d_vocab - 1} different tokens, besides a start token in "
+            f"0-{d_vocab - 1}, for at least one row; got batch={batch}, length={length}, start_token={start_token}"
+        )
+    order = torch.rand(batch, d_vocab - 1, generator=generator, device=generator.device).argsort(-1)[:, :length]
+    block = order + (order >= start_token)  # leaves out the start token
+    start = torch.full((batch, 1), start_token, device=generator.device)
+    return torch.cat((start, block, block), dim=1)
+
+
+# How well the tokens are predicted
+
+
+@dataclass(frozen=True)
+class NextTokenScores:
+    """How well each next token is predicted. Column `i` is about the token at position `i + 1`.
+
+    Attributes:
+        log_prob: its log-probability in nats, [batch pos-1].
+        correct: whether it was the likeliest, [batch pos-1].
+    """
+
+    log_prob: Float[Tensor, "batch pos_minus_one"]
+    correct: Bool[Tensor, "batch pos_minus_one"]
+
+    def first_half(self) -> NextTokenScores:
+        """The tokens of the block where they come first: nothing predicts them. [batch length]"""
+        return self._columns(slice(None, self._length()))
+
+    def second_half(self) -> NextTokenScores:
+        """The tokens of the repeat but its first, which nothing announces. [batch length-1]"""
+        return self._columns(slice(self._length() + 1, None))
+
+    def mean_log_prob(self) -> float:
+        """Mean log-probability, in nats."""
+        return float(self.log_prob.mean())
+
+    def accuracy(self) -> float:
+        """Share of tokens that were the likeliest."""
+        return float(self.correct.float().mean())
+
+    def _columns(self, columns: slice) -> NextTokenScores:
+        return NextTokenScores(self.log_prob[:, columns], self.correct[:, columns])
+
+    def _length(self) -> int:
+        return self.log_prob.shape[1] // 2
+
+
+def next_token_scores(
+    logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]
+) -> NextTokenScores:
+    """Return how well each token is predicted from those before it.
+
+    Args:
+        logits: the model's, for `tokens`. The last position predicts nothing here.
+        tokens: as `repeated_random_tokens` gives them, if halves are to be taken.
+    """
+    target = tokens[:, 1:]
+    log_prob = logits[:, :-1].log_softmax(-1).gather(-1, target[..., None])[..., 0]
+    return NextTokenScores(log_prob, logits[:, :-1].argmax(-1) == target)
+
+
+# Which heads do it
+
+
+def previous_token_scores(cache: ActivationCache) -> Float[Tensor, "layer head"]:
+    """Return each head's mean attention from a position to the one before it, over positions 1 and up.
+
+    Args:
+        cache: holds `blocks.*.attn.hook_pattern`, [batch head query key] each.
+    """
+    return _mean_attention(cache, first_query=1, back=1)
+
+
+def induction_scores(cache: ActivationCache, length: int) -> Float[Tensor, "layer head"]:
+    """Return each head's mean attention from a token of the repeat to the token *after* its earlier occurrence.
+
+    From position `q` that is `q - length + 1`, for every `q` from `length + 1` on.
+
+    Args:
+        cache: holds `blocks.*.attn.hook_pattern` of a run on `repeated_random_tokens(..., length, ...)`.
+        length: that of the block.
+
+    Raises:
+        ValueError: the patterns are not those of a block of this length.
+    """
+    n_pos = cache["pattern", 0].shape[-1]
+    if n_pos != 2 * length + 1:
+        raise ValueError(f"a repeated block of {length} makes {2 * length + 1} positions, but the patterns have {n_pos}")
+    return _mean_attention(cache, first_query=length + 1, back=length - 1)
+
+
+def _mean_attention(cache: ActivationCache, first_query: int, back: int) -> Float[Tensor, "layer head"]:
+    """Mean attention from each query to the key `back` places before it, from `first_query` on."""
+    scores = []
+    for layer in range(cache.model.cfg.n_layers):
+        pattern = cache["pattern", layer]  # [batch head query key]
+        queries = torch.arange(first_query, pattern.shape[-1], device=pattern.device)
+        scores.append(pattern[:, :, queries, queries - back].mean((0, 2)))
+    return torch.stack(scores)
+
+
+def strongest_head(scores: Float[Tensor, "layer head"], layer: int) -> Head:
+    """Return the (layer, head) with the highest score in a layer."""
+    return layer, int(scores[layer].argmax())
+
+
+# The circuit that links them
+
+
+def k_composition_qk_circuit(model: Any, writer: Head, reader: Head) -> FactoredMatrix:
+    """Return the full QK circuit of two heads that compose through the keys: a factored matrix [vocab vocab].
+
+    `W_E W_Q (W_E W_OV W_K)^T`, with the reader's `W_Q`, `W_K` and the writer's `W_OV = W_V W_O`. Row: the token at the
+    reader's destination. Column: the token that the writer copied *into* the reader's source. Where a previous-token head
+    writes and an induction head reads, each row is largest on the diagonal: look for the position whose previous token
+    is this one. Norms are left out, so load the model with its norms folded.
+
+    Args:
+        model: a `HookedTransformer`.
+        writer, reader: (layer, head), the writer's in an earlier layer.
+
+    Raises:
+        ValueError: no such head, or the writer does not come before the reader.
+    """
+    for role, (layer, head) in (("writer", writer), ("reader", reader)):
+        if not (0 <= layer < model.cfg.n_layers and 0 <= head < model.cfg.n_heads):
+            raise ValueError(
+                f"no {role} L{layer}H{head}: this model has layers 0-{model.cfg.n_layers - 1} and heads "
+                f"0-{model.cfg.n_heads - 1}"
+            )
+    if writer[0] >= reader[0]:
+        raise ValueError(f"the writer is in an earlier layer than the reader; got layers {writer[0]} and {reader[0]}")
+    return model.W_E @ model.QK[reader] @ model.OV[writer].T @ model.W_E.T
+
+
+def top1_accuracy(circuit: FactoredMatrix, block: int = 1024) -> float:
+    """Return the share of rows whose largest entry is on the diagonal.
+
+    Args:
+        circuit: square, without leading axes.
+        block: rows multiplied out at a time: the memory is `block * vocab` numbers, never `vocab * vocab`.
+
+    Raises:
+        ValueError: the circuit is not one square matrix, or a block has no rows.
+    """
+    if circuit.ndim != 2 or circuit.ldim != circuit.rdim:
+        raise ValueError(f"top1_accuracy is about one square matrix, got shape {tuple(circuit.shape)}")
+    if block < 1:
+        raise ValueError(f"a block has at least one row; got block={block}")
+    hits = 0
+    for start in range(0, circuit.ldim, block):
+        rows = circuit.A[start : start + block] @ circuit.B  # [block vocab]
+        diagonal = torch.arange(start, start + len(rows), device=rows.device)
+        hits += int((rows.argmax(-1) == diagonal).sum())
+    return hits / circuit.ldim

@@ -1,0 +1,431 @@
+"""The config: what it accepts, fills in, refuses and gives back; and how a new model's weights are drawn from it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+
+from hooked_lm import HookedTransformer, HookedTransformerConfig
+from hooked_lm.config import ACTIVATIONS, INIT_MODES
+from tests.helpers import tiny_config, tiny_tokens
+
+# Every field the contract names, with a value that is not its default where one goes with a plain model.
+CLASSIC_FIELDS: dict[str, Any] = {
+    "n_layers": 3,
+    "d_model": 12,
+    "n_ctx": 9,
+    "d_head": 4,
+    "n_heads": 6,
+    "d_mlp": 20,
+    "d_vocab": 11,
+    "act_fn": "silu",
+    "attn_only": False,
+    "normalization_type": "RMS",
+    "positional_embedding_type": "rotary",
+    "attention_dir": "bidirectional",
+    "n_key_value_heads": 2,
+    "gated_mlp": True,
+    "parallel_attn_mlp": True,
+    "window_size": 3,
+    "attn_types": ["local", "global", "local"],
+    "rotary_dim": 2,
+    "rotary_base": 5000.0,
+    "seed": 3,
+    "init_mode": "xavier_normal",
+    "dtype": torch.float64,
+    "device": "cpu",
+    "eps": 1e-6,
+    "final_rms": True,
+    "attn_scale": 3.0,
+    "use_attn_scale": True,
+    "attn_scores_soft_cap": 5.0,
+    "output_logits_soft_cap": 7.0,
+    "scale_attn_by_inverse_layer_idx": True,
+    "use_local_attn": True,
+    "use_qk_norm": True,
+    "use_normalization_before_and_after": True,
+    "post_embedding_ln": True,
+    "rotary_adjacent_pairs": True,
+    "rotary_base_local": 100.0,
+    "use_NTK_by_parts_rope": True,
+    "NTK_by_parts_factor": 4.0,
+    "NTK_by_parts_low_freq_factor": 2.0,
+    "NTK_by_parts_high_freq_factor": 3.0,
+    "NTK_original_ctx_len": 16,
+    "num_experts": 4,
+    "experts_per_token": 2,
+    "d_vocab_out": 13,
+    "tokenizer_name": "some/name",
+    "model_name": "mine",
+    "original_architecture": "SomeForCausalLM",
+    "default_prepend_bos": False,
+    "init_weights": False,
+    "initializer_range": 0.5,
+    "use_attn_result": True,
+    "use_split_qkv_input": True,
+    "use_attn_in": True,
+    "use_hook_mlp_in": True,
+    "use_hook_tokens": True,
+    "ungroup_grouped_query_attention": True,
+    "from_checkpoint": True,
+    "checkpoint_index": 5,
+    "checkpoint_label_type": "step",
+    "checkpoint_value": 512,
+    "tokenizer_prepends_bos": True,
+}
+
+
+def test_every_classic_field_is_accepted_and_kept() -> None:
+    cfg = HookedTransformerConfig(**CLASSIC_FIELDS)
+    assert {name: getattr(cfg, name) for name in CLASSIC_FIELDS} == CLASSIC_FIELDS
+
+
+def test_the_classic_number_of_parameters_is_accepted_and_counted_anew() -> None:
+    cfg = tiny_config(n_params=7)
+    assert cfg.n_params == 2 * (4 * 12 * 12 + 2 * 12 * 48)
+
+
+def test_the_parameter_count_is_that_of_the_weights_of_blocks() -> None:
+    for changes in (
+        {},
+        {"gated_mlp": True, "n_key_value_heads": 1},
+        {"attn_only": True},
+        {"num_experts": 3, "experts_per_token": 2, "gated_mlp": True},
+    ):
+        model = HookedTransformer(tiny_config(**changes))
+        weights = [value for name, value in model.named_parameters() if ".W_" in name and name.startswith("blocks")]
+        assert model.cfg.n_params == sum(value.numel() for value in weights), changes
+
+
+# Defaults
+
+
+def test_d_head_defaults_to_d_model_over_n_heads() -> None:
+    assert HookedTransformerConfig(n_layers=1, d_model=12, n_ctx=4, n_heads=3, act_fn="relu").d_head == 4
+
+
+def test_n_heads_defaults_to_d_model_over_d_head() -> None:
+    assert HookedTransformerConfig(n_layers=1, d_model=12, n_ctx=4, d_head=2, act_fn="relu").n_heads == 6
+
+
+def test_d_head_need_not_divide_d_model_when_both_are_given() -> None:
+    cfg = tiny_config(d_head=5, n_heads=2)
+    assert (cfg.d_head, cfg.n_heads, cfg.attn_scale) == (5, 2, math.sqrt(5))
+
+
+def test_d_mlp_defaults_to_four_times_d_model_and_to_none_without_mlps() -> None:
+    assert tiny_config().d_mlp == 48
+    assert tiny_config(d_mlp=7).d_mlp == 7
+    assert tiny_config(attn_only=True, act_fn=None).d_mlp is None
+
+
+def test_the_other_defaults_follow_from_the_fields_given() -> None:
+    cfg = tiny_config(positional_embedding_type="rotary")
+    assert cfg.d_vocab_out == 20
+    assert cfg.attn_scale == 2.0
+    assert cfg.rotary_dim == 4
+    assert cfg.initializer_range == 0.8 / math.sqrt(12)
+    assert tiny_config(init_mode="xavier_uniform").initializer_range == 1.0
+    assert cfg.n_kv_heads == 3
+    assert cfg.normalization_type == "LN"
+    assert not cfg.use_local_attn
+
+
+def test_use_attn_scale_false_leaves_scores_unscaled_also_in_a_config_whose_scale_was_filled_in() -> None:
+    assert tiny_config(use_attn_scale=False).score_scale(1) == 1.0
+    assert tiny_config().replace(use_attn_scale=False).score_scale(1) == 1.0
+
+
+def test_score_scale_divides_by_the_scale_and_by_the_layer_where_asked() -> None:
+    assert tiny_config(attn_scale=5.0).score_scale(1) == 0.2
+    assert tiny_config(attn_scale=5.0, scale_attn_by_inverse_layer_idx=True).score_scale(1) == 0.1
+
+
+def test_a_window_alone_makes_every_layer_local() -> None:
+    cfg = tiny_config(window_size=3)
+    assert [cfg.window(0), cfg.window(1)] == [3, 3]
+
+
+def test_attn_types_say_which_layers_are_local() -> None:
+    cfg = tiny_config(window_size=3, attn_types=["global", "local"])
+    assert [cfg.window(0), cfg.window(1)] == [None, 3]
+
+
+def test_use_local_attn_false_wins_over_a_window() -> None:
+    assert tiny_config(use_local_attn=False, window_size=3).window(0) is None
+
+
+def test_is_layer_norm_activation_is_true_for_solu_ln_alone() -> None:
+    assert [name for name in ACTIVATIONS if tiny_config(act_fn=name).is_layer_norm_activation()] == ["solu_ln"]
+    assert not tiny_config(attn_only=True, act_fn=None).is_layer_norm_activation()
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"n_layers": -1}, "n_layers is an integer of at least 0"),
+        ({"n_layers": 2.0}, "n_layers is an integer"),
+        ({"n_layers": True}, "n_layers is an integer"),
+        ({"d_model": 0}, "d_model is an integer of at least 1"),
+        ({"n_ctx": 0}, "n_ctx is an integer of at least 1"),
+        ({"n_heads": -1}, "give n_heads or d_head"),
+        ({"n_heads": 5}, "d_model 12 is not a multiple of n_heads 5"),
+        ({"n_heads": -1, "d_head": 5}, "d_model 12 is not a multiple of d_head 5"),
+        ({"n_heads": 0}, "n_heads is an integer of at least 1"),
+        ({"n_key_value_heads": 2}, "n_heads 3 is not a multiple of n_key_value_heads 2"),
+        ({"n_key_value_heads": 0}, "n_key_value_heads is an integer of at least 1"),
+        ({"attn_scale": 0.0}, "attn_scale"),
+        ({"attn_scale": -2.0}, "attn_scale"),
+        ({"d_mlp": 0}, "d_mlp is an integer of at least 1"),
+        ({"d_vocab": 0}, "d_vocab is an integer of at least 1"),
+        ({"d_vocab_out": 0}, "d_vocab_out is an integer of at least 1"),
+        ({"act_fn": None}, "act_fn is missing"),
+        ({"act_fn": "gelu_nwe"}, "did you mean 'gelu_new'"),
+        ({"attn_only": True, "gated_mlp": True}, "attn_only leaves no MLP"),
+        ({"attn_only": True, "num_experts": 2, "experts_per_token": 1}, "attn_only leaves no MLP"),
+        ({"num_experts": 2}, "num_experts and experts_per_token go together"),
+        ({"experts_per_token": 2}, "num_experts and experts_per_token go together"),
+        ({"num_experts": 2, "experts_per_token": 3}, "experts_per_token 3 is not in 1-2"),
+        ({"gated_mlp": True, "act_fn": "solu_ln"}, "solu_ln is not defined for a gated MLP"),
+        ({"num_experts": 2, "experts_per_token": 1, "act_fn": "solu_ln"}, "solu_ln is not defined for a mixture"),
+        ({"normalization_type": "LNpre"}, "did you mean 'LNPre'"),
+        ({"positional_embedding_type": "rotery"}, "did you mean 'rotary'"),
+        ({"positional_embedding_type": "rotary", "rotary_dim": 3}, "rotary_dim 3 is not even"),
+        ({"positional_embedding_type": "rotary", "rotary_dim": 6}, "rotary_dim 6 is not even and at most d_head 4"),
+        ({"rotary_base": 0.0}, "rotary_base is positive"),
+        ({"attention_dir": "casual"}, "did you mean 'causal'"),
+        ({"init_mode": "xavier"}, "init_mode='xavier' is none of"),
+        ({"default_padding_side": "rigth"}, "did you mean 'right'"),
+        ({"use_local_attn": True}, "use_local_attn needs window_size"),
+        ({"attn_types": ["local", "global"]}, "give window_size"),
+        ({"window_size": 3, "attn_types": ["local"]}, "for each of 2 layers"),
+        ({"window_size": 3, "attn_types": ["local", "lcoal"]}, "'global' or 'local'"),
+        ({"window_size": 0}, "window_size is an integer of at least 1"),
+        ({"eps": -1e-5}, "eps is not negative"),
+        ({"dtype": "float23"}, "dtype is a floating-point torch dtype"),
+        ({"dtype": torch.int64}, "dtype is a floating-point torch dtype"),
+    ],
+)
+def test_a_contradiction_or_a_value_out_of_range_raises_and_is_named(changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        tiny_config(**changes)
+
+
+def test_a_misspelt_field_raises_and_names_the_nearest() -> None:
+    with pytest.raises(TypeError, match="no field 'n_head'; did you mean 'n_heads'"):
+        tiny_config(n_head=3)
+
+
+def test_a_misspelt_field_in_a_dictionary_raises_and_names_the_nearest() -> None:
+    with pytest.raises(TypeError, match="no field 'normalisation_type'; did you mean 'normalization_type'"):
+        HookedTransformerConfig.from_dict({**tiny_config().to_dict(), "normalisation_type": "LN"})
+
+
+def test_a_misspelt_field_in_replace_raises() -> None:
+    with pytest.raises(TypeError, match="no field 'd_modle'; did you mean 'd_model'"):
+        tiny_config().replace(d_modle=24)
+
+
+@pytest.mark.parametrize("name", ["n_layers", "d_model", "n_ctx"])
+def test_a_dictionary_that_lacks_a_required_field_raises_and_names_it(name: str) -> None:
+    fields = tiny_config().to_dict()
+    del fields[name]
+    with pytest.raises(ValueError, match=f"the config lacks {name}"):
+        HookedTransformerConfig.from_dict(fields)
+
+
+def test_from_dict_takes_a_dictionary_only() -> None:
+    with pytest.raises(TypeError, match="built from a dictionary, got list"):
+        HookedTransformerConfig.from_dict([("n_layers", 2)])  # type: ignore[arg-type]
+
+
+RETIRED = {
+    "load_in_4bit": (False, True),
+    "n_devices": (1, 2),
+    "relative_attention_max_distance": (None, 128),
+    "relative_attention_num_buckets": (None, 32),
+    "decoder_start_token_id": (None, 0),
+    "tie_word_embeddings": (False, True),
+    "trust_remote_code": (False, True),
+}
+
+
+@pytest.mark.parametrize("name", RETIRED)
+def test_a_retired_field_is_dropped_at_its_default_and_refused_at_any_other_value(name: str) -> None:
+    harmless, other = RETIRED[name]
+    cfg = tiny_config(**{name: harmless})
+    assert cfg == tiny_config()
+    assert name not in cfg.to_dict()
+    with pytest.raises(ValueError, match=f"{name}={other!r} is not supported; only {harmless!r} is"):
+        tiny_config(**{name: other})
+
+
+# Equality, dictionaries, copies
+
+
+def test_configs_compare_equal_by_value() -> None:
+    assert tiny_config() == tiny_config()
+    for field in dataclasses.fields(HookedTransformerConfig):
+        if field.name in {"n_params", "device"}:
+            continue
+        plain, changed = tiny_config(num_experts=4, experts_per_token=2), None
+        # d_mlp and the like are derived too, so each is changed after the config has been built.
+        changed = copy.copy(plain)
+        setattr(changed, field.name, object())
+        assert changed != plain, field.name
+
+
+def test_the_device_is_no_part_of_a_configs_value() -> None:
+    assert tiny_config(device="cpu") == tiny_config(device="meta")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attn_only": True, "act_fn": None, "normalization_type": None},
+        {"window_size": 3, "attn_types": ["local", "global"], "dtype": torch.bfloat16, "device": "cpu"},
+        {"positional_embedding_type": "rotary", "rotary_dim": 2, "n_key_value_heads": 1, "gated_mlp": True},
+        {"num_experts": 4, "experts_per_token": 2, "use_attn_scale": False, "d_vocab_out": 5},
+    ],
+)
+def test_a_config_survives_the_way_through_json(changes: dict[str, Any]) -> None:
+    cfg = tiny_config(**changes)
+    again = HookedTransformerConfig.from_dict(json.loads(json.dumps(cfg.to_dict())))
+    assert again == cfg
+    assert again.device == cfg.device
+    assert again.dtype is cfg.dtype
+
+
+def test_every_field_survives_the_way_through_json() -> None:
+    cfg = HookedTransformerConfig(**CLASSIC_FIELDS)
+    again = HookedTransformerConfig.from_dict(json.loads(json.dumps(cfg.to_dict())))
+    assert again == cfg
+    assert again.to_dict() == cfg.to_dict()
+
+
+def test_to_dict_has_every_field_and_shares_nothing_with_the_config() -> None:
+    cfg = tiny_config(window_size=3)
+    fields = cfg.to_dict()
+    assert set(fields) == {field.name for field in dataclasses.fields(HookedTransformerConfig)}
+    fields["attn_types"][0] = "global"
+    assert cfg.attn_types == ["local", "local"]
+
+
+def test_unwrap_takes_a_config_or_a_dictionary() -> None:
+    cfg = tiny_config()
+    assert HookedTransformerConfig.unwrap(cfg) is cfg
+    assert HookedTransformerConfig.unwrap(cfg.to_dict()) == cfg
+
+
+def test_replace_gives_a_changed_copy_and_checks_it() -> None:
+    cfg = tiny_config()
+    assert cfg.replace(eps=1e-3) == tiny_config(eps=1e-3)
+    assert cfg == tiny_config()
+    with pytest.raises(ValueError, match="n_heads is an integer of at least 1"):
+        cfg.replace(n_heads=0)
+
+
+def test_a_config_can_be_copied_and_pickled() -> None:
+    cfg = tiny_config(window_size=3)
+    assert copy.deepcopy(cfg) == cfg
+    assert pickle.loads(pickle.dumps(cfg)) == cfg
+
+
+def test_the_dtype_may_be_named() -> None:
+    assert tiny_config(dtype="bfloat16").dtype is torch.bfloat16
+    assert tiny_config(dtype="torch.float64").dtype is torch.float64
+
+
+def test_a_model_keeps_its_own_copy_of_the_config() -> None:
+    cfg = tiny_config(window_size=3)
+    model = HookedTransformer(cfg)
+    model.to(torch.float32)
+    model.fold_layer_norm()
+    assert cfg == tiny_config(window_size=3)
+    assert (model.cfg.dtype, model.cfg.normalization_type) == (torch.float32, "LNPre")
+
+
+def test_a_model_takes_a_dictionary_for_its_config() -> None:
+    assert HookedTransformer(tiny_config().to_dict()).cfg == tiny_config()
+
+
+# The draw of a new model's weights
+
+
+def test_the_seed_leaves_torchs_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    HookedTransformer(tiny_config(seed=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("init_mode", INIT_MODES)
+def test_the_same_seed_gives_the_same_model_and_another_seed_another(init_mode: str) -> None:
+    one, same, other = (HookedTransformer(tiny_config(seed=seed, init_mode=init_mode)) for seed in (1, 1, 2))
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, same.state_dict()[name])
+        if ".W_" in name:
+            assert not torch.equal(value, other.state_dict()[name])
+    tokens = tiny_tokens()
+    assert torch.equal(one(tokens), same(tokens))
+
+
+def test_without_a_seed_the_global_generator_decides() -> None:
+    models = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        models.append(HookedTransformer(tiny_config(seed=None)))
+    assert torch.equal(models[0].W_E, models[1].W_E)
+    assert not torch.equal(models[0].W_E, models[2].W_E)
+
+
+def fans(name: str, value: torch.Tensor) -> tuple[int, int]:
+    """Inputs and outputs a weight connects: the heads of a weight side by side."""
+    if value.ndim == 3:
+        return value.shape[1], value.shape[0] * value.shape[2]
+    return value.shape[0], value.shape[1]
+
+
+@pytest.mark.parametrize("init_mode", INIT_MODES)
+@pytest.mark.parametrize("spread", [-1.0, 0.3])
+def test_weights_have_the_spread_and_shape_of_their_init_mode(init_mode: str, spread: float) -> None:
+    cfg = tiny_config(
+        d_model=64, n_heads=4, d_vocab=200, n_ctx=50, n_layers=1, init_mode=init_mode, initializer_range=spread
+    )
+    gain = spread if spread > 0 else 0.1 if init_mode == "gpt2" else 1.0
+    for name, value in HookedTransformer(cfg).named_parameters():
+        kind = name.rpartition(".")[2]
+        if not kind.startswith("W_"):
+            assert torch.equal(value, torch.full_like(value, 1.0 if kind == "w" else 0.0)), name
+            continue
+        fan_in, fan_out = fans(name, value)
+        expected = {"gpt2": gain, "xavier": gain * math.sqrt(2 / (fan_in + fan_out)), "kaiming": gain * math.sqrt(2 / fan_in)}
+        std = expected[init_mode.split("_")[0]]
+        assert abs(value.mean().item()) < 0.1 * std, name
+        assert value.std().item() == pytest.approx(std, rel=0.05), name
+        largest = value.abs().max().item() / std
+        if init_mode.endswith("uniform"):
+            assert 1.65 < largest <= math.sqrt(3), name
+        else:
+            assert largest > 2.5, name
+
+
+def test_init_weights_false_draws_nothing() -> None:
+    before = torch.get_rng_state()
+    HookedTransformer(tiny_config(seed=None, init_weights=False))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_model_without_a_vocabulary_raises() -> None:
+    with pytest.raises(ValueError, match="d_vocab is missing"):
+        HookedTransformer(tiny_config(d_vocab=-1))

@@ -1,0 +1,655 @@
+"""Every hook site of several architectures: its name, its shape, what an edit there does, and its gradient.
+
+The oracle is `reference_logits`: the equations written out once more, slowly, with a tap at every site.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hooked_lm import HookedTransformer, HookPoint
+from tests.helpers import tiny_model, tiny_tokens
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "attention only": {"attn_only": True, "scale_attn_by_inverse_layer_idx": True},
+    "parallel": {"parallel_attn_mlp": True, "positional_embedding_type": "rotary", "rotary_dim": 2},
+    "grouped gated rms rotary": {
+        "n_heads": 4,
+        "d_head": 6,
+        "n_key_value_heads": 2,
+        "gated_mlp": True,
+        "act_fn": "silu",
+        "normalization_type": "RMS",
+        "positional_embedding_type": "rotary",
+    },
+    "shortformer": {"positional_embedding_type": "shortformer"},
+    "alibi": {"positional_embedding_type": "alibi", "post_embedding_ln": True},
+    "qk norm": {
+        "use_qk_norm": True,
+        "n_key_value_heads": 1,
+        "normalization_type": "RMS",
+        "positional_embedding_type": "rotary",
+        "rotary_adjacent_pairs": True,
+    },
+    "norms before and after": {"use_normalization_before_and_after": True, "normalization_type": "RMS"},
+    "solu_ln": {"act_fn": "solu_ln"},
+    "mixture": {"num_experts": 4, "experts_per_token": 2, "gated_mlp": True, "act_fn": "silu", "norm_topk_prob": True},
+    "local": {"attn_types": ["global", "local"], "window_size": 3},
+    "soft caps": {"attn_scores_soft_cap": 0.5, "output_logits_soft_cap": 0.7},
+    "no norms, no positions": {"normalization_type": None, "positional_embedding_type": "none"},
+    "folded, bidirectional": {"normalization_type": "LNPre", "attention_dir": "bidirectional"},
+}
+BATCH, POS = 2, 6
+TOKENS = tiny_tokens(BATCH, POS)
+Edit = Callable[[str, Tensor], Tensor]
+
+every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+def model_of(name: str) -> HookedTransformer:
+    return tiny_model(**ARCHITECTURES[name])
+
+
+def sites_of(model: HookedTransformer) -> dict[str, tuple[int, ...]]:
+    """Every site the architecture has, with its shape: the table of the public surface."""
+    cfg = model.cfg
+    b, p, d, h, kv, dh = BATCH, POS, cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.d_head
+    stream, one = (b, p, d), (b, p, 1)
+
+    def norm(module: str, shape: tuple[int, ...] = stream) -> dict[str, tuple[int, ...]]:
+        if cfg.normalization_type is None:
+            return {}
+        return {f"{module}.hook_scale": (*shape[:-1], 1), f"{module}.hook_normalized": shape}
+
+    sites: dict[str, tuple[int, ...]] = {"hook_tokens": (b, p), "hook_embed": stream}
+    if cfg.post_embedding_ln:
+        sites |= norm("embed.ln")
+    if cfg.positional_embedding_type in ("standard", "shortformer"):
+        sites["hook_pos_embed"] = stream
+    for layer in range(cfg.n_layers):
+        at = f"blocks.{layer}."
+        block = {
+            "hook_resid_pre": stream,
+            "hook_attn_in": (b, p, h, d),
+            "hook_q_input": (b, p, h, d),
+            "hook_k_input": (b, p, kv, d),
+            "hook_v_input": (b, p, kv, d),
+            **norm("ln1"),
+            "attn.hook_q": (b, p, h, dh),
+            "attn.hook_k": (b, p, kv, dh),
+            "attn.hook_v": (b, p, kv, dh),
+            "attn.hook_attn_scores": (b, h, p, p),
+            "attn.hook_pattern": (b, h, p, p),
+            "attn.hook_z": (b, p, h, dh),
+            "attn.hook_result": (b, p, h, d),
+            "hook_attn_out": stream,
+            "hook_resid_post": stream,
+        }
+        if cfg.positional_embedding_type == "rotary":
+            block |= {"attn.hook_rot_q": (b, p, h, dh), "attn.hook_rot_k": (b, p, kv, dh)}
+        if cfg.use_qk_norm:
+            block |= norm("attn.q_norm", (b, p, h, dh)) | norm("attn.k_norm", (b, p, kv, dh))
+        if cfg.use_normalization_before_and_after:
+            block |= norm("ln1_post") | norm("ln2_post")
+        if not cfg.attn_only:
+            block |= {"hook_mlp_in": stream, **norm("ln2"), "hook_mlp_out": stream}
+            if not cfg.parallel_attn_mlp:
+                block["hook_resid_mid"] = stream
+            if cfg.num_experts is not None:
+                block["mlp.hook_expert_weights"] = (b, p, cfg.num_experts)
+                block["mlp.hook_expert_indices"] = (b, p, cfg.experts_per_token or 0)
+            else:
+                hidden = (b, p, cfg.d_mlp or 0)
+                block |= {"mlp.hook_pre": hidden, "mlp.hook_post": hidden}
+                if cfg.gated_mlp:
+                    block["mlp.hook_pre_linear"] = hidden
+                if cfg.act_fn == "solu_ln":
+                    block |= {"mlp.hook_mid": hidden, "mlp.ln.hook_scale": one, "mlp.ln.hook_normalized": hidden}
+        sites |= {at + site: shape for site, shape in block.items()}
+    logits = (b, p, cfg.d_vocab)
+    return {**sites, **norm("ln_final"), "unembed.hook_in": stream, "unembed.hook_out": logits}
+
+
+def float_sites(model: HookedTransformer) -> list[str]:
+    return [site for site in sites_of(model) if not site.endswith(("hook_tokens", "hook_expert_indices"))]
+
+
+# The equations
+
+
+def reference_logits(model: HookedTransformer, tokens: Tensor, edit: Edit = lambda name, x: x) -> Tensor:
+    """Return the logits [batch pos vocab], with `edit(name, activation)` in the place of every activation."""
+    cfg = model.cfg
+    W = dict(model.named_parameters())
+    n_pos = tokens.shape[1]
+    query, key = torch.arange(n_pos)[:, None], torch.arange(n_pos)[None, :]
+
+    def norm(x: Tensor, module: str, tapped: bool = True, kind: str | None = cfg.normalization_type) -> Tensor:
+        if kind is None:
+            return x
+        if kind.startswith("LN"):
+            x = x - x.mean(-1, keepdim=True)
+        scale = (x.pow(2).mean(-1, keepdim=True) + cfg.eps).sqrt()
+        scale = edit(f"{module}.hook_scale", scale) if tapped else scale
+        x = x / scale
+        x = edit(f"{module}.hook_normalized", x) if tapped else x
+        return x * W.get(f"{module}.w", torch.ones(())) + W.get(f"{module}.b", torch.zeros(()))
+
+    def rotated(x: Tensor) -> Tensor:
+        dim = cfg.rotary_dim or 0
+        # Angles in single precision, as checkpoints are trained with.
+        frequency = 1.0 / cfg.rotary_base ** (torch.arange(0, dim, 2).float() / dim)
+        angle = (torch.arange(n_pos).float()[:, None] * frequency)[:, None]
+        turn = torch.complex(angle.cos().double(), angle.sin().double())
+        first = slice(0, dim, 2) if cfg.rotary_adjacent_pairs else slice(0, dim // 2)
+        second = slice(1, dim, 2) if cfg.rotary_adjacent_pairs else slice(dim // 2, dim)
+        turned = torch.complex(x[..., first], x[..., second]) * turn
+        out = x.clone()
+        out[..., first], out[..., second] = turned.real, turned.imag
+        return out
+
+    def attention(layer: int, stream: Tensor, positions: Tensor) -> Tensor:
+        at = f"blocks.{layer}."
+        group = cfg.n_heads // cfg.n_kv_heads
+        shared = norm(stream, at + "ln1")
+
+        def per_head(x: Tensor, heads: int) -> Tensor:
+            return x[:, :, None].expand(-1, -1, heads, -1)
+
+        copies = edit(at + "hook_attn_in", per_head(stream, cfg.n_heads))
+        grouped = copies.unflatten(2, (cfg.n_kv_heads, group)).mean(3)
+        inputs = {}
+        for letter, source in (("q", copies), ("k", grouped), ("v", grouped)):
+            source = edit(f"{at}hook_{letter}_input", source)
+            untouched = torch.allclose(source, per_head(stream, source.shape[2]), rtol=0, atol=1e-14)
+            read = per_head(shared, source.shape[2]) if untouched else norm(source, at + "ln1", tapped=False)
+            read = read if letter == "v" else read + positions
+            W_in, b_in = W[f"{at}attn.W_{letter.upper()}"], W[f"{at}attn.b_{letter.upper()}"]
+            made = torch.stack([read[:, :, i] @ W_in[i] + b_in[i] for i in range(source.shape[2])], 2)
+            if cfg.use_qk_norm and letter != "v":
+                made = norm(made, f"{at}attn.{letter}_norm", kind="RMS")
+            made = edit(f"{at}attn.hook_{letter}", made)
+            if cfg.positional_embedding_type == "rotary" and letter != "v":
+                made = edit(f"{at}attn.hook_rot_{letter}", rotated(made))
+            inputs[letter] = made
+        keys, values = (inputs[letter].repeat_interleave(group, 2) for letter in "kv")
+        scores = torch.einsum("bqhd,bkhd->bhqk", inputs["q"], keys) / math.sqrt(cfg.d_head)
+        if cfg.scale_attn_by_inverse_layer_idx:
+            scores = scores / (layer + 1)
+        if cfg.attn_scores_soft_cap > 0:
+            scores = cfg.attn_scores_soft_cap * torch.tanh(scores / cfg.attn_scores_soft_cap)
+        if cfg.positional_embedding_type == "alibi":
+            slopes = torch.tensor([2.0**-4, 2.0**-8, 2.0**-2])  # of three heads
+            scores = scores - slopes[:, None, None] * (query - key).abs()
+        allowed = query >= key if cfg.attention_dir == "causal" else torch.ones(n_pos, n_pos, dtype=torch.bool)
+        if cfg.attn_types is not None and cfg.attn_types[layer] == "local":
+            allowed = allowed & (query - key < (cfg.window_size or 0))
+        scores = edit(at + "attn.hook_attn_scores", scores.masked_fill(~allowed, -math.inf))
+        pattern = edit(at + "attn.hook_pattern", scores.softmax(-1))
+        z = edit(at + "attn.hook_z", torch.einsum("bhqk,bkhd->bqhd", pattern, values))
+        result = torch.einsum("bphe,hed->bphd", z, W[at + "attn.W_O"])
+        return edit(at + "attn.hook_result", result).sum(2) + W[at + "attn.b_O"]
+
+    def mlp(layer: int, stream: Tensor) -> Tensor:
+        at = f"blocks.{layer}."
+        x = norm(edit(at + "hook_mlp_in", stream), at + "ln2")
+        act: Callable[[Tensor], Tensor] = {
+            "gelu_new": lambda y: F.gelu(y, approximate="tanh"),
+            "silu": F.silu,
+            "solu_ln": lambda y: y * y.softmax(-1),
+        }[cfg.act_fn or ""]
+
+        def hidden(x: Tensor, weights: Callable[[str], Tensor], tap: Edit) -> Tensor:
+            if cfg.gated_mlp:
+                gate = tap("hook_pre", x @ weights("W_gate") + weights("b_gate"))
+                post = act(gate) * tap("hook_pre_linear", x @ weights("W_in") + weights("b_in"))
+            else:
+                post = act(tap("hook_pre", x @ weights("W_in") + weights("b_in")))
+            if cfg.act_fn == "solu_ln":
+                post = norm(tap("hook_mid", post), at + "mlp.ln")
+            return tap("hook_post", post) @ weights("W_out") + weights("b_out")
+
+        if cfg.num_experts is None:
+            out = hidden(x, lambda weight: W[f"{at}mlp.{weight}"], lambda site, y: edit(f"{at}mlp.{site}", y))
+        else:
+            chance = (x @ W[at + "mlp.W_router"] + W[at + "mlp.b_router"]).softmax(-1)
+            chance = edit(at + "mlp.hook_expert_weights", chance)
+            chosen = edit(at + "mlp.hook_expert_indices", chance.topk(cfg.experts_per_token or 0).indices)
+            weight = chance.gather(-1, chosen)
+            if cfg.norm_topk_prob:
+                weight = weight / weight.sum(-1, keepdim=True)
+            experts = torch.stack(
+                [
+                    hidden(x, lambda name, e=e: W[f"{at}mlp.{name}"][e], lambda site, y: y)  # type: ignore[misc]
+                    for e in range(cfg.num_experts)
+                ],
+                2,
+            )
+            out = (experts.gather(2, chosen[..., None].expand(-1, -1, -1, x.shape[-1])) * weight[..., None]).sum(2)
+        return out
+
+    tokens = edit("hook_tokens", tokens)
+    stream = W["embed.W_E"][tokens]
+    if cfg.post_embedding_ln:
+        stream = norm(stream, "embed.ln")
+    stream = edit("hook_embed", stream)
+    read_positions = torch.zeros(())
+    if "pos_embed.W_pos" in W:
+        positions = edit("hook_pos_embed", W["pos_embed.W_pos"][:n_pos].expand(tokens.shape[0], -1, -1))
+        if cfg.positional_embedding_type == "shortformer":
+            read_positions = positions[:, :, None]
+        else:
+            stream = stream + positions
+    for layer in range(cfg.n_layers):
+        at = f"blocks.{layer}."
+        pre = edit(at + "hook_resid_pre", stream)
+        written = attention(layer, pre, read_positions)
+        if cfg.use_normalization_before_and_after:
+            written = norm(written, at + "ln1_post")
+        stream = pre + edit(at + "hook_attn_out", written)
+        if not cfg.attn_only:
+            if not cfg.parallel_attn_mlp:
+                stream = edit(at + "hook_resid_mid", stream)
+            written = mlp(layer, pre if cfg.parallel_attn_mlp else stream)
+            if cfg.use_normalization_before_and_after:
+                written = norm(written, at + "ln2_post")
+            stream = stream + edit(at + "hook_mlp_out", written)
+        stream = edit(at + "hook_resid_post", stream)
+    stream = edit("unembed.hook_in", norm(stream, "ln_final"))
+    logits = stream @ W["unembed.W_U"] + W["unembed.b_U"]
+    if cfg.output_logits_soft_cap > 0:
+        logits = cfg.output_logits_soft_cap * torch.tanh(logits / cfg.output_logits_soft_cap)
+    return edit("unembed.hook_out", logits)
+
+
+def direction_for(shape: tuple[int, ...], seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# Names, shapes, values
+
+
+@every_architecture
+def test_the_sites_have_the_names_and_shapes_of_the_table(name: str) -> None:
+    model = model_of(name)
+    expected = sites_of(model)
+    assert set(model.hook_dict) == set(expected)
+    _, cache = model.run_with_cache(TOKENS, names_filter=list(expected))
+    assert {site: tuple(tensor.shape) for site, tensor in cache.items()} == expected
+
+
+@every_architecture
+def test_every_activation_is_what_the_equations_say(name: str) -> None:
+    model = model_of(name)
+    expected: dict[str, Tensor] = {}
+
+    def keep(site: str, x: Tensor) -> Tensor:
+        expected[site] = x
+        return x
+
+    with torch.no_grad():
+        logits = reference_logits(model, TOKENS, keep)
+        ours, cache = model.run_with_cache(TOKENS, names_filter="*")
+        assert set(cache) == set(expected)
+        torch.testing.assert_close(ours, logits, rtol=0, atol=1e-10)
+        torch.testing.assert_close(model(TOKENS), logits, rtol=0, atol=1e-10)
+        for site, tensor in cache.items():
+            torch.testing.assert_close(tensor, expected[site], rtol=0, atol=1e-10, msg=lambda m, site=site: f"{site}: {m}")
+
+
+@every_architecture
+def test_an_edit_at_any_site_does_what_the_equations_say_returned_or_in_place(name: str) -> None:
+    model = model_of(name)
+    with torch.no_grad():
+        clean = model(TOKENS)
+        for site in float_sites(model):
+            delta = 0.3 * direction_for(sites_of(model)[site])
+
+            def edit(at: str, x: Tensor, site: str = site, delta: Tensor = delta) -> Tensor:
+                return x + delta if at == site else x
+
+            def in_place(x: Tensor, hook: HookPoint, delta: Tensor = delta) -> None:
+                x += delta
+
+            expected = reference_logits(model, TOKENS, edit)
+            returned = model.run_with_hooks(TOKENS, fwd_hooks=[(site, lambda x, hook, delta=delta: x + delta)])
+            edited = model.run_with_hooks(TOKENS, fwd_hooks=[(site, in_place)])
+            assert (returned - clean).abs().max() > 1e-6, f"an edit at {site} changes nothing"
+            assert torch.equal(returned, edited), f"{site}: in place is not as returned"
+            torch.testing.assert_close(returned, expected, rtol=0, atol=1e-10, msg=lambda m, site=site: f"{site}: {m}")
+            with torch.enable_grad():
+                with_graph = model.run_with_hooks(TOKENS, fwd_hooks=[(site, in_place)])
+            torch.testing.assert_close(with_graph, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixture"])
+def test_an_edit_of_integers_does_what_the_equations_say(name: str) -> None:
+    model = model_of(name)
+    bounds = {"hook_tokens": model.cfg.d_vocab, "blocks.0.mlp.hook_expert_indices": model.cfg.num_experts}
+    with torch.no_grad():
+        for site, bound in bounds.items():
+            if site not in model.hook_dict:
+                continue
+
+            def in_place(x: Tensor, hook: HookPoint, bound: int | None = bound) -> None:
+                x.add_(1).remainder_(bound)
+
+            expected = reference_logits(
+                model, TOKENS, lambda at, x, site=site, bound=bound: (x + 1) % bound if at == site else x
+            )
+            returned = model.run_with_hooks(TOKENS, fwd_hooks=[(site, lambda x, hook, bound=bound: (x + 1) % bound)])
+            edited = model.run_with_hooks(TOKENS, fwd_hooks=[(site, in_place)])
+            assert (returned - model(TOKENS)).abs().max() > 1e-6
+            assert torch.equal(returned, edited)
+            torch.testing.assert_close(returned, expected, rtol=0, atol=1e-10)
+
+
+# Gradients
+
+
+@every_architecture
+def test_the_gradient_at_any_site_is_the_finite_difference(name: str) -> None:
+    model = model_of(name)
+    readout = direction_for((BATCH, POS, model.cfg.d_vocab), seed=2)
+    step = 1e-5
+    for site in float_sites(model):
+        delta = direction_for(sites_of(model)[site])
+
+        def shifted(by: float, site: str = site, delta: Tensor = delta) -> float:
+            with torch.no_grad():
+                logits = model.run_with_hooks(TOKENS, fwd_hooks=[(site, lambda x, hook: x + by * delta)])
+            return float((logits * readout).sum())
+
+        numerical = (shifted(step) - shifted(-step)) / (2 * step)
+        assert abs(numerical) > 1e-6, f"{site} does not matter"
+
+        logits, cache = model.run_with_cache(TOKENS, names_filter=site)
+        (by_autograd,) = torch.autograd.grad((logits * readout).sum(), cache[site])
+
+        by_hook: list[Tensor] = []
+        logits = model.run_with_hooks(TOKENS, bwd_hooks=[(site, lambda grad, hook, kept=by_hook: kept.append(grad))])
+        torch.autograd.grad((logits * readout).sum(), model.W_U)
+        for gradient in (by_autograd, *by_hook):
+            analytical = float((gradient * delta).sum())
+            assert analytical == pytest.approx(numerical, rel=1e-6, abs=1e-6), site
+        assert len(by_hook) == 1, site
+
+
+@pytest.mark.parametrize("name", ["gpt2", "grouped gated rms rotary"])
+def test_a_replaced_gradient_flows_on_from_any_site(name: str) -> None:
+    model = model_of(name)
+    for site in float_sites(model):
+        if site.startswith(("unembed", "ln_final")) or ".1." in site:
+            continue
+        logits, cache = model.run_with_cache(TOKENS, names_filter=site)
+        reached = [model.W_E, cache[site]]
+        _, at_site = torch.autograd.grad((logits**2).sum(), reached)
+        (through,) = torch.autograd.grad(cache[site], model.W_E, at_site, allow_unused=True, retain_graph=True)
+        clean = torch.autograd.grad((model(TOKENS) ** 2).sum(), model.W_E)[0]
+        with model.hooks(bwd_hooks=[(site, lambda grad, hook: torch.zeros_like(grad))]):
+            cut = torch.autograd.grad((model(TOKENS) ** 2).sum(), model.W_E)[0]
+        expected = clean if through is None else clean - through
+        torch.testing.assert_close(cut, expected, rtol=0, atol=1e-9, msg=lambda m, site=site: f"{site}: {m}")
+
+
+# Patching
+
+
+@every_architecture
+@pytest.mark.parametrize("site", ["resid_pre", "resid_mid", "resid_post"])
+def test_patching_all_of_a_residual_site_restores_the_clean_logits(name: str, site: str) -> None:
+    model = model_of(name)
+    if f"blocks.0.hook_{site}" not in model.hook_dict:
+        assert site == "resid_mid"
+        assert model.cfg.attn_only or model.cfg.parallel_attn_mlp
+        return
+    corrupted = tiny_tokens(BATCH, POS, seed=7)
+    for layer in range(model.cfg.n_layers):
+        where = f"blocks.{layer}.hook_{site}"
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                clean, cache = model.run_with_cache(TOKENS, names_filter=where)
+                patched = model.run_with_hooks(corrupted, fwd_hooks=[(where, lambda x, hook, v=cache[where]: v)])
+                assert not torch.allclose(model(corrupted), clean)
+                assert torch.equal(patched, clean)
+                in_place = model.run_with_hooks(
+                    corrupted, fwd_hooks=[(where, lambda x, hook, v=cache[where]: x.copy_(v))]
+                )
+                assert torch.equal(in_place, clean)
+
+
+# Recording
+
+
+def needs_another_path(site: str) -> bool:
+    """Whether the fused operation has no such intermediate: attention's scores and pattern, a norm's halves."""
+    return site.endswith(("hook_attn_scores", "hook_pattern", "hook_scale", "hook_normalized"))
+
+
+@every_architecture
+def test_a_site_that_is_only_recorded_changes_no_output(name: str) -> None:
+    model = model_of(name)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            clean = model(TOKENS)
+            for site, tensor in sites_of(model).items():
+                recorded, cache = model.run_with_cache(TOKENS, names_filter=site)
+                assert tuple(cache[site].shape) == tensor
+                on_demand = model.hook_dict[site].on_demand
+                if needs_another_path(site) or (grad and on_demand):
+                    torch.testing.assert_close(recorded, clean, rtol=0, atol=1e-12, msg=site)
+                else:
+                    assert torch.equal(recorded, clean), site
+
+
+def test_recording_scores_where_a_soft_cap_needs_them_anyway_changes_not_a_bit() -> None:
+    model = model_of("soft caps")
+    with torch.no_grad():
+        clean = model(TOKENS)
+        for site in ("blocks.0.attn.hook_attn_scores", "blocks.1.attn.hook_pattern"):
+            assert torch.equal(model.run_with_cache(TOKENS, names_filter=site)[0], clean)
+
+
+# Single sites
+
+
+@pytest.mark.parametrize("name", ["gpt2", "grouped gated rms rotary", "alibi", "attention only"])
+def test_head_results_sum_to_what_attention_writes(name: str) -> None:
+    model = model_of(name)
+    _, cache = model.run_with_cache(TOKENS, names_filter=["blocks.*.attn.hook_result", "blocks.*.hook_attn_out"])
+    for layer in range(model.cfg.n_layers):
+        total = cache["result", layer].sum(2) + model.blocks[layer].attn.b_O
+        torch.testing.assert_close(total, cache["attn_out", layer], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "parallel"])
+def test_an_edit_at_mlp_in_stays_off_the_skip_path(name: str) -> None:
+    model = model_of(name)
+    names = [f"blocks.0.hook_{site}" for site in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
+    _, clean = model.run_with_cache(TOKENS, names_filter=names)
+    with model.hooks([("blocks.0.hook_mlp_in", lambda x, hook: x.zero_())]):
+        _, edited = model.run_with_cache(TOKENS, names_filter=names)
+    assert torch.equal(edited["resid_pre", 0], clean["resid_pre", 0])
+    assert torch.equal(edited["attn_out", 0], clean["attn_out", 0])
+    assert not torch.allclose(edited["mlp_out", 0], clean["mlp_out", 0])
+    total = clean["resid_pre", 0] + clean["attn_out", 0] + edited["mlp_out", 0]
+    torch.testing.assert_close(edited["resid_post", 0], total, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("site", ["attn_in", "q_input", "k_input", "v_input"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_edit_at_a_per_head_input_stays_off_the_skip_path(site: str, grad: bool) -> None:
+    model = model_of("gpt2")
+    names = [f"blocks.0.hook_{name}" for name in ("resid_pre", "attn_out", "resid_mid", "mlp_in")]
+    with (
+        torch.set_grad_enabled(grad),
+        model.hooks([(f"blocks.0.hook_{site}", lambda x, hook: x.zero_())]),
+    ):
+        _, edited = model.run_with_cache(TOKENS, names_filter=names)
+    clean = model.run_with_cache(TOKENS, names_filter=names)[1]
+    assert torch.equal(edited["resid_pre", 0], clean["resid_pre", 0])
+    assert not torch.allclose(edited["attn_out", 0], clean["attn_out", 0])
+    assert torch.equal(edited["resid_mid", 0], edited["resid_pre", 0] + edited["attn_out", 0])
+    assert torch.equal(edited["mlp_in", 0], edited["resid_mid", 0])
+
+
+@pytest.mark.parametrize(
+    ("site", "reached"), [("q_input", "q"), ("k_input", "k"), ("v_input", "v"), ("attn_in", "qkv")]
+)
+@pytest.mark.parametrize("name", ["gpt2", "shortformer", "grouped gated rms rotary"])
+def test_patching_one_heads_input_changes_that_heads_reading_only(name: str, site: str, reached: str) -> None:
+    model = model_of(name)
+    head, group = 1, model.cfg.n_heads // model.cfg.n_kv_heads
+
+    def patch(x: Tensor, hook: HookPoint) -> None:
+        x[:, :, head] = 3 * x[:, :, head] + direction_for(tuple(x.shape))[:, :, head]
+
+    names = [f"blocks.0.attn.hook_{letter}" for letter in "qkv"]
+    _, clean = model.run_with_cache(TOKENS, names_filter=names)
+    with model.hooks([(f"blocks.0.hook_{site}", patch)]):
+        _, edited = model.run_with_cache(TOKENS, names_filter=names)
+    for letter in "qkv":
+        before, after = clean[letter, 0], edited[letter, 0]
+        # The edited head of `attn_in` is a query head; its keys and values are those of its group.
+        changed = head // group if site == "attn_in" and letter != "q" else head
+        for i in range(before.shape[2]):
+            same = torch.allclose(before[:, :, i], after[:, :, i], rtol=0, atol=1e-12)
+            assert same == (not (letter in reached and i == changed)), (letter, i)
+
+
+def test_each_head_reading_its_own_unedited_copy_restores_the_output() -> None:
+    model = model_of("grouped gated rms rotary")
+    sites = [f"blocks.*.hook_{site}" for site in ("attn_in", "q_input", "k_input", "v_input")]
+    with torch.no_grad():
+        hooked = model.run_with_hooks(TOKENS, fwd_hooks=[(site, lambda x, hook: x.mul_(1)) for site in sites])
+        torch.testing.assert_close(hooked, model(TOKENS), rtol=0, atol=1e-12)
+
+
+def test_an_edit_at_ln1_that_no_head_would_read_raises() -> None:
+    model = model_of("gpt2")
+    per_head = [(f"blocks.0.hook_{x}_input", lambda x, hook: x + 1) for x in "qkv"]
+    for site in ("hook_normalized", "hook_scale"):
+        norm_edit = (f"blocks.0.ln1.{site}", lambda x, hook: 2 * x)
+        for inputs in (per_head, [("blocks.0.hook_attn_in", lambda x, hook: x + 1)]):
+            with pytest.raises(RuntimeError, match=rf"an edit at 'blocks.0.ln1.{site}' would change nothing"):
+                model.run_with_hooks(TOKENS, fwd_hooks=[*inputs, norm_edit])
+        # With one of the three left to the shared input, the edit reaches that one.
+        with_edit = model.run_with_hooks(TOKENS, fwd_hooks=[*per_head[:2], norm_edit])
+        without = model.run_with_hooks(TOKENS, fwd_hooks=per_head[:2])
+        assert not torch.allclose(with_edit, without)
+    assert not any(point.live for point in model.hook_points())
+
+
+# What no hook may write to
+
+
+@pytest.mark.parametrize("name", ["gpt2", "shortformer", "no norms, no positions", "mixture"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_hooks_in_place_never_write_to_the_weights_or_the_callers_tokens(name: str, grad: bool) -> None:
+    model = model_of(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    # One prompt: positions that are expanded over a batch of one look like memory of their own.
+    for tokens in (TOKENS.clone(), TOKENS[:1].clone()):
+        kept = tokens.clone()
+        with torch.set_grad_enabled(grad):
+            clean = model(tokens)
+            for site in sites_of(model):
+                if not site.endswith("hook_expert_indices"):
+                    model.run_with_hooks(tokens, fwd_hooks=[(site, lambda x, hook: x.zero_())])
+            assert torch.equal(tokens, kept)
+            assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+            assert torch.equal(model(tokens), clean)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "parallel"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_hooks_in_place_never_write_to_the_callers_residual(name: str, grad: bool) -> None:
+    model = model_of(name)
+    residual = direction_for((BATCH, POS, model.cfg.d_model))
+    kept = residual.clone()
+    with torch.set_grad_enabled(grad):
+        for site in sites_of(model):
+            if site.startswith(("blocks.1", "ln_final", "unembed")):
+                model.run_with_hooks(residual, start_at_layer=1, fwd_hooks=[(site, lambda x, hook: x.zero_())])
+    assert torch.equal(residual, kept)
+
+
+def test_a_tensor_that_a_hook_returned_is_not_written_to_by_later_hooks() -> None:
+    model = model_of("gpt2")
+    mine = direction_for((BATCH, POS, model.cfg.d_model))
+    kept = mine.clone()
+    for value in (mine, mine[:, :]):
+        with torch.no_grad():
+            model.run_with_hooks(
+                TOKENS,
+                fwd_hooks=[
+                    ("blocks.0.hook_resid_post", lambda x, hook, value=value: value),
+                    ("blocks.0.hook_resid_post", lambda x, hook: x.zero_()),
+                    ("blocks.1.hook_resid_pre", lambda x, hook: x.add_(1)),
+                    ("blocks.1.hook_mlp_in", lambda x, hook: x.add_(1)),
+                ],
+            )
+        assert torch.equal(mine, kept)
+
+
+# Fused and eager attention
+
+
+@pytest.fixture
+def fused_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The layers, in the order they run, whose attention was fused. Their score scales tell them apart."""
+    layers: list[int] = []
+    fused = F.scaled_dot_product_attention
+
+    def spy(*args: Any, **kwargs: Any) -> Tensor:
+        layers.append(round(1 / (kwargs["scale"] * 2.0)) - 1)
+        return fused(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    return layers
+
+
+def three_layers() -> HookedTransformer:
+    return tiny_model(n_layers=3, scale_attn_by_inverse_layer_idx=True)
+
+
+@pytest.mark.parametrize("site", ["hook_attn_scores", "hook_pattern"])
+def test_attention_is_eager_only_in_the_layer_whose_scores_or_pattern_are_wanted(
+    fused_layers: list[int], site: str
+) -> None:
+    model = three_layers()
+    name = f"blocks.1.attn.{site}"
+    model(TOKENS)
+    assert fused_layers == [0, 1, 2]
+    for run in (
+        lambda: model.run_with_cache(TOKENS, names_filter=name),
+        lambda: model.run_with_hooks(TOKENS, fwd_hooks=[(name, lambda x, hook: None)]),
+        lambda: model.run_with_hooks(TOKENS, bwd_hooks=[(name, lambda grad, hook: None)]),
+    ):
+        fused_layers.clear()
+        run()
+        assert fused_layers == [0, 2]
+    fused_layers.clear()
+    model(TOKENS)
+    assert fused_layers == [0, 1, 2]
+
+
+def test_attention_stays_fused_whatever_else_is_hooked(fused_layers: list[int]) -> None:
+    model = three_layers()
+    others = [site for site in model.hook_dict if not site.endswith(("hook_attn_scores", "hook_pattern"))]
+    model.run_with_cache(TOKENS, names_filter=others)
+    assert fused_layers == [0, 1, 2]
+    fused_layers.clear()
+    model.run_with_hooks(TOKENS, fwd_hooks=[("blocks.*.attn.hook_[qkvz]", lambda x, hook: 2 * x)])
+    assert fused_layers == [0, 1, 2]
+    fused_layers.clear()
+    model.run_with_cache(TOKENS)
+    assert fused_layers == []

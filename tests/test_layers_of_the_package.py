@@ -1,0 +1,130 @@
+"""The order of the package: each module imports only from the rooms above it, and no module asks for a family's name."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import hooked_lm
+
+ROOT = Path(hooked_lm.__file__).parents[1]
+
+# From the first room to the last.
+ORDER = """
+    config names slicing bundled interventions factored_matrix hook_points hooks kv_cache components
+    cached_activations activation_cache weights weight_conversion tokenization losses generation text_interface
+    text_generation initialization weight_views model_weights transformer verify sweep patching circuits utils
+    head_detector evals training tasks plotting demo cli
+""".split()
+RANK = {room: rank for rank, room in enumerate(ORDER)}
+
+# weight_conversion makes configs and weights; it knows the config's fields and the glossary, and nothing of the model.
+CONVERSION_MAY_IMPORT = {"hooked_lm.config", "hooked_lm.names", "weight_conversion"}
+
+FILES = sorted([*(ROOT / "hooked_lm").rglob("*.py"), *(ROOT / "weight_conversion").rglob("*.py")])
+MODULES = [path for path in FILES if path != ROOT / "hooked_lm" / "__init__.py"]
+
+
+def dotted(path: Path) -> str:
+    """hooked_lm/components/norm.py -> hooked_lm.components.norm"""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room(module: str) -> str:
+    """hooked_lm.components.norm -> components; anything in weight_conversion is one room."""
+    package, _, rest = module.partition(".")
+    return package if package == "weight_conversion" else rest.partition(".")[0]
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """The modules, and the names that may be modules, which run-time code under `node` imports from our packages."""
+    if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+        for child in node.orelse:
+            yield from imported(child)
+        return
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names if alias.name.startswith(("hooked_lm", "weight_conversion")))
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "imports are absolute"
+        source = node.module or ""
+        if source == "hooked_lm":
+            yield from (f"hooked_lm.{alias.name}" for alias in node.names)
+        elif source.startswith(("hooked_lm.", "weight_conversion")):
+            yield source
+    for child in ast.iter_child_nodes(node):
+        yield from imported(child)
+
+
+def imports_of(path: Path) -> set[str]:
+    return set(imported(ast.parse(path.read_text())))
+
+
+def test_every_room_has_its_place_in_the_order() -> None:
+    assert {room(dotted(path)) for path in MODULES} <= set(RANK)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_a_module_imports_only_from_the_rooms_above_it(path: Path) -> None:
+    here = room(dotted(path))
+    wrong = {name for name in imports_of(path) if RANK[room(name)] > RANK[here]}
+    assert not wrong
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if room(dotted(path)) == "weight_conversion"], ids=dotted)
+def test_weight_conversion_knows_the_config_and_nothing_of_the_model(path: Path) -> None:
+    wrong = {name for name in imports_of(path) if name not in CONVERSION_MAY_IMPORT and room(name) != "weight_conversion"}
+    assert not wrong
+
+
+@pytest.mark.parametrize("path", FILES, ids=dotted)
+def test_nothing_imports_the_command_line(path: Path) -> None:
+    if dotted(path) != "hooked_lm.cli":
+        assert not {name for name in imports_of(path) if name.startswith("hooked_lm.cli")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=dotted)
+def test_transformers_and_plotly_are_not_imported_when_a_module_is(path: Path) -> None:
+    if dotted(path).startswith("hooked_lm.plotting"):
+        return
+    at_top = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    sources = {alias.name for node in at_top if isinstance(node, ast.Import) for alias in node.names}
+    sources |= {node.module or "" for node in at_top if isinstance(node, ast.ImportFrom)}
+    assert not {source for source in sources if source.partition(".")[0] in {"transformers", "plotly", "pandas"}}
+
+
+def names_of_families(tree: ast.AST) -> set[str]:
+    """What in a module's code, docstrings apart, asks which architecture a model is of."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    model_types = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - {"gpt2"}
+    architectures = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in {"original_architecture", "model_type", "architectures"}:
+            found.add(node.attr)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if node.value in architectures | model_types or node.value.endswith(("ForCausalLM", "LMHeadModel")):
+                found.add(node.value)
+        if isinstance(node, ast.Compare):
+            compared = [*node.comparators, node.left]
+            found |= {c.value for c in compared if isinstance(c, ast.Constant) and c.value == "gpt2"}
+    return found
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if dotted(path).startswith("hooked_lm")], ids=dotted)
+def test_no_architecture_is_looked_at_outside_weight_conversion(path: Path) -> None:
+    found = names_of_families(ast.parse(path.read_text()))
+    if dotted(path) == "hooked_lm.initialization":
+        # "gpt2" is also the name of an init mode.
+        found.discard("gpt2")
+    if dotted(path) == "hooked_lm.config":
+        found.discard("gpt2")
+    assert not found
+
+
+def test_the_search_for_architectures_finds_one() -> None:
+    tree = ast.parse("if cfg.original_architecture == 'LlamaForCausalLM' or kind == 'gpt2':\n    pass")
+    assert names_of_families(tree) == {"original_architecture", "LlamaForCausalLM", "gpt2"}
