@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hooked_lm.factored_matrix import FactoredMatrix as FactoredMatrix
     from hooked_lm.hooks import HookedRootModule as HookedRootModule
     from hooked_lm.hooks import HookPoint as HookPoint
+    from hooked_lm.interventions import Intervention as Intervention
     from hooked_lm.kv_cache import HookedTransformerKeyValueCache as HookedTransformerKeyValueCache
     from hooked_lm.names import UnknownHookError as UnknownHookError
     from hooked_lm.slicing import Slice as Slice
@@ -35,6 +36,7 @@ _HOMES = {
     "HookedTransformerConfig": "hooked_lm.config",
     "HookedTransformerKeyValueCache": "hooked_lm.kv_cache",
     "SVDInterpreter": "hooked_lm.circuits.svd",
+    "Intervention": "hooked_lm.interventions",
     "Slice": "hooked_lm.slicing",
     "UnknownHookError": "hooked_lm.names",
 }

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from hooked_lm import tokenization
 from hooked_lm.generation import Sampling, decode_steps
+from hooked_lm.intervening import Intervening
+from hooked_lm.interventions import Intervention
 from hooked_lm.text_interface import TextInterface
 
 ReturnAs = Literal["input", "str", "tokens"]
 
 
-class TextGeneration(TextInterface):
+class TextGeneration(TextInterface, Intervening):
     """The generating methods of `HookedTransformer`."""
 
     def generate(
@@ -35,11 +37,12 @@ class TextGeneration(TextInterface):
         return_type: ReturnAs = "input",
         verbose: bool = True,
         attention_mask: Tensor | None = None,
+        interventions: Sequence[Intervention] = (),
     ) -> Any:
         """Extend prompts token by token and return them, extended.
 
-        Whatever hooks the model has act at every step. With the key-value cache a step after the first sees only the
-        newest position.
+        Whatever hooks the model has act at every step, and so do the interventions. With the key-value cache a step after
+        the first sees only the newest position.
 
         Args:
             input: a string, a list of strings, or tokens [pos] or [batch pos]. An empty string is BOS alone.
@@ -53,6 +56,7 @@ class TextGeneration(TextInterface):
             return_type: `"str"`, `"tokens"`, or `"input"` for whichever came in.
             verbose: show a progress bar.
             attention_mask: [batch pos] for tokens padded on the left.
+            interventions: edits as data; their positions are those of the whole text.
 
         Returns:
             Tokens [batch pos] ([pos] if so given), padding included; or the text without padding and the BOS that was
@@ -76,7 +80,8 @@ class TextGeneration(TextInterface):
             use_past_kv_cache,
             verbose,
         )
-        new = list(steps)
+        with self._all_acting(interventions):
+            new = list(steps)
         out = torch.cat((tokens, *(token[:, None] for token in new)), 1)
         as_text = texts is not None if return_type == "input" else return_type == "str"
         if not as_text:

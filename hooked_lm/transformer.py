@@ -16,8 +16,9 @@ from hooked_lm.activation_cache import ActivationCache
 from hooked_lm.components import Embed, PosEmbed, SequenceLayout, TransformerBlock, Unembed
 from hooked_lm.components.norm import make_norm
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.hooks import HookedRootModule, HookPoint, protect
+from hooked_lm.hooks import HookPoint, protect
 from hooked_lm.initialization import initialize_weights
+from hooked_lm.intervening import Intervening
 from hooked_lm.kv_cache import HookedTransformerKeyValueCache
 from hooked_lm.losses import lm_cross_entropy_loss
 from hooked_lm.model_weights import ModelWeights
@@ -29,7 +30,7 @@ ReturnType = Literal["logits", "loss", "both"] | None
 ModelInput = str | Sequence[str] | Tensor | np.ndarray
 
 
-class HookedTransformer(ModelWeights, WeightViews, TextGeneration, HookedRootModule):
+class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Intervening):
     """A transformer with a named hook point at every activation.
 
     Args:
@@ -284,6 +285,7 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, HookedRootMod
             )
             attention_mask = past_kv_cache.append_attention_mask(new)
         valid = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+        self.n_past = n_past
         return SequenceLayout(n_new, n_past, device, valid)
 
     def input_to_embed(

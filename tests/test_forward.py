@@ -165,7 +165,8 @@ def test_the_loss_is_that_of_transformers(gpt2_folder: Path) -> None:
     logits, loss = model(tokens, return_type="both")
     assert loss.dtype == torch.float64
     torch.testing.assert_close(logits, expected.logits, atol=1e-9, rtol=0)
-    torch.testing.assert_close(loss, expected.loss, atol=1e-9, rtol=0)
+    # transformers works its loss out in float32, whatever the model is in.
+    torch.testing.assert_close(loss.float(), expected.loss, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("return_type", ["loss", "both"])

@@ -376,7 +376,7 @@ def test_the_gradient_at_any_site_is_the_finite_difference(name: str) -> None:
 
         by_hook: list[Tensor] = []
         logits = model.run_with_hooks(TOKENS, bwd_hooks=[(site, lambda grad, hook, kept=by_hook: kept.append(grad))])
-        torch.autograd.grad((logits * readout).sum(), model.W_U)
+        (logits * readout).sum().backward()
         for gradient in (by_autograd, *by_hook):
             analytical = float((gradient * delta).sum())
             assert analytical == pytest.approx(numerical, rel=1e-6, abs=1e-6), site
@@ -391,8 +391,8 @@ def test_a_replaced_gradient_flows_on_from_any_site(name: str) -> None:
             continue
         logits, cache = model.run_with_cache(TOKENS, names_filter=site)
         reached = [model.W_E, cache[site]]
-        _, at_site = torch.autograd.grad((logits**2).sum(), reached)
-        (through,) = torch.autograd.grad(cache[site], model.W_E, at_site, allow_unused=True, retain_graph=True)
+        _, at_site = torch.autograd.grad((logits**2).sum(), reached, retain_graph=True)
+        (through,) = torch.autograd.grad(cache[site], model.W_E, at_site, allow_unused=True)
         clean = torch.autograd.grad((model(TOKENS) ** 2).sum(), model.W_E)[0]
         with model.hooks(bwd_hooks=[(site, lambda grad, hook: torch.zeros_like(grad))]):
             cut = torch.autograd.grad((model(TOKENS) ** 2).sum(), model.W_E)[0]
@@ -539,7 +539,7 @@ def test_an_edit_at_ln1_that_no_head_would_read_raises() -> None:
     for site in ("hook_normalized", "hook_scale"):
         norm_edit = (f"blocks.0.ln1.{site}", lambda x, hook: 2 * x)
         for inputs in (per_head, [("blocks.0.hook_attn_in", lambda x, hook: x + 1)]):
-            with pytest.raises(RuntimeError, match=rf"an edit at 'blocks.0.ln1.{site}' would change nothing"):
+            with pytest.raises(RuntimeError, match=rf"an edit at .*'blocks.0.ln1.{site}'.* would change nothing"):
                 model.run_with_hooks(TOKENS, fwd_hooks=[*inputs, norm_edit])
         # With one of the three left to the shared input, the edit reaches that one.
         with_edit = model.run_with_hooks(TOKENS, fwd_hooks=[*per_head[:2], norm_edit])

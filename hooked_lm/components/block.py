@@ -137,7 +137,7 @@ class TransformerBlock(nn.Module):
             return
         if not torch.equal(ln1(resid_pre), ln1.step_by_step(resid_pre)):
             raise RuntimeError(
-                f"an edit at {ln1.hook_normalized.name!r} or {ln1.hook_scale.name!r} would change nothing: queries, keys "
-                "and values all read per-head copies here (hooks at attn_in, or at q_input, k_input and v_input), which "
-                "are normalised on their own"
+                f"an edit at {ln1.hook_normalized.name!r} or {ln1.hook_scale.name!r} would change nothing: queries, "
+                "keys and values all read per-head copies here (hooks at attn_in, or at q_input, k_input and v_input), "
+                "which are normalised on their own"
             )

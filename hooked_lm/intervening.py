@@ -1,0 +1,78 @@
+"""A model under interventions: `run`, and the context that `generate` uses too."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.hooks import HookedRootModule, HookPoint
+from hooked_lm.interventions import Intervention
+
+
+class Acting:
+    """An intervention as a hook.
+
+    Attributes:
+        acted: whether it has changed anything yet.
+    """
+
+    def __init__(self, intervention: Intervention, model: Intervening) -> None:
+        self.intervention, self.model = intervention, model
+        self.acted = False
+
+    def __call__(self, x: Tensor, hook: HookPoint) -> Tensor:
+        edited = self.intervention.apply(x, (hook.axes or "").split(), self.model.n_past)
+        self.acted |= edited is not x
+        return edited
+
+
+class Intervening(HookedRootModule):
+    """The intervening methods of `HookedTransformer`."""
+
+    cfg: HookedTransformerConfig
+    # Positions of the text that were read before the pass that is running: interventions count from the text's start.
+    n_past: int = 0
+
+    @contextmanager
+    def intervening(self, interventions: Sequence[Intervention]) -> Generator[Any, None, None]:
+        """Make the interventions in every pass within a `with` block, in the order given.
+
+        Raises:
+            UnknownHookError: a site that the model does not have.
+            ValueError: a position, head or feature that is out of range. Nothing has been added then.
+        """
+        with self.hooks(fwd_hooks=[(acting.intervention.site, acting) for acting in self._acting(interventions)]):
+            yield self
+
+    def run(self, *args: Any, interventions: Sequence[Intervention] = (), **kwargs: Any) -> Any:
+        """Run the model once under interventions; arguments and result are those of the model.
+
+        Raises:
+            RuntimeError: after the run, if an intervention did not act: its positions or its site were not in it.
+        """
+        with self._all_acting(interventions):
+            return self(*args, **kwargs)
+
+    @contextmanager
+    def _all_acting(self, interventions: Sequence[Intervention]) -> Generator[None, None, None]:
+        """The same as `intervening`, and an error at the end if one of them never acted."""
+        acting = self._acting(interventions)
+        with self.hooks(fwd_hooks=[(one.intervention.site, one) for one in acting]):
+            yield
+        for one in acting:
+            if not one.acted:
+                raise RuntimeError(
+                    f"this never acted: {one.intervention}. The site or the positions were not part of what was run"
+                )
+
+    def _acting(self, interventions: Sequence[Intervention]) -> list[Acting]:
+        axes = {name: point.axes for name, point in self.hook_dict.items()}
+        for intervention in interventions:
+            if not isinstance(intervention, Intervention):
+                raise TypeError(f"an intervention is an Intervention, got {intervention!r}")
+            intervention.check(self.cfg, axes)
+        return [Acting(intervention, self) for intervention in interventions]

@@ -1,0 +1,107 @@
+"""A self-contained HTML page of figures: plotly's own script is inside it, and it asks the network for nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from hooked_lm.plotting.figures import FONT
+
+
+@dataclass(frozen=True)
+class PageFigure:
+    """One figure of a page, or several side by side.
+
+    Attributes:
+        heading: over it.
+        caption: what to see in it, in plain text.
+        figures: left to right.
+    """
+
+    heading: str
+    caption: str
+    figures: tuple[go.Figure, ...]
+
+
+def page_html(
+    title: str, introduction: str, sections: Sequence[PageFigure], facts: Sequence[tuple[str, str]] = (), footer: str = ""
+) -> str:
+    """Return a whole HTML page. Text is escaped; nothing in it is read as HTML.
+
+    Args:
+        title: of the page.
+        introduction: the paragraph under it.
+        sections: the figures, in order.
+        facts: (number, what it is) pairs shown large, above the figures.
+        footer: the last line.
+    """
+    tiles = "".join(f"<li><b>{escape(number)}</b><span>{escape(meaning)}</span></li>" for number, meaning in facts)
+    body = "".join(_section(section, number) for number, section in enumerate(sections, start=1))
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n<script>{get_plotlyjs()}</script>\n</head>\n"
+        f"<body>\n<main>\n<header><h1>{escape(title)}</h1><p>{escape(introduction)}</p></header>\n"
+        f"{f'<ul>{tiles}</ul>' if tiles else ''}\n{body}\n<footer>{escape(footer)}</footer>\n</main>\n</body>\n</html>\n"
+    )
+
+
+def write_page(
+    path: str | Path,
+    title: str,
+    introduction: str,
+    sections: Sequence[PageFigure],
+    facts: Sequence[tuple[str, str]] = (),
+    footer: str = "",
+) -> Path:
+    """Write `page_html` of the same arguments to a file and return its path; missing folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page_html(title, introduction, sections, facts, footer), encoding="utf-8")
+    return path
+
+
+def _section(section: PageFigure, number: int) -> str:
+    plots = "".join(
+        figure.to_html(
+            full_html=False,
+            include_plotlyjs=False,
+            div_id=f"figure-{number}-{place}",
+            config={"displaylogo": False, "responsive": True, "displayModeBar": False},
+        )
+        for place, figure in enumerate(section.figures)
+    )
+    return (
+        f'<section><h2>{escape(section.heading)}</h2><div class="row">{plots}</div>'
+        f"<p>{escape(section.caption)}</p></section>\n"
+    )
+
+
+_STYLE = (
+    """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #f5f3ec; color: #1c1c1a; font: 17px/1.6 """
+    + FONT
+    + """; }
+main { max-width: 980px; margin: 0 auto; padding: 56px 24px 40px; }
+h1 { font-size: 34px; line-height: 1.2; letter-spacing: -0.015em; margin: 0 0 16px; }
+header p { font-size: 18px; max-width: 46em; margin: 0 0 32px; color: #3a3935; }
+ul { list-style: none; display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 12px;
+  margin: 0 0 28px; padding: 0; }
+li { background: #fff; border: 1px solid #e7e5de; border-radius: 10px; padding: 16px 18px; }
+li b { display: block; font-size: 26px; line-height: 1.2; letter-spacing: -0.01em; }
+li span { display: block; margin-top: 4px; font-size: 14px; line-height: 1.4; color: #6b6a64; }
+section { background: #fff; border: 1px solid #e7e5de; border-radius: 10px; padding: 24px 26px; margin: 0 0 20px; }
+h2 { font-size: 21px; line-height: 1.3; margin: 0 0 8px; }
+section p { margin: 10px 0 0; font-size: 15.5px; max-width: 50em; color: #3a3935; }
+.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 360px), 1fr)); gap: 12px; }
+.row > div { min-width: 0; }
+footer { font-size: 14px; color: #6b6a64; margin-top: 28px; }
+"""
+)

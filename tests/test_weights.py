@@ -1,0 +1,481 @@
+"""Processing: it leaves every log-probability as it was, does what it says, and says so where it would not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hooked_lm import HookedTransformer, HookedTransformerConfig, weights
+from hooked_lm.weights import STEPS, Weights, plan_processing, process
+from tests.helpers import randomise_, tiny_config, tiny_model, tiny_tokens
+
+EXACT = 1e-9
+
+KINDS: dict[str, dict[str, Any]] = {
+    "layer norm": {},
+    "rms": {"normalization_type": "RMS"},
+    "no norm": {"normalization_type": None},
+    "gated": {"gated_mlp": True, "act_fn": "silu"},
+    "gated rms": {"gated_mlp": True, "act_fn": "silu", "normalization_type": "RMS"},
+    "parallel": {"parallel_attn_mlp": True},
+    "attention only": {"attn_only": True, "act_fn": None},
+    "attention only rms": {"attn_only": True, "act_fn": None, "normalization_type": "RMS"},
+    "grouped queries": {"n_heads": 6, "d_head": 4, "n_key_value_heads": 2},
+    "one key-value head": {"n_key_value_heads": 1, "normalization_type": "RMS"},
+    "rotary": {"positional_embedding_type": "rotary", "rotary_dim": 2},
+    "alibi": {"positional_embedding_type": "alibi"},
+    "shortformer": {"positional_embedding_type": "shortformer"},
+    "no positions": {"positional_embedding_type": "none"},
+    "bidirectional": {"attention_dir": "bidirectional"},
+    "window": {"window_size": 3},
+    "solu_ln": {"act_fn": "solu_ln"},
+    "solu_ln rms": {"act_fn": "solu_ln", "normalization_type": "RMS"},
+    "solu_ln without norms": {"act_fn": "solu_ln", "normalization_type": None},
+    "final rms": {"final_rms": True},
+    "norm after the embedding": {"post_embedding_ln": True},
+    "rms after the embedding": {"post_embedding_ln": True, "normalization_type": "RMS"},
+    "norms before and after": {"use_normalization_before_and_after": True},
+    "rms before and after": {"use_normalization_before_and_after": True, "normalization_type": "RMS"},
+    "query-key norm": {"use_qk_norm": True, "normalization_type": "RMS"},
+    "experts": {"num_experts": 4, "experts_per_token": 2},
+    "gated rms experts": {
+        "num_experts": 4,
+        "experts_per_token": 2,
+        "gated_mlp": True,
+        "norm_topk_prob": True,
+        "normalization_type": "RMS",
+    },
+    "soft-caps": {"attn_scores_soft_cap": 2.0, "output_logits_soft_cap": 3.0},
+    "odd head size": {"d_head": 5, "n_heads": 2},
+    "wide heads": {"d_head": 14, "n_heads": 2},
+    "another output vocabulary": {"d_vocab_out": 7},
+}
+
+MODELS: dict[str, HookedTransformer] = {}
+
+
+def model_of(kind: str) -> HookedTransformer:
+    """A random model of a kind; made once, and not to be changed."""
+    if kind not in MODELS:
+        MODELS[kind] = tiny_model(**KINDS[kind])
+    return MODELS[kind]
+
+
+def log_probabilities(model: HookedTransformer) -> Tensor:
+    with torch.no_grad():
+        return model(tiny_tokens()).log_softmax(-1)
+
+
+def rebuilt(cfg: HookedTransformerConfig, state: Weights) -> HookedTransformer:
+    """A model with processed weights, through the plain loading of modules: every name has its place, and no other."""
+    model = HookedTransformer(cfg.replace(init_weights=False))
+    torch.nn.Module.load_state_dict(model, state, strict=True)
+    return model
+
+
+def preserves(kind: str, step: str) -> bool:
+    return STEPS[step].obstacle(model_of(kind).cfg) is None
+
+
+PRESERVING = [(kind, step) for kind in KINDS for step in STEPS if preserves(kind, step)]
+OBSTRUCTED = [(kind, step) for kind in KINDS for step in STEPS if not preserves(kind, step)]
+
+
+@pytest.mark.parametrize(("kind", "step"), PRESERVING)
+def test_a_step_alone_leaves_the_log_probabilities_as_they_were(kind: str, step: str) -> None:
+    model = model_of(kind)
+    processed = rebuilt(*STEPS[step].apply(model.cfg, model.state_dict()))
+    assert (log_probabilities(processed) - log_probabilities(model)).abs().max().item() < EXACT
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_steps_together_leave_the_log_probabilities_as_they_were(kind: str) -> None:
+    model = model_of(kind)
+    plan = [step for step in STEPS if preserves(kind, step)]
+    processed = rebuilt(*process(model.cfg, model.state_dict(), plan))
+    assert (log_probabilities(processed) - log_probabilities(model)).abs().max().item() < EXACT
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_steps_preserve_log_probabilities_in_the_reverse_order_too(kind: str) -> None:
+    model = model_of(kind)
+    plan = [step for step in reversed(STEPS) if preserves(kind, step)]
+    processed = rebuilt(*process(model.cfg, model.state_dict(), plan))
+    assert (log_probabilities(processed) - log_probabilities(model)).abs().max().item() < EXACT
+
+
+def test_the_obstacles_are_those_that_there_are() -> None:
+    refactoring = {"rotary", "query-key norm", "grouped queries", "one key-value head", "wide heads"}
+    writing = {kind for kind, changes in KINDS.items() if changes.get("normalization_type", "LN") != "LN"}
+    expected = {("shortformer", "fold_ln"), ("soft-caps", "center_unembed")}
+    expected |= {(kind, "refactor_factored_attn_matrices") for kind in refactoring}
+    expected |= {(kind, "center_writing_weights") for kind in (*writing, "final rms")}
+    assert set(OBSTRUCTED) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "step"), [pair for pair in OBSTRUCTED if pair[1] != "refactor_factored_attn_matrices"]
+)
+def test_a_step_with_an_obstacle_would_change_the_log_probabilities(kind: str, step: str) -> None:
+    model = model_of(kind)
+    processed = rebuilt(*STEPS[step].apply(model.cfg, model.state_dict()))
+    assert (log_probabilities(processed) - log_probabilities(model)).abs().max().item() > 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_writes_to_nothing_it_is_given(kind: str, step: str) -> None:
+    if step == "refactor_factored_attn_matrices" and not preserves(kind, step):
+        return
+    model = model_of(kind)
+    state, cfg = model.state_dict(), model.cfg.replace()
+    before = {name: value.clone() for name, value in state.items()}
+    names = list(state)
+    STEPS[step].apply(cfg, state)
+    assert list(state) == names
+    assert all(torch.equal(state[name], before[name]) for name in names)
+    assert cfg == model.cfg
+
+
+# Each does what it says
+
+
+def mean(value: Tensor, axis: int) -> float:
+    return value.mean(axis).abs().max().item()
+
+
+def test_folding_removes_the_gains_and_centres_what_reads_a_layer_norm() -> None:
+    model = model_of("layer norm")
+    cfg, state = weights.fold_layer_norm(model.cfg, model.state_dict())
+    assert cfg == model.cfg.replace(normalization_type="LNPre")
+    assert set(model.state_dict()) - set(state) == {
+        *(f"blocks.{layer}.{norm}.{part}" for layer in range(2) for norm in ("ln1", "ln2") for part in "wb"),
+        "ln_final.w",
+        "ln_final.b",
+    }
+    readers = [f"blocks.{layer}.{W}" for layer in range(2) for W in ("attn.W_Q", "attn.W_K", "attn.W_V", "mlp.W_in")]
+    for name in (*readers, "unembed.W_U"):
+        assert mean(model.state_dict()[name], -2) > 1e-2
+        assert mean(state[name], -2) < 1e-12
+
+
+def test_folding_after_an_rms_norm_scales_rows_by_the_gain_and_no_more() -> None:
+    model = model_of("gated rms")
+    cfg, state = weights.fold_layer_norm(model.cfg, model.state_dict())
+    assert cfg.normalization_type == "RMSPre"
+    block = model.blocks[1]
+    assert torch.allclose(state["blocks.1.attn.W_K"], block.ln1.w[:, None] * block.attn.W_K, atol=1e-14)
+    assert torch.allclose(state["blocks.1.mlp.W_gate"], block.ln2.w[:, None] * block.mlp.W_gate, atol=1e-14)
+    assert torch.allclose(state["unembed.W_U"], model.ln_final.w[:, None] * model.W_U, atol=1e-14)
+    assert torch.equal(state["blocks.1.mlp.b_gate"], block.mlp.b_gate)
+
+
+def test_folding_moves_the_norms_bias_into_the_readers_bias() -> None:
+    model = model_of("layer norm")
+    _, state = weights.fold_layer_norm(model.cfg, model.state_dict())
+    block = model.blocks[1]
+    for head in range(3):
+        expected = block.attn.b_Q[head] + block.ln1.b @ block.attn.W_Q[head]
+        assert torch.allclose(state["blocks.1.attn.b_Q"][head], expected, atol=1e-13)
+    assert torch.allclose(state["unembed.b_U"], model.b_U + model.ln_final.b @ model.W_U, atol=1e-13)
+
+
+def test_folding_leaves_norms_that_write_to_the_stream() -> None:
+    model = model_of("norms before and after")
+    _, state = weights.fold_layer_norm(model.cfg, model.state_dict())
+    assert torch.equal(state["blocks.0.ln1_post.w"], model.blocks[0].ln1_post.w)
+    assert torch.equal(state["blocks.0.ln2_post.b"], model.blocks[0].ln2_post.b)
+
+
+def test_folding_the_norm_of_solu_gives_its_gain_to_the_output_matrix() -> None:
+    model = model_of("solu_ln")
+    _, state = weights.fold_layer_norm(model.cfg, model.state_dict())
+    assert not {name for name in state if ".mlp.ln." in name}
+    mlp = model.blocks[0].mlp
+    assert torch.allclose(state["blocks.0.mlp.b_out"], mlp.b_out + mlp.ln.b @ mlp.W_out, atol=1e-13)
+
+
+@pytest.mark.parametrize("normalization_type", [None, "LNPre", "RMSPre"])
+def test_without_a_gain_there_is_nothing_to_fold(normalization_type: str | None) -> None:
+    model = tiny_model(normalization_type=normalization_type)
+    cfg, state = weights.fold_layer_norm(model.cfg, model.state_dict())
+    assert cfg == model.cfg
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["layer norm", "rms", "grouped queries", "experts", "attention only"])
+def test_centring_what_is_written_makes_every_mean_zero_and_changes_nothing_else(kind: str) -> None:
+    model = model_of(kind)
+    cfg, state = weights.center_writing_weights(model.cfg, model.state_dict())
+    written = {"embed.W_E", "pos_embed.W_pos"}
+    for layer in range(2):
+        written |= {f"blocks.{layer}.attn.W_O", f"blocks.{layer}.attn.b_O"}
+        if not cfg.attn_only:
+            written |= {f"blocks.{layer}.mlp.W_out", f"blocks.{layer}.mlp.b_out"}
+    for name, value in model.state_dict().items():
+        if name in written:
+            assert torch.allclose(state[name], value - value.mean(-1, keepdim=True), atol=1e-14), name
+            assert mean(state[name], -1) < 1e-12, name
+        else:
+            assert torch.equal(state[name], value), name
+    assert cfg == model.cfg
+
+
+def test_centring_what_is_written_leaves_positions_that_bypass_the_stream() -> None:
+    model = model_of("shortformer")
+    _, state = weights.center_writing_weights(model.cfg, model.state_dict())
+    assert torch.equal(state["pos_embed.W_pos"], model.W_pos)
+
+
+def test_after_centring_the_stream_has_mean_zero_at_every_layer() -> None:
+    model = model_of("layer norm")
+    _, cache = rebuilt(*weights.center_writing_weights(model.cfg, model.state_dict())).run_with_cache(tiny_tokens())
+    for layer in range(2):
+        assert mean(cache["resid_pre", layer], -1) < 1e-12
+        assert mean(cache["resid_post", layer], -1) < 1e-12
+
+
+def test_centring_the_unembedding_makes_its_means_zero_and_changes_nothing_else() -> None:
+    model = model_of("layer norm")
+    cfg, state = weights.center_unembed(model.cfg, model.state_dict())
+    assert mean(state["unembed.W_U"], -1) < 1e-12
+    assert mean(state["unembed.b_U"], -1) < 1e-12
+    unchanged = set(state) - {"unembed.W_U", "unembed.b_U"}
+    assert all(torch.equal(state[name], model.state_dict()[name]) for name in unchanged)
+    logits = rebuilt(cfg, state)(tiny_tokens())
+    assert mean(logits, -1) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["layer norm", "grouped queries", "one key-value head"])
+def test_folding_value_biases_makes_them_zero_and_moves_them_to_the_output_bias(kind: str) -> None:
+    model = model_of(kind)
+    _, state = weights.fold_value_biases(model.cfg, model.state_dict())
+    for layer, block in enumerate(model.blocks):
+        assert torch.equal(state[f"blocks.{layer}.attn.b_V"], torch.zeros_like(block.attn.b_V))
+        group = model.cfg.n_heads // model.cfg.n_kv_heads
+        moved = sum(block.attn.b_V[head // group] @ block.attn.W_O[head] for head in range(model.cfg.n_heads))
+        assert torch.allclose(state[f"blocks.{layer}.attn.b_O"], block.attn.b_O + moved, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", ["layer norm", "alibi", "odd head size"])
+def test_refactoring_shares_the_singular_values_evenly_and_keeps_the_circuits(kind: str) -> None:
+    model = model_of(kind)
+    _, state = weights.refactor_factored_attn_matrices(model.cfg, model.state_dict())
+    for layer, block in enumerate(model.blocks):
+        new = {name: state[f"blocks.{layer}.attn.{name}"] for name in ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V")}
+        for head in range(model.cfg.n_heads):
+            Q = torch.cat((new["W_Q"][head], new["b_Q"][head][None]))
+            K = torch.cat((new["W_K"][head], new["b_K"][head][None]))
+            old_Q = torch.cat((block.attn.W_Q[head], block.attn.b_Q[head][None]))
+            old_K = torch.cat((block.attn.W_K[head], block.attn.b_K[head][None]))
+            S = torch.linalg.svdvals(old_Q @ old_K.T)[: model.cfg.d_head]
+            assert torch.allclose(Q @ K.T, old_Q @ old_K.T, atol=1e-12)
+            assert torch.allclose(Q.T @ Q, S.diag(), atol=1e-12)
+            assert torch.allclose(K.T @ K, S.diag(), atol=1e-12)
+            V, O = new["W_V"][head], new["W_O"][head]
+            old_OV = block.attn.W_V[head] @ block.attn.W_O[head]
+            S = torch.linalg.svdvals(old_OV)[: model.cfg.d_head]
+            assert torch.allclose(V @ O, old_OV, atol=1e-12)
+            assert torch.allclose(V.T @ V, S.square().diag(), atol=1e-12)
+            assert torch.allclose(O @ O.T, torch.eye(model.cfg.d_head, dtype=O.dtype), atol=1e-12)
+        assert not new["b_V"].any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        ("rotary", "refactor_factored_attn_matrices: rotary positions"),
+        ("query-key norm", "refactor_factored_attn_matrices: the query-key norm"),
+        ("grouped queries", "refactor_factored_attn_matrices: with grouped queries"),
+        ("wide heads", "refactor_factored_attn_matrices: d_head 14 exceeds d_model 12"),
+    ],
+)
+def test_refactoring_raises_where_the_basis_of_a_head_is_fixed(kind: str, match: str) -> None:
+    model = model_of(kind)
+    with pytest.raises(ValueError, match=match):
+        weights.refactor_factored_attn_matrices(model.cfg, model.state_dict())
+
+
+# Part of a model
+
+
+@pytest.mark.parametrize("kind", ["layer norm", "gated rms", "grouped queries", "experts", "solu_ln", "attention only"])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_does_to_one_block_what_it_does_to_that_block_in_the_whole(kind: str, step: str) -> None:
+    if not preserves(kind, step) and step == "refactor_factored_attn_matrices":
+        return
+    model = model_of(kind)
+    whole_cfg, whole = STEPS[step].apply(model.cfg, model.state_dict())
+    part = {name: value for name, value in model.state_dict().items() if name.startswith("blocks.1.")}
+    part_cfg, processed = STEPS[step].apply(model.cfg, part)
+    assert part_cfg == whole_cfg
+    assert set(processed) == {name for name in whole if name.startswith("blocks.1.")}
+    assert all(torch.equal(value, whole[name]) for name, value in processed.items())
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_works_on_what_is_outside_the_blocks(step: str) -> None:
+    model = model_of("layer norm")
+    _, whole = STEPS[step].apply(model.cfg, model.state_dict())
+    part = {name: value for name, value in model.state_dict().items() if not name.startswith("blocks.")}
+    _, processed = STEPS[step].apply(model.cfg, part)
+    assert set(processed) == {name for name in whole if not name.startswith("blocks.")}
+    assert all(torch.equal(value, whole[name]) for name, value in processed.items())
+
+
+# What is planned
+
+
+@pytest.mark.parametrize(("kind", "step"), PRESERVING)
+def test_a_step_that_preserves_the_function_is_planned_in_silence(kind: str, step: str) -> None:
+    assert plan_processing(model_of(kind).cfg, {name: name == step for name in STEPS}) == [step]
+
+
+@pytest.mark.parametrize(("kind", "step"), OBSTRUCTED)
+def test_a_step_that_would_change_the_function_is_left_out_and_warns_if_it_was_asked_for(kind: str, step: str) -> None:
+    with pytest.warns(UserWarning, match=f"{step} is left out, since it would change what the model computes"):
+        assert plan_processing(model_of(kind).cfg, {name: name == step for name in STEPS}) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_by_default_what_preserves_the_function_is_planned_in_silence(kind: str) -> None:
+    steps = [step for step in STEPS if preserves(kind, step) and step != "refactor_factored_attn_matrices"]
+    assert plan_processing(model_of(kind).cfg, dict.fromkeys(STEPS)) == steps
+    assert plan_processing(model_of(kind).cfg, {}) == steps
+
+
+def test_what_is_not_wanted_is_not_planned() -> None:
+    assert plan_processing(tiny_config(), dict.fromkeys(STEPS, False)) == []
+
+
+# The model's own methods
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders with unprocessed models, by kind."""
+    root = tmp_path_factory.mktemp("models")
+
+    def folder(kind: str) -> Path:
+        path = root / kind
+        if not path.exists():
+            model_of(kind).save_pretrained(path)
+        return path
+
+    return folder
+
+
+def assert_same_model(one: HookedTransformer, other: HookedTransformer) -> None:
+    assert one.cfg.replace(model_name="", init_weights=True) == other.cfg.replace(model_name="", init_weights=True)
+    assert one.processed == other.processed
+    assert one.state_dict().keys() == other.state_dict().keys()
+    for name, value in one.state_dict().items():
+        assert torch.allclose(value, other.state_dict()[name], rtol=0, atol=1e-13), name
+
+
+PROCESSED_KINDS = ["layer norm", "gated rms", "grouped queries", "experts", "solu_ln", "solu_ln rms", "rotary", "final rms"]
+
+
+@pytest.mark.parametrize("kind", PROCESSED_KINDS)
+def test_processing_a_model_in_place_gives_what_from_pretrained_gives(kind: str, saved: Callable[[str], Path]) -> None:
+    loaded = HookedTransformer.from_pretrained(saved(kind))
+    model = HookedTransformer.from_pretrained_no_processing(saved(kind))
+    model.process_weights_()
+    assert_same_model(model, loaded)
+    assert (log_probabilities(model) - log_probabilities(loaded)).abs().max().item() < EXACT
+    assert (log_probabilities(loaded) - log_probabilities(model_of(kind))).abs().max().item() < EXACT
+
+
+@pytest.mark.parametrize("kind", PROCESSED_KINDS)
+def test_loading_and_processing_a_state_dict_gives_what_from_pretrained_gives(
+    kind: str, saved: Callable[[str], Path]
+) -> None:
+    model = HookedTransformer(tiny_config(**KINDS[kind]))
+    model.load_and_process_state_dict(model_of(kind).state_dict())
+    assert_same_model(model, HookedTransformer.from_pretrained(saved(kind)))
+
+
+def test_the_single_methods_one_after_another_give_what_from_pretrained_gives(saved: Callable[[str], Path]) -> None:
+    model = HookedTransformer.from_pretrained_no_processing(saved("layer norm"))
+    model.fold_layer_norm()
+    model.center_writing_weights()
+    model.center_unembed()
+    model.fold_value_biases()
+    model.refactor_factored_attn_matrices()
+    loaded = HookedTransformer.from_pretrained(saved("layer norm"), refactor_factored_attn_matrices=True)
+    assert_same_model(model, loaded)
+
+
+@pytest.mark.parametrize("load", ["process_weights_", "load_and_process_state_dict"])
+def test_the_classic_positional_flags_mean_the_steps_in_their_order(load: str) -> None:
+    for position, step in enumerate(STEPS):
+        flags = [position == i for i in range(len(STEPS))]
+        model = randomise_(HookedTransformer(tiny_config()))
+        if load == "process_weights_":
+            model.process_weights_(*flags)
+        else:
+            model.load_and_process_state_dict(model_of("layer norm").state_dict(), *flags)
+        assert model.processed == (step,)
+
+
+def test_the_methods_centre_when_called_whatever_the_norm() -> None:
+    model = randomise_(HookedTransformer(tiny_config(normalization_type="RMS")))
+    model.center_writing_weights()
+    assert mean(model.W_E, -1) < 1e-12
+    assert mean(model.W_out, -1) < 1e-12
+    model.center_unembed()
+    assert mean(model.W_U, -1) < 1e-12
+
+
+def test_loading_warns_where_a_step_asked_for_would_change_the_function(saved: Callable[[str], Path]) -> None:
+    with pytest.warns(UserWarning, match="center_writing_weights is left out, .*only LayerNorm ignores"):
+        model = HookedTransformer.from_pretrained(saved("rms"), center_writing_weights=True)
+    assert "center_writing_weights" not in model.processed
+    with pytest.warns(UserWarning, match="refactor_factored_attn_matrices is left out, .*rotary"):
+        model = HookedTransformer.from_pretrained(saved("rotary"), refactor_factored_attn_matrices=True)
+    assert (log_probabilities(model) - log_probabilities(model_of("rotary"))).abs().max().item() < EXACT
+
+
+def test_processing_in_place_warns_where_a_step_asked_for_would_change_the_function() -> None:
+    model = randomise_(HookedTransformer(tiny_config(normalization_type="RMS")))
+    with pytest.warns(UserWarning, match="center_writing_weights is left out, .*only LayerNorm ignores"):
+        model.process_weights_(center_writing_weights=True)
+    assert (log_probabilities(model) - log_probabilities(model_of("rms"))).abs().max().item() < EXACT
+
+
+def test_refactoring_a_rotary_model_raises_and_leaves_it_as_it_was() -> None:
+    model = randomise_(HookedTransformer(tiny_config(**KINDS["rotary"])))
+    with pytest.raises(ValueError, match="rotary positions"):
+        model.refactor_factored_attn_matrices()
+    assert model.processed == ()
+    assert torch.equal(log_probabilities(model), log_probabilities(model_of("rotary")))
+
+
+def test_processing_twice_changes_nothing_more() -> None:
+    model = randomise_(HookedTransformer(tiny_config()))
+    model.process_weights_()
+    once = {name: value.clone() for name, value in model.state_dict().items()}
+    model.process_weights_()
+    assert model.state_dict().keys() == once.keys()
+    assert all(torch.allclose(value, once[name], rtol=0, atol=1e-13) for name, value in model.state_dict().items())
+
+
+def test_a_processed_model_trains() -> None:
+    model = randomise_(HookedTransformer(tiny_config()))
+    model.process_weights_()
+    model(tiny_tokens(), return_type="loss").backward()
+    assert all(parameter.grad is not None and parameter.is_leaf for parameter in model.parameters())
+
+
+def test_the_hooks_of_a_model_survive_its_processing() -> None:
+    model = randomise_(HookedTransformer(tiny_config()))
+    seen = []
+    model.add_hook("blocks.0.ln1.hook_normalized", lambda x, hook: seen.append(hook.name))
+    model.process_weights_()
+    model(tiny_tokens())
+    assert seen == ["blocks.0.ln1.hook_normalized"]
