@@ -198,7 +198,12 @@ def _second_half(model: HookedTransformer, tokens: Tensor, silent: Sequence[Head
 
 
 def _ablations(
-    model: HookedTransformer, tokens: Tensor, previous: Head, induction: Head, previous_scores: Tensor, ind_scores: Tensor
+    model: HookedTransformer,
+    tokens: Tensor,
+    previous: Head,
+    induction: Head,
+    previous_scores: Tensor,
+    ind_scores: Tensor,
 ) -> tuple[Ablation, ...]:
     # The controls are the heads of the same layers that look least like the pair.
     controls = ((0, int(previous_scores[0].argmin())), (1, int(ind_scores[1].argmin())))

@@ -168,7 +168,7 @@ class HookedRootModule(nn.Module):
             UnknownHookError: before the run, if any entry matches nothing.
             RuntimeError: after the run, if a forward hook never ran, for example beyond `stop_at_layer`.
         """
-        level = self.context_level + 1
+        level, fwd_hooks = self.context_level + 1, list(fwd_hooks)
         planned = [self._plan([spec], "fwd", level=level) for spec in fwd_hooks]
         handles = [*chain.from_iterable(planned), *self._plan(bwd_hooks, "bwd", level=level)]
         with self._attached(handles, reset_hooks_end, clear_contexts):

@@ -41,8 +41,8 @@ class TextGeneration(TextInterface, Intervening):
     ) -> Any:
         """Extend prompts token by token and return them, extended.
 
-        Whatever hooks the model has act at every step, and so do the interventions. With the key-value cache a step after
-        the first sees only the newest position.
+        Whatever hooks the model has act at every step, and so do the interventions. With the key-value cache a step
+        after the first sees only the newest position.
 
         Args:
             input: a string, a list of strings, or tokens [pos] or [batch pos]. An empty string is BOS alone.

@@ -29,10 +29,19 @@ class WeightViews(nn.Module):
     unembed: Any
 
     def _stack(self, module: str, name: str) -> Tensor:
-        found = [getattr(getattr(block, module, None), name, None) for block in self.blocks]
-        if not found or any(value is None for value in found):
-            raise AttributeError(f"the blocks of this model have no {module}.{name}")
-        return torch.stack([value for value in found if value is not None])
+        if len(self.blocks) == 0:
+            raise AttributeError(name)
+        return torch.stack([getattr(getattr(block, module), name) for block in self.blocks])
+
+    def __getattr__(self, name: str) -> Any:
+        # A property that meets a missing parameter ends up here, its own message lost.
+        if isinstance(getattr(type(self), name, None), property):
+            cfg = self.cfg
+            raise AttributeError(
+                f"this model has no {name}: positional_embedding_type={cfg.positional_embedding_type!r}, "
+                f"n_layers={cfg.n_layers}, attn_only={cfg.attn_only}, gated_mlp={cfg.gated_mlp}"
+            )
+        return super().__getattr__(name)
 
     @property
     def W_E(self) -> Float[Tensor, "vocab d_model"]:
@@ -40,10 +49,6 @@ class WeightViews(nn.Module):
 
     @property
     def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
-        if not hasattr(self, "pos_embed"):
-            raise AttributeError(
-                f"a model with positional_embedding_type={self.cfg.positional_embedding_type!r} has no W_pos"
-            )
         return self.pos_embed.W_pos
 
     @property
@@ -136,7 +141,7 @@ class WeightViews(nn.Module):
         """
         if mode not in ("Q", "K", "V"):
             raise ValueError(f"composition is by 'Q', 'K' or 'V', not {mode!r}")
-        reads = {"Q": self.QK, "K": self.QK.T, "V": self.OV}[mode] if self.cfg.n_layers else self.OV
+        reads = self.OV if mode == "V" else self.QK if mode == "Q" else self.QK.T
         scores = composition_scores(self.OV, reads)
         layer = torch.arange(self.cfg.n_layers, device=scores.device)
         earlier = layer[:, None, None, None] < layer[None, None, :, None]
