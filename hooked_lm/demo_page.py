@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import math
+from pathlib import Path
 
 from hooked_lm import plotting
 from hooked_lm.demo import DemoResult, label

@@ -8,8 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPTJConfig, GPTJForCausalLM
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from hooked_lm import HookedTransformer
 from tests.helpers import randomise_, tiny_config, tiny_model, tiny_tokens
@@ -180,7 +188,9 @@ def one_mlp(cfg: Any, w: Weights, weights: Weights, name: str, x: Tensor) -> Ten
     else:
         hidden = activate(cfg.act_fn, hidden)
     if cfg.act_fn == "solu_ln":
-        hidden = normalise(hidden, "LNPre" if cfg.normalization_type == "LNPre" else "LN", weights, f"{name}.ln", cfg.eps)
+        hidden = normalise(
+            hidden, "LNPre" if cfg.normalization_type == "LNPre" else "LN", weights, f"{name}.ln", cfg.eps
+        )
     return hidden @ w["W_out"] + w["b_out"]
 
 
@@ -270,7 +280,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "grouped": ({"n_heads": 4, "n_key_value_heads": 2}, {"attn_scale": 9.0}),
     "one key-value head": ({"n_heads": 4, "n_key_value_heads": 1, **ROTARY}, {"rotary_base": 7.0}),
     "query and key norm": ({"use_qk_norm": True}, {"use_qk_norm": False}),
-    "query and key norm, grouped": ({"use_qk_norm": True, "n_heads": 4, "n_key_value_heads": 2, **ROTARY}, {"eps": 0.1}),
+    "query and key norm, grouped": (
+        {"use_qk_norm": True, "n_heads": 4, "n_key_value_heads": 2, **ROTARY},
+        {"eps": 0.1},
+    ),
     "norms before and after": (
         {"use_normalization_before_and_after": True},
         {"use_normalization_before_and_after": False},

@@ -409,7 +409,11 @@ def test_weights_have_the_spread_and_shape_of_their_init_mode(init_mode: str, sp
             assert torch.equal(value, torch.full_like(value, 1.0 if kind == "w" else 0.0)), name
             continue
         fan_in, fan_out = fans(name, value)
-        expected = {"gpt2": gain, "xavier": gain * math.sqrt(2 / (fan_in + fan_out)), "kaiming": gain * math.sqrt(2 / fan_in)}
+        expected = {
+            "gpt2": gain,
+            "xavier": gain * math.sqrt(2 / (fan_in + fan_out)),
+            "kaiming": gain * math.sqrt(2 / fan_in),
+        }
         std = expected[init_mode.split("_")[0]]
         assert abs(value.mean().item()) < 0.1 * std, name
         assert value.std().item() == pytest.approx(std, rel=0.05), name

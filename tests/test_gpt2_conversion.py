@@ -451,7 +451,9 @@ def test_a_folder_of_that_name_comes_before_the_hub(
 
 @pytest.mark.usefixtures("offline")
 def test_a_model_that_is_nowhere_offline_raises_and_says_what_was_tried() -> None:
-    with pytest.raises(CheckpointError, match=r"no checkpoint 'gpt2-small'.*folder .*'openai-community/gpt2'.*hf download"):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint 'gpt2-small'.*folder .*'openai-community/gpt2'.*hf download"
+    ):
         HookedTransformer.from_pretrained("gpt2-small")
 
 

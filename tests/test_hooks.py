@@ -227,7 +227,11 @@ def test_a_hook_may_be_any_callable_whatever_its_arguments_are_called(hook: Call
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [
-        (lambda x, hook: x[..., :1], ValueError, r"the hook at 'blocks.1.hook_resid_pre' returned shape \(2, .*1\), but"),
+        (
+            lambda x, hook: x[..., :1],
+            ValueError,
+            r"the hook at 'blocks.1.hook_resid_pre' returned shape \(2, .*1\), but",
+        ),
         (lambda x, hook: x.float(), ValueError, r"the hook at 'blocks.1.hook_resid_pre' returned dtype torch.float32"),
         (lambda x, hook: x.to("meta"), ValueError, r"the hook at 'blocks.1.hook_resid_pre' returned device meta"),
         (lambda x, hook: 3.0, TypeError, r"the hook at 'blocks.1.hook_resid_pre' returned float: return a tensor, or"),

@@ -136,9 +136,7 @@ def test_the_layer_of_a_full_name_is_the_one_it_was_made_from(site: str, layer: 
     assert get_act_name(f"{site}{layer}") == full
 
 
-@given(
-    st.sampled_from(["scale", "normalized"]), st.integers(0, 10_000), st.sampled_from(["ln1", "ln2", "ln1_post"])
-)
+@given(st.sampled_from(["scale", "normalized"]), st.integers(0, 10_000), st.sampled_from(["ln1", "ln2", "ln1_post"]))
 def test_the_layer_of_a_norm_site_is_the_one_it_was_made_from(site: str, layer: int, norm: str) -> None:
     full = get_act_name(site, layer, norm)
     assert full == f"blocks.{layer}.{norm}.hook_{site}"
@@ -214,7 +212,10 @@ def test_a_plain_name_is_not_a_prefix() -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ("blocks.0.attn.hook_patern", r"no hook 'blocks.0.attn.hook_patern'; did you mean 'blocks.0.attn.hook_pattern'"),
+        (
+            "blocks.0.attn.hook_patern",
+            r"no hook 'blocks.0.attn.hook_patern'; did you mean 'blocks.0.attn.hook_pattern'",
+        ),
         ("blocks.12.attn.hook_q", r"no hook 'blocks.12.attn.hook_q': layers run 0-1$"),
         ("blocks.2.hook_resid_pre", r"no hook 'blocks.2.hook_resid_pre': layers run 0-1$"),
         ("pattern", r"no hook 'pattern'; did you mean 'blocks.0.attn.hook_pattern'"),
@@ -222,7 +223,10 @@ def test_a_plain_name_is_not_a_prefix() -> None:
         ("zzzzzz", r"no hook 'zzzzzz'; list_hooks\(\)"),
         ([], "the names filter is empty"),
         (lambda name: False, "matches none of the"),
-        (["hook_embed", "blocks.0.hook_resid_per"], "no hook 'blocks.0.hook_resid_per'; did you mean 'blocks.0.hook_re"),
+        (
+            ["hook_embed", "blocks.0.hook_resid_per"],
+            "no hook 'blocks.0.hook_resid_per'; did you mean 'blocks.0.hook_re",
+        ),
         (["hook_embed", "blocks.*.nothing"], r"the pattern 'blocks.\*.nothing' matches no hook"),
     ],
 )

@@ -107,7 +107,10 @@ def test_tensors_of_layers_that_are_not_kept_are_never_read() -> None:
 
 
 def test_a_dropped_tensor_may_be_absent() -> None:
-    assert convert(TABLE, source(), tiny_config()).keys() == convert(TABLE, source(version=torch.ones(1)), tiny_config()).keys()
+    assert (
+        convert(TABLE, source(), tiny_config()).keys()
+        == convert(TABLE, source(version=torch.ones(1)), tiny_config()).keys()
+    )
 
 
 def test_a_missing_tensor_raises_and_is_named() -> None:
@@ -138,7 +141,14 @@ def test_a_long_list_of_offenders_is_cut_and_counted() -> None:
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("wte", (21, 12)), ("wte", (20, 13)), ("wte", (20,)), ("h__1__q", (12, 13)), ("h__1__q", (16, 12)), ("h__0__kv", (36,))],
+    [
+        ("wte", (21, 12)),
+        ("wte", (20, 13)),
+        ("wte", (20,)),
+        ("h__1__q", (12, 13)),
+        ("h__1__q", (16, 12)),
+        ("h__0__kv", (36,)),
+    ],
 )
 def test_a_misshapen_tensor_raises_and_is_named_with_its_shape(name: str, shape: tuple[int, ...]) -> None:
     shown = re.escape(f"{name.replace('__', '.')} has shape {shape}")
@@ -179,7 +189,9 @@ def test_a_table_that_makes_a_tensor_twice_raises() -> None:
 
 
 def test_axis_sizes_are_those_of_the_glossary() -> None:
-    cfg = tiny_config(n_heads=4, d_head=5, n_key_value_heads=2, d_mlp=7, d_vocab_out=9, num_experts=3, experts_per_token=1)
+    cfg = tiny_config(
+        n_heads=4, d_head=5, n_key_value_heads=2, d_mlp=7, d_vocab_out=9, num_experts=3, experts_per_token=1
+    )
     assert axis_sizes(cfg) == {
         "head": 4,
         "kv_head": 2,
@@ -199,7 +211,9 @@ def test_axis_sizes_are_those_of_the_glossary() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_familys_table_reads_each_source_once_but_for_ties_and_makes_each_target_once(family: Any, tied: bool) -> None:
+def test_a_familys_table_reads_each_source_once_but_for_ties_and_makes_each_target_once(
+    family: Any, tied: bool
+) -> None:
     table = family.rules(tied)
     rules = [rule for rule in table if isinstance(rule, Rule) and not rule.tied]
     sources = [rule.source for rule in rules] + [drop.source for drop in table if isinstance(drop, Drop)]
@@ -210,7 +224,9 @@ def test_a_familys_table_reads_each_source_once_but_for_ties_and_makes_each_targ
     assert all(rule.source in sources for rule in table if isinstance(rule, Rule))
 
 
-@pytest.mark.parametrize("missing", ["transformer.wpe.weight", "transformer.h.1.mlp.c_fc.bias", "transformer.ln_f.bias"])
+@pytest.mark.parametrize(
+    "missing", ["transformer.wpe.weight", "transformer.h.1.mlp.c_fc.bias", "transformer.ln_f.bias"]
+)
 def test_a_gpt2_checkpoint_that_lacks_a_tensor_raises_and_names_it(missing: str) -> None:
     hf = tiny_gpt2()
     state = hf.state_dict()
@@ -221,7 +237,9 @@ def test_a_gpt2_checkpoint_that_lacks_a_tensor_raises_and_names_it(missing: str)
 
 
 def test_an_unknown_architecture_raises_and_names_the_nearest() -> None:
-    with pytest.raises(CheckpointError, match=r"'GPT2LMHaedModel' is not among the supported ones; the nearest are GPT2"):
+    with pytest.raises(
+        CheckpointError, match=r"'GPT2LMHaedModel' is not among the supported ones; the nearest are GPT2"
+    ):
         family_of("GPT2LMHaedModel")
 
 

@@ -277,12 +277,12 @@ def test_refactoring_shares_the_singular_values_evenly_and_keeps_the_circuits(ki
             assert torch.allclose(Q @ K.T, old_Q @ old_K.T, atol=1e-12)
             assert torch.allclose(Q.T @ Q, S.diag(), atol=1e-12)
             assert torch.allclose(K.T @ K, S.diag(), atol=1e-12)
-            V, O = new["W_V"][head], new["W_O"][head]
+            V, out = new["W_V"][head], new["W_O"][head]
             old_OV = block.attn.W_V[head] @ block.attn.W_O[head]
             S = torch.linalg.svdvals(old_OV)[: model.cfg.d_head]
-            assert torch.allclose(V @ O, old_OV, atol=1e-12)
+            assert torch.allclose(V @ out, old_OV, atol=1e-12)
             assert torch.allclose(V.T @ V, S.square().diag(), atol=1e-12)
-            assert torch.allclose(O @ O.T, torch.eye(model.cfg.d_head, dtype=O.dtype), atol=1e-12)
+            assert torch.allclose(out @ out.T, torch.eye(model.cfg.d_head, dtype=out.dtype), atol=1e-12)
         assert not new["b_V"].any()
 
 
@@ -378,7 +378,16 @@ def assert_same_model(one: HookedTransformer, other: HookedTransformer) -> None:
         assert torch.allclose(value, other.state_dict()[name], rtol=0, atol=1e-13), name
 
 
-PROCESSED_KINDS = ["layer norm", "gated rms", "grouped queries", "experts", "solu_ln", "solu_ln rms", "rotary", "final rms"]
+PROCESSED_KINDS = [
+    "layer norm",
+    "gated rms",
+    "grouped queries",
+    "experts",
+    "solu_ln",
+    "solu_ln rms",
+    "rotary",
+    "final rms",
+]
 
 
 @pytest.mark.parametrize("kind", PROCESSED_KINDS)

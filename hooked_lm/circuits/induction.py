@@ -91,9 +91,7 @@ class NextTokenScores:
         return self.log_prob.shape[1] // 2
 
 
-def next_token_scores(
-    logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]
-) -> NextTokenScores:
+def next_token_scores(logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]) -> NextTokenScores:
     """Return how well each token is predicted from those before it.
 
     Args:
@@ -131,7 +129,9 @@ def induction_scores(cache: ActivationCache, length: int) -> Float[Tensor, "laye
     """
     n_pos = cache["pattern", 0].shape[-1]
     if n_pos != 2 * length + 1:
-        raise ValueError(f"a repeated block of {length} makes {2 * length + 1} positions, but the patterns have {n_pos}")
+        raise ValueError(
+            f"a repeated block of {length} makes {2 * length + 1} positions, but the patterns have {n_pos}"
+        )
     return _mean_attention(cache, first_query=length + 1, back=length - 1)
 
 

@@ -40,5 +40,16 @@ class Unembed(nn.Module):
         self.hook_out = HookPoint("batch pos vocab")
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos vocab"]:
-        logits = F.linear(self.hook_in(x), self.W_U.T, self.b_U)
+        logits = F.linear(self.hook_in(x), self.W_U.T, self._bias())
         return self.hook_out(soft_cap(logits, self.cap))
+
+    def _bias(self) -> Tensor | None:
+        """`b_U`, or None where adding it would change nothing.
+
+        On the CPU a bias is first copied to every row of the output, the model's largest tensor by far. Looking at
+        `b_U` costs next to nothing, and unprocessed models mostly have none.
+        """
+        needed = self.b_U.requires_grad and torch.is_grad_enabled()
+        if needed or self.b_U.device.type != "cpu" or bool(self.b_U.any()):
+            return self.b_U
+        return None

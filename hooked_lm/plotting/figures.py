@@ -54,7 +54,9 @@ def attention_pattern(pattern: Any, labels: Sequence[str] | None = None, title: 
     return _styled(figure, title, height=460, grid=False)
 
 
-def log_prob_curve(log_probs: Any, repeat_at: int | None = None, chance: float | None = None, title: str = "") -> go.Figure:
+def log_prob_curve(
+    log_probs: Any, repeat_at: int | None = None, chance: float | None = None, title: str = ""
+) -> go.Figure:
     """Return the log-probability of each next token along the sequence.
 
     Args:
@@ -85,7 +87,13 @@ def log_prob_curve(log_probs: Any, repeat_at: int | None = None, chance: float |
     if repeat_at is not None:
         figure.add_vline(repeat_at - 0.5, line={"color": ORANGE, "width": 1.5})
         figure.add_annotation(
-            x=repeat_at, y=1, yref="paper", text="the repeat begins", showarrow=False, xanchor="left", font={"color": ORANGE}
+            x=repeat_at,
+            y=1,
+            yref="paper",
+            text="the repeat begins",
+            showarrow=False,
+            xanchor="left",
+            font={"color": ORANGE},
         )
     figure.update_xaxes(title="position of the token predicted")
     figure.update_yaxes(title="log-probability (nats)", rangemode="tozero")
@@ -100,14 +108,14 @@ def head_scores(scores: Any, title: str = "") -> go.Figure:
         title: over the map.
     """
     values = _matrix(scores, "a map of head scores", "layer head")
-    rows, columns = ([f"{kind} {index}" for index in range(n)] for kind, n in zip(("layer", "head"), values.shape, strict=True))
+    rows, columns = (
+        [f"{kind} {index}" for index in range(n)] for kind, n in zip(("layer", "head"), values.shape, strict=True)
+    )
     figure = _numbered_map(values, rows, columns, top=1.0)
     return _styled(figure, title, height=130 + 52 * len(rows), grid=False)
 
 
-def composition_matrix(
-    scores: Any, writers: Sequence[str], readers: Sequence[str], title: str = ""
-) -> go.Figure:
+def composition_matrix(scores: Any, writers: Sequence[str], readers: Sequence[str], title: str = "") -> go.Figure:
     """Return a map of composition scores, a row for each writing head, a column for each reading head.
 
     Args:
@@ -127,7 +135,9 @@ def composition_matrix(
     return _styled(figure, title, height=150 + 52 * len(writers), grid=False)
 
 
-def ablation_bars(labels: Sequence[str], values: Any, highlight: Sequence[bool], axis: str = "", title: str = "") -> go.Figure:
+def ablation_bars(
+    labels: Sequence[str], values: Any, highlight: Sequence[bool], axis: str = "", title: str = ""
+) -> go.Figure:
     """Return a horizontal bar for each condition, with its value written at its end.
 
     Args:
@@ -192,7 +202,14 @@ def _styled(figure: go.Figure, title: str, height: int, grid: bool = True) -> go
         showlegend=False,
     )
     for update in (figure.update_xaxes, figure.update_yaxes):
-        update(showgrid=grid, gridcolor=GRID, zeroline=False, automargin=True, tickfont={"color": MUTED}, title_font={"color": MUTED})
+        update(
+            showgrid=grid,
+            gridcolor=GRID,
+            zeroline=False,
+            automargin=True,
+            tickfont={"color": MUTED},
+            title_font={"color": MUTED},
+        )
     return figure
 
 

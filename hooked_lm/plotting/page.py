@@ -29,7 +29,11 @@ class PageFigure:
 
 
 def page_html(
-    title: str, introduction: str, sections: Sequence[PageFigure], facts: Sequence[tuple[str, str]] = (), footer: str = ""
+    title: str,
+    introduction: str,
+    sections: Sequence[PageFigure],
+    facts: Sequence[tuple[str, str]] = (),
+    footer: str = "",
 ) -> str:
     """Return a whole HTML page. Text is escaped; nothing in it is read as HTML.
 
