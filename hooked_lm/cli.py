@@ -78,9 +78,10 @@ It reads {result.length} random tokens, then the same {result.length} again ({re
   that followed the same token the first time.
 
 3. How they are linked
-  K-composition of {previous} and {induction}: {result.pair_composition:.2f}, {most} of all heads that {induction}'s keys can read from.
-  {previous} notes at each position which token came before; {induction} looks for the position whose note is the token at hand.
-  Their circuit, from the weights alone, picks the right token out of {result.d_vocab} for {result.circuit_accuracy:.1%} of tokens.
+  K-composition of {previous} and {induction}: {result.pair_composition:.2f}, {most} of all heads in layer 0.
+  {previous} notes at each position which token came before; {induction} looks for the position whose
+  note is the token at hand. From the weights alone, their circuit picks the right token
+  out of {result.d_vocab} for {result.circuit_accuracy:.1%} of tokens.
 
 4. What happens without them (second half)
 {ablations}

@@ -73,7 +73,7 @@ def test_the_report_says_each_number(demo_result: DemoResult) -> None:
         f"{demo_result.second_half.accuracy:6.1%}",
         f"{demo_result.previous_token_score:.2f} of its attention",
         f"{demo_result.induction_score:.2f} of its attention",
-        f"{demo_result.pair_composition:.2f}, the most of all heads",
+        f"{demo_result.pair_composition:.2f}, the most of all heads in layer 0",
         f"for {demo_result.circuit_accuracy:.1%} of tokens",
         *(f"loss {ablation.loss:5.2f}" for ablation in demo_result.ablations),
         *(f"{length}: {accuracy:.1%}" for length, accuracy in demo_result.accuracy_by_length.items()),

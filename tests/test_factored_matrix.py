@@ -321,13 +321,14 @@ def test_composition_scores_every_left_against_every_right() -> None:
 def test_composition_scores_equal_the_dense_formula_for_any_sizes(
     left_leading: tuple[int, ...],
     right_leading: tuple[int, ...],
-    l: int,
-    m: int,
-    r: int,
-    m2: int,
-    r2: int,  # noqa: E741
+    ldim: int,
+    mdim: int,
+    inner: int,
+    other_mdim: int,
+    rdim: int,
 ) -> None:
-    left, right = factored(l, m, r, left_leading), factored(r, m2, r2, right_leading, seed=5)
+    left = factored(ldim, mdim, inner, left_leading)
+    right = factored(inner, other_mdim, rdim, right_leading, seed=5)
     L = dense(left)[(...,) + (None,) * len(right_leading) + (slice(None), slice(None))]
     R = dense(right)
     expected = frobenius(L @ R) / (frobenius(L) * frobenius(R))

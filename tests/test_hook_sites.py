@@ -167,8 +167,8 @@ def reference_logits(model: HookedTransformer, tokens: Tensor, edit: Edit = lamb
         copies = edit(at + "hook_attn_in", per_head(stream, cfg.n_heads))
         grouped = copies.unflatten(2, (cfg.n_kv_heads, group)).mean(3)
         inputs = {}
-        for letter, source in (("q", copies), ("k", grouped), ("v", grouped)):
-            source = edit(f"{at}hook_{letter}_input", source)
+        for letter, copy in (("q", copies), ("k", grouped), ("v", grouped)):
+            source = edit(f"{at}hook_{letter}_input", copy)
             untouched = torch.allclose(source, per_head(stream, source.shape[2]), rtol=0, atol=1e-14)
             read = per_head(shared, source.shape[2]) if untouched else norm(source, at + "ln1", tapped=False)
             read = read if letter == "v" else read + positions

@@ -261,7 +261,7 @@ def test_a_backward_hook_that_returns_another_shape_raises_and_says_so(subject: 
 
 
 def test_what_is_no_function_cannot_be_a_hook(subject: Subject) -> None:
-    with pytest.raises(TypeError, match="the hook for 'blocks.0.hook_resid_pre' is not callable: 3"):
+    with pytest.raises(TypeError, match=r"the hook for 'blocks.0.hook_resid_pre' is not callable: 3"):
         subject.model.add_hook(FIRST, 3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="is not callable"), subject.model.hooks([(SECOND, double), (FIRST, None)]):  # type: ignore[list-item]
         pass
@@ -345,7 +345,7 @@ def test_hooks_of_a_context_go_away_whatever_happens_in_it(subject: Subject, err
 
 def test_a_context_with_one_bad_name_adds_nothing(subject: Subject) -> None:
     with (
-        pytest.raises(UnknownHookError, match="no hook 'blocks.0.nothing'"),
+        pytest.raises(UnknownHookError, match=r"no hook 'blocks.0.nothing'"),
         subject.model.hooks(fwd_hooks=[(FIRST, double)], bwd_hooks=[("blocks.0.nothing", double)]),
     ):
         raise AssertionError("the block must not be entered")
@@ -428,13 +428,15 @@ def test_reset_clears_contexts_by_default_and_leaves_them_if_asked(subject: Subj
 
 
 def test_a_hook_that_never_ran_raises_after_the_run(subject: Subject) -> None:
-    with pytest.raises(RuntimeError, match="the hook at 'blocks.1.hook_resid_pre' was asked for but the model did not"):
+    with pytest.raises(
+        RuntimeError, match=r"the hook at 'blocks.1.hook_resid_pre' was asked for but the model did not"
+    ):
         subject.model.run_with_hooks(subject.tokens, stop_at_layer=1, fwd_hooks=[(FIRST, look), (SECOND, look)])
-    with pytest.raises(RuntimeError, match="'blocks.1.hook_resid_pre'"):
+    with pytest.raises(RuntimeError, match=r"'blocks.1.hook_resid_pre'"):
         subject.model.run_with_hooks(subject.tokens, stop_at_layer=1, fwd_hooks=[([FIRST, SECOND], look)])
-    with pytest.raises(RuntimeError, match="'blocks.1.hook_resid_pre'"):
+    with pytest.raises(RuntimeError, match=r"'blocks.1.hook_resid_pre'"):
         subject.model.run_with_hooks(subject.tokens, stop_at_layer=1, fwd_hooks=[("blocks.1.*", look)])
-    with pytest.raises(RuntimeError, match="'blocks.1.hook_resid_pre'"):
+    with pytest.raises(RuntimeError, match=r"'blocks.1.hook_resid_pre'"):
         subject.model.run_with_cache(subject.tokens, stop_at_layer=1, names_filter=[FIRST, SECOND])
     assert subject.handles() == []
 
@@ -575,7 +577,10 @@ def test_permanent_backward_hooks_act_on_every_pass(subject: Subject) -> None:
 
 
 def test_a_backward_hook_where_no_gradient_flows_raises(subject: Subject) -> None:
-    with torch.no_grad(), pytest.raises(RuntimeError, match="the backward hook at 'blocks.0.hook_resid_pre' can never"):
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match=r"the backward hook at 'blocks.0.hook_resid_pre' can never"),
+    ):
         subject.model.run_with_hooks(subject.tokens, bwd_hooks=[(FIRST, look)])
     assert subject.handles() == []
 

@@ -63,9 +63,7 @@ def test_the_generator_decides_the_tokens_and_the_global_one_is_left_alone() -> 
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize(
-    ("batch", "length", "start_token"), [(0, 3, 0), (1, 0, 0), (1, 10, 0), (1, 3, 10), (1, 3, -1)]
-)
+@pytest.mark.parametrize(("batch", "length", "start_token"), [(0, 3, 0), (1, 0, 0), (1, 10, 0), (1, 3, 10), (1, 3, -1)])
 def test_tokens_that_cannot_be_drawn_raise(batch: int, length: int, start_token: int) -> None:
     with pytest.raises(ValueError, match="a block of 1-9 different tokens"):
         repeated_random_tokens(batch, length, 10, generator(), start_token)
@@ -151,14 +149,14 @@ def test_the_circuit_is_the_score_between_a_query_token_and_a_token_moved_by_the
 
 
 @pytest.mark.parametrize(("writer", "reader"), [((1, 0), (1, 1)), ((1, 0), (0, 0))])
-def test_a_writer_that_does_not_come_before_its_reader_raises(
-    writer: tuple[int, int], reader: tuple[int, int]
-) -> None:
+def test_a_writer_that_does_not_come_before_its_reader_raises(writer: tuple[int, int], reader: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="the writer is in an earlier layer than the reader"):
         k_composition_qk_circuit(tiny_model(), writer, reader)
 
 
-@pytest.mark.parametrize(("writer", "reader", "said"), [((0, 3), (1, 0), "no writer L0H3"), ((0, 0), (2, 0), "no reader L2H0")])
+@pytest.mark.parametrize(
+    ("writer", "reader", "said"), [((0, 3), (1, 0), "no writer L0H3"), ((0, 0), (2, 0), "no reader L2H0")]
+)
 def test_a_head_that_does_not_exist_raises(writer: tuple[int, int], reader: tuple[int, int], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         k_composition_qk_circuit(tiny_model(), writer, reader)

@@ -97,7 +97,7 @@ def test_an_axis_the_tensor_lacks_raises() -> None:
 
 @pytest.mark.parametrize("index", [5, -6, [0, 5]])
 def test_a_position_out_of_range_raises(index: object) -> None:
-    with pytest.raises(IndexError, match="out of (range|bounds)"):
+    with pytest.raises(IndexError, match=r"out of (range|bounds)"):
         Slice(index).apply(torch.arange(5))
 
 

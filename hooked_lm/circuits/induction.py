@@ -1,7 +1,7 @@
 """Induction, end to end: the tokens that call for it, the heads that do it, and the circuit that links them.
 
-An induction head continues a repeat: at a token seen before it attends to what came after it then, and predicts that. It
-needs an earlier head that writes, at each position, which token came before (Elhage et al. 2021, "A Mathematical
+An induction head continues a repeat: at a token seen before, it attends to what came after it then, and predicts that.
+It needs an earlier head that writes, at each position, which token came before (Elhage et al. 2021, "A Mathematical
 Framework for Transformer Circuits"; Olsson et al. 2022, "In-context Learning and Induction Heads").
 
 The tokens are a start token, then `length` random ones, then the same again:
@@ -157,9 +157,9 @@ def k_composition_qk_circuit(model: Any, writer: Head, reader: Head) -> Factored
     """Return the full QK circuit of two heads that compose through the keys: a factored matrix [vocab vocab].
 
     `W_E W_Q (W_E W_OV W_K)^T`, with the reader's `W_Q`, `W_K` and the writer's `W_OV = W_V W_O`. Row: the token at the
-    reader's destination. Column: the token that the writer copied *into* the reader's source. Where a previous-token head
-    writes and an induction head reads, each row is largest on the diagonal: look for the position whose previous token
-    is this one. Norms are left out, so load the model with its norms folded.
+    reader's destination. Column: the token that the writer copied *into* the reader's source. Where a previous-token
+    head writes and an induction head reads, each row is largest on the diagonal: look for the position whose previous
+    token is this one. Norms are left out, so load the model with its norms folded; so are positions and biases.
 
     Args:
         model: a `HookedTransformer`.

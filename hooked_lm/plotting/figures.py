@@ -1,4 +1,4 @@
-"""The figures. Each takes arrays (tensors, numpy, lists) with the shapes its docstring gives, and returns a plotly figure."""
+"""The figures. Each takes arrays (tensors, numpy, lists) with the shapes its docstring gives, and returns a figure."""
 
 from __future__ import annotations
 

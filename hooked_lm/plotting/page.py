@@ -45,13 +45,14 @@ def page_html(
         footer: the last line.
     """
     tiles = "".join(f"<li><b>{escape(number)}</b><span>{escape(meaning)}</span></li>" for number, meaning in facts)
+    tiles = f"<ul>{tiles}</ul>" if tiles else ""
     body = "".join(_section(section, number) for number, section in enumerate(sections, start=1))
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n<script>{get_plotlyjs()}</script>\n</head>\n"
         f"<body>\n<main>\n<header><h1>{escape(title)}</h1><p>{escape(introduction)}</p></header>\n"
-        f"{f'<ul>{tiles}</ul>' if tiles else ''}\n{body}\n<footer>{escape(footer)}</footer>\n</main>\n</body>\n</html>\n"
+        f"{tiles}\n{body}\n<footer>{escape(footer)}</footer>\n</main>\n</body>\n</html>\n"
     )
 
 
