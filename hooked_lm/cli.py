@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,8 +35,13 @@ def demo(
     # PyTorch takes seconds to import; --help and version do without.
     from hooked_lm.demo import STEPS, run_demo
 
-    with tqdm(total=len(STEPS), desc="demo", file=sys.stderr, disable=None, leave=False) as bar:
-        result = run_demo(on_step=lambda step: (bar.set_postfix_str(step), bar.update()))
+    with tqdm(total=len(STEPS), desc="demo", disable=None, leave=False) as bar:
+
+        def advance(step: str) -> None:
+            bar.set_postfix_str(step)
+            bar.update()
+
+        result = run_demo(on_step=advance)
     typer.echo(report(result))
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)

@@ -310,7 +310,8 @@ class HookedTransformerConfig:
 
     def score_scale(self, layer: int) -> float:
         """What attention scores of a layer are multiplied by."""
-        return 1.0 / self.attn_scale / ((layer + 1) if self.scale_attn_by_inverse_layer_idx else 1)
+        scale = 1.0 / self.attn_scale if self.use_attn_scale else 1.0
+        return scale / ((layer + 1) if self.scale_attn_by_inverse_layer_idx else 1)
 
     def is_layer_norm_activation(self) -> bool:
         """Whether the MLP has a layer norm after its activation function (`solu_ln`)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ from hooked_lm.hooks import HookPoint
 from hooked_lm.transformer import HookedTransformer
 
 MODEL = "demo-induction-2l"
-# Block lengths that the training script leaves out: every eighth.
-HELD_OUT_LENGTHS = (8, 16, 24, 32, 40, 48, 56)
+# Block lengths that the training script leaves out.
+HELD_OUT_LENGTHS = (8, 12, 16, 20, 24, 28)
 SHOWN_LENGTH = 24
 BATCH = 64
 # What `run_demo` goes through, for a progress bar.
@@ -126,15 +127,18 @@ _DERIVED = ("previous_token_score", "induction_score", "pair_composition", "pair
 
 
 @torch.no_grad()
-def run_demo(seed: int = 0, on_step: Callable[[str], None] | None = None) -> DemoResult:
-    """Load the bundled model, find its induction circuit, and return what was found.
+def run_demo(
+    name_or_path: str | Path = MODEL, seed: int = 0, on_step: Callable[[str], None] | None = None
+) -> DemoResult:
+    """Load a model with two layers, find its induction circuit, and return what was found.
 
     Args:
+        name_or_path: the bundled model's name, or the folder of another that reads `HELD_OUT_LENGTHS` twice.
         seed: of the random tokens.
         on_step: called with the name of each of `STEPS` when it is done.
     """
     done = on_step or (lambda step: None)
-    model = HookedTransformer.from_pretrained(MODEL)
+    model = HookedTransformer.from_pretrained(name_or_path)
     done(STEPS[0])
 
     accuracy_by_length = {

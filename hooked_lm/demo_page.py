@@ -42,8 +42,8 @@ def _predictions(result: DemoResult) -> PageFigure:
     return PageFigure(
         "The second time, it knows",
         f"Each point is the log-probability of one token, averaged over {result.batch} sequences. In the first half it "
-        f"is {result.first_half.log_prob:.2f}, about that of a guess ({guess:.2f}). The first token of the repeat comes "
-        f"as a surprise; from then on the curve stays at {result.second_half.log_prob:.2f}, close to certainty.",
+        f"is {result.first_half.log_prob:.2f}, about that of a guess ({guess:.2f}). The first token of the repeat is "
+        f"a surprise; from then on the curve stays at {result.second_half.log_prob:.2f}, close to certainty.",
         (plotting.log_prob_curve(result.log_prob_by_position, result.length + 1, guess),),
     )
 
@@ -83,8 +83,8 @@ def _composition(result: DemoResult) -> PageFigure:
     largest = "is the largest number" if result.pair_composes_most else "is not the largest number"
     return PageFigure(
         "One reads what the other writes",
-        "K-composition, from the weights alone: how much of what a head of layer 0 writes is read by the keys of a head "
-        f"of layer 1. The {result.pair_composition:.2f} of {previous} {largest} in the column of {induction}. The "
+        "K-composition, from the weights alone: how much of what a head of layer 0 writes is read by the keys of one "
+        f"in layer 1. The {result.pair_composition:.2f} of {previous} {largest} in the column of {induction}. The "
         f"pair's whole circuit compares each of the {result.d_vocab} tokens with all of them: for "
         f"{result.circuit_accuracy:.1%}, what it likes best is a position that follows that same token.",
         (plotting.composition_matrix(result.k_composition, writers, readers),),
@@ -96,8 +96,8 @@ def _ablations(result: DemoResult) -> PageFigure:
     return PageFigure(
         "Without them, it is lost",
         "Each bar is the loss on the second half with one head switched off, its output set to zero. If the two heads "
-        f"do the work, their bars are long, up to that of a guess ({math.log(result.d_vocab):.2f}) or beyond, and those "
-        f"of the others are as short as the intact model's ({result.ablations[0].loss:.2f}).",
+        f"do the work, their bars are long, up to that of a guess ({math.log(result.d_vocab):.2f}) or beyond, and "
+        f"those of the others are as short as the intact model's ({result.ablations[0].loss:.2f}).",
         (
             plotting.ablation_bars(
                 [ablation.label for ablation in result.ablations],

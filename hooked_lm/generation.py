@@ -53,13 +53,17 @@ class Sampling:
             raise ValueError(f"temperature is not negative, got {self.temperature}")
 
     def pick(
-        self, logits: Float[Tensor, "batch vocab"], tokens: Int[Tensor, "batch pos"] | None = None
+        self,
+        logits: Float[Tensor, "batch vocab"],
+        tokens: Int[Tensor, "batch pos"] | None = None,
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
     ) -> Int[Tensor, " batch"]:
         """Return one token for each prompt. `tokens`, the text so far, is read by `freq_penalty` alone."""
         if self.freq_penalty:
             if tokens is None:
                 raise ValueError("freq_penalty counts the tokens so far: give tokens [batch pos]")
-            counts = torch.zeros_like(logits).scatter_add_(1, tokens, torch.ones_like(tokens, dtype=logits.dtype))
+            once = torch.ones_like(tokens) if attention_mask is None else attention_mask
+            counts = torch.zeros_like(logits).scatter_add_(1, tokens, once.to(logits.dtype))
             logits = logits - self.freq_penalty * counts
         if not self.do_sample or self.temperature == 0:
             return logits.argmax(-1)
@@ -93,7 +97,6 @@ def sample_logits(
     return Sampling(True, top_k, top_p, temperature, freq_penalty).pick(final_logits, tokens)
 
 
-@torch.no_grad()
 def decode_steps(
     model: LanguageModel,
     tokens: Int[Tensor, "batch pos"],
@@ -118,28 +121,29 @@ def decode_steps(
         verbose: show a progress bar.
     """
     cache = model.new_kv_cache(tokens.shape[0]) if use_past_kv_cache else None
-    unread = tokens
+    if attention_mask is None:
+        # Said outright: the model would otherwise look for padding among the tokens.
+        attention_mask = torch.ones_like(tokens)
+    unread: Tensor = tokens
+    unread_mask: Tensor | None = attention_mask
     finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
     ends = torch.tensor(eos_token_ids, dtype=tokens.dtype, device=tokens.device)
     for _ in tqdm(range(max_new_tokens), disable=not verbose, desc="generating", leave=False):
-        logits = model(
-            unread,
-            return_type="logits",
-            past_kv_cache=cache,
-            attention_mask=attention_mask,
-            logits_to_keep=1,
-        )
-        chosen = sampling.pick(logits[:, -1], tokens)
+        with torch.no_grad():
+            logits = model(
+                unread,
+                return_type="logits",
+                past_kv_cache=cache,
+                attention_mask=unread_mask,
+                logits_to_keep=1,
+            )
+        chosen = sampling.pick(logits[:, -1], tokens, attention_mask)
         if eos_token_ids:
             chosen = torch.where(finished, ends[0], chosen)
             finished |= torch.isin(chosen, ends)
         tokens = torch.cat((tokens, chosen[:, None]), 1)
-        if cache is not None:
-            unread, attention_mask = chosen[:, None], None
-        else:
-            unread = tokens
-            if attention_mask is not None:
-                attention_mask = torch.cat((attention_mask, torch.ones_like(chosen)[:, None]), 1)
+        attention_mask = torch.cat((attention_mask, torch.ones_like(chosen)[:, None]), 1)
+        unread, unread_mask = (tokens, attention_mask) if cache is None else (chosen[:, None], None)
         yield chosen
         if eos_token_ids and bool(finished.all()):
             return

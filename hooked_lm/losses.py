@@ -24,8 +24,10 @@ def lm_cross_entropy_loss(
     loss = loss.unflatten(0, (tokens.shape[0], tokens.shape[1] - 1))
     if attention_mask is None:
         return loss if per_token else loss.mean()
-    counts = (attention_mask[:, :-1] * attention_mask[:, 1:]).to(loss.dtype)
-    return loss * counts if per_token else (loss * counts).sum() / counts.sum()
+    counts = (attention_mask[:, :-1] * attention_mask[:, 1:]).bool()
+    # Not a product: what is not finite at padding would stay.
+    loss = loss.where(counts, 0.0)
+    return loss if per_token else loss.sum() / counts.sum()
 
 
 def lm_accuracy(

@@ -111,6 +111,8 @@ class TextGeneration(TextInterface, Intervening):
 
         Joined, the pieces are the whole. Arguments as for `generate`; a single prompt.
         """
+        if return_type not in ("input", "str", "tokens"):
+            raise ValueError(f"return_type is 'input', 'str' or 'tokens', not {return_type!r}")
         if max_tokens_per_yield < 1:
             raise ValueError(f"max_tokens_per_yield is at least 1, got {max_tokens_per_yield}")
         tokens, mask, texts = self._prompts(input, prepend_bos, padding_side, None)
@@ -132,19 +134,31 @@ class TextGeneration(TextInterface, Intervening):
             verbose,
         )
 
-        def piece(parts: list[Tensor], start: int) -> Any:
-            joined = torch.cat(parts, 1)
-            return self.to_string(joined[0, start:]) if as_text else joined
+        so_far, sent = tokens[:, :skip], ""
+        parts, pending = [tokens[:, skip:] if as_text else tokens], 0
 
-        parts, pending = [tokens], 0
+        def piece(last: bool) -> Any:
+            nonlocal so_far, sent
+            new = torch.cat(parts, 1)
+            if not as_text:
+                return new[0] if isinstance(input, Tensor) and input.ndim == 1 else new
+            so_far = torch.cat((so_far, new), 1)
+            text = str(self.to_string(so_far[0, skip:]))
+            # The bytes of a character may be spread over tokens: an unfinished one waits for the next piece.
+            text = text if last else text.rstrip("\ufffd")
+            fresh, sent = text[len(sent) :], text
+            return fresh
+
         for token in steps:
             parts.append(token[:, None])
             pending += 1
             if pending == max_tokens_per_yield:
-                yield piece(parts, skip)
-                parts, pending, skip = [], 0, 0
+                yield piece(last=False)
+                parts, pending = [], 0
         if parts:
-            yield piece(parts, skip)
+            yield piece(last=True)
+        elif as_text and (rest := str(self.to_string(so_far[0, skip:]))[len(sent) :]):
+            yield rest
 
     def _prompts(
         self,
@@ -156,14 +170,15 @@ class TextGeneration(TextInterface, Intervening):
         """Tokens [batch pos], their mask, and the strings they came from, if they did."""
         device = self.unembed.W_U.device
         if isinstance(input, str) or (isinstance(input, (list, tuple)) and input and isinstance(input[0], str)):
+            if attention_mask is not None:
+                raise ValueError("strings bring their own attention mask: pass tokens to use another")
             if padding_side == "right":
                 raise ValueError("text goes on at the right, so prompts of unequal length are padded on the left")
             texts = [input] if isinstance(input, str) else list(input)
             batch = self._tokenize(texts, prepend_bos, "left")
             mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
             return batch.tokens.to(device), mask, texts
-        tokens = tokenization.token_rows(input)  # type: ignore[arg-type]
-        tokens = tokens[None] if tokens.ndim == 1 else tokens
+        tokens = self._check_tokens(input)
         if attention_mask is None and self.tokenizer is not None and self._padding_side(padding_side) == "left":
             attention_mask = tokenization.infer_attention_mask(
                 self.tokenizer, tokens, self._prepends_bos(prepend_bos), "left"

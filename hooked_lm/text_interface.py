@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -65,6 +66,19 @@ class TextInterface(nn.Module):
         return tokenization.tokenize(
             self._require_tokenizer(), text, self._prepends_bos(prepend_bos), self._padding_side(padding_side)
         )
+
+    def _check_tokens(self, tokens: Any) -> Tensor:
+        """Return tokens in any form as [batch pos] on the model's device, or say what is wrong with them."""
+        tokens = tokenization.token_rows(tokens)
+        if tokens.ndim == 1:
+            tokens = tokens[None]
+        if tokens.ndim != 2 or tokens.numel() == 0:
+            raise ValueError(f"tokens have shape [batch pos], neither empty; got {tuple(tokens.shape)}")
+        least, most = (int(extreme) for extreme in torch.aminmax(tokens))
+        if least < 0 or most >= self.cfg.d_vocab:
+            culprit = least if least < 0 else most
+            raise ValueError(f"token {culprit} is out of range: this model's tokens are 0-{self.cfg.d_vocab - 1}")
+        return tokens.to(self.unembed.W_U.device)
 
     def to_tokens(
         self,
@@ -127,6 +141,8 @@ class TextInterface(nn.Module):
         if isinstance(input, (list, tuple)) and input and isinstance(input[0], str):
             return [of_text(str(text)) for text in input]
         rows = tokenization.token_rows(input)  # type: ignore[arg-type]
+        if rows.ndim > 2:
+            raise ValueError(f"expected tokens [pos] or [batch pos], got shape {tuple(rows.shape)}")
         if rows.ndim == 2 and rows.shape[0] > 1:
             return [tokenization.str_tokens(tokenizer, row) for row in rows]
         return tokenization.str_tokens(tokenizer, rows)

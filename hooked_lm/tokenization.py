@@ -123,9 +123,11 @@ def token_rows(tokens: Tensor | np.ndarray | Sequence[int] | int) -> Tensor:
         TypeError: they are not integers.
     """
     tensor = torch.as_tensor(tokens)
+    if isinstance(tokens, (list, tuple)) and not tokens:
+        tensor = tensor.long()  # an empty list says nothing about its type
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"tokens are integers, got {tensor.dtype}")
-    return tensor
+    return tensor.long()
 
 
 def decode(tokenizer: Tokenizer, tokens: Tensor | np.ndarray | Sequence[int] | int) -> str | list[str]:
@@ -203,6 +205,7 @@ def tokenize_and_concatenate(
     Raises:
         ValueError: fewer tokens than one row.
     """
+    tokenizer = prepare_tokenizer(tokenizer, tokenizer.padding_side)
     is_dataset = hasattr(dataset, "column_names")
     texts: Iterable[str] = dataset[column_name] if is_dataset else dataset
     separator = [tokenizer.eos_token_id]
@@ -210,6 +213,8 @@ def tokenize_and_concatenate(
     for index, text in enumerate(texts):
         stream += (separator if index else []) + encode(tokenizer, text)
     width = max_length - 1 if add_bos_token else max_length
+    if width < 1:
+        raise ValueError(f"max_length {max_length} leaves no room for a token in a row")
     n_rows = len(stream) // width
     if n_rows == 0:
         raise ValueError(f"the texts have {len(stream)} tokens, which is less than one row of {width}")

@@ -55,8 +55,11 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Intervening):
         if tokenizer is None and cfg.tokenizer_name is not None:
             tokenizer = self._load_tokenizer(cfg.tokenizer_name)
         self.cfg = cfg = _with_vocabulary(cfg, tokenizer)
+        if default_padding_side is not None:
+            tokenization.check_padding_side(default_padding_side)
+            cfg.default_padding_side = default_padding_side
         if tokenizer is not None:
-            self.set_tokenizer(tokenizer, default_padding_side)
+            self.set_tokenizer(tokenizer)
 
         self.hook_tokens = HookPoint("batch pos", differentiable=False)
         self.embed = Embed(cfg)
@@ -123,13 +126,13 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Intervening):
             for layer in range(start, stop):
                 past = None if past_kv_cache is None else past_kv_cache[layer]
                 residual = self.blocks[layer](residual, layout, past, shortformer_pos)
-        if stop_at_layer is not None:
-            return residual
-        normalized = self.ln_final(residual)
-        if return_type is None and not (self.unembed.hook_in.live or self.unembed.hook_out.live):
-            return None
-        logits = self.unembed(_kept(normalized, logits_to_keep))
-        return self._output(logits, tokens, mask, return_type, loss_per_token)
+            if stop_at_layer is not None:
+                return residual
+            normalized = self.ln_final(residual)
+            if return_type is None and not (self.unembed.hook_in.live or self.unembed.hook_out.live):
+                return None
+            logits = self.unembed(_kept(normalized, logits_to_keep))
+            return self._output(logits, tokens, mask, return_type, loss_per_token)
 
     def _output(
         self, logits: Tensor, tokens: Tensor | None, mask: Tensor | None, return_type: ReturnType, per_token: bool
@@ -214,23 +217,10 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Intervening):
             batch = self._tokenize(input, prepend_bos, padding_side)
             mask = None if batch.attention_mask is None else batch.attention_mask.to(self.W_E.device)
             return self._check_tokens(batch.tokens), mask
-        if not isinstance(input, (Tensor, np.ndarray, list, tuple)) or len(input) == 0:
+        if not isinstance(input, (Tensor, np.ndarray, list, tuple)) or np.ndim(input) == 0 or len(input) == 0:
             raise TypeError(f"the input is a string, a list of strings or tokens, got {_describe(input)}")
-        tokens = self._check_tokens(tokenization.token_rows(input))
+        tokens = self._check_tokens(input)
         return tokens, self._infer_mask(tokens, attention_mask, prepend_bos, padding_side, past_kv_cache)
-
-    def _check_tokens(self, tokens: Tensor) -> Tensor:
-        """Return tokens as [batch pos] on the model's device, or say what is wrong with them."""
-        tokens = tokenization.token_rows(tokens)
-        if tokens.ndim == 1:
-            tokens = tokens[None]
-        if tokens.ndim != 2 or tokens.numel() == 0:
-            raise ValueError(f"tokens have shape [batch pos], neither empty; got {tuple(tokens.shape)}")
-        least, most = (int(extreme) for extreme in torch.aminmax(tokens))
-        if least < 0 or most >= self.cfg.d_vocab:
-            culprit = least if least < 0 else most
-            raise ValueError(f"token {culprit} is out of range: this model's tokens are 0-{self.cfg.d_vocab - 1}")
-        return tokens.to(self.W_E.device)
 
     def _check_residual(self, residual: object, tokens: Tensor | None) -> Tensor:
         if not isinstance(residual, Tensor) or residual.ndim != 3 or residual.shape[-1] != self.cfg.d_model:
@@ -238,9 +228,11 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Intervening):
                 f"with start_at_layer the input is the residual stream [batch pos {self.cfg.d_model}], "
                 f"got {_describe(residual)}"
             )
+        if residual.numel() == 0:
+            raise ValueError(f"the residual stream is empty: {_describe(residual)}")
         if residual.dtype != self.W_E.dtype:
             raise ValueError(f"the residual stream has dtype {residual.dtype}, the model {self.W_E.dtype}")
-        if tokens is not None and tokens.shape[-2:] != residual.shape[:2] and tokens.shape != residual.shape[1:2]:
+        if tokens is not None and (1, *tokens.shape)[-2:] != tuple(residual.shape[:2]):
             raise ValueError(f"tokens {tuple(tokens.shape)} do not fit the residual {tuple(residual.shape)}")
         return residual
 
@@ -313,6 +305,10 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Intervening):
         """Return the next-token loss in nats; see `losses.lm_cross_entropy_loss`."""
         if tokens.shape[1] < 2:
             raise ValueError("a next-token loss needs at least two positions")
+        if attention_mask is not None:
+            attention_mask = attention_mask.to(logits.device, torch.long)
+            if not per_token and not bool((attention_mask[:, 1:] * attention_mask[:, :-1]).any()):
+                raise ValueError("the mask leaves no real token with a real one after it, so there is no mean loss")
         return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
 
     def new_kv_cache(self, batch_size: int = 1) -> HookedTransformerKeyValueCache:

@@ -218,7 +218,8 @@ def test_prompt(
     for one in answers:
         text = f" {one}" if prepend_space_to_answer and not one.startswith(" ") else one
         tokens = model.to_tokens(text, prepend_bos=False)
-        logits = model(torch.cat((prompt_tokens, tokens), 1))[0, prompt_tokens.shape[1] - 1 : -1]
+        both = torch.cat((prompt_tokens, tokens), 1)
+        logits = model(both, attention_mask=torch.ones_like(both))[0, prompt_tokens.shape[1] - 1 : -1]
         judged.append(tuple(_judge(model, *pair, top_k) for pair in zip(logits, tokens[0].tolist(), strict=True)))
     report = PromptReport(model.to_str_tokens(prompt_tokens[0]), tuple(judged))
     if print_details:

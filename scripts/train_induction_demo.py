@@ -9,6 +9,7 @@ number of places back does not work. Takes a few minutes on two cores; the same 
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import time
 from collections.abc import Iterator
@@ -35,12 +36,13 @@ class Recipe:
         seed: of the initial weights and of the data.
         d_vocab: tokens, of which 0 is the start token.
         n_ctx: length of every training row.
-        direct_steps: steps in which layer 1 takes its values from the embedding alone; see `direct_values`.
         steps: steps in all.
+        first_steps: how many of them are the first phase; see `first_phase_logits`.
         batch: rows in a step.
         learning_rate, warmup: the peak, and the steps up to it; after it, a straight line down to 2 %.
         weight_decay: of matrices; biases and norms have none.
-        fresh_weight: how much the loss on tokens that nothing predicts counts, next to that on the repeats.
+        fresh_weight: in the first phase, how much the loss on tokens that nothing predicts counts, next to that on the
+            repeats; later both count alike.
         short: the share of blocks with 2 to 7 tokens.
     """
 
@@ -49,14 +51,14 @@ class Recipe:
     n_heads: int = 4
     d_vocab: int = 64
     n_ctx: int = 64
-    direct_steps: int = 900
     steps: int = 1500
+    first_steps: int = 750
     batch: int = 64
-    learning_rate: float = 3e-3
+    learning_rate: float = 4e-3
     warmup: int = 200
     weight_decay: float = 0.01
     fresh_weight: float = 0.1
-    short: float = 0.5
+    short: float = 0.25
 
     @property
     def lengths(self) -> list[int]:
@@ -67,9 +69,9 @@ class Recipe:
 def training_batches(recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield tokens [batch n_ctx], and whether each next token [batch n_ctx-1] is part of a repeat and so determined.
 
-    A row is the start token, then again and again: some fresh tokens, a block, and the block once more, cut where the row
-    ends. The number of fresh tokens and the length of the block are random. But for the repeats, no token comes twice in
-    a row, so what follows is never ambiguous.
+    A row is the start token, then again and again: some fresh tokens, a block, and the block once more, cut where the
+    row ends. The number of fresh tokens and the length of the block are random. But for the repeats, a row has no token
+    twice, so what follows is never ambiguous.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
     chance = random.Random(recipe.seed)
@@ -82,7 +84,7 @@ def training_batches(recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _plan_row(recipe: Recipe, chance: random.Random) -> tuple[list[int], list[bool]]:
-    """For each place after the start token: which of the row's fresh tokens stands there, and if a repeat put it there."""
+    """For each place after the start token: which of the row's fresh tokens it has, and if a repeat put it there."""
     short = [length for length in recipe.lengths if length < 8]
     order: list[int] = []
     determined: list[bool] = []
@@ -97,23 +99,34 @@ def _plan_row(recipe: Recipe, chance: random.Random) -> tuple[list[int], list[bo
     return order[: recipe.n_ctx - 1], determined[: recipe.n_ctx - 1]
 
 
-def direct_values(model: HookedTransformer, tokens: Tensor) -> Tensor:
-    """Return the logits when layer 1 takes its values from the embedding alone, past what layer 0 wrote.
+def first_phase_logits(model: HookedTransformer, tokens: Tensor) -> Tensor:
+    """Return the logits when only head 0 of each layer is on, and layer 1 takes its values from the embedding alone.
 
-    Many circuits continue a repeat. Layer 0 may look `k` places back, and layer 1 may attend `k` places on from the
-    earlier occurrence and read the answer off what another head of layer 0 carried there. All of them predict equally
-    well. While values come from the embedding, the answer can only be read off the token attended to, which leaves k = 1.
+    Many circuits continue a repeat. Layer 0 may look `k` places back, while layer 1 attends `k` places on from the
+    earlier occurrence and reads the answer off what another head of layer 0 has carried there; and any number of heads
+    may share the work. All of them predict equally well, and training picks one at random. While values come from the
+    embedding, the answer can only be read off the token attended to, which leaves k = 1; while one head is on in each
+    layer, the work is not shared.
     """
     embedded: list[Tensor] = []
 
     def keep(residual: Tensor, hook: HookPoint) -> None:
         embedded.append(residual)
 
-    def replace(value_input: Tensor, hook: HookPoint) -> Tensor:
+    def take_embedding(value_input: Tensor, hook: HookPoint) -> Tensor:
         return embedded[-1][:, :, None].expand_as(value_input)
 
+    def only_head_0(z: Tensor, hook: HookPoint) -> Tensor:
+        z[:, :, 1:] = 0.0
+        return z
+
     return model.run_with_hooks(
-        tokens, fwd_hooks=[("blocks.0.hook_resid_pre", keep), ("blocks.1.hook_v_input", replace)]
+        tokens,
+        fwd_hooks=[
+            ("blocks.0.hook_resid_pre", keep),
+            ("blocks.1.hook_v_input", take_embedding),
+            ("blocks.*.attn.hook_z", only_head_0),
+        ],
     )
 
 
@@ -139,14 +152,15 @@ def train(recipe: Recipe) -> tuple[HookedTransformer, float, float]:
         optimizer, lambda step: min((step + 1) / recipe.warmup, max(0.02, 1 - step / recipe.steps))
     )
     losses = []
-    bar = tqdm(zip(range(recipe.steps), training_batches(recipe)), total=recipe.steps)
+    bar = tqdm(zip(range(recipe.steps), training_batches(recipe), strict=False), total=recipe.steps)
     for step, (tokens, determined) in bar:
-        logits = direct_values(model, tokens) if step < recipe.direct_steps else model(tokens)
+        first_phase = step < recipe.first_steps
+        logits = first_phase_logits(model, tokens) if first_phase else model(tokens)
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
         loss = loss.view_as(determined)
         repeats, fresh = loss[determined].mean(), loss[~determined].mean()
         optimizer.zero_grad()
-        (repeats + recipe.fresh_weight * fresh).backward()
+        (repeats + (recipe.fresh_weight if first_phase else 1.0) * fresh).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
@@ -155,3 +169,113 @@ def train(recipe: Recipe) -> tuple[HookedTransformer, float, float]:
             bar.set_postfix_str(f"loss on repeats {losses[-1][0]:.3f}, on fresh tokens {losses[-1][1]:.3f}")
     last = torch.tensor(losses[-100:]).mean(0).tolist()
     return model, last[0], last[1]
+
+
+CARD = """\
+# {name}
+
+A transformer with two layers of attention and no MLPs that continues repeats in random tokens, by a previous-token
+head in layer 0 and an induction head in layer 1. It is a model to study, not to use: it has no tokenizer and reads
+tokens only, 0 to {last_token}, of which 0 is the start token that every sequence begins with.
+
+    HookedTransformer.from_pretrained("{name}")
+
+`hooked-lm demo` finds its circuit and tests it.
+
+## Architecture
+
+{n_parameters:,} parameters in float32: 2 layers, {recipe.n_heads} heads each, `d_model` {recipe.d_model}, `d_head`
+{d_head}, LayerNorm, learned positions (`n_ctx` {recipe.n_ctx}), vocabulary {recipe.d_vocab}.
+
+## Training
+
+Made by `scripts/train_induction_demo.py`.
+
+- Seed: {recipe.seed}, for the initial weights and the data.
+- Data: rows of {recipe.n_ctx} tokens. After the start token come, again and again, some fresh random tokens, a block of
+  random tokens, and the block once more. The number of fresh tokens and the length of the block (2 to {longest}) are
+  random, so the distance to look back differs within a row and between rows. Lengths {held_out} are held out.
+- Steps: {recipe.steps} of {recipe.batch} rows; AdamW, peak learning rate {recipe.learning_rate:g} after {recipe.warmup}
+  steps, then a straight line down; weight decay {recipe.weight_decay:g}. {minutes:.1f} minutes on two shared CPU cores.
+- First phase, {recipe.first_steps} steps: only head 0 of each layer is on, and layer 1 takes its values from the
+  embedding alone. Without it, training finds circuits that predict as well but look any number of places back and
+  are shared among heads. So it is the recipe's doing that the circuit is the textbook one and that its heads have
+  the number 0. In the other {second_steps} steps the whole model is trained and nothing is switched off.
+- Final loss, mean over the last hundred steps, in nats: {repeats:.4f} on repeated tokens, {fresh:.3f} on fresh ones
+  (a guess costs {guess:.3f}).
+
+## Measured
+
+On {result.batch} sequences for each length (seed {result.seed}): a block of random tokens, then the same again. The
+second half is the tokens of the repeat but its first, which nothing announces.
+
+- Second-half accuracy at the lengths held out: {accuracy}.
+- Log-probability at length {result.length}: {result.first_half.log_prob:.3f} in the first half,
+  {result.second_half.log_prob:.4f} in the second.
+- {previous}: previous-token score {result.previous_token_score:.3f}. {induction}: induction score
+  {result.induction_score:.3f}.
+- K-composition of the pair: {result.pair_composition:.3f}; the other writers of layer 0 reach {runner_up:.3f} at most.
+- Top-1 accuracy of the pair's full QK circuit, from the weights alone: {result.circuit_accuracy:.1%}.
+
+| second half at length {result.length} | loss (nats) | accuracy |
+|---|---|---|
+{ablations}
+
+## Limits
+
+It does one thing. It models no language, and refuses more than {recipe.n_ctx} tokens. Licence: the library's.
+"""
+
+
+def model_card(recipe: Recipe, result: DemoResult, repeats: float, fresh: float, minutes: float) -> str:
+    """Return the model card, with what was measured."""
+    column = result.k_composition[:, result.induction_head[1]].tolist()
+    column.pop(result.previous_token_head[1])
+    return CARD.format(
+        name=MODEL,
+        recipe=recipe,
+        result=result,
+        n_parameters=result.n_parameters,
+        last_token=recipe.d_vocab - 1,
+        d_head=recipe.d_model // recipe.n_heads,
+        longest=max(recipe.lengths),
+        held_out=", ".join(str(length) for length in HELD_OUT_LENGTHS),
+        second_steps=recipe.steps - recipe.first_steps,
+        minutes=minutes,
+        repeats=repeats,
+        fresh=fresh,
+        guess=math.log(recipe.d_vocab),
+        accuracy=", ".join(f"{length}: {value:.1%}" for length, value in result.accuracy_by_length.items()),
+        previous=label(result.previous_token_head),
+        induction=label(result.induction_head),
+        runner_up=max(column),
+        ablations="\n".join(
+            f"| {ablation.label} | {ablation.loss:.3f} | {ablation.accuracy:.1%} |" for ablation in result.ablations
+        ),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=BUNDLED, help="the folder to write; by default the bundled one")
+    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    recipe = Recipe(seed=arguments.seed)
+    start = time.perf_counter()
+    model, repeats, fresh = train(recipe)
+    minutes = (time.perf_counter() - start) / 60
+    model.save_pretrained(arguments.out)
+    result = run_demo(arguments.out)
+    (arguments.out / "README.md").write_text(model_card(recipe, result, repeats, fresh, minutes))
+    print(f"{minutes:.1f} minutes; loss {repeats:.4f} on repeats, {fresh:.3f} on fresh tokens")
+    print(f"accuracy at held-out lengths: {result.accuracy_by_length}")
+    print(
+        f"previous-token scores {result.previous_token_scores.tolist()}, induction {result.induction_scores.tolist()}"
+    )
+    print(f"K-composition {result.k_composition.tolist()}, circuit {result.circuit_accuracy}")
+    print(*result.ablations, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -15,12 +15,9 @@ from typer.testing import CliRunner
 
 import hooked_lm
 from hooked_lm.cli import app, report
-from hooked_lm.demo import DemoResult, label
-from tests.test_demo import demo_result
+from hooked_lm.demo import label, run_demo
 
 runner = CliRunner()
-
-__all__ = ["demo_result"]
 
 
 def test_version_prints_the_version() -> None:
@@ -66,16 +63,17 @@ def test_an_unknown_command_fails() -> None:
     assert runner.invoke(app, ["dmeo"]).exit_code == 2
 
 
-def test_the_report_says_each_number(demo_result: DemoResult) -> None:
-    text = report(demo_result)
+def test_the_report_says_each_number() -> None:
+    result = run_demo()
+    text = report(result)
     for number in (
-        f"{demo_result.first_half.log_prob:6.2f}",
-        f"{demo_result.second_half.accuracy:6.1%}",
-        f"{demo_result.previous_token_score:.2f} of its attention",
-        f"{demo_result.induction_score:.2f} of its attention",
-        f"{demo_result.pair_composition:.2f}, the most of all heads in layer 0",
-        f"for {demo_result.circuit_accuracy:.1%} of tokens",
-        *(f"loss {ablation.loss:5.2f}" for ablation in demo_result.ablations),
-        *(f"{length}: {accuracy:.1%}" for length, accuracy in demo_result.accuracy_by_length.items()),
+        f"{result.first_half.log_prob:6.2f}",
+        f"{result.second_half.accuracy:6.1%}",
+        f"{result.previous_token_score:.2f} of its attention",
+        f"{result.induction_score:.2f} of its attention",
+        f"{result.pair_composition:.2f}, the most of all heads in layer 0",
+        f"for {result.circuit_accuracy:.1%} of tokens",
+        *(f"loss {ablation.loss:5.2f}" for ablation in result.ablations),
+        *(f"{length}: {accuracy:.1%}" for length, accuracy in result.accuracy_by_length.items()),
     ):
         assert number in text

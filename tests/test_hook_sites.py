@@ -400,6 +400,24 @@ def test_a_replaced_gradient_flows_on_from_any_site(name: str) -> None:
         torch.testing.assert_close(cut, expected, rtol=0, atol=1e-9, msg=lambda m, site=site: f"{site}: {m}")
 
 
+@pytest.mark.parametrize("name", ["gpt2", "grouped gated rms rotary", "solu_ln"])
+@pytest.mark.parametrize("direction", ["fwd_hooks", "bwd_hooks"])
+def test_an_edit_in_place_gives_the_gradients_of_the_same_edit_returned(name: str, direction: str) -> None:
+    model = model_of(name)
+
+    def gradients(site: str, hook: Callable[..., Any]) -> tuple[Tensor, ...]:
+        with model.hooks(**{direction: [(site, hook)]}):
+            return torch.autograd.grad((model(TOKENS) ** 2).sum(), (model.W_E, model.blocks[0].attn.W_V))
+
+    for site in float_sites(model):
+        if not site.startswith(("hook", "blocks.0")):
+            continue
+        returned = gradients(site, lambda x, hook: 3 * x)
+        in_place = gradients(site, lambda x, hook: x.mul_(3))
+        for expected, got in zip(returned, in_place, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12, msg=site)
+
+
 # Patching
 
 

@@ -409,6 +409,14 @@ def test_loading_and_processing_a_state_dict_gives_what_from_pretrained_gives(
     assert_same_model(model, HookedTransformer.from_pretrained(saved(kind)))
 
 
+def test_loading_and_processing_forgets_what_the_old_weights_went_through() -> None:
+    model = randomise_(HookedTransformer(tiny_config()))
+    model.center_unembed()
+    model.load_and_process_state_dict(model_of("layer norm").state_dict(), *[False] * len(STEPS))
+    assert model.processed == ()
+    assert torch.equal(model.W_U, model_of("layer norm").W_U)
+
+
 def test_the_single_methods_one_after_another_give_what_from_pretrained_gives(saved: Callable[[str], Path]) -> None:
     model = HookedTransformer.from_pretrained_no_processing(saved("layer norm"))
     model.fold_layer_norm()

@@ -19,7 +19,7 @@ def gelu_new(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 
 def gelu_fast(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Return the tanh approximation of GELU with its constants cut to four digits, as some checkpoints were trained."""
+    """Return the tanh approximation of GELU in the form some checkpoints were trained with."""
     return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
 
 

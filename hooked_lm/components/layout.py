@@ -54,31 +54,34 @@ class SequenceLayout:
         return self._made[key]  # type: ignore[return-value]
 
     def _make_mask(self, causal: bool, window: int | None) -> Tensor | None:
-        distance = self._distance()
-        allowed = torch.ones_like(distance, dtype=torch.bool)
-        if causal:
-            allowed = distance >= 0
+        slots, distance = self._slot_distance(), self._distance()
+        allowed = (slots >= 0)[None] if causal else torch.ones_like(distance, dtype=torch.bool)
         if window is not None:
-            allowed = allowed & (distance < window)
-            if not causal:
-                allowed = allowed & (distance > -window)
-        allowed = allowed[None, None]
+            allowed = allowed & (distance.abs() < window)
+        allowed = allowed[:, None]
         if self.valid is not None:
             # A padded query has nothing real to look at; its own position keeps its softmax defined.
-            allowed = (allowed & self.valid[:, None, None, :]) | (distance == 0)
+            allowed = (allowed & self.valid[:, None, None, :]) | (slots == 0)
         return None if bool(allowed.all()) else allowed
 
-    def _distance(self) -> Int[Tensor, "query key"]:
+    def _distance(self) -> Int[Tensor, "batch_or_1 query key"]:
+        """How far apart query and key are within their prompt: padding is not counted."""
+        if self.valid is None:
+            return self._slot_distance()[None]
+        positions = (self.valid.long().cumsum(-1) - 1).clamp(min=0)
+        return positions[:, self.n_past :, None] - positions[:, None, :]
+
+    def _slot_distance(self) -> Int[Tensor, "query key"]:
         queries = torch.arange(self.n_past, self.n_keys, device=self.device)
         keys = torch.arange(self.n_keys, device=self.device)
         return queries[:, None] - keys[None, :]
 
-    def alibi(self, n_heads: int, dtype: torch.dtype) -> Float[Tensor, "1 head query key"]:
+    def alibi(self, n_heads: int, dtype: torch.dtype) -> Float[Tensor, "batch_or_1 head query key"]:
         """Return what ALiBi adds to the scores: minus slope times distance (Press et al. 2022)."""
         key = ("alibi", n_heads, dtype)
         if key not in self._made:
             slopes = alibi_slopes(n_heads).to(self.device)
-            self._made[key] = (-slopes[:, None, None] * self._distance().abs())[None].to(dtype)
+            self._made[key] = (-slopes[:, None, None] * self._distance().abs()[:, None]).to(dtype)
         return self._made[key]  # type: ignore[return-value]
 
     def bias(self, causal: bool, window: int | None, n_heads: int, dtype: torch.dtype) -> Tensor:
