@@ -9,11 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hooked_lm import (
-        components as components,
-    )
+    from hooked_lm import components as components
     from hooked_lm import utils as utils
+    from hooked_lm import weights as weights
     from hooked_lm.activation_cache import ActivationCache as ActivationCache
+    from hooked_lm.circuits.svd import SVDInterpreter as SVDInterpreter
     from hooked_lm.config import HookedTransformerConfig as HookedTransformerConfig
     from hooked_lm.factored_matrix import FactoredMatrix as FactoredMatrix
     from hooked_lm.hooks import HookedRootModule as HookedRootModule
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hooked_lm.names import UnknownHookError as UnknownHookError
     from hooked_lm.slicing import Slice as Slice
     from hooked_lm.transformer import HookedTransformer as HookedTransformer
+    from weight_conversion.errors import CheckpointError as CheckpointError
 
 __version__ = "0.1.0"
 

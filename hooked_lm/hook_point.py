@@ -79,7 +79,7 @@ class HookHandle:
         self.point, self.hook, self.dir = point, hook, dir
         self.is_permanent, self.context_level, self.reads_only = is_permanent, level, reads_only
         self.fired = False
-        self._by_keyword = _takes_hook_keyword(hook)
+        self._by_keyword = _takes_hook_keyword(hook, point.name)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Show `x` to the hook; return what the model goes on with."""
@@ -123,13 +123,23 @@ class HookHandle:
         return self.point.fwd_hooks if self.dir == "fwd" else self.point.bwd_hooks
 
 
-def _takes_hook_keyword(function: HookFunction) -> bool:
-    """Whether to pass the hook point as `hook=`: then partials that fill other arguments work in any order."""
+def _takes_hook_keyword(function: HookFunction, name: str) -> bool:
+    """Whether to pass the hook point as `hook=`: then partials that fill other arguments work in any order.
+
+    Raises:
+        TypeError: the function can be called neither so nor with two positional arguments.
+    """
     try:
-        parameters = inspect.signature(function).parameters.values()
+        signature = inspect.signature(function)
     except (TypeError, ValueError):  # builtins without a signature
         return False
-    return any(p.name == "hook" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    for by_keyword in (True, False):
+        try:
+            signature.bind(None, hook=None) if by_keyword else signature.bind(None, None)
+        except TypeError:
+            continue
+        return by_keyword
+    raise TypeError(f"the hook for {name!r} takes {signature}; it is called with (activation, hook)")
 
 
 class HookPoint(nn.Module):

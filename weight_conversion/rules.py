@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from einops import EinopsError, rearrange
@@ -121,9 +123,10 @@ def convert(
     Raises:
         CheckpointError: a tensor is missing, is surplus, or has the wrong shape; all offenders are named.
     """
-    present = {name.removeprefix(prefix): name for name in tensors}
+    present = _without_prefix(tensors, prefix)
     kept = cfg.n_layers if keep_layers is None else keep_layers
     rules, zeros, known = _expand(table, cfg.n_layers)
+    _check_table(rules, zeros)
     missing = [rule.source for rule in rules if rule.source not in present]
     surplus = sorted(set(present) - known)
     if missing or surplus:
@@ -155,6 +158,27 @@ def _expand(table: RuleTable, n_layers: int) -> tuple[list[Rule], list[Zeros], s
             rules += [entry.at(layer) for layer in range(n_layers)] if "{layer}" in entry.source else [entry]
     known.update(rule.source for rule in rules)
     return rules, zeros, known
+
+
+def _without_prefix(names: Iterable[str], prefix: str) -> dict[str, str]:
+    """Each source name without its prefix -> as it stands."""
+    present: dict[str, str] = {}
+    for name in names:
+        bare = name.removeprefix(prefix)
+        if bare in present:
+            raise CheckpointError(f"the checkpoint has both {present[bare]!r} and {name!r}: which one is meant?")
+        present[bare] = name
+    return present
+
+
+def _check_table(rules: Sequence[Rule], zeros: Sequence[Zeros]) -> None:
+    """Each source is used once (or once more as `tied`), each target made once."""
+    sources = Counter(rule.source for rule in rules if not rule.tied)
+    targets = Counter([*chain.from_iterable(rule.targets for rule in rules), *(zero.target for zero in zeros)])
+    for what, counter in (("uses", sources), ("makes", targets)):
+        twice = [name for name, count in counter.items() if count > 1]
+        if twice:
+            raise CheckpointError(f"the rule table {what} these tensors more than once: {_shortened(twice)}")
 
 
 def _per_layer(name: str, n_layers: int) -> Iterator[str]:
