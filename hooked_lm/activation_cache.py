@@ -169,7 +169,7 @@ class ActivationCache(CachedActivations):
             stack = self.apply_ln_to_stack(stack, layer, pos_slice=positions)
         return (stack, labels) if return_labels else stack
 
-    def _with_remainder(self, stack: Stack, last: int, positions: Slice) -> Stack:
+    def _with_remainder(self, stack: Stack, last: int, positions: Slice) -> Tensor:
         key = ("resid_post", last - 1) if last > 0 else ("resid_pre", 0)
         remainder = positions.apply(self[key], dim=-2) - stack.sum(0)
         return torch.cat((stack, remainder[None]))

@@ -138,7 +138,7 @@ class HookedTransformerConfig:
     output_logits_soft_cap: float = -1.0
     num_experts: int | None = None
     experts_per_token: int | None = None
-    norm_topk_prob: bool = False
+    norm_topk_prob: bool = True
     init_mode: str = "gpt2"
     initializer_range: float = -1.0
     init_weights: bool = True
@@ -192,8 +192,10 @@ class HookedTransformerConfig:
         if self.n_key_value_heads is not None:
             self._require_positive("n_key_value_heads")
             self._require_divisible("n_heads", "n_key_value_heads", "each key-value head serves as many query heads")
-        if self.attn_scale == -1.0:
-            self.attn_scale = math.sqrt(self.d_head) if self.use_attn_scale else 1.0
+        if not self.use_attn_scale:
+            self.attn_scale = 1.0
+        elif self.attn_scale == -1.0:
+            self.attn_scale = math.sqrt(self.d_head)
         if not self.attn_scale > 0:
             raise ValueError(f"attn_scale is what scores are divided by, so it is positive; got {self.attn_scale}")
 

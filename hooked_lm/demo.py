@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,17 +43,17 @@ class Half:
 
 @dataclass(frozen=True)
 class Ablation:
-    """What is left of the second half when heads write nothing.
+    """What is left of the second half when a head writes nothing.
 
     Attributes:
         label: what was ablated, for people.
-        heads: (layer, head) of each.
+        head: (layer, head); None for the intact model.
         loss: mean loss in nats.
         accuracy: share of tokens predicted right.
     """
 
     label: str
-    heads: tuple[Head, ...]
+    head: Head | None
     loss: float
     accuracy: float
 
@@ -188,15 +188,19 @@ def random_tokens(model: HookedTransformer, length: int, seed: int) -> Tensor:
     return repeated_random_tokens(BATCH, length, model.cfg.d_vocab, torch.Generator().manual_seed(seed))
 
 
-def _second_half(model: HookedTransformer, tokens: Tensor, silent: Sequence[Head] = ()) -> Half:
-    """The second half's scores, while some heads write nothing."""
+def _second_half(model: HookedTransformer, tokens: Tensor, silent: Head | None = None) -> Half:
+    """The second half's scores, while a head writes nothing."""
 
-    def silence(z: Tensor, hook: HookPoint) -> Tensor:
-        z[:, :, [head for layer, head in silent if layer == hook.layer()]] = 0.0
-        return z
+    hooks = []
+    if silent is not None:
+        layer, head = silent
 
-    names = sorted({f"blocks.{layer}.attn.hook_z" for layer, _ in silent})
-    logits = model.run_with_hooks(tokens, fwd_hooks=[(name, silence) for name in names])
+        def silence(z: Tensor, hook: HookPoint) -> Tensor:
+            z[:, :, head] = 0.0
+            return z
+
+        hooks = [(f"blocks.{layer}.attn.hook_z", silence)]
+    logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
     scores = next_token_scores(logits, tokens).second_half()
     return Half(scores.mean_log_prob(), scores.accuracy())
 
@@ -211,16 +215,16 @@ def _ablations(
 ) -> tuple[Ablation, ...]:
     # The controls are the heads of the same layers that look least like the pair.
     controls = ((0, int(previous_scores[0].argmin())), (1, int(ind_scores[1].argmin())))
-    conditions: list[tuple[str, tuple[Head, ...]]] = [
-        ("intact", ()),
-        (f"without {label(induction)}, the induction head", (induction,)),
-        (f"without {label(previous)}, the previous-token head", (previous,)),
-        *((f"without {label(head)}, another head of its layer", (head,)) for head in controls),
+    conditions: list[tuple[str, Head | None]] = [
+        ("intact", None),
+        (f"without {label(induction)}, the induction head", induction),
+        (f"without {label(previous)}, the previous-token head", previous),
+        *((f"without {label(head)}, another head of its layer", head) for head in controls),
     ]
-    halves = [_second_half(model, tokens, heads) for _, heads in conditions]
+    halves = [_second_half(model, tokens, head) for _, head in conditions]
     return tuple(
-        Ablation(name, heads, loss=-half.log_prob, accuracy=half.accuracy)
-        for (name, heads), half in zip(conditions, halves, strict=True)
+        Ablation(name, head, loss=-half.log_prob, accuracy=half.accuracy)
+        for (name, head), half in zip(conditions, halves, strict=True)
     )
 
 

@@ -69,7 +69,7 @@ def _patterns(result: DemoResult) -> PageFigure:
         "Where they look",
         f"The attention of the two heads on one sequence, labelled by token. {previous} draws one line just below the "
         f"diagonal: always the token before. {induction} draws its line in the lower half, where the repeat begins, "
-        f"{result.length - 1} positions back: at the token after the same one.",
+        f"{result.length - 1} positions back: at the token after the same one. Until then it rests on the start token.",
         (
             plotting.attention_pattern(result.previous_token_pattern, tokens, f"{previous}, previous token"),
             plotting.attention_pattern(result.induction_pattern, tokens, f"{induction}, induction"),
@@ -102,7 +102,7 @@ def _ablations(result: DemoResult) -> PageFigure:
             plotting.ablation_bars(
                 [ablation.label for ablation in result.ablations],
                 [ablation.loss for ablation in result.ablations],
-                [bool(pair & set(ablation.heads)) for ablation in result.ablations],
+                [ablation.head in pair for ablation in result.ablations],
                 axis="loss on the second half (nats)",
             ),
         ),

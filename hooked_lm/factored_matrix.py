@@ -130,7 +130,7 @@ class FactoredMatrix:
             return args[1].__rmul__(args[0])
         return NotImplemented
 
-    def __mul__(self, scalar: float | Tensor) -> FactoredMatrix:
+    def __mul__(self, scalar: int | float | Tensor) -> FactoredMatrix:
         """Return the product times a number."""
         if not isinstance(scalar, (int, float)) and not (isinstance(scalar, Tensor) and scalar.numel() == 1):
             raise TypeError(f"a FactoredMatrix is scaled by a number, not by {scalar!r}; use @ for matrices")

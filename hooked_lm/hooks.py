@@ -312,7 +312,11 @@ class HookedRootModule(nn.Module):
         self._check_fired(
             names_filter if names_filter is not None else "*", [handle for handle in handles if handle.dir == "fwd"]
         )
-        return output, dict(store)
+        recorded = dict(store)
+        if reset_hooks_end:
+            # A graph keeps its backward hooks, and these keep `store`: full, it would keep every tensor in a cycle.
+            store.clear()
+        return output, recorded
 
 
 def _check_scalar(output: object) -> None:

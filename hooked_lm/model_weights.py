@@ -92,6 +92,11 @@ class ModelWeights(nn.Module):
             dtype=dtype,
             trust_remote_code=trust_remote_code,
         )
+        unknown = [step for step in loaded.processed if step not in processing.STEPS]
+        if unknown:
+            raise checkpoint.CheckpointError(
+                f"{name_or_path}: processed={list(loaded.processed)} is no list of processing steps; {unknown} are none"
+            )
         changes = {"default_prepend_bos": default_prepend_bos, "default_padding_side": default_padding_side}
         cfg = loaded.cfg.replace(
             init_weights=False,
@@ -112,9 +117,14 @@ class ModelWeights(nn.Module):
             )
             if step not in loaded.processed
         ]
-        cfg, weights = processing.process(cfg, loaded.weights, plan)
-        model = cls(cfg, loaded.tokenizer)
-        nn.Module.load_state_dict(model, weights, strict=True)
+        try:
+            cfg, weights = processing.process(cfg, loaded.weights, plan)
+            model = cls(cfg, loaded.tokenizer)
+            nn.Module.load_state_dict(model, weights, strict=True)
+        except (KeyError, RuntimeError) as error:
+            raise checkpoint.CheckpointError(
+                f"{name_or_path} does not hold the tensors that its config implies: {error}"
+            ) from error
         model.processed = (*loaded.processed, *plan)
         return model
 

@@ -60,7 +60,7 @@ _ALIASES = {
 }
 _MODULE_ALIASES = {"a": "attn", "attention": "attn", "m": "mlp", "b": "", "block": "", "blocks": ""}
 _COMPACT = re.compile(r"(?P<name>[a-z_]+?)(?P<layer>\d+)(?P<module>[a-z]\w*)?")
-_IN_BLOCK = re.compile(r"blocks\.(?P<layer>\d+)\.(?P<rest>.+)")
+_IN_BLOCK = re.compile(r"blocks\.(?P<layer>-?\d+)\.(?P<rest>.+)")
 
 
 class UnknownHookError(KeyError):

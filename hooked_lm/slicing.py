@@ -62,11 +62,11 @@ class Slice:
 
     def indices(self, max_ctx: int | None = None) -> np.ndarray:
         """Return the positions this picks among `max_ctx`, as an integer array."""
+        if max_ctx is not None:
+            return np.atleast_1d(self.apply(torch.arange(max_ctx)).numpy())
         if self.mode == "int":
             return np.array([self.slice])
-        if max_ctx is None:
-            raise ValueError("indices() of a range needs max_ctx, the length of the axis")
-        return self.apply(torch.arange(max_ctx)).numpy()
+        raise ValueError("indices() of a range needs max_ctx, the length of the axis")
 
     @property
     def is_identity(self) -> bool:

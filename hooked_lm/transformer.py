@@ -16,7 +16,7 @@ from hooked_lm.activation_cache import ActivationCache
 from hooked_lm.components import Embed, PosEmbed, SequenceLayout, TransformerBlock, Unembed
 from hooked_lm.components.norm import make_norm
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.hooks import HookPoint, protect
+from hooked_lm.hooks import HookPoint
 from hooked_lm.initialization import initialize_weights
 from hooked_lm.intervening import Intervening
 from hooked_lm.kv_cache import HookedTransformerKeyValueCache
@@ -175,7 +175,10 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Intervening):
                 tokens = self._check_tokens(tokens)
                 attention_mask = self._infer_mask(tokens, attention_mask, prepend_bos, padding_side, past_kv_cache)
             layout = self._layout(residual.shape[0], residual.shape[1], attention_mask, past_kv_cache)
-            return protect(residual), tokens, self._shortformer_pos(layout, residual.shape[0]), attention_mask, layout
+            if any(point.live for point in self.hook_points()):
+                # A cache would otherwise share memory with the caller's tensor, and a hook could write to it.
+                residual = residual.clone()
+            return residual, tokens, self._shortformer_pos(layout, residual.shape[0]), attention_mask, layout
         if tokens is not None:
             raise ValueError("tokens= goes with start_at_layer; without it the input is the tokens")
         tokens, attention_mask = self._read(input, prepend_bos, padding_side, attention_mask, past_kv_cache)
@@ -185,7 +188,7 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Intervening):
     def _embed(self, tokens: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the residual stream that enters block 0, the tokens as hooks leave them, shortformer positions."""
         if self.hook_tokens.live:
-            tokens = self._check_tokens(self.hook_tokens(protect(tokens)))
+            tokens = self._check_tokens(self.hook_tokens(tokens.clone()))
         residual = self.hook_embed(self.embed(tokens))
         shortformer_pos = self._shortformer_pos(layout, tokens.shape[0])
         if self.cfg.positional_embedding_type == "standard":
@@ -198,7 +201,8 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Intervening):
 
     def _positions(self, layout: SequenceLayout, batch: int) -> Tensor:
         positions = self.pos_embed(layout, batch)
-        return self.hook_pos_embed(protect(positions)) if self.hook_pos_embed.live else positions
+        # The positions are a view of `W_pos`, which training writes to and hooks must not.
+        return self.hook_pos_embed(positions.clone()) if self.hook_pos_embed.live else positions
 
     # What comes in
 

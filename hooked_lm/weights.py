@@ -140,8 +140,6 @@ def _folding_obstacle(cfg: HookedTransformerConfig) -> str | None:
 def _writing_obstacle(cfg: HookedTransformerConfig) -> str | None:
     if cfg.normalization_type not in ("LN", "LNPre") or cfg.final_rms:
         return "only LayerNorm ignores the residual stream's mean"
-    if cfg.use_normalization_before_and_after:
-        return "the norm after each component is not linear in what it writes"
     return None
 
 
@@ -212,7 +210,8 @@ def _block_prefixes(weights: Weights) -> list[str]:
 
 _CLASSIC_BUFFERS = re.compile(r"blocks\.\d+\.attn\.(mask|IGNORE|rotary_sin|rotary_cos|alibi)")
 _CLASSIC_GROUPED = re.compile(r"(blocks\.\d+\.attn\.)_([Wb]_[KV])")
-_CLASSIC_EXPERT = re.compile(r"(blocks\.\d+\.mlp\.)experts\.(\d+)\.([Wb]_(?:in|gate|out))")
+_CLASSIC_EXPERT = re.compile(r"(blocks\.\d+\.mlp\.)experts\.(\d+)\.([Wb]_(?:in|gate|out))(\.weight)?")
+_CLASSIC_ROUTER = re.compile(r"(blocks\.\d+\.mlp\.W_gate)\.weight")
 
 
 def from_classic(state_dict: Weights) -> Weights:
@@ -232,7 +231,9 @@ def from_classic(state_dict: Weights) -> Weights:
             continue
         expert = _CLASSIC_EXPERT.fullmatch(name)
         if expert:
-            experts.setdefault(expert[1] + expert[3], {})[int(expert[2])] = value
+            experts.setdefault(expert[1] + expert[3], {})[int(expert[2])] = value.T if expert[4] else value
+        elif _CLASSIC_ROUTER.fullmatch(name):
+            weights[name.removesuffix(".weight")] = value.T
         else:
             weights[_CLASSIC_GROUPED.sub(r"\1\2", name)] = value
     # The classic router of a mixture is its `W_gate`, a name that here belongs to the experts.
@@ -241,6 +242,10 @@ def from_classic(state_dict: Weights) -> Weights:
             weights[f"{prefix}.W_router"] = weights.pop(f"{prefix}.W_gate")
     for name, by_number in experts.items():
         weights[name] = torch.stack([by_number[number] for number in sorted(by_number)])
+        W, _, which = name.rpartition(".")[2].partition("_")
+        bias = f"{name.rpartition('.')[0]}.b_{which}"
+        if W == "W" and bias not in experts and which != "gate":
+            weights[bias] = weights[name].new_zeros((len(by_number), weights[name].shape[-1]))
     return _with_absent_biases(weights)
 
 

@@ -3,7 +3,7 @@
     python scripts/train_induction_demo.py [--out FOLDER] [--seed N]
 
 The model learns to continue repeats in random tokens. Lengths and offsets of the repeats are random, so looking a fixed
-number of places back does not work. Takes a few minutes on two cores; the same seed gives the same data.
+number of places back does not work. Takes a few minutes on one core; the same seed gives the same model.
 """
 
 from __future__ import annotations
@@ -37,22 +37,24 @@ class Recipe:
         d_vocab: tokens, of which 0 is the start token.
         n_ctx: length of every training row.
         steps: steps in all.
-        first_steps: how many of them are the first phase; see `first_phase_logits`.
+        closed_steps, opening_steps: steps with one circuit only, then steps in which the rest is let in; see
+            `phased_logits`.
         batch: rows in a step.
         learning_rate, warmup: the peak, and the steps up to it; after it, a straight line down to 2 %.
         weight_decay: of matrices; biases and norms have none.
-        fresh_weight: in the first phase, how much the loss on tokens that nothing predicts counts, next to that on the
-            repeats; later both count alike.
+        fresh_weight: how much the loss on tokens that nothing predicts counts, next to that on the repeats.
         short: the share of blocks with 2 to 7 tokens.
     """
 
     seed: int = 0
     d_model: int = 64
     n_heads: int = 4
+    d_head: int = 32
     d_vocab: int = 64
     n_ctx: int = 64
-    steps: int = 1500
-    first_steps: int = 750
+    steps: int = 2000
+    closed_steps: int = 1000
+    opening_steps: int = 500
     batch: int = 64
     learning_rate: float = 4e-3
     warmup: int = 200
@@ -99,33 +101,36 @@ def _plan_row(recipe: Recipe, chance: random.Random) -> tuple[list[int], list[bo
     return order[: recipe.n_ctx - 1], determined[: recipe.n_ctx - 1]
 
 
-def first_phase_logits(model: HookedTransformer, tokens: Tensor) -> Tensor:
-    """Return the logits when only head 0 of each layer is on, and layer 1 takes its values from the embedding alone.
+def phased_logits(model: HookedTransformer, tokens: Tensor, openness: float) -> Tensor:
+    """Return the logits of the part of the model that is open: at 1 the whole model, at 0 one circuit only.
 
-    Many circuits continue a repeat. Layer 0 may look `k` places back, while layer 1 attends `k` places on from the
-    earlier occurrence and reads the answer off what another head of layer 0 has carried there; and any number of heads
-    may share the work. All of them predict equally well, and training picks one at random. While values come from the
-    embedding, the answer can only be read off the token attended to, which leaves k = 1; while one head is on in each
-    layer, the work is not shared.
+    At 0 only head 0 of each layer is on, and layer 1 takes its values from the embedding alone; in between, the rest
+    counts by that factor. Many circuits continue a repeat: layer 0 may look `k` places back, while layer 1 attends `k`
+    places on from the earlier occurrence and reads the answer off what another head of layer 0 has carried there; and
+    any number of heads may share the work. All predict equally well, and training picks one at random. While values
+    come from the embedding, the answer can only be read off the token attended to, which leaves k = 1; while one head is
+    on in each layer, the work is not shared.
     """
+    if openness == 1.0:
+        return model(tokens)
     embedded: list[Tensor] = []
 
     def keep(residual: Tensor, hook: HookPoint) -> None:
         embedded.append(residual)
 
-    def take_embedding(value_input: Tensor, hook: HookPoint) -> Tensor:
-        return embedded[-1][:, :, None].expand_as(value_input)
+    def mostly_embedding(value_input: Tensor, hook: HookPoint) -> Tensor:
+        return torch.lerp(embedded[-1][:, :, None].expand_as(value_input), value_input, openness)
 
-    def only_head_0(z: Tensor, hook: HookPoint) -> Tensor:
-        z[:, :, 1:] = 0.0
+    def mostly_head_0(z: Tensor, hook: HookPoint) -> Tensor:
+        z[:, :, 1:] *= openness
         return z
 
     return model.run_with_hooks(
         tokens,
         fwd_hooks=[
             ("blocks.0.hook_resid_pre", keep),
-            ("blocks.1.hook_v_input", take_embedding),
-            ("blocks.*.attn.hook_z", only_head_0),
+            ("blocks.1.hook_v_input", mostly_embedding),
+            ("blocks.*.attn.hook_z", mostly_head_0),
         ],
     )
 
@@ -137,6 +142,7 @@ def train(recipe: Recipe) -> tuple[HookedTransformer, float, float]:
             n_layers=2,
             d_model=recipe.d_model,
             n_heads=recipe.n_heads,
+            d_head=recipe.d_head,
             n_ctx=recipe.n_ctx,
             d_vocab=recipe.d_vocab,
             attn_only=True,
@@ -154,13 +160,13 @@ def train(recipe: Recipe) -> tuple[HookedTransformer, float, float]:
     losses = []
     bar = tqdm(zip(range(recipe.steps), training_batches(recipe), strict=False), total=recipe.steps)
     for step, (tokens, determined) in bar:
-        first_phase = step < recipe.first_steps
-        logits = first_phase_logits(model, tokens) if first_phase else model(tokens)
+        openness = min(max((step - recipe.closed_steps) / recipe.opening_steps, 0.0), 1.0)
+        logits = phased_logits(model, tokens, openness)
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
         loss = loss.view_as(determined)
         repeats, fresh = loss[determined].mean(), loss[~determined].mean()
         optimizer.zero_grad()
-        (repeats + (recipe.fresh_weight if first_phase else 1.0) * fresh).backward()
+        (repeats + recipe.fresh_weight * fresh).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
@@ -185,7 +191,7 @@ tokens only, 0 to {last_token}, of which 0 is the start token that every sequenc
 ## Architecture
 
 {n_parameters:,} parameters in float32: 2 layers, {recipe.n_heads} heads each, `d_model` {recipe.d_model}, `d_head`
-{d_head}, LayerNorm, learned positions (`n_ctx` {recipe.n_ctx}), vocabulary {recipe.d_vocab}.
+{recipe.d_head}, LayerNorm, learned positions (`n_ctx` {recipe.n_ctx}), vocabulary {recipe.d_vocab}.
 
 ## Training
 
@@ -196,11 +202,11 @@ Made by `scripts/train_induction_demo.py`.
   random tokens, and the block once more. The number of fresh tokens and the length of the block (2 to {longest}) are
   random, so the distance to look back differs within a row and between rows. Lengths {held_out} are held out.
 - Steps: {recipe.steps} of {recipe.batch} rows; AdamW, peak learning rate {recipe.learning_rate:g} after {recipe.warmup}
-  steps, then a straight line down; weight decay {recipe.weight_decay:g}. {minutes:.1f} minutes on two shared CPU cores.
-- First phase, {recipe.first_steps} steps: only head 0 of each layer is on, and layer 1 takes its values from the
-  embedding alone. Without it, training finds circuits that predict as well but look any number of places back and
-  are shared among heads. So it is the recipe's doing that the circuit is the textbook one and that its heads have
-  the number 0. In the other {second_steps} steps the whole model is trained and nothing is switched off.
+  steps, then a straight line down; weight decay {recipe.weight_decay:g}. {minutes:.1f} minutes on one shared CPU core.
+- For {recipe.closed_steps} steps only head 0 of each layer is on, and layer 1 takes its values from the embedding alone;
+  over the next {recipe.opening_steps} the rest is let in; in the last {plain_steps} the whole model is trained as it is.
+  Without this, training finds circuits that predict as well but look any number of places back and are shared among
+  heads. So it is the recipe's doing that the circuit is the textbook one and that its heads have the number 0.
 - Final loss, mean over the last hundred steps, in nats: {repeats:.4f} on repeated tokens, {fresh:.3f} on fresh ones
   (a guess costs {guess:.3f}).
 
@@ -237,10 +243,9 @@ def model_card(recipe: Recipe, result: DemoResult, repeats: float, fresh: float,
         result=result,
         n_parameters=result.n_parameters,
         last_token=recipe.d_vocab - 1,
-        d_head=recipe.d_model // recipe.n_heads,
         longest=max(recipe.lengths),
         held_out=", ".join(str(length) for length in HELD_OUT_LENGTHS),
-        second_steps=recipe.steps - recipe.first_steps,
+        plain_steps=recipe.steps - recipe.closed_steps - recipe.opening_steps,
         minutes=minutes,
         repeats=repeats,
         fresh=fresh,
@@ -260,7 +265,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=BUNDLED, help="the folder to write; by default the bundled one")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
+    # One thread adds up in one order: the same weights whatever else the machine does. The model is too small for two.
+    torch.set_num_threads(1)
     recipe = Recipe(seed=arguments.seed)
     start = time.perf_counter()
     model, repeats, fresh = train(recipe)

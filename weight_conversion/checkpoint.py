@@ -111,9 +111,8 @@ def _convert(
     reader = ConfigFields(fields, family.name)
     arguments = family.config(reader)
     reader.finish()
-    tensor_dtype = next(iter(tensors.values())).dtype
     try:
-        cfg = HookedTransformerConfig(**arguments, original_architecture=architectures[0], dtype=tensor_dtype)
+        cfg = HookedTransformerConfig(**arguments, original_architecture=architectures[0], dtype=torch.float32)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"the {family.name} config cannot be used: {error}") from error
     _check_layers(first_n_layers, cfg.n_layers)
@@ -121,6 +120,7 @@ def _convert(
     weights = convert(family.rules(tied), tensors, cfg, family.prefix, first_n_layers)
     if first_n_layers is not None:
         cfg = cfg.replace(n_layers=first_n_layers)
+    cfg = cfg.replace(dtype=next(iter(weights.values())).dtype)
     return Loaded(cfg, weights, tokenizer)
 
 
@@ -129,12 +129,16 @@ def _from_own_folder(folder: Path, content: dict[str, Any], tokenizer: Any, firs
         cfg = HookedTransformerConfig.from_dict(content["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / 'config.json'} does not hold a whole config: {error}") from error
+    # Which names there are is for the caller to know.
+    processed = content.get("processed", [])
+    if not isinstance(processed, list):
+        raise CheckpointError(f"{folder / 'config.json'}: processed={processed!r} is no list of processing steps")
     weights = dict(open_tensors(folder))
     _check_layers(first_n_layers, cfg.n_layers)
     if first_n_layers is not None:
         weights = {name: value for name, value in weights.items() if _layer(name) < first_n_layers}
         cfg = cfg.replace(n_layers=first_n_layers)
-    return Loaded(cfg, weights, tokenizer, tuple(content.get("processed", ())))
+    return Loaded(cfg, weights, tokenizer, tuple(processed))
 
 
 def _layer(name: str) -> int:
@@ -180,7 +184,8 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(
-            ALIASES.get(name_or_path, name_or_path), trust_remote_code=trust_remote_code
+            name_or_path if Path(name_or_path).is_dir() else ALIASES.get(name_or_path, name_or_path),
+            trust_remote_code=trust_remote_code,
         )
     except Exception as error:  # transformers raises many kinds for one cause
         raise CheckpointError(

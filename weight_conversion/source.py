@@ -80,7 +80,10 @@ def open_tensors(folder: Path) -> Mapping[str, Tensor]:
     """
     for single, read in ((_SAFETENSORS, SafetensorFiles), (_PICKLE, PickleFiles)):
         if (folder / f"{single}.index.json").is_file():
-            names = set(read_json(folder / f"{single}.index.json").get("weight_map", {}).values())
+            where = read_json(folder / f"{single}.index.json").get("weight_map")
+            if not isinstance(where, dict):
+                raise CheckpointError(f"{folder / single}.index.json has no weight_map from tensors to files")
+            names = set(where.values())
             absent = sorted(name for name in names if not (folder / name).is_file())
             if absent or not names:
                 raise CheckpointError(f"{folder / single}.index.json names files that are absent: {', '.join(absent)}")
@@ -127,12 +130,15 @@ class PickleFiles(Mapping[str, Tensor]):
         self._tensors: dict[str, Tensor] = {}
         for path in paths:
             try:
-                self._tensors |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except Exception as error:  # torch.load raises whatever the damage leads to
                 raise CheckpointError(
                     f"{path} is damaged, or holds more than tensors, and is not unpickled: "
                     f"{type(error).__name__}: {error}"
                 ) from error
+            if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+                raise CheckpointError(f"{path} does not hold tensors by name")
+            self._tensors |= content
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]

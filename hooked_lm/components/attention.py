@@ -67,7 +67,7 @@ class Attention(nn.Module):
         self,
         query_input: Float[Tensor, "batch pos *head d_model"],
         key_input: Float[Tensor, "batch pos *kv_head d_model"],
-        value_input: Float[Tensor, "batch pos *kv_head d_model"],
+        value_input: Float[Tensor, "batch pos *value_head d_model"],
         layout: SequenceLayout | None = None,
         past: HookedTransformerKeyValueCacheEntry | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:

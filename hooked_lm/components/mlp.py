@@ -30,7 +30,7 @@ class MLP(nn.Module):
         self.hook_pre = HookPoint("batch pos d_mlp")
         if cfg.is_layer_norm_activation():
             self.hook_mid = HookPoint("batch pos d_mlp")
-            kind = "LNPre" if cfg.normalization_type == "LNPre" else "LN"
+            kind = "LNPre" if cfg.normalization_type in ("LNPre", "RMSPre") else "LN"
             self.ln: nn.Module | None = make_norm(cfg, d_mlp, axes="batch pos d_mlp", kind=kind)
         else:
             self.ln = None

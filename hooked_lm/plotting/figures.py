@@ -42,7 +42,7 @@ def attention_pattern(pattern: Any, labels: Sequence[str] | None = None, title: 
             zmin=0.0,
             zmax=1.0,
             colorscale=SEQUENTIAL,
-            colorbar={"title": "attention", "thickness": 10, "outlinewidth": 0},
+            colorbar={"thickness": 8, "outlinewidth": 0, "tickvals": [0, 0.5, 1], "len": 0.5},
             customdata=[[f"{names[query]} → {names[key]}" for key in keys] for query in queries],
             hovertemplate="from position %{y} to %{x}<br>tokens %{customdata}<br>attention %{z:.3f}<extra></extra>",
         )
@@ -50,8 +50,10 @@ def attention_pattern(pattern: Any, labels: Sequence[str] | None = None, title: 
     step = max(1, n_key // 12)
     ticks = {"tickvals": keys[::step], "ticktext": names[::step]}
     figure.update_xaxes(title="attended to (key)", constrain="domain", **ticks)
-    figure.update_yaxes(title="from (query)", autorange="reversed", scaleanchor="x", constrain="domain", **ticks)
-    return _styled(figure, title, height=460, grid=False)
+    figure.update_yaxes(
+        title="from (query)", autorange="reversed", scaleanchor="x", constrain="domain", constraintoward="top", **ticks
+    )
+    return _styled(figure, title, height=420, grid=False)
 
 
 def log_prob_curve(
@@ -88,11 +90,12 @@ def log_prob_curve(
         figure.add_vline(repeat_at - 0.5, line={"color": ORANGE, "width": 1.5})
         figure.add_annotation(
             x=repeat_at,
-            y=1,
+            y=0.5,
             yref="paper",
             text="the repeat begins",
             showarrow=False,
             xanchor="left",
+            xshift=6,
             font={"color": ORANGE},
         )
     figure.update_xaxes(title="position of the token predicted")

@@ -81,8 +81,10 @@ def _section(section: PageFigure, number: int) -> str:
         )
         for place, figure in enumerate(section.figures)
     )
+    # The columns are fixed beforehand: each figure measures its place as soon as it is reached.
+    columns = f"--columns: {len(section.figures)}"
     return (
-        f'<section><h2>{escape(section.heading)}</h2><div class="row">{plots}</div>'
+        f'<section><h2>{escape(section.heading)}</h2><div class="row" style="{columns}">{plots}</div>'
         f"<p>{escape(section.caption)}</p></section>\n"
     )
 
@@ -105,7 +107,8 @@ li span { display: block; margin-top: 4px; font-size: 14px; line-height: 1.4; co
 section { background: #fff; border: 1px solid #e7e5de; border-radius: 10px; padding: 24px 26px; margin: 0 0 20px; }
 h2 { font-size: 21px; line-height: 1.3; margin: 0 0 8px; }
 section p { margin: 10px 0 0; font-size: 15.5px; max-width: 50em; color: #3a3935; }
-.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 360px), 1fr)); gap: 12px; }
+.row { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); gap: 20px; }
+@media (max-width: 760px) { .row { grid-template-columns: minmax(0, 1fr); } }
 .row > div { min-width: 0; }
 footer { font-size: 14px; color: #6b6a64; margin-top: 28px; }
 """
