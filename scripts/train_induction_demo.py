@@ -108,8 +108,8 @@ def phased_logits(model: HookedTransformer, tokens: Tensor, openness: float) -> 
     counts by that factor. Many circuits continue a repeat: layer 0 may look `k` places back, while layer 1 attends `k`
     places on from the earlier occurrence and reads the answer off what another head of layer 0 has carried there; and
     any number of heads may share the work. All predict equally well, and training picks one at random. While values
-    come from the embedding, the answer can only be read off the token attended to, which leaves k = 1; while one head is
-    on in each layer, the work is not shared.
+    come from the embedding, the answer can only be read off the token attended to, which leaves k = 1; while one head
+    is on in each layer, the work is not shared.
     """
     if openness == 1.0:
         return model(tokens)
@@ -203,8 +203,8 @@ Made by `scripts/train_induction_demo.py`.
   random, so the distance to look back differs within a row and between rows. Lengths {held_out} are held out.
 - Steps: {recipe.steps} of {recipe.batch} rows; AdamW, peak learning rate {recipe.learning_rate:g} after {recipe.warmup}
   steps, then a straight line down; weight decay {recipe.weight_decay:g}. {minutes:.1f} minutes on one shared CPU core.
-- For {recipe.closed_steps} steps only head 0 of each layer is on, and layer 1 takes its values from the embedding alone;
-  over the next {recipe.opening_steps} the rest is let in; in the last {plain_steps} the whole model is trained as it is.
+- For {recipe.closed_steps} steps only head 0 of each layer is on, and layer 1 takes its values from the embedding
+  alone; over the next {recipe.opening_steps} the rest is let in; the last {plain_steps} train the whole model as it is.
   Without this, training finds circuits that predict as well but look any number of places back and are shared among
   heads. So it is the recipe's doing that the circuit is the textbook one and that its heads have the number 0.
 - Final loss, mean over the last hundred steps, in nats: {repeats:.4f} on repeated tokens, {fresh:.3f} on fresh ones
