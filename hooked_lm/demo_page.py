@@ -14,8 +14,14 @@ TITLE = "An induction circuit, found and tested"
 
 def write_demo_page(result: DemoResult, path: str | Path) -> Path:
     """Write the page and return its path."""
-    sections = [_predictions(result), _scores(result), _patterns(result), _composition(result), _ablations(result)]
-    return plotting.write_page(path, TITLE, _introduction(result), sections, _facts(result), _footer(result))
+    return plotting.write_page(
+        path, TITLE, _introduction(result), demo_figures(result), facts=_facts(result), footer=_footer(result)
+    )
+
+
+def demo_figures(result: DemoResult) -> list[PageFigure]:
+    """Return the page's figures, in order."""
+    return [_predictions(result), _scores(result), _patterns(result), _composition(result), _ablations(result)]
 
 
 def _introduction(result: DemoResult) -> str:

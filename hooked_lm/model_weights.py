@@ -95,7 +95,7 @@ class ModelWeights(nn.Module):
         unknown = [step for step in loaded.processed if step not in processing.STEPS]
         if unknown:
             raise checkpoint.CheckpointError(
-                f"{name_or_path}: the config.json says processed={list(loaded.processed)}, of which {unknown} are no steps"
+                f"{name_or_path}: config.json says processed={list(loaded.processed)}, of which {unknown} are no steps"
             )
         changes = {"default_prepend_bos": default_prepend_bos, "default_padding_side": default_padding_side}
         cfg = loaded.cfg.replace(

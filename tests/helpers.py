@@ -56,7 +56,7 @@ def tiny_tokens(batch: int = 2, pos: int = 7, vocab: int = 20, seed: int = 0) ->
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE like GPT-2's, trained on three sentences; `<|endoftext|>` is BOS and EOS, and there is no padding."""
+    """A byte-level BPE like GPT-2's, of three sentences; `<|endoftext|>` is BOS and EOS, and there is no padding."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

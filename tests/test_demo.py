@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 from hooked_lm import HookedTransformer, bundled
+from hooked_lm.circuits.induction import next_token_scores
 from hooked_lm.demo import HELD_OUT_LENGTHS, MODEL, STEPS, DemoResult, random_tokens, run_demo
+from hooked_lm.demo_page import demo_figures
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +149,33 @@ def test_the_patterns_are_those_of_the_named_heads_on_the_named_tokens(demo_resu
         (demo_result.induction_head, demo_result.induction_pattern),
     ):
         torch.testing.assert_close(pattern, cache["pattern", layer][0, head])
+
+
+def test_the_curve_is_the_mean_over_the_batch_and_its_halves_are_the_two_numbers(demo_result: DemoResult) -> None:
+    model = HookedTransformer.from_pretrained(MODEL)
+    tokens = random_tokens(model, demo_result.length, demo_result.seed)
+    with torch.no_grad():
+        log_prob = next_token_scores(model(tokens), tokens).log_prob
+    curve, length = demo_result.log_prob_by_position, demo_result.length
+    torch.testing.assert_close(curve, log_prob.mean(0))
+    assert float(curve[:length].mean()) == pytest.approx(demo_result.first_half.log_prob, abs=1e-5)
+    assert float(curve[length + 1 :].mean()) == pytest.approx(demo_result.second_half.log_prob, abs=1e-5)
+
+
+def test_the_figures_mark_the_repeat_and_the_pair(demo_result: DemoResult) -> None:
+    predictions, scores, patterns, composition, ablations = (section.figures for section in demo_figures(demo_result))
+    guess, repeat = predictions[0].layout.shapes
+    assert repeat.x0 == demo_result.length + 0.5
+    assert guess.y0 == pytest.approx(-math.log(demo_result.d_vocab))
+    for figure, expected in (
+        (scores[0], demo_result.previous_token_scores),
+        (scores[1], demo_result.induction_scores),
+        (patterns[0], demo_result.previous_token_pattern),
+        (patterns[1], demo_result.induction_pattern),
+        (composition[0], demo_result.k_composition),
+    ):
+        torch.testing.assert_close(torch.tensor(figure.data[0].z), expected)
+    colours = ablations[0].data[0].marker.color
+    assert colours[1] == colours[2]
+    assert colours[0] == colours[3] == colours[4] != colours[1]
+    assert list(ablations[0].data[0].x) == [ablation.loss for ablation in demo_result.ablations]
