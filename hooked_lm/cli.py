@@ -63,7 +63,7 @@ def report(result: DemoResult) -> str:
     by_length = ", ".join(f"{length}: {accuracy:.1%}" for length, accuracy in result.accuracy_by_length.items())
     most = "the most" if result.pair_composes_most else "not the most"
     ablations = "\n".join(
-        f"  {ablation.label:<44} loss {ablation.loss:5.2f}   accuracy {ablation.accuracy:6.1%}"
+        f"  {ablation.label:<44} loss {ablation.loss:6.3f}   accuracy {ablation.accuracy:6.1%}"
         for ablation in result.ablations
     )
     return f"""\
@@ -71,8 +71,8 @@ def report(result: DemoResult) -> str:
 It reads {result.length} random tokens, then the same {result.length} again ({result.batch} such sequences).
 
 1. What it can do
-  first half    log-probability {result.first_half.log_prob:6.2f}   accuracy {result.first_half.accuracy:6.1%}
-  second half   log-probability {result.second_half.log_prob:6.2f}   accuracy {result.second_half.accuracy:6.1%}
+  first half    log-probability {result.first_half.log_prob:7.3f}   accuracy {result.first_half.accuracy:6.1%}
+  second half   log-probability {result.second_half.log_prob:7.3f}   accuracy {result.second_half.accuracy:6.1%}
   The first time round the tokens are random, so it can only guess. The second time it knows what comes next.
   Second-half accuracy at lengths it was never trained on: {by_length}.
 

@@ -49,7 +49,7 @@ def _predictions(result: DemoResult) -> PageFigure:
         "The second time, it knows",
         f"Each point is the log-probability of one token, averaged over {result.batch} sequences. In the first half it "
         f"is {result.first_half.log_prob:.2f}, about that of a guess ({guess:.2f}). The first token of the repeat is "
-        f"a surprise; from then on the curve stays at {result.second_half.log_prob:.2f}, close to certainty.",
+        f"a surprise; from then on the curve stays at {result.second_half.log_prob:.3f}, close to certainty.",
         (plotting.log_prob_curve(result.log_prob_by_position, result.length + 1, guess),),
     )
 
@@ -103,7 +103,7 @@ def _ablations(result: DemoResult) -> PageFigure:
         "Without them, it is lost",
         "Each bar is the loss on the second half with one head switched off, its output set to zero. If the two heads "
         f"do the work, their bars are long, up to that of a guess ({math.log(result.d_vocab):.2f}) or beyond, and "
-        f"those of the others are as short as the intact model's ({result.ablations[0].loss:.2f}).",
+        f"those of the others are as short as the intact model's ({result.ablations[0].loss:.3f}).",
         (
             plotting.ablation_bars(
                 [ablation.label for ablation in result.ablations],

@@ -67,13 +67,13 @@ def test_the_report_says_each_number() -> None:
     result = run_demo()
     text = report(result)
     for number in (
-        f"{result.first_half.log_prob:6.2f}",
+        f"{result.first_half.log_prob:7.3f}",
         f"{result.second_half.accuracy:6.1%}",
         f"{result.previous_token_score:.2f} of its attention",
         f"{result.induction_score:.2f} of its attention",
         f"{result.pair_composition:.2f}, the most of all heads in layer 0",
         f"for {result.circuit_accuracy:.1%} of tokens",
-        *(f"loss {ablation.loss:5.2f}" for ablation in result.ablations),
+        *(f"loss {ablation.loss:6.3f}" for ablation in result.ablations),
         *(f"{length}: {accuracy:.1%}" for length, accuracy in result.accuracy_by_length.items()),
     ):
         assert number in text

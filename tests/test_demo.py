@@ -15,6 +15,7 @@ from hooked_lm import HookedTransformer, bundled
 from hooked_lm.circuits.induction import next_token_scores
 from hooked_lm.demo import HELD_OUT_LENGTHS, MODEL, STEPS, DemoResult, random_tokens, run_demo
 from hooked_lm.demo_page import demo_figures
+from hooked_lm.plotting.figures import ORANGE
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +177,6 @@ def test_the_figures_mark_the_repeat_and_the_pair(demo_result: DemoResult) -> No
     ):
         torch.testing.assert_close(torch.tensor(figure.data[0].z), expected)
     colours = ablations[0].data[0].marker.color
-    assert colours[1] == colours[2]
+    assert colours[1] == colours[2] == ORANGE
     assert colours[0] == colours[3] == colours[4] != colours[1]
     assert list(ablations[0].data[0].x) == [ablation.loss for ablation in demo_result.ablations]
