@@ -239,5 +239,7 @@ class ModelWeights(nn.Module):
         (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
         tensors = {name: value.contiguous() for name, value in self.state_dict().items()}
         save_file(tensors, folder / "model.safetensors")
+        # safetensors writes a file that only its owner may read.
+        (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode & 0o777)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)

@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from hooked_lm import HookedTransformer, HookedTransformerConfig
 from hooked_lm.demo import HELD_OUT_LENGTHS, MODEL, DemoResult, label, run_demo
-from hooked_lm.hooks import HookPoint
 
 BUNDLED = Path(__file__).parents[1] / "hooked_lm" / "bundled" / MODEL
 
@@ -36,42 +35,39 @@ class Recipe:
         seed: of the initial weights and of the data.
         d_vocab: tokens, of which 0 is the start token.
         n_ctx: length of every training row.
-        steps: steps in all.
-        closed_steps, opening_steps: steps with one circuit only, then steps in which the rest is let in; see
-            `phased_logits`.
-        batch: rows in a step.
+        batch, steps: rows in a step, and steps.
         learning_rate, warmup: the peak, and the steps up to it; after it, a straight line down to 2 %.
-        fresh_weight: how much the loss on tokens that nothing predicts counts, next to that on the repeats.
-        short: the share of blocks with 2 to 7 tokens.
+        weight_decay: of matrices; biases and norms have none.
+        head_penalty: times the sum over heads of the square root of `||W_O||`. Weight decay has heads share the work;
+            a group penalty lets a head that is not needed fade away (Yuan and Lin 2006), and its root also makes two heads
+            that do the same dearer than one.
     """
 
-    seed: int = 0
-    d_model: int = 64
+    seed: int = 1
+    d_model: int = 128
     n_heads: int = 4
-    d_head: int = 16
-    d_vocab: int = 64
+    d_head: int = 32
+    d_vocab: int = 96
     n_ctx: int = 64
-    steps: int = 1800
-    closed_steps: int = 1200
-    opening_steps: int = 300
     batch: int = 64
-    learning_rate: float = 4e-3
-    warmup: int = 200
-    fresh_weight: float = 0.1
-    short: float = 0.25
+    steps: int = 2500
+    learning_rate: float = 3e-3
+    warmup: int = 100
+    weight_decay: float = 0.01
+    head_penalty: float = 0.1
 
     @property
     def lengths(self) -> list[int]:
         """The block lengths trained on."""
-        return [length for length in range(2, self.n_ctx // 2) if length not in HELD_OUT_LENGTHS]
+        return [length for length in range(4, self.n_ctx // 2 - 3) if length not in HELD_OUT_LENGTHS]
 
 
 def training_batches(recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield tokens [batch n_ctx], and whether each next token [batch n_ctx-1] is part of a repeat and so determined.
+    """Yield tokens [batch n_ctx], and whether each next token [batch n_ctx-1] is determined by what came before.
 
-    A row is the start token, then again and again: some fresh tokens, a block, and the block once more, cut where the
-    row ends. The number of fresh tokens and the length of the block are random. But for the repeats, a row has no token
-    twice, so what follows is never ambiguous.
+    A row is the start token, some fresh tokens, a block of fresh tokens, and then pieces of that block until the row is
+    full: each piece starts at a random place of the block and has a random length. So no token is followed by another
+    for any reason but that it was so before, and neither a position nor a distance tells what comes next.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
     chance = random.Random(recipe.seed)
@@ -84,57 +80,27 @@ def training_batches(recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _plan_row(recipe: Recipe, chance: random.Random) -> tuple[list[int], list[bool]]:
-    """For each place after the start token: which of the row's fresh tokens it has, and if a repeat put it there."""
-    short = [length for length in recipe.lengths if length < 8]
-    order: list[int] = []
-    determined: list[bool] = []
-    n_used = 0
+    """For each place after the start token: which of the row's fresh tokens it has, and whether that is determined."""
+    gap = chance.choice((0, chance.randint(0, recipe.n_ctx - 16)))
+    length = chance.choice([length for length in recipe.lengths if length <= recipe.n_ctx - 8 - gap])
+    end = gap + length
+    order = list(range(end))
+    determined = [False] * end
     while len(order) < recipe.n_ctx - 1:
-        gap = chance.randrange(0, recipe.n_ctx // 2 if not order and chance.random() < 0.5 else 9)
-        length = chance.choice(short if chance.random() < recipe.short else recipe.lengths)
-        block = range(n_used + gap, n_used + gap + length)
-        order += [*range(n_used, n_used + gap), *block, *block]
-        determined += [False] * (gap + length + 1) + [True] * (length - 1)
-        n_used += gap + length
+        start = chance.randint(gap, end - 2)
+        piece = range(start, min(start + chance.randint(2, 16), end))
+        order += piece
+        determined += [False] + [True] * (len(piece) - 1)
     return order[: recipe.n_ctx - 1], determined[: recipe.n_ctx - 1]
 
 
-def phased_logits(model: HookedTransformer, tokens: Tensor, openness: float) -> Tensor:
-    """Return the logits of the part of the model that is open: at 1 the whole model, at 0 one circuit only.
-
-    At 0 only head 0 of each layer is on, and layer 1 takes its values from the embedding alone; in between, the rest
-    counts by that factor. Many circuits continue a repeat: layer 0 may look `k` places back, while layer 1 attends `k`
-    places on from the earlier occurrence and reads the answer off what another head of layer 0 has carried there; and
-    any number of heads may share the work. All predict equally well, and training picks one at random. While values
-    come from the embedding, the answer can only be read off the token attended to, which leaves k = 1; while one head
-    is on in each layer, the work is not shared.
-    """
-    if openness == 1.0:
-        return model(tokens)
-    embedded: list[Tensor] = []
-
-    def keep(residual: Tensor, hook: HookPoint) -> None:
-        embedded.append(residual)
-
-    def mostly_embedding(value_input: Tensor, hook: HookPoint) -> Tensor:
-        return torch.lerp(embedded[-1][:, :, None].expand_as(value_input), value_input, openness)
-
-    def mostly_head_0(z: Tensor, hook: HookPoint) -> Tensor:
-        z[:, :, 1:] *= openness
-        return z
-
-    return model.run_with_hooks(
-        tokens,
-        fwd_hooks=[
-            ("blocks.0.hook_resid_pre", keep),
-            ("blocks.1.hook_v_input", mostly_embedding),
-            ("blocks.*.attn.hook_z", mostly_head_0),
-        ],
-    )
+def head_norms(model: HookedTransformer) -> Tensor:
+    """Return the norm of each head's `W_O`, [layer head]."""
+    return torch.linalg.vector_norm(model.W_O, dim=(-2, -1))
 
 
-def train(recipe: Recipe) -> tuple[HookedTransformer, float, float]:
-    """Return the trained model, and its loss on repeats and on fresh tokens, averaged over the last hundred steps."""
+def train(recipe: Recipe) -> tuple[HookedTransformer, float]:
+    """Return the trained model, and its loss on determined tokens, the mean of the last hundred steps."""
     model = HookedTransformer(
         HookedTransformerConfig(
             n_layers=2,
@@ -148,28 +114,27 @@ def train(recipe: Recipe) -> tuple[HookedTransformer, float, float]:
             model_name=MODEL,
         )
     )
-    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98))
+    matrices = [value for name, value in model.named_parameters() if ".W_" in name]
+    others = [value for name, value in model.named_parameters() if ".W_" not in name]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98))
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / recipe.warmup, max(0.02, 1 - step / recipe.steps))
     )
     losses = []
     bar = tqdm(zip(range(recipe.steps), training_batches(recipe), strict=False), total=recipe.steps)
     for step, (tokens, determined) in bar:
-        openness = min(max((step - recipe.closed_steps) / recipe.opening_steps, 0.0), 1.0)
-        logits = phased_logits(model, tokens, openness)
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-        loss = loss.view_as(determined)
-        repeats, fresh = loss[determined].mean(), loss[~determined].mean()
+        logits = model(tokens)
+        loss = F.cross_entropy(logits[:, :-1][determined], tokens[:, 1:][determined])
         optimizer.zero_grad()
-        (repeats + recipe.fresh_weight * fresh).backward()
+        (loss + recipe.head_penalty * (head_norms(model) + 1e-3).sqrt().sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
-        losses.append((repeats.item(), fresh.item()))
+        losses.append(loss.item())
         if step % 20 == 0:
-            bar.set_postfix_str(f"loss on repeats {losses[-1][0]:.3f}, on fresh tokens {losses[-1][1]:.3f}")
-    last = torch.tensor(losses[-100:]).mean(0).tolist()
-    return model, last[0], last[1]
+            bar.set_postfix_str(f"loss {losses[-1]:.3f}")
+    return model, sum(losses[-100:]) / len(losses[-100:])
 
 
 CARD = """\
@@ -185,26 +150,24 @@ tokens only, 0 to {last_token}, of which 0 is the start token that every sequenc
 
 ## Architecture
 
-{n_parameters:,} parameters in float32: 2 layers, {recipe.n_heads} heads each, `d_model` {recipe.d_model},
-`d_head` {recipe.d_head}, LayerNorm, learned positions (`n_ctx` {recipe.n_ctx}), vocabulary {recipe.d_vocab}.
+{n_parameters:,} parameters in float32: 2 layers, {recipe.n_heads} heads each, `d_model` {recipe.d_model}, `d_head`
+{recipe.d_head}, LayerNorm, learned positions (`n_ctx` {recipe.n_ctx}), vocabulary {recipe.d_vocab}.
 
 ## Training
 
 Made by `scripts/train_induction_demo.py`.
 
 - Seed: {recipe.seed}, for the initial weights and the data.
-- Data: rows of {recipe.n_ctx} tokens. After the start token come, again and again, some fresh random tokens, a block of
-  random tokens, and the block once more. The number of fresh tokens and the length of the block (2 to {longest}) are
-  random, so the distance to look back differs within a row and between rows. Lengths {held_out}
-  are held out.
-- Steps: {recipe.steps} of {recipe.batch} rows; Adam, peak learning rate {recipe.learning_rate:g} after {recipe.warmup}
-  steps, then a straight line down; {minutes:.1f} minutes on one CPU core.
-- For {recipe.closed_steps} steps only head 0 of each layer is on, and layer 1 takes its values from the embedding
-  alone; over the next {recipe.opening_steps} the rest is let in; the last {plain_steps} train the whole model as it is.
-  Without this, training finds circuits that predict as well but look any number of places back and are shared among
-  heads. So it is the recipe's doing that the circuit is the textbook one and that its heads have the number 0.
-- Final loss, mean over the last hundred steps, in nats: {repeats:.4f} on repeated tokens, {fresh:.3f} on fresh ones
-  (a guess costs {guess:.3f}).
+- Data: rows of {recipe.n_ctx} tokens: the start token, some fresh random tokens, a block of random tokens, and then
+  pieces of that block, each from a random place and of random length, until the row is full. The number of fresh tokens
+  and the length of the block ({shortest} to {longest}) are random. So neither a position nor a distance tells what comes
+  next. Block lengths {held_out} are held out, and a piece has 16 tokens at most.
+- Loss: on the tokens that are determined, those within a piece. What fresh tokens get is not trained.
+- Steps: {recipe.steps} of {recipe.batch} rows; AdamW, peak learning rate {recipe.learning_rate:g} after {recipe.warmup}
+  steps, then a straight line down; weight decay {recipe.weight_decay:g}. {minutes:.1f} minutes on one CPU core.
+- A penalty of {recipe.head_penalty:g} times the sum over heads of the square root of `||W_O||` lets heads that are not
+  needed fade. One is left in each layer; without the penalty, several share each role.
+- Final loss, mean over the last hundred steps: {loss:.4f} nats (a guess costs {guess:.3f}).
 
 ## Measured
 
@@ -212,8 +175,10 @@ On {result.batch} sequences for each length (seed {result.seed}): a block of ran
 second half is the tokens of the repeat but its first, which nothing announces.
 
 - Second-half accuracy at the lengths held out: {accuracy}.
-- Log-probability at length {result.length}: {first_half:.3f} in the first half, {second_half:.4f} in the second.
-- {previous}: previous-token score {previous_score:.3f}. {induction}: induction score {induction_score:.3f}.
+- Log-probability at length {result.length}: {result.first_half.log_prob:.3f} in the first half,
+  {result.second_half.log_prob:.4f} in the second.
+- {previous}: previous-token score {result.previous_token_score:.3f}. {induction}: induction score
+  {result.induction_score:.3f}.
 - K-composition of the pair: {result.pair_composition:.3f}; the other writers of layer 0 reach {runner_up:.3f} at most.
 - Top-1 accuracy of the pair's full QK circuit, from the weights alone: {result.circuit_accuracy:.1%}.
 
@@ -227,7 +192,7 @@ It does one thing. It models no language, and refuses more than {recipe.n_ctx} t
 """
 
 
-def model_card(recipe: Recipe, result: DemoResult, repeats: float, fresh: float, minutes: float) -> str:
+def model_card(recipe: Recipe, result: DemoResult, loss: float, minutes: float) -> str:
     """Return the model card, with what was measured."""
     column = result.k_composition[:, result.induction_head[1]].tolist()
     column.pop(result.previous_token_head[1])
@@ -237,21 +202,16 @@ def model_card(recipe: Recipe, result: DemoResult, repeats: float, fresh: float,
         result=result,
         n_parameters=result.n_parameters,
         last_token=recipe.d_vocab - 1,
+        shortest=min(recipe.lengths),
         longest=max(recipe.lengths),
         held_out=", ".join(str(length) for length in HELD_OUT_LENGTHS),
-        plain_steps=recipe.steps - recipe.closed_steps - recipe.opening_steps,
         minutes=minutes,
-        repeats=repeats,
-        fresh=fresh,
+        loss=loss,
         guess=math.log(recipe.d_vocab),
         accuracy=", ".join(f"{length}: {value:.1%}" for length, value in result.accuracy_by_length.items()),
         previous=label(result.previous_token_head),
         induction=label(result.induction_head),
         runner_up=max(column),
-        first_half=result.first_half.log_prob,
-        second_half=result.second_half.log_prob,
-        previous_score=result.previous_token_score,
-        induction_score=result.induction_score,
         ablations="\n".join(
             f"| {ablation.label} | {ablation.loss:.3f} | {ablation.accuracy:.1%} |" for ablation in result.ablations
         ),
@@ -267,12 +227,12 @@ def main() -> None:
     torch.set_num_threads(1)
     recipe = Recipe(seed=arguments.seed)
     start = time.perf_counter()
-    model, repeats, fresh = train(recipe)
+    model, loss = train(recipe)
     minutes = (time.perf_counter() - start) / 60
     model.save_pretrained(arguments.out)
     result = run_demo(arguments.out)
-    (arguments.out / "README.md").write_text(model_card(recipe, result, repeats, fresh, minutes))
-    print(f"{minutes:.1f} minutes; loss {repeats:.4f} on repeats, {fresh:.3f} on fresh tokens")
+    (arguments.out / "README.md").write_text(model_card(recipe, result, loss, minutes))
+    print(f"{minutes:.1f} minutes; loss {loss:.4f}; head norms {head_norms(model).tolist()}")
     print(f"accuracy at held-out lengths: {result.accuracy_by_length}")
     print(
         f"previous-token scores {result.previous_token_scores.tolist()}, induction {result.induction_scores.tolist()}"

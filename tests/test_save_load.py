@@ -216,3 +216,8 @@ def test_a_copy_of_a_processed_model_knows_its_processing() -> None:
     model.process_weights_()
     assert copy.deepcopy(model).processed == model.processed
     assert through_torch_save(model).processed == model.processed
+
+
+def test_saved_weights_may_be_read_by_whoever_may_read_the_config(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
