@@ -39,8 +39,8 @@ class Recipe:
         learning_rate, warmup: the peak, and the steps up to it; after it, a straight line down to 2 %.
         weight_decay: of matrices; biases and norms have none.
         head_penalty: times the sum over heads of the square root of `||W_O||`. Weight decay has heads share the work;
-            a group penalty lets a head that is not needed fade away (Yuan and Lin 2006), and its root also makes two heads
-            that do the same dearer than one.
+            a group penalty lets a head that is not needed fade away (Yuan and Lin 2006), and with the root two heads
+            that do the same cost more than one.
     """
 
     seed: int = 1
@@ -158,8 +158,8 @@ tokens only, 0 to {last_token}, of which 0 is the start token that every sequenc
 Made by `scripts/train_induction_demo.py`.
 
 - Seed: {recipe.seed}, for the initial weights and the data.
-- Data: rows of {recipe.n_ctx} tokens: the start token, some fresh random tokens, a block of random tokens, and then
-  pieces of that block, each from a random place and of random length, until the row is full. The number of fresh tokens
+- Data: rows of {recipe.n_ctx} tokens: the start token, some fresh random tokens, a block of random tokens, and
+  then pieces of that block, each from a random place and of random length, until the row is full. The number of fresh tokens
   and the length of the block ({shortest} to {longest}) are random. So neither a position nor a distance tells what comes
   next. Block lengths {held_out} are held out, and a piece has 16 tokens at most.
 - Loss: on the tokens that are determined, those within a piece. What fresh tokens get is not trained.
