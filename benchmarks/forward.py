@@ -1,6 +1,6 @@
 """Forward passes of a GPT-2-small-sized random model beside those of `transformers`, as ratios.
 
-    python -m benchmarks.forward [--rounds 15] [--json results.json]
+python -m benchmarks.forward [--rounds 15] [--json results.json]
 """
 
 from __future__ import annotations
@@ -26,7 +26,13 @@ from hooked_lm import HookedTransformer
 SHAPES = ((1, 128), (8, 128), (1, 1024))
 RESIDUAL = ("blocks.*.hook_resid_pre", "blocks.*.hook_resid_mid", "blocks.*.hook_resid_post")
 # What the project asks of itself; None where nothing is asked.
-TARGETS = {"forward 1x128": 1.0, "forward 8x128": 0.9, "forward 1x1024": 0.9, "residual cache": 1.03, "no-op hooks": None}
+TARGETS = {
+    "forward 1x128": 1.0,
+    "forward 8x128": 0.9,
+    "forward 1x1024": 0.9,
+    "residual cache": 1.03,
+    "no-op hooks": None,
+}
 
 
 def build_models() -> tuple[HookedTransformer, GPT2LMHeadModel]:

@@ -61,6 +61,8 @@ class ActivationCache(CachedActivations):
         """
         last = self._final(layer)
         n_layers = self.model.cfg.n_layers
+        if mlp_input and last == n_layers:
+            raise ValueError("mlp_input needs a layer whose MLP is meant: the end of the model has none")
         keys: list[tuple[str, CacheKey]] = []
         for depth in range(last + 1):
             if depth == n_layers:
@@ -113,11 +115,9 @@ class ActivationCache(CachedActivations):
         return (stack, [label for label, _ in keys]) if return_labels else stack
 
     def _embedding_keys(self) -> list[tuple[str, CacheKey]]:
-        keys: list[tuple[str, CacheKey]] = []
-        if "hook_embed" in self.cache_dict:
-            keys.append(("embed", "hook_embed"))
+        keys: list[tuple[str, CacheKey]] = [("embed", "hook_embed")]
         # Shortformer's positions never enter the stream.
-        if "hook_pos_embed" in self.cache_dict and self.model.cfg.positional_embedding_type == "standard":
+        if self.model.cfg.positional_embedding_type == "standard":
             keys.append(("pos_embed", "hook_pos_embed"))
         return keys
 
@@ -155,6 +155,7 @@ class ActivationCache(CachedActivations):
             apply_ln: scale as the norm that reads at `layer` scales, by its cached statistics.
         """
         last, positions = self._final(layer), Slice.unwrap(pos_slice)
+        self._require_additive()
         pieces, labels = [], []
         for depth in range(last):
             # Of the product only the kept positions are formed.
@@ -169,6 +170,14 @@ class ActivationCache(CachedActivations):
             stack = self.apply_ln_to_stack(stack, layer, pos_slice=positions)
         return (stack, labels) if return_labels else stack
 
+    def _require_additive(self) -> None:
+        """Heads and neurons write to the stream themselves only where no norm comes after them."""
+        if self.model.cfg.use_normalization_before_and_after:
+            raise ValueError(
+                "what heads and neurons write is normalised together before it reaches the stream here, so it does not "
+                "split into what each of them adds; decompose_resid takes the stream apart by layer"
+            )
+
     def _with_remainder(self, stack: Stack, last: int, positions: Slice) -> Tensor:
         key = ("resid_post", last - 1) if last > 0 else ("resid_pre", 0)
         remainder = positions.apply(self[key], dim=-2) - stack.sum(0)
@@ -178,7 +187,10 @@ class ActivationCache(CachedActivations):
         self, activation_name: str, layer: int | None = -1, sublayer_type: str | None = None
     ) -> Float[Tensor, "layer ..."]:
         """Return one activation of every block before `layer`, stacked. `sublayer_type` is the module, as for norms."""
-        return torch.stack([self[activation_name, depth, sublayer_type] for depth in range(self._final(layer))])
+        last = self._final(layer)
+        if last == 0:
+            raise ValueError("no block comes before layer 0, so there is nothing to stack")
+        return torch.stack([self[activation_name, depth, sublayer_type] for depth in range(last)])
 
     # Neurons
 
@@ -191,6 +203,7 @@ class ActivationCache(CachedActivations):
 
     def _neurons(self, layer: int, neurons: Slice, positions: Slice) -> tuple[Tensor, Tensor]:
         """Activations [batch pos neuron] and output weights [neuron d_model] of some neurons."""
+        self._require_additive()
         if self.model.cfg.attn_only or self.model.cfg.num_experts is not None:
             raise ValueError("neurons are those of plain MLPs: this model has none, or a mixture of experts")
         if not 0 <= layer < self.model.cfg.n_layers:

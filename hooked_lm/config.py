@@ -274,6 +274,8 @@ class HookedTransformerConfig:
                 near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ValueError(f"{name}={value!r} is none of {choices}{hint}")
+        if self.final_rms and self.normalization_type is None:
+            raise ValueError("final_rms goes with norms: with normalization_type=None there is no final norm")
         if not self.eps >= 0:
             raise ValueError(f"eps is not negative; got {self.eps}")
 
@@ -349,8 +351,20 @@ class HookedTransformerConfig:
         return cls.from_dict(config) if isinstance(config, dict) else config
 
     def replace(self, **changes: Any) -> HookedTransformerConfig:
-        """Return a copy with some fields changed, validated anew."""
-        return dataclasses.replace(self, **changes)
+        """Return a copy with some fields changed, validated anew; defaults that follow from them follow."""
+        return dataclasses.replace(self, **{**self._defaults_to_refill(), **changes})
+
+    def _defaults_to_refill(self) -> dict[str, Any]:
+        """The fields that hold what follows from others, each with the value that has it filled in."""
+        gpt2_range = 0.8 / math.sqrt(self.d_model)
+        follows: dict[str, tuple[bool, Any]] = {
+            "d_mlp": (self.d_mlp == 4 * self.d_model and not self.attn_only, None),
+            "d_vocab_out": (self.d_vocab_out == self.d_vocab, -1),
+            "attn_scale": (self.attn_scale == math.sqrt(self.d_head), -1.0),
+            "rotary_dim": (self.rotary_dim == self.d_head, None),
+            "initializer_range": (self.init_mode == "gpt2" and self.initializer_range == gpt2_range, -1.0),
+        }
+        return {name: refill for name, (is_default, refill) in follows.items() if is_default}
 
 
 def _checked_fields(fields: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ through a head's few dimensions. Everything here works on the factors; only `AB`
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -210,8 +211,12 @@ class FactoredMatrix:
         index = self._expand_index(index if isinstance(index, tuple) else (index,))
         n_leading = self.ndim - 2
         leading, rows, columns = index[:n_leading], index[n_leading:][:1], index[n_leading:][1:]
-        A = self.A[(*leading, *(_keep_axis(row, self.ldim) for row in rows))]
-        B = self.B[(*leading, slice(None), *(_keep_axis(column, self.rdim) for column in columns))]
+        # One after the other: torch would pair up lists of indices that are given together.
+        A, B = self.A[leading], self.B[leading]
+        for row in rows:
+            A = A[..., _keep_axis(row, self.ldim), :]
+        for column in columns:
+            B = B[..., _keep_axis(column, self.rdim)]
         return FactoredMatrix(A, B)
 
     def _expand_index(self, index: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -256,7 +261,9 @@ class FactoredMatrix:
 
 def _keep_axis(index: Any, size: int) -> Any:
     """Turn a whole-number index into a range of one, so that a row stays a 1-row matrix."""
-    if not isinstance(index, int) or isinstance(index, bool):
+    try:
+        index = operator.index(index)  # also of numpy's integers and of tensors that are one number
+    except (TypeError, ValueError):
         return index
     if not -size <= index < size:
         raise IndexError(f"index {index} is out of range for an axis of length {size}")
@@ -294,4 +301,5 @@ def composition_scores(
     else:
         norms = torch.linalg.matrix_norm(left_core @ (left.B @ right.A) @ right_core)
         sizes = left.norm() * right.norm()
-    return norms / sizes
+    # A head that writes nothing composes with nothing.
+    return torch.where(sizes > 0, norms / sizes, torch.zeros_like(norms))

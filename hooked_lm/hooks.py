@@ -179,16 +179,20 @@ class HookedRootModule(nn.Module):
 
     @staticmethod
     def _check_fired(names_filter: NamesFilter, handles: Sequence[HookHandle]) -> None:
-        """Every hook asked for by its plain name must have run; of a pattern, one at least."""
-        if is_pattern(names_filter) and not isinstance(names_filter, (list, tuple, set, frozenset)):
-            silent = [] if any(handle.fired for handle in handles) else list(handles)
-        else:
-            silent = [handle for handle in handles if not handle.fired]
-        if silent:
-            raise RuntimeError(
-                f"the hook at {silent[0].point.name!r} was asked for but the model did not get there in this run "
-                "(start_at_layer and stop_at_layer leave layers out)"
-            )
+        """Every hook asked for by its plain name must have run; of each pattern, one at least."""
+        entries = [names_filter] if names_filter is None or callable(names_filter) else names_filter
+        for entry in [entries] if isinstance(entries, str) else entries:
+            if entry is None or callable(entry):
+                matched = list(handles)
+            else:
+                names = set(select_names(entry, [handle.point.name for handle in handles]))
+                matched = [handle for handle in handles if handle.point.name in names]
+            silent = [handle for handle in matched if not handle.fired]
+            if silent and (not is_pattern(entry) or len(silent) == len(matched)):
+                raise RuntimeError(
+                    f"the hook at {silent[0].point.name!r} was asked for but the model did not get there in this run "
+                    "(start_at_layer and stop_at_layer leave layers out)"
+                )
 
     # Caching
 

@@ -17,17 +17,23 @@ class Acting:
     """An intervention as a hook.
 
     Attributes:
-        acted: whether it has changed anything yet.
+        acted: which of its positions it has acted at, as indices into `pos`.
     """
 
     def __init__(self, intervention: Intervention, model: Intervening) -> None:
         self.intervention, self.model = intervention, model
-        self.acted = False
+        self.acted: set[int] = set()
 
     def __call__(self, x: Tensor, hook: HookPoint) -> Tensor:
-        edited = self.intervention.apply(x, (hook.axes or "").split(), self.model.n_past)
-        self.acted |= edited is not x
+        edited, here = self.intervention.apply(x, (hook.axes or "").split(), self.model.n_past)
+        self.acted.update(here)
         return edited
+
+    def idle_positions(self) -> list[int | None]:
+        """Return the positions it has not acted at; [None] for an intervention at all positions that never ran."""
+        pos = self.intervention.pos
+        wanted: tuple[int | None, ...] = pos if isinstance(pos, tuple) else (pos,)
+        return [one for index, one in enumerate(wanted) if index not in self.acted]
 
 
 class Intervening(HookedRootModule):
@@ -64,9 +70,11 @@ class Intervening(HookedRootModule):
         with self.hooks(fwd_hooks=[(one.intervention.site, one) for one in acting]):
             yield
         for one in acting:
-            if not one.acted:
+            idle = one.idle_positions()
+            if idle:
+                where = "" if idle == [None] else f" at positions {idle}"
                 raise RuntimeError(
-                    f"this never acted: {one.intervention}. The site or the positions were not part of what was run"
+                    f"this never acted{where}: {one.intervention}. The site or the positions were not part of what was run"
                 )
 
     def _acting(self, interventions: Sequence[Intervention]) -> list[Acting]:

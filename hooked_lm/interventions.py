@@ -106,25 +106,32 @@ class Intervention:
             raise ValueError(f"{self.site!r} has axes {' '.join(axes)!r}: there is no {name} to select")
         return found[-1]
 
-    def apply(self, x: Tensor, axes: Sequence[str], n_past: int = 0) -> Tensor:
-        """Return an activation with the edit made; `x` itself if its positions are not among those selected.
+    def apply(self, x: Tensor, axes: Sequence[str], n_past: int = 0) -> tuple[Tensor, tuple[int, ...]]:
+        """Return an activation with the edit made, and which of the selected positions it was made at.
 
         Args:
-            x: the activation.
+            x: the activation; it comes back itself if none of the positions is in it.
             axes: the names of its axes.
             n_past: positions of the text that were read in earlier passes.
+
+        Returns:
+            The activation, and indices into `pos` as a tuple: those of positions that are part of this pass. Without
+            `pos` it is (0,).
 
         Raises:
             ValueError: a prompt that is not there, or a value that does not broadcast to what is selected.
         """
-        indices, dropped = [torch.arange(size, device=x.device) for size in x.shape], []
+        indices = [torch.arange(size, device=x.device) for size in x.shape]
+        dropped, here, pos_axis = [], (0,), None
         for name, selection in self.selections().items():
             axis = self._axis(name, axes)
             chosen = selection if isinstance(selection, tuple) else (selection,)
             if name == "pos":
-                chosen = _positions_in_this_pass(chosen, x.shape[axis], n_past)
-                if not chosen:
-                    return x
+                local = [one + x.shape[axis] if one < 0 else one - n_past for one in chosen]
+                here = tuple(index for index, one in enumerate(local) if 0 <= one < x.shape[axis])
+                chosen, pos_axis = tuple(local[index] for index in here), axis
+                if not here:
+                    return x, here
             elif not all(-x.shape[axis] <= one < x.shape[axis] for one in chosen):
                 raise ValueError(f"{self.site!r} has shape {tuple(x.shape)}: there is no {name} {selection}")
             indices[axis] = indices[axis][list(chosen)]
@@ -132,30 +139,30 @@ class Intervention:
                 dropped.append(axis)
         mesh = torch.meshgrid(*indices, indexing="ij")
         edited = x.clone()
-        edited[mesh] = self._edit(x[mesh], dropped)
-        return edited
+        edited[mesh] = self._edit(x[mesh], dropped, pos_axis, here)
+        return edited, here
 
-    def _edit(self, selected: Tensor, dropped: Sequence[int]) -> Tensor:
+    def _edit(self, selected: Tensor, dropped: Sequence[int], pos_axis: int | None, here: tuple[int, ...]) -> Tensor:
         if self.operation == "zero":
             return torch.zeros_like(selected)
         value = torch.as_tensor(self.value, dtype=selected.dtype, device=selected.device)
-        shape = [size for axis, size in enumerate(selected.shape) if axis not in dropped]
+        # The value is as long as the whole selection, of which a pass may hold only some positions.
+        whole = list(selected.shape)
+        if pos_axis is not None and isinstance(self.pos, tuple):
+            whole[pos_axis] = len(self.pos)
+        shape = [size for axis, size in enumerate(whole) if axis not in dropped]
         try:
-            value = value.expand(shape).reshape(selected.shape)
+            value = value.expand(shape).reshape(whole)
         except RuntimeError as error:
             raise ValueError(
                 f"{self.operation} at {self.site!r}: a value with shape {tuple(value.shape)} does not fit what is "
                 f"selected, {tuple(shape)}"
             ) from error
+        if pos_axis is not None and isinstance(self.pos, tuple):
+            value = value.index_select(pos_axis, torch.tensor(here, device=value.device))
         if self.operation == "add":
             return selected + value
         return selected * value if self.operation == "scale" else value
-
-
-def _positions_in_this_pass(chosen: Sequence[int], length: int, n_past: int) -> tuple[int, ...]:
-    """Positions within a pass that reads `length` positions after `n_past`; those outside it are left out."""
-    local = [one + length if one < 0 else one - n_past for one in chosen]
-    return tuple(one for one in local if 0 <= one < length)
 
 
 def _fixed_size(cfg: HookedTransformerConfig, axis: str) -> int | None:

@@ -117,15 +117,29 @@ class ModelWeights(nn.Module):
             )
             if step not in loaded.processed
         ]
-        try:
-            cfg, weights = processing.process(cfg, loaded.weights, plan)
-            model = cls(cfg, loaded.tokenizer)
-            nn.Module.load_state_dict(model, weights, strict=True)
-        except (KeyError, RuntimeError) as error:
-            raise checkpoint.CheckpointError(
-                f"{name_or_path} does not hold the tensors that its config implies: {error}"
-            ) from error
+        model = cls._of_checkpoint(str(name_or_path), cfg, loaded, plan)
         model.processed = (*loaded.processed, *plan)
+        return model
+
+    @classmethod
+    def _of_checkpoint(
+        cls, name: str, cfg: HookedTransformerConfig, loaded: checkpoint.Loaded, plan: list[str]
+    ) -> Self:
+        weights = loaded.weights
+        if plan:
+            # Processing in low precision would round twice; the model casts the result as it takes it in.
+            precise = torch.promote_types(cfg.dtype, torch.float32)
+            weights = {key: value.to(torch.promote_types(value.dtype, precise)) for key, value in weights.items()}
+        mismatch = f"{name} does not hold the tensors that its config implies"
+        try:
+            cfg, weights = processing.process(cfg, weights, plan)
+        except KeyError as error:
+            raise checkpoint.CheckpointError(f"{mismatch}: {error} is missing") from error
+        model = cls(cfg, loaded.tokenizer)
+        try:
+            nn.Module.load_state_dict(model, weights, strict=True)
+        except RuntimeError as error:
+            raise checkpoint.CheckpointError(f"{mismatch}: {error}") from error
         return model
 
     @classmethod
@@ -141,7 +155,7 @@ class ModelWeights(nn.Module):
     # State dicts
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Copy weights in. A state dict saved by the classic library is understood; see `weights.from_classic`.
+        """Copy weights in. With `strict`, a state dict of the classic library will do: see `weights.from_classic`.
 
         Raises:
             RuntimeError: a key is missing or surplus, or a tensor has the wrong shape.
@@ -151,7 +165,10 @@ class ModelWeights(nn.Module):
             raise ValueError(
                 "load_state_dict copies the weights into the model's own memory layout: leave assign=False"
             )
-        return super().load_state_dict(processing.from_classic(dict(state_dict)), strict=strict)
+        weights = processing.from_classic(dict(state_dict)) if strict else state_dict
+        result = super().load_state_dict(weights, strict=strict)
+        self.processed = ()
+        return result
 
     def load_and_process_state_dict(
         self,
@@ -164,7 +181,6 @@ class ModelWeights(nn.Module):
     ) -> None:
         """Copy unprocessed weights in and process them. Steps as in `from_pretrained`."""
         self.load_state_dict(state_dict)
-        self.processed = ()
         self.process_weights_(
             fold_ln, center_writing_weights, center_unembed, fold_value_biases, refactor_factored_attn_matrices
         )
@@ -212,7 +228,7 @@ class ModelWeights(nn.Module):
     def _apply_step(self, name: str) -> None:
         cfg, weights = processing.STEPS[name].apply(self.cfg, self.state_dict())
         self._install(cfg, weights)
-        self.processed = (*self.processed, name)
+        self.processed = tuple(dict.fromkeys((*self.processed, name)))
 
     def _install(self, cfg: HookedTransformerConfig, weights: Weights) -> None:
         """Take over processed weights; norms whose gain has been folded away lose it."""

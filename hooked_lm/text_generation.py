@@ -12,7 +12,7 @@ from hooked_lm import tokenization
 from hooked_lm.generation import Sampling, decode_steps
 from hooked_lm.intervening import Intervening
 from hooked_lm.interventions import Intervention
-from hooked_lm.text_interface import TextInterface
+from hooked_lm.text_interface import TextInterface, check_attention_mask
 
 ReturnAs = Literal["input", "str", "tokens"]
 
@@ -169,23 +169,40 @@ class TextGeneration(TextInterface, Intervening):
     ) -> tuple[Tensor, Tensor | None, list[str] | None]:
         """Tokens [batch pos], their mask, and the strings they came from, if they did."""
         device = self.unembed.W_U.device
+        if padding_side == "right":
+            raise ValueError("text goes on at the right, so prompts of unequal length are padded on the left")
         if isinstance(input, str) or (isinstance(input, (list, tuple)) and input and isinstance(input[0], str)):
             if attention_mask is not None:
                 raise ValueError("strings bring their own attention mask: pass tokens to use another")
-            if padding_side == "right":
-                raise ValueError("text goes on at the right, so prompts of unequal length are padded on the left")
             texts = [input] if isinstance(input, str) else list(input)
             batch = self._tokenize(texts, prepend_bos, "left")
             mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
             return batch.tokens.to(device), mask, texts
         tokens = self._check_tokens(input)
-        if attention_mask is None and self.tokenizer is not None and self._padding_side(padding_side) == "left":
-            attention_mask = tokenization.infer_attention_mask(
-                self.tokenizer, tokens, self._prepends_bos(prepend_bos), "left"
-            )
+        if attention_mask is not None:
+            attention_mask = attention_mask[None] if attention_mask.ndim == 1 else attention_mask
+            check_attention_mask(attention_mask, *tokens.shape)
+            attention_mask = attention_mask.to(device, torch.long)
+        elif tokens.shape[0] > 1 and self.tokenizer is not None:
+            attention_mask = self._mask_of_batch(tokens, self._prepends_bos(prepend_bos))
         if attention_mask is not None and not bool(attention_mask[:, -1].all()):
             raise ValueError("text goes on at the right, so the last position of every prompt has to be a real token")
-        return tokens.to(device), attention_mask, None
+        return tokens, attention_mask, None
+
+    def _mask_of_batch(self, tokens: Tensor, prepend_bos: bool) -> Tensor | None:
+        """The mask of prompts padded on the left, whatever side the model pads by default; None if nothing is padded.
+
+        Raises:
+            ValueError: some prompts, not all, end in padding: they seem to be padded on the right.
+        """
+        tokenizer = self._require_tokenizer()
+        ends_in_padding = tokens[:, -1] == tokenizer.pad_token_id
+        if bool(ends_in_padding.any()) and not bool(ends_in_padding.all()):
+            raise ValueError(
+                "some prompts end in padding tokens, and text goes on at the right: tokenize with padding_side='left', "
+                "or pass attention_mask if these tokens are text"
+            )
+        return tokenization.infer_attention_mask(tokenizer, tokens, prepend_bos, "left")
 
     def _check_room(self, tokens: Tensor, max_new_tokens: int) -> None:
         if max_new_tokens < 0:

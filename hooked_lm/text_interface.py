@@ -195,3 +195,24 @@ class TextInterface(nn.Module):
         if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < limit):
             raise ValueError(f"tokens {index.tolist()} are not all in 0-{limit - 1}")
         return self.unembed.W_U.T[index.to(self.unembed.W_U.device)]
+
+
+def check_attention_mask(mask: object, batch: int, n_new: int, continuing: bool = False) -> None:
+    """Check a mask against the tokens it belongs to.
+
+    Raises:
+        ValueError: it is not [batch pos] of 0 and 1, or marks a whole prompt that is not `continuing` as padding.
+    """
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != (batch, n_new):
+        raise ValueError(f"attention_mask has shape [batch pos] = [{batch} {n_new}], got {describe(mask)}")
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError("attention_mask holds 1 for real tokens and 0 for padding, and nothing else")
+    if not continuing and not bool(mask.any(1).all()):
+        raise ValueError("attention_mask marks a whole prompt as padding")
+
+
+def describe(value: object) -> str:
+    """Say what a value is, for an error."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f"a tensor with shape {tuple(value.shape)} and dtype {value.dtype}"
+    return f"{type(value).__name__} {value!r}"

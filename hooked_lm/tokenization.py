@@ -122,7 +122,10 @@ def token_rows(tokens: Tensor | np.ndarray | Sequence[int] | int) -> Tensor:
     Raises:
         TypeError: they are not integers.
     """
-    tensor = torch.as_tensor(tokens)
+    try:
+        tensor = torch.as_tensor(tokens)
+    except (ValueError, TypeError) as error:
+        raise TypeError(f"these are no tokens: {tokens!r} ({error})") from error
     if isinstance(tokens, (list, tuple)) and not tokens:
         tensor = tensor.long()  # an empty list says nothing about its type
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:

@@ -23,6 +23,7 @@ from hooked_lm.kv_cache import HookedTransformerKeyValueCache
 from hooked_lm.losses import lm_cross_entropy_loss
 from hooked_lm.model_weights import ModelWeights
 from hooked_lm.text_generation import TextGeneration
+from hooked_lm.text_interface import check_attention_mask, describe
 from hooked_lm.tokenization import Tokenizer
 from hooked_lm.weight_views import WeightViews
 
@@ -70,11 +71,12 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Intervening):
         self.blocks = nn.ModuleList([TransformerBlock(cfg, layer) for layer in range(cfg.n_layers)])
         self.ln_final = make_norm(cfg, kind=_final_norm_kind(cfg))
         self.unembed = Unembed(cfg)
+        device = cfg.device  # asked for; from the next line on the config says where the parameters are
         self.to(cfg.dtype)
         if cfg.init_weights:
             initialize_weights(self, cfg)
-        if move_to_device and cfg.device is not None:
-            self.to(cfg.device)
+        if move_to_device and device is not None:
+            self.to(device)
         self.setup()
 
     # The forward pass
@@ -119,6 +121,8 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Intervening):
         """
         start, stop = self._layer_range(start_at_layer, stop_at_layer)
         _check_return(return_type, stop_at_layer, logits_to_keep, loss_per_token)
+        if past_kv_cache is not None:
+            self._check_cacheable(past_kv_cache, start, stop)
         with _rewound_on_error(past_kv_cache):
             residual, tokens, shortformer_pos, mask, layout = self._enter(
                 input, prepend_bos, padding_side, attention_mask, past_kv_cache, start_at_layer, tokens
@@ -145,6 +149,14 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Intervening):
             raise ValueError("a loss from a residual stream needs tokens=, the tokens it came from")
         loss = self.loss_fn(logits, tokens, mask, per_token)
         return loss if return_type == "loss" else (logits, loss)
+
+    def _check_cacheable(self, cache: HookedTransformerKeyValueCache, start: int, stop: int) -> None:
+        if self.cfg.attention_dir == "bidirectional":
+            raise ValueError("a bidirectional model has no use for a key-value cache: earlier positions see later ones")
+        if (start, stop) != (0, self.cfg.n_layers) and not cache.frozen:
+            raise ValueError(
+                "a key-value cache needs every layer: start_at_layer and stop_at_layer would leave some without keys"
+            )
 
     def _layer_range(self, start: int | None, stop: int | None) -> tuple[int, int]:
         n_layers = self.cfg.n_layers
@@ -221,8 +233,8 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Intervening):
             batch = self._tokenize(input, prepend_bos, padding_side)
             mask = None if batch.attention_mask is None else batch.attention_mask.to(self.W_E.device)
             return self._check_tokens(batch.tokens), mask
-        if not isinstance(input, (Tensor, np.ndarray, list, tuple)) or np.ndim(input) == 0 or len(input) == 0:
-            raise TypeError(f"the input is a string, a list of strings or tokens, got {_describe(input)}")
+        if not isinstance(input, (Tensor, np.ndarray, list, tuple)) or _is_empty(input):
+            raise TypeError(f"the input is a string, a list of strings or tokens, got {describe(input)}")
         tokens = self._check_tokens(input)
         return tokens, self._infer_mask(tokens, attention_mask, prepend_bos, padding_side, past_kv_cache)
 
@@ -230,10 +242,10 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Intervening):
         if not isinstance(residual, Tensor) or residual.ndim != 3 or residual.shape[-1] != self.cfg.d_model:
             raise ValueError(
                 f"with start_at_layer the input is the residual stream [batch pos {self.cfg.d_model}], "
-                f"got {_describe(residual)}"
+                f"got {describe(residual)}"
             )
         if residual.numel() == 0:
-            raise ValueError(f"the residual stream is empty: {_describe(residual)}")
+            raise ValueError(f"the residual stream is empty: {describe(residual)}")
         if residual.dtype != self.W_E.dtype:
             raise ValueError(f"the residual stream has dtype {residual.dtype}, the model {self.W_E.dtype}")
         if tokens is not None and (1, *tokens.shape)[-2:] != tuple(residual.shape[:2]):
@@ -273,7 +285,7 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Intervening):
                 f"the model has {self.cfg.n_layers} layers and the input batch {batch}"
             )
         if attention_mask is not None:
-            _check_mask(attention_mask, batch, n_new, continuing=n_past > 0)
+            check_attention_mask(attention_mask, batch, n_new, continuing=n_past > 0)
             attention_mask = attention_mask.to(device=device, dtype=torch.long)
         if past_kv_cache is not None:
             new = (
@@ -392,6 +404,11 @@ def _final_norm_kind(cfg: HookedTransformerConfig) -> str | None:
     return "RMSPre" if cfg.normalization_type.endswith("Pre") else "RMS"
 
 
+def _is_empty(input: Tensor | np.ndarray | Sequence[Any]) -> bool:
+    """Whether there is nothing along the first axis, or no axis."""
+    return len(input) == 0 if isinstance(input, (list, tuple)) else input.ndim == 0 or len(input) == 0
+
+
 def _check_return(return_type: object, stop: int | None, logits_to_keep: object, loss_per_token: bool) -> None:
     if return_type not in ("logits", "loss", "both", None):
         raise ValueError(f"return_type is 'logits', 'loss', 'both' or None, not {return_type!r}")
@@ -414,21 +431,6 @@ def _kept(normalized: Tensor, logits_to_keep: int | slice | Tensor | None) -> Te
     if isinstance(logits_to_keep, (slice, Tensor)):
         return normalized[:, logits_to_keep]
     raise TypeError(f"logits_to_keep is an int, a slice or a tensor of positions, got {logits_to_keep!r}")
-
-
-def _check_mask(mask: object, batch: int, n_new: int, continuing: bool) -> None:
-    if not isinstance(mask, Tensor) or tuple(mask.shape) != (batch, n_new):
-        raise ValueError(f"attention_mask has shape [batch pos] = [{batch} {n_new}], got {_describe(mask)}")
-    if not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError("attention_mask holds 1 for real tokens and 0 for padding, and nothing else")
-    if not continuing and not bool(mask.any(1).all()):
-        raise ValueError("attention_mask marks a whole prompt as padding")
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, (Tensor, np.ndarray)):
-        return f"a tensor with shape {tuple(value.shape)} and dtype {value.dtype}"
-    return f"{type(value).__name__} {value!r}"
 
 
 @contextmanager

@@ -159,9 +159,9 @@ Made by `scripts/train_induction_demo.py`.
 
 - Seed: {recipe.seed}, for the initial weights and the data.
 - Data: rows of {recipe.n_ctx} tokens: the start token, some fresh random tokens, a block of random tokens, and
-  then pieces of that block, each from a random place and of random length, until the row is full. The number of fresh tokens
-  and the length of the block ({shortest} to {longest}) are random. So neither a position nor a distance tells what comes
-  next. Block lengths {held_out} are held out, and a piece has 16 tokens at most.
+  then pieces of that block, each from a random place and of random length, until the row is full. The number of fresh
+  tokens and the length of the block ({shortest} to {longest}) are random. So neither a position nor a distance tells
+  what comes next. Block lengths {held_out} are held out, and a piece has 16 tokens at most.
 - Loss: on the tokens that are determined, those within a piece. What fresh tokens get is not trained.
 - Steps: {recipe.steps} of {recipe.batch} rows; AdamW, peak learning rate {recipe.learning_rate:g} after {recipe.warmup}
   steps, then a straight line down; weight decay {recipe.weight_decay:g}. {minutes:.1f} minutes on one CPU core.

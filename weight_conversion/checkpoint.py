@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion.errors import CheckpointError as CheckpointError
+from weight_conversion.family import Family
 from weight_conversion.fields import ConfigFields
 from weight_conversion.registry import ALIASES, family_of
 from weight_conversion.rules import convert
@@ -28,7 +29,7 @@ class Loaded:
 
     Attributes:
         cfg: the architecture.
-        weights: our names -> tensors, possibly views of a memory-mapped file.
+        weights: our names -> tensors in the checkpoint's own precision, possibly views of a memory-mapped file.
         tokenizer: a transformers tokenizer, or None if the checkpoint has none.
         processed: the steps of `hooked_lm.weights` that the weights have been through.
     """
@@ -70,7 +71,6 @@ def load(
     cfg, weights = _shorten(loaded.cfg, loaded.weights, n_ctx)
     if dtype is not None:
         cfg = cfg.replace(dtype=dtype)
-    weights = {name: value.to(cfg.dtype) for name, value in weights.items()}
     return Loaded(cfg.replace(model_name=_short_name(name_or_path)), weights, loaded.tokenizer, loaded.processed)
 
 
@@ -116,12 +116,19 @@ def _convert(
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"the {family.name} config cannot be used: {error}") from error
     _check_layers(first_n_layers, cfg.n_layers)
-    tied = bool(fields.get("tie_word_embeddings", True))
+    tied = bool(fields.get("tie_word_embeddings", True)) and _same_embeddings(family, tensors)
     weights = convert(family.rules(tied), tensors, cfg, family.prefix, first_n_layers)
     if first_n_layers is not None:
         cfg = cfg.replace(n_layers=first_n_layers)
     cfg = cfg.replace(dtype=next(iter(weights.values())).dtype)
     return Loaded(cfg, weights, tokenizer)
+
+
+def _same_embeddings(family: Family, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a checkpoint that should be tied has no unembedding of its own, as transformers decides it too."""
+    own = next((name for name in (family.prefix + family.unembedding, family.unembedding) if name in tensors), None)
+    shared = next((name for name in (family.prefix + family.embedding, family.embedding) if name in tensors), None)
+    return own is None or shared is None or torch.equal(tensors[own], tensors[shared])
 
 
 def _from_own_folder(folder: Path, content: dict[str, Any], tokenizer: Any, first_n_layers: int | None) -> Loaded:

@@ -19,6 +19,7 @@ class Family:
         architectures: the class names that a HuggingFace config may give.
         config: reads every field and returns the arguments of a `HookedTransformerConfig`.
         rules: the rule table, given the config mapping's result and whether embeddings are tied.
+        embedding, unembedding: the source tensors that are one where embeddings are tied.
         prefix: stands before every tensor name of a language-model checkpoint, not of a bare one.
     """
 
@@ -26,4 +27,6 @@ class Family:
     architectures: tuple[str, ...]
     config: Callable[[ConfigFields], dict[str, Any]]
     rules: Callable[[bool], RuleTable]
+    embedding: str
+    unembedding: str
     prefix: str = ""

@@ -44,7 +44,10 @@ class SVDInterpreter:
         V = self._right_singular_vectors(vector_type, layer_index, head_index)
         if not 1 <= num_vectors <= V.shape[-1]:
             raise ValueError(f"num_vectors {num_vectors} is not in 1-{V.shape[-1]}, the singular vectors there are")
-        return (self.model.W_U.T @ V[:, :num_vectors])[:, None].detach()
+        # An unfolded final norm scales the stream on its way to the unembedding.
+        gain = getattr(self.model.ln_final, "w", None)
+        vectors = V[:, :num_vectors] if gain is None else gain[:, None] * V[:, :num_vectors]
+        return (self.model.W_U.T @ vectors)[:, None].detach()
 
     def _right_singular_vectors(self, vector_type: str, layer: int, head: int | None) -> Tensor:
         """[d_model rank], the largest singular value first."""

@@ -75,10 +75,12 @@ class Attention(nn.Module):
 
         Args:
             query_input, key_input, value_input: normalised inputs, shared by the heads or, with a head axis, their own.
-            layout: lengths, padding and positions; by default a sequence that starts here and has no padding.
+            layout: lengths, padding and positions; by default a sequence without padding that goes on after `past`.
             past: this layer's key-value cache, which grows by the new positions.
         """
-        layout = layout or SequenceLayout(query_input.shape[1], 0, query_input.device)
+        if layout is None:
+            n_past = 0 if past is None else past.past_keys.shape[1]
+            layout = SequenceLayout(query_input.shape[1], n_past, query_input.device)
         q = self.hook_q(self.q_norm(project(query_input, self.W_Q, self.b_Q)))
         k = self.hook_k(self.k_norm(project(key_input, self.W_K, self.b_K)))
         v = self.hook_v(project(value_input, self.W_V, self.b_V))

@@ -54,6 +54,8 @@ class SequenceLayout:
         return self._made[key]  # type: ignore[return-value]
 
     def _make_mask(self, causal: bool, window: int | None) -> Tensor | None:
+        if causal and self.n_queries == 1 and self.valid is None and (window is None or window >= self.n_keys):
+            return None  # the newest position sees everything: a step of generation
         slots, distance = self._slot_distance(), self._distance()
         allowed = (slots >= 0)[None] if causal else torch.ones_like(distance, dtype=torch.bool)
         if window is not None:

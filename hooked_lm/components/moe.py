@@ -54,7 +54,7 @@ class MoE(nn.Module):
         for expert in indices.unique().tolist():
             batch, pos, slot = torch.where(indices == expert)
             contribution = self.expert(expert, x[batch, pos]) * weights[batch, pos, slot, None]
-            out = out.index_put((batch, pos), contribution, accumulate=True)
+            out.index_put_((batch, pos), contribution, accumulate=True)
         return out
 
     def expert(self, expert: int, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:

@@ -68,4 +68,6 @@ def rules(tied: bool) -> RuleTable:
     )
 
 
-FAMILY = Family("GPT-2", ("GPT2LMHeadModel", "GPT2Model"), config, rules, prefix="transformer.")
+FAMILY = Family(
+    "GPT-2", ("GPT2LMHeadModel", "GPT2Model"), config, rules, "wte.weight", "lm_head.weight", prefix="transformer."
+)
