@@ -74,7 +74,7 @@ class Intervening(HookedRootModule):
             if idle:
                 where = "" if idle == [None] else f" at positions {idle}"
                 raise RuntimeError(
-                    f"this never acted{where}: {one.intervention}. The site or the positions were not part of what was run"
+                    f"this never acted{where}: {one.intervention}. Site or positions were not part of what was run"
                 )
 
     def _acting(self, interventions: Sequence[Intervention]) -> list[Acting]:

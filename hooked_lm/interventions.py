@@ -122,7 +122,9 @@ class Intervention:
             ValueError: a prompt that is not there, or a value that does not broadcast to what is selected.
         """
         indices = [torch.arange(size, device=x.device) for size in x.shape]
-        dropped, here, pos_axis = [], (0,), None
+        dropped: list[int] = []
+        here: tuple[int, ...] = (0,)
+        pos_axis: int | None = None
         for name, selection in self.selections().items():
             axis = self._axis(name, axes)
             chosen = selection if isinstance(selection, tuple) else (selection,)

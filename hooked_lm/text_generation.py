@@ -196,7 +196,9 @@ class TextGeneration(TextInterface, Intervening):
             ValueError: some prompts, not all, end in padding: they seem to be padded on the right.
         """
         tokenizer = self._require_tokenizer()
-        ends_in_padding = tokens[:, -1] == tokenizer.pad_token_id
+        is_pad = tokens == tokenizer.pad_token_id
+        # A row of nothing but padding tokens is a BOS alone, where the two are the same token.
+        ends_in_padding = is_pad[:, -1] & ~is_pad.all(1)
         if bool(ends_in_padding.any()) and not bool(ends_in_padding.all()):
             raise ValueError(
                 "some prompts end in padding tokens, and text goes on at the right: tokenize with padding_side='left', "

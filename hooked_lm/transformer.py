@@ -406,7 +406,7 @@ def _final_norm_kind(cfg: HookedTransformerConfig) -> str | None:
 
 def _is_empty(input: Tensor | np.ndarray | Sequence[Any]) -> bool:
     """Whether there is nothing along the first axis, or no axis."""
-    return len(input) == 0 if isinstance(input, (list, tuple)) else input.ndim == 0 or len(input) == 0
+    return (isinstance(input, (Tensor, np.ndarray)) and input.ndim == 0) or len(input) == 0
 
 
 def _check_return(return_type: object, stop: int | None, logits_to_keep: object, loss_per_token: bool) -> None:

@@ -611,3 +611,32 @@ def test_a_factored_direction_projects_like_its_product() -> None:
     moved = (stream @ ov.A + model.b_V[1, 2]) @ ov.B
     written = torch.einsum("bqk,bkd->bqd", cache["pattern", 1][:, 2], moved)
     torch.testing.assert_close(cache.stack_head_results(2)[5], written, **EXACT)
+
+
+def test_heads_and_neurons_are_not_taken_apart_where_a_norm_comes_after_them() -> None:
+    model = tiny_model(use_normalization_before_and_after=True)
+    _, cache = model.run_with_cache(tiny_tokens())
+    for take_apart in (
+        cache.stack_head_results,
+        lambda: cache.stack_neuron_results(-1),
+        cache.get_full_resid_decomposition,
+    ):
+        with pytest.raises(ValueError, match="normalised together|normalised before"):
+            take_apart()
+    total = cache.decompose_resid().sum(0)
+    torch.testing.assert_close(total, cache["resid_post", -1], rtol=0, atol=1e-10)
+
+
+def test_positions_that_were_not_recorded_are_missed_rather_than_left_out() -> None:
+    model = tiny_model()
+    _, cache = model.run_with_cache(tiny_tokens(), names_filter=["hook_embed", "*attn_out", "*mlp_out"])
+    with pytest.raises(KeyError, match="hook_pos_embed"):
+        cache.decompose_resid()
+
+
+def test_the_end_of_the_model_has_no_mlp_input_and_layer_0_nothing_before_it() -> None:
+    _, cache = tiny_model().run_with_cache(tiny_tokens())
+    with pytest.raises(ValueError, match="mlp_input needs a layer"):
+        cache.accumulated_resid(mlp_input=True)
+    with pytest.raises(ValueError, match="nothing to stack"):
+        cache.stack_activation("q", 0)

@@ -414,3 +414,13 @@ def test_a_position_slice_lets_go_of_the_rest(model: HookedTransformer) -> None:
         _, cache = model.run_with_cache(TOKENS, pos_slice=-1)
     for tensor in cache.values():
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+def test_a_glob_in_a_list_needs_one_match_to_run_and_a_plain_name_has_to() -> None:
+    model = tiny_model()
+    _, cache = model.run_with_cache(tiny_tokens(), names_filter=["blocks.*.hook_resid_pre"], stop_at_layer=1)
+    assert list(cache) == ["blocks.0.hook_resid_pre"]
+    with pytest.raises(RuntimeError, match=r"blocks\.1\.hook_resid_pre"):
+        model.run_with_cache(
+            tiny_tokens(), names_filter=["blocks.*.hook_resid_pre", "blocks.1.hook_resid_pre"], stop_at_layer=1
+        )

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -433,3 +434,27 @@ def test_init_weights_false_draws_nothing() -> None:
 def test_a_model_without_a_vocabulary_raises() -> None:
     with pytest.raises(ValueError, match="d_vocab is missing"):
         HookedTransformer(tiny_config(d_vocab=-1))
+
+
+def test_replacing_a_field_works_out_anew_what_follows_from_it() -> None:
+    config = tiny_config(d_vocab_out=-1)
+    changed = config.replace(d_model=24, d_head=8, d_vocab=30)
+    assert (changed.attn_scale, changed.d_mlp, changed.d_vocab_out) == (8**0.5, 96, 30)
+    kept = tiny_config(attn_scale=5.0, d_mlp=7, d_vocab_out=11).replace(d_model=24, d_head=8, d_vocab=30)
+    assert (kept.attn_scale, kept.d_mlp, kept.d_vocab_out) == (5.0, 7, 11)
+
+
+def test_a_final_rms_norm_without_norms_is_a_contradiction() -> None:
+    with pytest.raises(ValueError, match="final_rms"):
+        tiny_config(normalization_type=None, final_rms=True)
+
+
+@pytest.mark.parametrize("how", ["config", "argument"])
+def test_a_model_is_made_on_the_device_that_is_asked_for(how: str, gpt2_folder: Path) -> None:
+    if how == "config":
+        model = HookedTransformer(tiny_config(device="meta", init_weights=False))
+    else:
+        with pytest.warns(UserWarning, match="no-op"):  # torch's word for copying weights to where none are kept
+            model = HookedTransformer.from_pretrained(gpt2_folder, device="meta")
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert model.cfg.device == "meta"

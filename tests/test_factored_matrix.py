@@ -387,3 +387,17 @@ def test_no_product_is_multiplied_out_on_the_way(broadcast_dims: bool) -> None:
     with LargestTensor() as spy:
         _ = left.AB
     assert spy.largest == size * size
+
+
+@pytest.mark.parametrize("index", [torch.tensor(2), np.int64(2)])
+def test_an_index_that_is_a_number_in_another_form_is_a_number(index: Any) -> None:
+    matrix = FactoredMatrix(torch.randn(4, 5, 3), torch.randn(4, 3, 6))
+    assert torch.equal(matrix[:, index].AB, matrix[:, 2].AB)
+    assert torch.equal(matrix[:, :, index].AB, matrix[:, :, 2].AB)
+    assert matrix[index].shape == (5, 6)
+
+
+def test_lists_of_indices_on_different_axes_are_not_paired_up() -> None:
+    matrix = FactoredMatrix(torch.randn(4, 5, 3), torch.randn(4, 3, 6))
+    expected = matrix.AB[[0, 1]][:, [1, 2, 3]][:, :, [5, 0]]
+    torch.testing.assert_close(matrix[[0, 1], [1, 2, 3], [5, 0]].AB, expected)

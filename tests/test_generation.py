@@ -664,3 +664,30 @@ def test_text_needs_a_tokenizer() -> None:
 def test_an_empty_list_of_prompts_raises() -> None:
     with pytest.raises((ValueError, TypeError), match="empty"):
         text_model().generate([], 2, verbose=False)
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_side": "left"}])
+def test_left_padding_is_seen_in_tokens_whatever_side_the_model_pads_by_default(options: dict[str, Any]) -> None:
+    model = text_model()
+    tokens = model.to_tokens(TEXTS, padding_side="left")
+    out = model.generate(tokens, 8, stop_at_eos=False, **options, **GREEDY)
+    for row, text in zip(out, TEXTS, strict=True):
+        alone = greedy_by_hand(model, model.to_tokens(text), 8)[0]
+        assert torch.equal(row[-len(alone) :], alone)
+
+
+def test_prompts_padded_on_the_right_are_refused() -> None:
+    model = text_model()
+    with pytest.raises(ValueError, match="some prompts end in padding"):
+        model.generate(model.to_tokens(TEXTS), 3, **GREEDY)
+    with pytest.raises(ValueError, match="padded on the left"):
+        model.generate(model.to_tokens(TEXTS), 3, padding_side="right", **GREEDY)
+
+
+def test_a_mask_for_a_prompt_without_a_batch_axis_needs_none() -> None:
+    model = text_model()
+    tokens = model.to_tokens("When John")[0]
+    padded = torch.cat((torch.zeros(2, dtype=torch.long), tokens))
+    mask = torch.cat((torch.zeros(2, dtype=torch.long), torch.ones_like(tokens)))
+    out = model.generate(padded, 4, attention_mask=mask, stop_at_eos=False, **GREEDY)
+    assert torch.equal(out[2:], model.generate(tokens, 4, stop_at_eos=False, **GREEDY))

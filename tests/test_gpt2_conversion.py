@@ -484,3 +484,31 @@ def test_a_model_in_memory_without_a_tokenizer_warns_and_reads_tokens_only(offli
         model = HookedTransformer.from_pretrained(str(offline), hf_model=tiny_gpt2())
     assert model.tokenizer is None
     assert model(tokens()).shape == (2, 9, VOCAB)
+
+
+@pytest.mark.parametrize("where", ["folder", "memory"])
+def test_a_head_of_its_own_wins_over_a_config_that_says_tied(where: str, tmp_path: Path) -> None:
+    """As in transformers, which does not tie what a checkpoint gives two different values for."""
+    theirs = tiny_gpt2(tie_word_embeddings=False)
+    theirs.config.tie_word_embeddings = True
+    tokens = tiny_tokens(vocab=VOCAB)
+    expected = theirs(tokens).logits
+    if where == "folder":
+        tensors = {name: value.clone() for name, value in theirs.state_dict().items()}
+        theirs.config.architectures = ["GPT2LMHeadModel"]
+        theirs.config.save_pretrained(tmp_path)
+        save_file(tensors, tmp_path / "model.safetensors")
+        ours = HookedTransformer.from_pretrained_no_processing(tmp_path)
+    else:
+        ours = HookedTransformer.from_pretrained_no_processing("tiny", hf_model=theirs, tokenizer=tiny_tokenizer())
+    torch.testing.assert_close(ours(tokens), expected, rtol=0, atol=1e-4)
+
+
+def test_low_precision_rounds_once_and_after_processing(gpt2_folder: Path) -> None:
+    precise = HookedTransformer.from_pretrained(gpt2_folder, dtype=torch.float64)
+    coarse = HookedTransformer.from_pretrained(gpt2_folder, dtype=torch.bfloat16, refactor_factored_attn_matrices=False)
+    for name, value in coarse.state_dict().items():
+        once = precise.state_dict()[name].to(torch.float32).to(torch.bfloat16)
+        # Float32 processing may tip a value over to the neighbouring bfloat16, and no further.
+        assert ((value.float() - once.float()).abs() <= 2**-7 * once.float().abs() + 1e-6).all(), name
+        assert (value == once).float().mean() > 0.99, name

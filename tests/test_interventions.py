@@ -96,7 +96,7 @@ def test_a_generation_under_an_intervention_is_the_same_with_and_without_the_key
     if pos != -1:
         assert torch.equal(cached, model.generate(tokens, interventions=[edit], use_past_kv_cache=False, **options))
     else:
-        everywhere = Intervention("blocks.0.hook_resid_pre", "add", push, pos=tuple(range(5, 12)))
+        everywhere = Intervention("blocks.0.hook_resid_pre", "add", push, pos=tuple(range(5, 11)))
         assert torch.equal(
             cached, model.generate(tokens, interventions=[everywhere], use_past_kv_cache=False, **options)
         )
@@ -157,3 +157,20 @@ def test_an_intervention_that_makes_no_sense_cannot_be_made(fields: Any, message
 def test_something_else_than_an_intervention_is_refused() -> None:
     with pytest.raises(TypeError, match="is an Intervention"):
         tiny_model().run(tiny_tokens(), interventions=["blocks.0.attn.hook_z"])
+
+
+def test_a_value_with_a_row_for_each_position_is_read_position_by_position_in_a_generation() -> None:
+    model, tokens = tiny_model(n_ctx=20), tiny_tokens(batch=2, pos=3)
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "stop_at_eos": False, "verbose": False}
+    rows = 8 * torch.randn(2, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    edit = Intervention("blocks.0.hook_resid_pre", "add", rows, pos=(0, 4))
+    cached = model.generate(tokens, interventions=[edit], **options)
+    assert torch.equal(cached, model.generate(tokens, interventions=[edit], use_past_kv_cache=False, **options))
+    swapped = Intervention("blocks.0.hook_resid_pre", "add", rows.flip(0), pos=(0, 4))
+    assert not torch.equal(cached, model.generate(tokens, interventions=[swapped], **options))
+
+
+def test_a_position_that_was_not_part_of_the_run_is_named_though_others_were() -> None:
+    model, tokens = tiny_model(), tiny_tokens()
+    with pytest.raises(RuntimeError, match=r"never acted at positions \[12\]"):
+        model.run(tokens, interventions=[Intervention(Z, "zero", pos=(0, 12))])

@@ -300,3 +300,27 @@ def test_rewinding_forgets_the_last_positions() -> None:
         cache.rewind(6)
         assert cache.length == 6
         torch.testing.assert_close(model(TOKENS[:, 6:], past_kv_cache=cache), expected[:, 6:], **EXACT)
+
+
+@pytest.mark.parametrize("options", [{"stop_at_layer": 1}, {"stop_at_layer": 0}])
+def test_a_run_that_would_leave_layers_without_keys_is_refused(options: dict[str, int]) -> None:
+    model = model_of("rotary")
+    cache = model.new_kv_cache(2)
+    with pytest.raises(ValueError, match="needs every layer"):
+        model(TOKENS[:, :4], past_kv_cache=cache, **options)
+    assert cache.length == 0
+
+
+def test_a_bidirectional_model_refuses_a_cache() -> None:
+    model = model_of("rotary", attention_dir="bidirectional")
+    with pytest.raises(ValueError, match="earlier positions see later ones"):
+        model(TOKENS[:, :4], past_kv_cache=model.new_kv_cache(2))
+
+
+def test_a_block_goes_on_after_what_it_has_read_without_being_told_where() -> None:
+    model = model_of("rotary")
+    residual = model(TOKENS, stop_at_layer=0)
+    whole = model.blocks[0](residual)
+    entry = model.new_kv_cache(2)[0]
+    pieces = [model.blocks[0](residual[:, part], past=entry) for part in (slice(5), slice(5, None))]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, **EXACT)

@@ -221,3 +221,13 @@ def test_a_copy_of_a_processed_model_knows_its_processing() -> None:
 def test_saved_weights_may_be_read_by_whoever_may_read_the_config(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
+
+
+def test_other_weights_are_not_taken_for_processed_ones_and_a_step_counts_once() -> None:
+    model = tiny_model()
+    raw = tiny_model().state_dict()
+    model.center_unembed()
+    model.center_unembed()
+    assert model.processed == ("center_unembed",)
+    model.load_state_dict(raw)
+    assert model.processed == ()

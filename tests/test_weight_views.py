@@ -407,3 +407,13 @@ def test_assigning_a_state_dict_is_refused_since_it_would_give_up_the_layout() -
     model = tiny_model()
     with pytest.raises(ValueError, match="leave assign=False"):
         model.load_state_dict(model.state_dict(), assign=True)
+
+
+def test_a_head_that_writes_nothing_composes_with_nothing() -> None:
+    model = tiny_model(n_layers=2)
+    with torch.no_grad():
+        model.blocks[0].attn.W_O[1] = 0.0
+    scores = model.all_composition_scores("K")
+    assert not scores.isnan().any()
+    assert (scores[0, 1] == 0).all()
+    assert (scores[0, 0, 1] > 0).all()

@@ -29,6 +29,8 @@ class SVDInterpreter:
     ) -> Float[Tensor, "vocab 1 vector"]:
         """Return what each of the leading singular vectors says about each token, [vocab 1 num_vectors].
 
+        The projection is on `W_U` as it is: fold the final norm first (`from_pretrained` does) to have its gain in it.
+
         Args:
             vector_type: `"OV"` for what a head writes, `"w_in"` for what an MLP reads (with the gain of its norm, where
                 that is not folded), `"w_out"` for what it writes.
@@ -44,10 +46,7 @@ class SVDInterpreter:
         V = self._right_singular_vectors(vector_type, layer_index, head_index)
         if not 1 <= num_vectors <= V.shape[-1]:
             raise ValueError(f"num_vectors {num_vectors} is not in 1-{V.shape[-1]}, the singular vectors there are")
-        # An unfolded final norm scales the stream on its way to the unembedding.
-        gain = getattr(self.model.ln_final, "w", None)
-        vectors = V[:, :num_vectors] if gain is None else gain[:, None] * V[:, :num_vectors]
-        return (self.model.W_U.T @ vectors)[:, None].detach()
+        return (self.model.W_U.T @ V[:, :num_vectors])[:, None].detach()
 
     def _right_singular_vectors(self, vector_type: str, layer: int, head: int | None) -> Tensor:
         """[d_model rank], the largest singular value first."""
