@@ -14,13 +14,14 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 import hooked_lm
 from hooked_lm import CheckpointError, HookedTransformer
 from hooked_lm.weights import STEPS
-from tests.helpers import VOCAB, randomise_, tiny_gpt2, tiny_tokens
+from tests.helpers import VOCAB, randomise_, tiny_gpt2, tiny_tokenizer, tiny_tokens
 
 FLOAT32, FLOAT64 = 1e-4, 1e-9
 ALL_STEPS = tuple(STEPS)
