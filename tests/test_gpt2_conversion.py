@@ -505,9 +505,12 @@ def test_a_head_of_its_own_wins_over_a_config_that_says_tied(where: str, tmp_pat
     torch.testing.assert_close(ours(tokens), expected, rtol=0, atol=1e-4)
 
 
-def test_low_precision_rounds_once_and_after_processing(gpt2_folder: Path) -> None:
-    precise = HookedTransformer.from_pretrained(gpt2_folder, dtype=torch.float64)
-    coarse = HookedTransformer.from_pretrained(gpt2_folder, dtype=torch.bfloat16, refactor_factored_attn_matrices=False)
+def test_low_precision_rounds_once_and_after_processing(tmp_path: Path) -> None:
+    theirs = tiny_gpt2().to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path)
+    precise = HookedTransformer.from_pretrained("tiny", hf_model=theirs.double(), tokenizer=tiny_tokenizer())
+    coarse = HookedTransformer.from_pretrained(tmp_path)
+    assert coarse.cfg.dtype == torch.bfloat16
     for name, value in coarse.state_dict().items():
         once = precise.state_dict()[name].to(torch.float32).to(torch.bfloat16)
         # Float32 processing may tip a value over to the neighbouring bfloat16, and no further.
