@@ -18,8 +18,10 @@ ATTENTION_DIRECTIONS = ("causal", "bidirectional")
 INIT_MODES = ("gpt2", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal")
 ACTIVATIONS = (
     "relu", "gelu", "silu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu2", "identity",
-    "solu", "solu_ln",
-)  # fmt: skip
+    "solu", "solu_ln", "xielu",
+)
+NORM_PLACEMENTS = ("before", "before_and_after", "after", "residual")
+QK_NORM_TYPES = ("RMS", "RMSPre", "LN")  # fmt: skip
 
 # Fields of the classic library's configs that this one does not keep: name -> the values that change nothing here.
 # Those are dropped, any other value raises. `...` stands for every value.
@@ -29,15 +31,8 @@ _RETIRED: dict[str, tuple[Any, ...]] = {
     "relative_attention_max_distance": (None,),
     "relative_attention_num_buckets": (None,),
     "decoder_start_token_id": (None,),
-    "tie_word_embeddings": (False, None),
     "trust_remote_code": (False, None),
     "layer_norm_folding": (False, None),
-    "use_yarn_rope": (False, None),
-    "yarn_factor": (...,),
-    "yarn_attention_factor": (...,),
-    "yarn_beta_fast": (...,),
-    "yarn_beta_slow": (...,),
-    "yarn_original_max_position_embeddings": (...,),
 }
 
 
@@ -64,25 +59,57 @@ class HookedTransformerConfig:
         normalization_type: `"LN"`, `"RMS"`, or `"LNPre"`, `"RMSPre"` without gain and bias, or None.
         eps: added to the variance (or mean square) under the root.
         final_rms: the final norm is an RMS norm whatever the others are.
-        use_qk_norm: RMS norm on each head's queries and keys.
-        use_normalization_before_and_after: norms also on what attention and MLP write.
+        final_norm: there is a norm before the unembedding.
+        norm_placement: where the norms of a block stand. `"before"` attention and MLP read; `"before_and_after"`, also
+            on what they write; only `"after"`, on what they write; or on the `"residual"` stream itself, once they
+            have written to it (post-norm, Vaswani et al. 2017).
+        use_normalization_before_and_after: another name for `norm_placement="before_and_after"`.
+        use_qk_norm: a norm on each head's queries and keys.
+        qk_norm_type: `"RMS"`, `"RMSPre"` without gain, or `"LN"`.
+        qk_norm_across_heads: the norm takes all heads together rather than each by itself.
+        qk_norm_per_head_gains: each head has a gain (and bias) of its own rather than one for all.
+        qk_norm_after_rotary: the norm comes after the rotation rather than before.
         post_embedding_ln: a norm right after the embedding.
+        embedding_scale: token embeddings are multiplied by it.
+        logit_scale: logits are multiplied by it, before the soft-cap.
+        tie_word_embeddings: `W_U` is the transpose of `W_E`, one tensor. Processing that changes either unties them.
         positional_embedding_type: `"standard"` (learned, added to the stream), `"shortformer"` (learned, added to
             queries and keys only), `"rotary"`, `"alibi"` or `"none"`.
         rotary_dim: how many of a head's dimensions rotate; all by default.
         rotary_base, rotary_base_local: rotary base, and that of local layers where it differs.
         rotary_adjacent_pairs: rotate dimensions (0, 1), (2, 3), ... rather than (0, d/2), (1, d/2 + 1), ...
+        rotary_layers: per layer whether it rotates; all by default.
         rotary_scaling_factor: positions are divided by it (linear scaling) in global layers.
         use_NTK_by_parts_rope, NTK_by_parts_factor, NTK_by_parts_low_freq_factor, NTK_by_parts_high_freq_factor,
             NTK_original_ctx_len: Llama-3 scaling of the rotary frequencies.
+        use_yarn_rope, yarn_factor, yarn_attention_factor, yarn_beta_fast, yarn_beta_slow,
+            yarn_original_max_position_embeddings, yarn_truncate: YaRN scaling (Peng et al. 2023); `yarn_truncate`
+            rounds the range of pairs it blends, and without an attention factor it is `0.1 ln(factor) + 1`.
+        use_dynamic_rope, dynamic_rope_factor, dynamic_rope_original_ctx_len: NTK scaling that grows with the prompt
+            once it is longer than the original context.
+        use_longrope, longrope_short_factors, longrope_long_factors, longrope_attention_factor,
+            longrope_original_ctx_len: a divisor per pair of dimensions, short ones for prompts up to the original
+            context and long ones beyond (Ding et al. 2024, "LongRoPE").
+        alibi_scale: ALiBi's slopes are multiplied by it.
+        alibi_in_bfloat16: ALiBi's biases are rounded to bfloat16, slope times position of the key.
         attention_dir: `"causal"` or `"bidirectional"`.
         attn_types: per layer `"global"` or `"local"`; a window alone makes every layer local.
         window_size: a local query sees itself and the `window_size - 1` positions before it.
         use_attn_scale, attn_scale: divide scores by `attn_scale`, by default the square root of `d_head`.
         scale_attn_by_inverse_layer_idx: also divide by layer + 1.
         attn_scores_soft_cap, output_logits_soft_cap: `cap * tanh(x / cap)`; off when not positive.
+        clip_qkv: queries, keys and values are kept within plus and minus this.
+        attention_sinks: each head has a learned score, `attn.sinks`, that takes a share of the softmax and gives
+            nothing, so that a pattern's rows sum to less than one.
         num_experts, experts_per_token: mixture of experts, and how many of them a token uses.
+        moe_layers: per layer whether it has experts rather than one dense MLP; all by default.
+        d_expert: hidden width of an expert; `d_mlp` by default.
+        d_shared_expert: hidden width of an expert that every token uses besides; None for none.
+        shared_expert_gate: what the shared expert writes is multiplied by a sigmoid of `x W_shared_gate`.
         norm_topk_prob: the chosen experts' weights are rescaled to sum to one.
+        sparsemixer_jitter: experts are weighted as SparseMixer does (Liu et al. 2024, "GRIN"), with this tolerance.
+        gated_limit: in experts, `act(min(gate, limit)) * (clamp(linear, -limit, limit) + 1)` instead of
+            `act(gate) * linear`.
         init_mode, initializer_range, init_weights, seed: how a new model's weights are drawn. An `initializer_range` of
             -1 means `0.8 / sqrt(d_model)` for `"gpt2"` and a gain of 1 for the others.
         dtype, device: of a new model's parameters.
@@ -113,20 +140,47 @@ class HookedTransformerConfig:
     normalization_type: str | None = "LN"
     eps: float = 1e-5
     final_rms: bool = False
-    use_qk_norm: bool = False
+    final_norm: bool = True
+    norm_placement: str = "before"
     use_normalization_before_and_after: bool = False
+    use_qk_norm: bool = False
+    qk_norm_type: str = "RMS"
+    qk_norm_across_heads: bool = False
+    qk_norm_per_head_gains: bool = False
+    qk_norm_after_rotary: bool = False
     post_embedding_ln: bool = False
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    tie_word_embeddings: bool = False
     positional_embedding_type: str = "standard"
     rotary_dim: int | None = None
     rotary_base: float = 10000.0
     rotary_base_local: float | None = None
     rotary_adjacent_pairs: bool = False
+    rotary_layers: list[bool] | None = None
     rotary_scaling_factor: float = 1.0
     use_NTK_by_parts_rope: bool = False
     NTK_by_parts_factor: float = 8.0
     NTK_by_parts_low_freq_factor: float = 1.0
     NTK_by_parts_high_freq_factor: float = 4.0
     NTK_original_ctx_len: int = 8192
+    use_yarn_rope: bool = False
+    yarn_factor: float = 1.0
+    yarn_attention_factor: float | None = None
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
+    yarn_original_max_position_embeddings: int = 4096
+    yarn_truncate: bool = True
+    use_dynamic_rope: bool = False
+    dynamic_rope_factor: float = 1.0
+    dynamic_rope_original_ctx_len: int = 4096
+    use_longrope: bool = False
+    longrope_short_factors: list[float] | None = None
+    longrope_long_factors: list[float] | None = None
+    longrope_attention_factor: float = 1.0
+    longrope_original_ctx_len: int = 4096
+    alibi_scale: float = 1.0
+    alibi_in_bfloat16: bool = False
     attention_dir: str = "causal"
     attn_types: list[str] | None = None
     use_local_attn: bool | None = None
@@ -136,9 +190,17 @@ class HookedTransformerConfig:
     scale_attn_by_inverse_layer_idx: bool = False
     attn_scores_soft_cap: float = -1.0
     output_logits_soft_cap: float = -1.0
+    clip_qkv: float | None = None
+    attention_sinks: bool = False
     num_experts: int | None = None
     experts_per_token: int | None = None
+    moe_layers: list[bool] | None = None
+    d_expert: int | None = None
+    d_shared_expert: int | None = None
+    shared_expert_gate: bool = False
     norm_topk_prob: bool = True
+    sparsemixer_jitter: float | None = None
+    gated_limit: float | None = None
     init_mode: str = "gpt2"
     initializer_range: float = -1.0
     init_weights: bool = True
@@ -168,6 +230,8 @@ class HookedTransformerConfig:
             self._require_positive(name, at_least=0 if name == "n_layers" else 1)
         self._fill_heads()
         self._fill_mlp()
+        self._fill_experts()
+        self._fill_norms()
         self._fill_vocab()
         self._fill_positions()
         self._fill_windows()
@@ -209,15 +273,42 @@ class HookedTransformerConfig:
         self._require_positive("d_mlp")
         if self.act_fn is None:
             raise ValueError(f"act_fn is missing: give one of {ACTIVATIONS}, or attn_only=True for no MLPs")
-        if (self.num_experts is None) != (self.experts_per_token is None):
-            raise ValueError("num_experts and experts_per_token go together")
-        if self.num_experts is not None and self.experts_per_token is not None:
-            if not 1 <= self.experts_per_token <= self.num_experts:
-                raise ValueError(f"experts_per_token {self.experts_per_token} is not in 1-{self.num_experts}")
-            if self.act_fn == "solu_ln":
-                raise ValueError("solu_ln is not defined for a mixture of experts")
         if self.gated_mlp and self.act_fn == "solu_ln":
             raise ValueError("solu_ln is not defined for a gated MLP")
+
+    def _fill_experts(self) -> None:
+        if (self.num_experts is None) != (self.experts_per_token is None):
+            raise ValueError("num_experts and experts_per_token go together")
+        if self.num_experts is None or self.experts_per_token is None:
+            for name in ("moe_layers", "d_expert", "d_shared_expert", "sparsemixer_jitter", "gated_limit"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} goes with num_experts: this config has no experts")
+            return
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(f"experts_per_token {self.experts_per_token} is not in 1-{self.num_experts}")
+        if self.act_fn in ("solu_ln", "xielu"):
+            raise ValueError(f"{self.act_fn} is not defined for a mixture of experts")
+        if self.sparsemixer_jitter is not None and self.experts_per_token != 2:
+            raise ValueError(f"SparseMixer picks two experts, not experts_per_token={self.experts_per_token}")
+        if self.gated_limit is not None and not self.gated_mlp:
+            raise ValueError("gated_limit is about the two factors of gated experts: give gated_mlp=True")
+        if self.shared_expert_gate and self.d_shared_expert is None:
+            raise ValueError("shared_expert_gate needs a shared expert: give d_shared_expert")
+        for name in ("d_expert", "d_shared_expert"):
+            if getattr(self, name) is not None:
+                self._require_positive(name)
+        self._check_per_layer("moe_layers")
+
+    def _fill_norms(self) -> None:
+        if self.use_normalization_before_and_after:
+            if self.norm_placement not in ("before", "before_and_after"):
+                raise ValueError(
+                    f"use_normalization_before_and_after contradicts norm_placement={self.norm_placement!r}"
+                )
+            self.norm_placement = "before_and_after"
+        self.use_normalization_before_and_after = self.norm_placement == "before_and_after"
+        if self.norm_placement == "residual" and self.parallel_attn_mlp:
+            raise ValueError("norms on the residual stream come after attention and after the MLP: not in parallel")
 
     def _fill_vocab(self) -> None:
         for name in ("d_vocab", "d_vocab_out"):
@@ -225,6 +316,8 @@ class HookedTransformerConfig:
                 self._require_positive(name)
         if self.d_vocab_out == -1:
             self.d_vocab_out = self.d_vocab
+        if self.tie_word_embeddings and self.d_vocab_out != self.d_vocab:
+            raise ValueError(f"tied embeddings have one vocabulary, not {self.d_vocab} in and {self.d_vocab_out} out")
 
     def _fill_positions(self) -> None:
         if self.positional_embedding_type == "rotary":
@@ -233,8 +326,32 @@ class HookedTransformerConfig:
             self._require_positive("rotary_dim")
             if self.rotary_dim % 2 or self.rotary_dim > self.d_head:
                 raise ValueError(f"rotary_dim {self.rotary_dim} is not even and at most d_head {self.d_head}")
+            self._check_rotary_scaling(self.rotary_dim // 2)
         if not self.rotary_base > 0:
             raise ValueError(f"rotary_base is positive; got {self.rotary_base}")
+        self._check_per_layer("rotary_layers")
+
+    def _check_rotary_scaling(self, n_pairs: int) -> None:
+        switches = ("use_NTK_by_parts_rope", "use_yarn_rope", "use_dynamic_rope", "use_longrope")
+        scalings = [name for name in switches if getattr(self, name)]
+        if self.rotary_scaling_factor != 1.0:
+            scalings.append("rotary_scaling_factor")
+        if len(scalings) > 1:
+            raise ValueError(f"rotary frequencies are scaled in one way, not by {' and '.join(scalings)}")
+        if self.rotary_scaling_factor == 0:
+            raise ValueError("rotary_scaling_factor is what positions are divided by, so it is not 0")
+        if self.use_longrope:
+            for name in ("longrope_short_factors", "longrope_long_factors"):
+                factors = getattr(self, name)
+                if factors is None or len(factors) != n_pairs:
+                    raise ValueError(f"{name} holds one factor for each of {n_pairs} pairs; got {factors}")
+
+    def _check_per_layer(self, name: str) -> None:
+        per_layer = getattr(self, name)
+        if per_layer is None:
+            return
+        if len(per_layer) < self.n_layers or not all(isinstance(value, bool) for value in per_layer):
+            raise ValueError(f"{name} holds True or False for each of {self.n_layers} layers; got {per_layer}")
 
     def _fill_windows(self) -> None:
         if self.use_local_attn is None:
@@ -267,6 +384,8 @@ class HookedTransformerConfig:
             ("attention_dir", ATTENTION_DIRECTIONS),
             ("init_mode", INIT_MODES),
             ("act_fn", (*ACTIVATIONS, None)),
+            ("norm_placement", NORM_PLACEMENTS),
+            ("qk_norm_type", QK_NORM_TYPES),
             ("default_padding_side", ("left", "right")),
         ):
             value = getattr(self, name)
@@ -293,11 +412,16 @@ class HookedTransformerConfig:
         heads = 2 * self.n_heads + 2 * self.n_kv_heads
         count = self.n_layers * self.d_model * self.d_head * heads
         if self.d_mlp is not None and not self.attn_only:
-            matrices = (3 if self.gated_mlp else 2) * self.d_model * self.d_mlp
-            if self.num_experts is not None:
-                matrices = (matrices + self.d_model) * self.num_experts
-            count += self.n_layers * matrices
+            per_width = (3 if self.gated_mlp else 2) * self.d_model
+            for layer in range(self.n_layers):
+                count += self._mlp_parameters(layer, per_width)
         return count
+
+    def _mlp_parameters(self, layer: int, per_width: int) -> int:
+        if not self.has_experts(layer):
+            return per_width * (self.d_mlp or 0)
+        shared = per_width * (self.d_shared_expert or 0)
+        return shared + (per_width * self.expert_width + self.d_model) * (self.num_experts or 0)
 
     # What follows from the fields
 
@@ -305,6 +429,23 @@ class HookedTransformerConfig:
     def n_kv_heads(self) -> int:
         """Key-value heads: `n_key_value_heads`, or `n_heads` where queries are not grouped."""
         return self.n_heads if self.n_key_value_heads is None else self.n_key_value_heads
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer's MLP is a mixture of experts."""
+        return self.num_experts is not None and (self.moe_layers is None or self.moe_layers[layer])
+
+    @property
+    def expert_width(self) -> int:
+        """The hidden width of an expert: `d_expert`, or `d_mlp` where that is not given."""
+        width = self.d_mlp if self.d_expert is None else self.d_expert
+        if width is None:
+            raise ValueError("this config is attn_only: it has no MLP")
+        return width
+
+    def rotates(self, layer: int) -> bool:
+        """Whether a layer rotates its queries and keys."""
+        rotary = self.positional_embedding_type == "rotary"
+        return rotary and (self.rotary_layers is None or self.rotary_layers[layer])
 
     def window(self, layer: int) -> int | None:
         """The window of a local layer; None in a global one."""

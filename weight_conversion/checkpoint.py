@@ -3,41 +3,58 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from hooked_lm.config import HookedTransformerConfig
+from weight_conversion.conversion import Conversion
 from weight_conversion.errors import CheckpointError as CheckpointError
 from weight_conversion.family import Family
 from weight_conversion.fields import ConfigFields
 from weight_conversion.registry import ALIASES, family_of
-from weight_conversion.rules import convert
-from weight_conversion.source import find_folder, open_tensors, read_json
+from weight_conversion.rules import RuleTable
+from weight_conversion.source import TensorsInMemory, TensorSource, find_folder, open_tensors, read_json
+from weight_conversion.training_checkpoints import training_checkpoint
 
 OWN_FORMAT = "hooked_lm"
+_POSITIONS = "pos_embed.W_pos"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "spiece.model")
+
+
+class Weights(Protocol):
+    """Our weights, not read yet: iterating reads them chunk by chunk, what is outside the blocks first.
+
+    Attributes:
+        shapes: every name and its shape.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]: ...
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint as read: unbuilt, and unprocessed unless `processed` says otherwise.
+    """A checkpoint that has been opened and checked: unbuilt, and unprocessed unless `processed` says otherwise.
 
     Attributes:
         cfg: the architecture.
         weights: our names -> tensors in the checkpoint's own precision, possibly views of a memory-mapped file.
         tokenizer: a transformers tokenizer, or None if the checkpoint has none.
         processed: the steps of `hooked_lm.weights` that the weights have been through.
+        origin: the HuggingFace config that the architecture was read from, if it was, for the way back.
     """
 
     cfg: HookedTransformerConfig
-    weights: dict[str, Tensor]
+    weights: Weights
     tokenizer: Any
     processed: tuple[str, ...] = ()
+    origin: dict[str, Any] | None = None
 
 
 def load(
@@ -58,8 +75,10 @@ def load(
     Raises:
         CheckpointError: it cannot be found, read or converted.
     """
+    step = None
     if checkpoint_index is not None or checkpoint_value is not None:
-        raise CheckpointError(f"{name_or_path} belongs to a family that publishes no training checkpoints")
+        step = training_checkpoint(str(name_or_path), checkpoint_index, checkpoint_value, revision)
+        revision = step.revision
     if hf_model is not None:
         loaded = _from_model(str(name_or_path), hf_model, tokenizer, first_n_layers)
     else:
@@ -68,10 +87,20 @@ def load(
         read = _from_own_folder if content.get("format") == OWN_FORMAT else _from_huggingface_folder
         found = tokenizer if tokenizer is not None else _tokenizer_in(folder, trust_remote_code)
         loaded = read(folder, content, found, first_n_layers)
-    cfg, weights = _shorten(loaded.cfg, loaded.weights, n_ctx)
+    cfg, weights = loaded.cfg, loaded.weights
+    if n_ctx is not None:
+        weights = _Shortened(weights, cfg.n_ctx, n_ctx)
+        cfg = cfg.replace(n_ctx=n_ctx)
     if dtype is not None:
         cfg = cfg.replace(dtype=dtype)
-    return Loaded(cfg.replace(model_name=_short_name(name_or_path)), weights, loaded.tokenizer, loaded.processed)
+    if step is not None:
+        cfg = cfg.replace(
+            from_checkpoint=True,
+            checkpoint_index=step.index,
+            checkpoint_value=step.value,
+            checkpoint_label_type="step",
+        )
+    return replace(loaded, cfg=cfg.replace(model_name=_short_name(name_or_path)), weights=weights)
 
 
 def _from_huggingface_folder(
@@ -86,7 +115,7 @@ def _from_huggingface_folder(
         hf_config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # transformers' validation raises whatever it likes
         raise CheckpointError(f"{folder / 'config.json'} is not accepted by transformers: {error}") from error
-    return _convert({**hf_config.to_dict(), **content}, open_tensors(folder), tokenizer, first_n_layers)
+    return _convert({**content, **hf_config.to_dict()}, open_tensors(folder), tokenizer, first_n_layers)
 
 
 def _from_model(name: str, hf_model: Any, tokenizer: Any, first_n_layers: int | None) -> Loaded:
@@ -98,37 +127,69 @@ def _from_model(name: str, hf_model: Any, tokenizer: Any, first_n_layers: int | 
     fields = hf_model.config.to_dict()
     fields["architectures"] = [type(hf_model).__name__]
     with torch.no_grad():
-        return _convert(fields, hf_model.state_dict(), tokenizer, first_n_layers)
+        tensors = TensorsInMemory(_as_on_disk(hf_model))
+        return _convert(fields, tensors, tokenizer, first_n_layers)
 
 
-def _convert(
-    fields: Mapping[str, Any], tensors: Mapping[str, Tensor], tokenizer: Any, first_n_layers: int | None
-) -> Loaded:
+def _as_on_disk(hf_model: Any) -> dict[str, Tensor]:
+    """A model's tensors as its checkpoint has them, where transformers packs them differently in memory (experts)."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(hf_model, hf_model.state_dict())
+
+
+def _convert(fields: Mapping[str, Any], tensors: TensorSource, tokenizer: Any, first_n_layers: int | None) -> Loaded:
     architectures = fields.get("architectures") or []
     if len(architectures) != 1:
         raise CheckpointError(f"the config names {len(architectures)} architectures {architectures}, not one")
     family = family_of(architectures[0])
-    reader = ConfigFields(fields, family.name)
-    arguments = family.config(reader)
-    reader.finish()
-    try:
-        cfg = HookedTransformerConfig(**arguments, original_architecture=architectures[0], dtype=torch.float32)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"the {family.name} config cannot be used: {error}") from error
+    cfg, table = read_family(family, fields, architectures[0])
+    if cfg.tie_word_embeddings and not _same_embeddings(family, tensors):
+        cfg, table = read_family(family, {**fields, "tie_word_embeddings": False}, architectures[0])
     _check_layers(first_n_layers, cfg.n_layers)
-    tied = bool(fields.get("tie_word_embeddings", True)) and _same_embeddings(family, tensors)
-    weights = convert(family.rules(tied), tensors, cfg, family.prefix, first_n_layers)
+    cfg = cfg.replace(dtype=_dtype(family, tensors))
+    weights = Conversion(table, tensors, cfg, family.prefix, first_n_layers)
     if first_n_layers is not None:
         cfg = cfg.replace(n_layers=first_n_layers)
-    cfg = cfg.replace(dtype=next(iter(weights.values())).dtype)
-    return Loaded(cfg, weights, tokenizer)
+    return Loaded(cfg, weights, tokenizer, origin=dict(fields))
 
 
-def _same_embeddings(family: Family, tensors: Mapping[str, Tensor]) -> bool:
+def read_family(
+    family: Family, fields: Mapping[str, Any], architecture: str
+) -> tuple[HookedTransformerConfig, RuleTable]:
+    """Return the architecture that a HuggingFace config describes, and the rules for its tensors.
+
+    Raises:
+        CheckpointError: the config has a field that the family does not know, or a value that it does not support.
+    """
+    reader = ConfigFields(fields, family.name)
+    try:
+        cfg = HookedTransformerConfig(**family.config(reader), original_architecture=architecture)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"the {family.name} config cannot be used: {error}") from error
+    table = family.rules(cfg, reader)
+    reader.finish()
+    return cfg, table
+
+
+def _same_embeddings(family: Family, tensors: TensorSource) -> bool:
     """Whether a checkpoint that should be tied has no unembedding of its own, as transformers decides it too."""
-    own = next((name for name in (family.prefix + family.unembedding, family.unembedding) if name in tensors), None)
-    shared = next((name for name in (family.prefix + family.embedding, family.embedding) if name in tensors), None)
+    own, shared = _name_in(tensors, family, family.unembedding), _name_in(tensors, family, family.embedding)
     return own is None or shared is None or torch.equal(tensors[own], tensors[shared])
+
+
+def _name_in(tensors: TensorSource, family: Family, name: str) -> str | None:
+    return next((full for full in (family.prefix + name, name) if full in tensors), None)
+
+
+def _dtype(family: Family, tensors: TensorSource) -> torch.dtype:
+    """The precision of the token embedding, which stands for the checkpoint's."""
+    name = _name_in(tensors, family, family.embedding) or next(iter(tensors), None)
+    if name is None:
+        raise CheckpointError("the checkpoint holds no tensors")
+    return tensors.dtype(name)
 
 
 def _from_own_folder(folder: Path, content: dict[str, Any], tokenizer: Any, first_n_layers: int | None) -> Loaded:
@@ -140,34 +201,50 @@ def _from_own_folder(folder: Path, content: dict[str, Any], tokenizer: Any, firs
     processed = content.get("processed", [])
     if not isinstance(processed, list):
         raise CheckpointError(f"{folder / 'config.json'}: processed={processed!r} is no list of processing steps")
-    weights = dict(open_tensors(folder))
     _check_layers(first_n_layers, cfg.n_layers)
-    if first_n_layers is not None:
-        weights = {name: value for name, value in weights.items() if _layer(name) < first_n_layers}
-        cfg = cfg.replace(n_layers=first_n_layers)
-    return Loaded(cfg, weights, tokenizer, tuple(processed))
+    kept = cfg.n_layers if first_n_layers is None else first_n_layers
+    weights = _OwnWeights(open_tensors(folder), kept)
+    return Loaded(cfg.replace(n_layers=kept), weights, tokenizer, tuple(processed), content.get("origin"))
 
 
-def _layer(name: str) -> int:
-    return int(name.split(".")[1]) if name.startswith("blocks.") else -1
+class _OwnWeights:
+    """A folder in our own format, whose tensors need no conversion. Blocks beyond `kept` are left unread."""
+
+    def __init__(self, tensors: TensorSource, kept: int) -> None:
+        self._tensors, self._chunks = tensors, [list[str]() for _ in range(kept + 1)]
+        for name in tensors:
+            layer = int(name.split(".")[1]) if name.startswith("blocks.") else -1
+            if layer < kept:
+                self._chunks[layer + 1].append(name)
+        self.shapes = {name: tensors.shape(name) for chunk in self._chunks for name in chunk}
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for chunk in self._chunks:
+            yield {name: self._tensors[name] for name in chunk}
+            self._tensors.release()
+
+
+class _Shortened:
+    """Weights with fewer learned positions."""
+
+    def __init__(self, weights: Weights, had: int, n_ctx: int) -> None:
+        self._weights, self._n_ctx = weights, n_ctx
+        self.shapes = dict(weights.shapes)
+        if _POSITIONS in self.shapes:
+            if n_ctx > had:
+                raise CheckpointError(f"n_ctx={n_ctx} is more than the {had} positions this model has learned")
+            self.shapes[_POSITIONS] = (n_ctx, *self.shapes[_POSITIONS][1:])
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for chunk in self._weights:
+            if _POSITIONS in chunk:
+                chunk[_POSITIONS] = chunk[_POSITIONS][: self._n_ctx]
+            yield chunk
 
 
 def _check_layers(first_n_layers: int | None, n_layers: int) -> None:
     if first_n_layers is not None and not 0 <= first_n_layers <= n_layers:
         raise CheckpointError(f"first_n_layers={first_n_layers} is not in 0-{n_layers}, the layers of this checkpoint")
-
-
-def _shorten(
-    cfg: HookedTransformerConfig, weights: dict[str, Tensor], n_ctx: int | None
-) -> tuple[HookedTransformerConfig, dict[str, Tensor]]:
-    if n_ctx is None:
-        return cfg, weights
-    positions = weights.get("pos_embed.W_pos")
-    if positions is not None:
-        if n_ctx > cfg.n_ctx:
-            raise CheckpointError(f"n_ctx={n_ctx} is more than the {cfg.n_ctx} positions this model has learned")
-        weights = {**weights, "pos_embed.W_pos": positions[:n_ctx]}
-    return cfg.replace(n_ctx=n_ctx), weights
 
 
 def _short_name(name_or_path: str | Path) -> str:

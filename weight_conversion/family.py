@@ -6,8 +6,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from hooked_lm.config import HookedTransformerConfig
 from weight_conversion.fields import ConfigFields
 from weight_conversion.rules import RuleTable
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Which modules of the transformers model a certificate compares ours with.
+
+    Attributes:
+        layers: the list of blocks, from the language model.
+        attn, mlp: the modules of a block whose output is what attention and MLP add to the residual stream. None where
+            no module's output is that.
+        write_scale: the config field by which the block multiplies those outputs before adding them, if it does.
+    """
+
+    layers: str = "model.layers"
+    attn: str | None = "self_attn"
+    mlp: str | None = "mlp"
+    write_scale: str | None = None
 
 
 @dataclass(frozen=True)
@@ -17,16 +35,19 @@ class Family:
     Attributes:
         name: for messages and docs.
         architectures: the class names that a HuggingFace config may give.
-        config: reads every field and returns the arguments of a `HookedTransformerConfig`.
-        rules: the rule table, given the config mapping's result and whether embeddings are tied.
+        config: reads the fields and returns the arguments of a `HookedTransformerConfig`.
+        rules: the rule table, given the config that came of it and the fields. Between them, `config` and `rules` read
+            or ignore every field.
         embedding, unembedding: the source tensors that are one where embeddings are tied.
         prefix: stands before every tensor name of a language-model checkpoint, not of a bare one.
+        sites: where to look in the transformers model.
     """
 
     name: str
     architectures: tuple[str, ...]
     config: Callable[[ConfigFields], dict[str, Any]]
-    rules: Callable[[bool], RuleTable]
-    embedding: str
-    unembedding: str
-    prefix: str = ""
+    rules: Callable[[HookedTransformerConfig, ConfigFields], RuleTable]
+    embedding: str = "embed_tokens.weight"
+    unembedding: str = "lm_head.weight"
+    prefix: str = "model."
+    sites: Sites = Sites()

@@ -95,6 +95,10 @@ class ConfigFields:
         self._unread.discard(name)
         return self._fields[name]
 
+    def get(self, name: str, default: Any) -> Any:
+        """Return a field's value, or a default where configs of the family may lack it."""
+        return self.take(name) if name in self._fields else default
+
     def ignore(self, *names: str) -> None:
         """Leave fields unused on purpose: they do not change what a trained model computes."""
         self._unread.difference_update(names)

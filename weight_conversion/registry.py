@@ -5,10 +5,13 @@ from __future__ import annotations
 import difflib
 
 from weight_conversion.errors import CheckpointError
-from weight_conversion.families import gpt2
+from weight_conversion.families import gpt2, llama
 from weight_conversion.family import Family
 
-FAMILIES: tuple[Family, ...] = (gpt2.FAMILY,)
+FAMILIES: tuple[Family, ...] = (
+    gpt2.FAMILY,
+    llama.FAMILY,
+)
 
 _BY_ARCHITECTURE = {architecture: family for family in FAMILIES for architecture in family.architectures}
 

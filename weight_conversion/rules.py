@@ -1,12 +1,16 @@
-"""The engine that turns HuggingFace tensors into ours, rule by rule, with every key accounted for."""
+"""The engine that turns HuggingFace tensors into ours and back, rule by rule, with every key accounted for.
+
+A family's table holds entries. Each says which source tensors it reads and which of our tensors it makes, as data: the
+same entry converts real tensors, checks shapes on tensors without values, and runs backwards for an export.
+"""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from typing import Self
 
 import torch
 from einops import EinopsError, rearrange
@@ -15,74 +19,329 @@ from torch import Tensor
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion.errors import CheckpointError
 
+Tensors = Mapping[str, Tensor]
 
-@dataclass(frozen=True)
-class Rule:
-    """One source tensor and the tensors it becomes.
+
+@dataclass(frozen=True, kw_only=True)
+class Entry(ABC):
+    """One row of a rule table.
 
     Attributes:
-        source: its name; `{layer}` stands for every block.
-        axes: an einops pattern over the names of `names.AXES`, whose sizes are checked against the config. With
-            several targets the result's first axis is `part`.
+        layers: the blocks it is about, where its names hold `{layer}`; None for all.
+    """
+
+    layers: tuple[int, ...] | None = None
+
+    @property
+    @abstractmethod
+    def source_names(self) -> tuple[str, ...]:
+        """The source tensors it accounts for."""
+
+    @property
+    @abstractmethod
+    def target_names(self) -> tuple[str, ...]:
+        """Our tensors it makes."""
+
+    @abstractmethod
+    def at(self, layer: int) -> Self:
+        """Return the entry for one block."""
+
+    @abstractmethod
+    def apply(self, tensors: Tensors, cfg: HookedTransformerConfig) -> dict[str, Tensor]:
+        """Return our tensors, as views of the sources wherever views will do.
+
+        Raises:
+            CheckpointError: a source does not have the shape that the config implies.
+        """
+
+    @abstractmethod
+    def invert(self, weights: Tensors, cfg: HookedTransformerConfig) -> dict[str, Tensor]:
+        """Return the source tensors that `apply` would make our `weights` from.
+
+        Raises:
+            CheckpointError: there are none, because the family has no place for what the weights hold.
+        """
+
+
+@dataclass(frozen=True)
+class Rule(Entry):
+    """One source tensor, or several stacked ones, and the tensors they become.
+
+    Attributes:
+        source: its name. `{layer}` stands for every block; `{expert}`, `{head}` or `{kv_head}` for one tensor each,
+            stacked along that axis, which then comes first in `axes`.
+        axes: an einops pattern over the names of `names.AXES`, whose sizes are checked against the config; `group` is
+            the query heads of a key-value head. With several targets the result's first axis is `part`.
         targets: our names for the result.
-        tied: the source has its own rule already; this one reads it once more (tied embeddings).
+        again: the source has its own rule already; this one reads it once more.
+        scale, add: the values become `values * scale + add`.
+        skip: so many rows are left out at the start.
+        sizes: of axes that are the family's own.
     """
 
     source: str
     axes: str
-    targets: tuple[str, ...]
-    tied: bool = False
+    targets: str | tuple[str, ...]
+    again: bool = False
+    scale: float = 1.0
+    add: float = 0.0
+    skip: int = 0
+    sizes: tuple[tuple[str, int], ...] = ()
 
-    def at(self, layer: int) -> Rule:
-        """Return the rule for one block."""
-        targets = tuple(target.format(layer=layer) for target in self.targets)
-        return replace(self, source=self.source.format(layer=layer), targets=targets)
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        return () if self.again else (self.source,)
 
-    def apply(self, tensor: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-        """Return the targets as views of the source, wherever views will do.
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        return (self.targets,) if isinstance(self.targets, str) else self.targets
 
-        Raises:
-            CheckpointError: the tensor does not have the shape that the config implies.
-        """
-        known = {**sizes, "part": len(self.targets)}
-        used = {axis: size for axis, size in known.items() if axis in re.findall(r"\w+", self.axes)}
-        try:
-            result = rearrange(tensor, self.axes, **used)
-        except EinopsError as error:
-            raise CheckpointError(
-                f"{self.source} has shape {tuple(tensor.shape)}, which is not {self.axes.split('->')[0].strip()!r} "
-                f"with {used}: the weights do not belong to this config"
-            ) from error
-        return dict(zip(self.targets, result if len(self.targets) > 1 else [result], strict=True))
+    def at(self, layer: int) -> Self:
+        targets = tuple(_in_layer(target, layer) for target in self.target_names)
+        return replace(self, source=_in_layer(self.source, layer), targets=targets)
+
+    def apply(self, tensors: Tensors, cfg: HookedTransformerConfig) -> dict[str, Tensor]:
+        source = tensors[self.source]
+        result = _rearranged(self.source, source[self.skip :], self.axes, self._sizes(cfg))
+        if self.scale != 1.0:
+            result = result * self.scale
+        if self.add:
+            result = result + self.add
+        names = self.target_names
+        return dict(zip(names, result if len(names) > 1 else [result], strict=True))
+
+    def invert(self, weights: Tensors, cfg: HookedTransformerConfig) -> dict[str, Tensor]:
+        names = self.target_names
+        result = torch.stack([weights[name] for name in names]) if len(names) > 1 else weights[names[0]]
+        if self.add:
+            result = result - self.add
+        if self.scale != 1.0:
+            result = result / self.scale
+        result = rearrange(result, _reversed(self.axes), **_used(self.axes, self._sizes(cfg)))
+        if self.skip:
+            result = torch.cat((result.new_zeros(self.skip, *result.shape[1:]), result))
+        return {self.source: result}
+
+    def _sizes(self, cfg: HookedTransformerConfig) -> dict[str, int]:
+        return {**axis_sizes(cfg), "part": len(self.target_names), **dict(self.sizes)}
 
 
 @dataclass(frozen=True)
-class Drop:
+class Piece:
+    """A part of a fused tensor.
+
+    Attributes:
+        target: our name for it.
+        size: how many of the split axis's entries it has: an axis name, or "1".
+        axes: an einops pattern for the part; None where it is right as it is.
+    """
+
+    target: str
+    size: str
+    axes: str | None = None
+
+
+@dataclass(frozen=True)
+class Split(Entry):
+    """One source tensor that holds parts of different sizes, such as queries and fewer keys and values.
+
+    Attributes:
+        source: its name.
+        axes: an einops pattern whose result's first axis is `part`, along which the pieces lie one after the other.
+        pieces: the parts, in order.
+    """
+
+    source: str
+    axes: str
+    pieces: tuple[Piece, ...]
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        return (self.source,)
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        return tuple(piece.target for piece in self.pieces)
+
+    def at(self, layer: int) -> Self:
+        pieces = tuple(replace(piece, target=_in_layer(piece.target, layer)) for piece in self.pieces)
+        return replace(self, source=_in_layer(self.source, layer), pieces=pieces)
+
+    def apply(self, tensors: Tensors, cfg: HookedTransformerConfig) -> dict[str, Tensor]:
+        lengths, sizes = self._lengths(cfg), axis_sizes(cfg)
+        whole = _rearranged(self.source, tensors[self.source], self.axes, {**sizes, "part": sum(lengths)})
+        made = {}
+        for piece, part in zip(self.pieces, whole.split(lengths), strict=True):
+            made[piece.target] = part if piece.axes is None else _rearranged(self.source, part, piece.axes, sizes)
+        return made
+
+    def invert(self, weights: Tensors, cfg: HookedTransformerConfig) -> dict[str, Tensor]:
+        sizes = axis_sizes(cfg)
+        parts = [
+            weights[piece.target]
+            if piece.axes is None
+            else rearrange(weights[piece.target], _reversed(piece.axes), **_used(piece.axes, sizes))
+            for piece in self.pieces
+        ]
+        sizes["part"] = sum(self._lengths(cfg))
+        return {self.source: rearrange(torch.cat(parts), _reversed(self.axes), **_used(self.axes, sizes))}
+
+    def _lengths(self, cfg: HookedTransformerConfig) -> list[int]:
+        sizes = axis_sizes(cfg)
+        return [int(piece.size) if piece.size.isdigit() else sizes[piece.size] for piece in self.pieces]
+
+
+@dataclass(frozen=True)
+class Product(Entry):
+    """Two source matrices that act one after the other and become one: `left @ right`, each transposed if need be.
+
+    Attributes:
+        left, right: their names; a `.T` at the end means the transpose.
+        target: our name for the product.
+        again: those of the two that have an entry of their own already.
+    """
+
+    left: str
+    right: str
+    target: str
+    again: tuple[str, ...] = ()
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        names = (self.left.removesuffix(".T"), self.right.removesuffix(".T"))
+        return tuple(name for name in names if name not in self.again)
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        return (self.target,)
+
+    def at(self, layer: int) -> Self:
+        return replace(self, **{name: _in_layer(getattr(self, name), layer) for name in ("left", "right", "target")})
+
+    def apply(self, tensors: Tensors, cfg: HookedTransformerConfig) -> dict[str, Tensor]:
+        left, right = (
+            tensors[name.removesuffix(".T")].T if name.endswith(".T") else tensors[name]
+            for name in (self.left, self.right)
+        )
+        if left.shape[-1] != right.shape[0]:
+            raise CheckpointError(
+                f"{self.left} has shape {tuple(left.shape)} and {self.right} {tuple(right.shape)}: they do not multiply"
+            )
+        return {self.target: left @ right}
+
+    def invert(self, weights: Tensors, cfg: HookedTransformerConfig) -> dict[str, Tensor]:
+        raise CheckpointError(
+            f"{self.target} was made as the product of {self.left} and {self.right}, which cannot be told apart again"
+        )
+
+
+@dataclass(frozen=True)
+class Drop(Entry):
     """A source tensor that is left out on purpose.
 
     Attributes:
         source: its name; `{layer}` stands for every block.
         reason: why it is not needed.
+        value: what every one of its entries has to be, where that matters.
     """
 
     source: str
     reason: str
+    value: float | None = None
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        return (self.source,)
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        return ()
+
+    def at(self, layer: int) -> Self:
+        return replace(self, source=_in_layer(self.source, layer))
+
+    def apply(self, tensors: Tensors, cfg: HookedTransformerConfig) -> dict[str, Tensor]:
+        if self.value is not None and self.source in tensors:
+            tensor = tensors[self.source]
+            if not tensor.is_meta and not bool(torch.isclose(tensor.double(), torch.tensor(self.value).double()).all()):
+                raise CheckpointError(f"{self.source} holds {tensor.tolist()}; only {self.value} is supported")
+        return {}
+
+    def invert(self, weights: Tensors, cfg: HookedTransformerConfig) -> dict[str, Tensor]:
+        return {}
 
 
 @dataclass(frozen=True)
-class Zeros:
-    """A tensor of ours that a family does not have and that is zero there.
+class Constant(Entry):
+    """A tensor of ours that a family does not have: every entry has one value there.
 
     Attributes:
         target: our name; `{layer}` stands for every block.
         axes: the names of its axes.
+        value: of its entries.
     """
 
     target: str
     axes: str
+    value: float = 0.0
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        return (self.target,)
+
+    def at(self, layer: int) -> Self:
+        return replace(self, target=_in_layer(self.target, layer))
+
+    def apply(self, tensors: Tensors, cfg: HookedTransformerConfig) -> dict[str, Tensor]:
+        sizes = axis_sizes(cfg)
+        one = torch.tensor(self.value, dtype=cfg.dtype)
+        # One number seen from every entry: it takes no memory until it is copied into a model.
+        return {self.target: one.expand([sizes[axis] for axis in self.axes.split()])}
+
+    def invert(self, weights: Tensors, cfg: HookedTransformerConfig) -> dict[str, Tensor]:
+        if not bool((weights[self.target] == self.value).all()):
+            raise CheckpointError(f"{self.target} is not {self.value} everywhere, and this family has no place for it")
+        return {}
 
 
-RuleTable = Sequence[Rule | Drop | Zeros]
+@dataclass(frozen=True)
+class Computed(Entry):
+    """A tensor of ours that follows from the config alone.
+
+    Attributes:
+        target: our name.
+        compute: makes it, in float32.
+    """
+
+    target: str
+    compute: Callable[[HookedTransformerConfig], Tensor]
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        return (self.target,)
+
+    def at(self, layer: int) -> Self:
+        return replace(self, target=_in_layer(self.target, layer))
+
+    def apply(self, tensors: Tensors, cfg: HookedTransformerConfig) -> dict[str, Tensor]:
+        return {self.target: self.compute(cfg)}
+
+    def invert(self, weights: Tensors, cfg: HookedTransformerConfig) -> dict[str, Tensor]:
+        given = weights[self.target]
+        if not torch.equal(given, self.compute(cfg).to(given)):
+            raise CheckpointError(f"{self.target} has been changed, and this family computes it from its config")
+        return {}
+
+
+RuleTable = Sequence[Entry]
 
 
 def axis_sizes(cfg: HookedTransformerConfig) -> dict[str, int]:
@@ -90,6 +349,7 @@ def axis_sizes(cfg: HookedTransformerConfig) -> dict[str, int]:
     sizes = {
         "head": cfg.n_heads,
         "kv_head": cfg.n_kv_heads,
+        "group": cfg.n_heads // cfg.n_kv_heads,
         "d_head": cfg.d_head,
         "d_model": cfg.d_model,
         "d_mlp": cfg.d_mlp,
@@ -97,111 +357,43 @@ def axis_sizes(cfg: HookedTransformerConfig) -> dict[str, int]:
         "vocab_out": cfg.d_vocab_out,
         "n_ctx": cfg.n_ctx,
         "expert": cfg.num_experts,
+        "d_expert": cfg.d_mlp if cfg.d_expert is None else cfg.d_expert,
+        "d_shared_expert": cfg.d_shared_expert,
     }
     return {axis: size for axis, size in sizes.items() if size is not None}
 
 
-def convert(
-    table: RuleTable,
-    tensors: Mapping[str, Tensor],
-    cfg: HookedTransformerConfig,
-    prefix: str = "",
-    keep_layers: int | None = None,
-) -> dict[str, Tensor]:
-    """Apply a family's rules to a checkpoint.
-
-    Args:
-        table: the rules.
-        tensors: source name -> tensor, read when asked for.
-        cfg: of the whole checkpoint.
-        prefix: may stand before every source name, and may be absent.
-        keep_layers: convert only so many blocks; the others' tensors are left unread.
-
-    Returns:
-        Our names -> tensors, mostly views of the sources.
-
-    Raises:
-        CheckpointError: a tensor is missing, is surplus, or has the wrong shape; all offenders are named.
-    """
-    present = _without_prefix(tensors, prefix)
-    kept = cfg.n_layers if keep_layers is None else keep_layers
-    rules, zeros, known = _expand(table, cfg.n_layers)
-    _check_table(rules, zeros)
-    missing = [rule.source for rule in rules if rule.source not in present]
-    surplus = sorted(set(present) - known)
-    if missing or surplus:
-        raise CheckpointError(_account(missing, surplus))
-    sizes = axis_sizes(cfg)
-    weights: dict[str, Tensor] = {}
-    for rule in rules:
-        if not _beyond(rule.targets[0], kept):
-            weights |= rule.apply(tensors[present[rule.source]], sizes)
-    like = next(iter(weights.values()))
-    for zero in zeros:
-        if not _beyond(zero.target, kept):
-            shape = [sizes[axis] for axis in zero.axes.split()]
-            weights[zero.target] = torch.zeros(shape, dtype=like.dtype, device=like.device)
-    return weights
+def _rearranged(name: str, tensor: Tensor, axes: str, sizes: Mapping[str, int]) -> Tensor:
+    used = _used(axes, sizes)
+    try:
+        return rearrange(tensor, axes, **used)
+    except EinopsError as error:
+        raise CheckpointError(
+            f"{name} has shape {tuple(tensor.shape)}, which is not {axes.split('->')[0].strip()!r} "
+            f"with {used}: the weights do not belong to this config"
+        ) from error
 
 
-def _expand(table: RuleTable, n_layers: int) -> tuple[list[Rule], list[Zeros], set[str]]:
-    """The rules and zeros of every block, and every source name that is accounted for."""
-    rules: list[Rule] = []
-    zeros: list[Zeros] = []
-    known: set[str] = set()
-    for entry in table:
-        if isinstance(entry, Drop):
-            known.update(_per_layer(entry.source, n_layers))
-        elif isinstance(entry, Zeros):
-            zeros += [replace(entry, target=target) for target in _per_layer(entry.target, n_layers)]
-        else:
-            rules += [entry.at(layer) for layer in range(n_layers)] if "{layer}" in entry.source else [entry]
-    known.update(rule.source for rule in rules)
-    return rules, zeros, known
+def _used(axes: str, sizes: Mapping[str, int]) -> dict[str, int]:
+    named = re.findall(r"[a-z]\w*", axes)
+    return {axis: size for axis, size in sizes.items() if axis in named}
 
 
-def _without_prefix(names: Iterable[str], prefix: str) -> dict[str, str]:
-    """Each source name without its prefix -> as it stands."""
-    present: dict[str, str] = {}
-    for name in names:
-        bare = name.removeprefix(prefix)
-        if bare in present:
-            raise CheckpointError(f"the checkpoint has both {present[bare]!r} and {name!r}: which one is meant?")
-        present[bare] = name
-    return present
+def _reversed(axes: str) -> str:
+    left, right = axes.split("->")
+    return f"{right.strip()} -> {left.strip()}"
 
 
-def _check_table(rules: Sequence[Rule], zeros: Sequence[Zeros]) -> None:
-    """Each source is used once (or once more as `tied`), each target made once."""
-    sources = Counter(rule.source for rule in rules if not rule.tied)
-    targets = Counter([*chain.from_iterable(rule.targets for rule in rules), *(zero.target for zero in zeros)])
-    for what, counter in (("uses", sources), ("makes", targets)):
-        twice = [name for name, count in counter.items() if count > 1]
-        if twice:
-            raise CheckpointError(f"the rule table {what} these tensors more than once: {_shortened(twice)}")
+def _in_layer(name: str, layer: int) -> str:
+    return name.replace("{layer}", str(layer))
 
 
-def _per_layer(name: str, n_layers: int) -> Iterator[str]:
-    if "{layer}" not in name:
-        yield name
-        return
-    for layer in range(n_layers):
-        yield name.format(layer=layer)
+_STACKED = re.compile(r"\{(expert|head|kv_head)\}")
 
 
-def _beyond(target: str, kept: int) -> bool:
-    match = re.match(r"blocks\.(\d+)\.", target)
-    return match is not None and int(match[1]) >= kept
-
-
-def _account(missing: list[str], surplus: list[str]) -> str:
-    parts = []
-    if missing:
-        parts.append(f"lacks {len(missing)} tensors that the config implies: {_shortened(missing)}")
-    if surplus:
-        parts.append(f"has {len(surplus)} tensors that no rule accounts for: {_shortened(surplus)}")
-    return "the checkpoint " + ", and ".join(parts)
-
-
-def _shortened(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def stacked_names(source: str, cfg: HookedTransformerConfig) -> list[str]:
+    """Return the source names that a rule's `source` stands for: one, or one per expert or head."""
+    axis = _STACKED.search(source)
+    if axis is None:
+        return [source]
+    return [source.replace(axis[0], str(index)) for index in range(axis_sizes(cfg)[axis[1]])]

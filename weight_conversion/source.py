@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from weight_conversion.errors import CheckpointError
 from weight_conversion.registry import ALIASES
 
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
+_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def find_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
@@ -70,7 +72,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def open_tensors(folder: Path) -> Mapping[str, Tensor]:
+def open_tensors(folder: Path) -> TensorSource:
     """Return a folder's tensors by name, each read when it is asked for.
 
     Safetensors come first; a pickle is read with `weights_only=True`, and only if there is nothing better.
@@ -78,7 +80,7 @@ def open_tensors(folder: Path) -> Mapping[str, Tensor]:
     Raises:
         CheckpointError: there are none, a shard is absent, or a file is damaged.
     """
-    for single, read in ((_SAFETENSORS, SafetensorFiles), (_PICKLE, PickleFiles)):
+    for single, read in ((_SAFETENSORS, SafetensorFiles), (_PICKLE, _open_pickles)):
         if (folder / f"{single}.index.json").is_file():
             where = read_json(folder / f"{single}.index.json").get("weight_map")
             if not isinstance(where, dict):
@@ -95,56 +97,98 @@ def open_tensors(folder: Path) -> Mapping[str, Tensor]:
     )
 
 
-class SafetensorFiles(Mapping[str, Tensor]):
+class TensorSource(Mapping[str, Tensor]):
+    """Tensors by name that can be asked about before they are read."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading its values."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's dtype without reading its values."""
+
+    def release(self) -> None:
+        """Give back the memory of what has been read, apart from what somebody still holds."""
+
+
+class SafetensorFiles(TensorSource):
     """Safetensors files as one mapping. They are memory-mapped: a tensor costs nothing until its values are used."""
 
     def __init__(self, paths: list[Path]) -> None:
-        self._where: dict[str, Any] = {}
+        self._open: dict[Path, Any] = {}
         self._paths: dict[str, Path] = {}
         for path in paths:
+            self._paths |= dict.fromkeys(self._file(path).keys(), path)
+
+    def _file(self, path: Path) -> Any:
+        if path not in self._open:
             try:
-                file = safe_open(path, framework="pt")
-                names = list(file.keys())
+                self._open[path] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
-            self._where |= dict.fromkeys(names, file)
-            self._paths |= dict.fromkeys(names, path)
+        return self._open[path]
 
     def __getitem__(self, name: str) -> Tensor:
+        path = self._paths[name]
         try:
-            return self._where[name].get_tensor(name)
+            return self._file(path).get_tensor(name)
         except SafetensorError as error:
-            raise CheckpointError(f"{name} in {self._paths[name]} cannot be read: {error}") from error
+            raise CheckpointError(f"{name} in {path} cannot be read: {error}") from error
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file(self._paths[name]).get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        kind = self._file(self._paths[name]).get_slice(name).get_dtype()
+        if kind not in _SAFETENSORS_DTYPES:
+            raise CheckpointError(f"{name} has the dtype {kind}, which is not among {sorted(_SAFETENSORS_DTYPES)}")
+        return _SAFETENSORS_DTYPES[kind]
+
+    def release(self) -> None:
+        # The pages that were read stay in memory as long as the file is mapped.
+        self._open.clear()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
+        return iter(self._paths)
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._paths)
 
 
-class PickleFiles(Mapping[str, Tensor]):
-    """PyTorch pickles as one mapping, memory-mapped, and only if they hold tensors and nothing that could run."""
+class TensorsInMemory(TensorSource):
+    """A state dict."""
 
-    def __init__(self, paths: list[Path]) -> None:
-        self._tensors: dict[str, Tensor] = {}
-        for path in paths:
-            try:
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except Exception as error:  # torch.load raises whatever the damage leads to
-                raise CheckpointError(
-                    f"{path} is damaged, or holds more than tensors, and is not unpickled: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
-            if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-                raise CheckpointError(f"{path} does not hold tensors by name")
-            self._tensors |= content
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+def _open_pickles(paths: list[Path]) -> TensorsInMemory:
+    """Return PyTorch pickles, memory-mapped, and only if they hold tensors and nothing that could run."""
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch.load raises whatever the damage leads to
+            raise CheckpointError(
+                f"{path} is damaged, or holds more than tensors, and is not unpickled: {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+            raise CheckpointError(f"{path} does not hold tensors by name")
+        tensors |= content
+    return TensorsInMemory(tensors)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from weight_conversion.family import Family
+from hooked_lm.config import HookedTransformerConfig
+from weight_conversion import tables
+from weight_conversion.family import Family, Sites
 from weight_conversion.fields import ConfigFields
-from weight_conversion.rules import Drop, Rule, RuleTable, Zeros
+from weight_conversion.rules import Drop, Rule, RuleTable
 
 
 def config(fields: ConfigFields) -> dict[str, Any]:
@@ -15,7 +17,7 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     fields.ignore("attn_pdrop", "embd_pdrop", "resid_pdrop", "reorder_and_upcast_attn")
     # What a classification head or an old file says of itself.
     fields.ignore("summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type")
-    fields.ignore("summary_use_proj", "n_ctx", "gradient_checkpointing", "tie_word_embeddings")
+    fields.ignore("summary_use_proj", "n_ctx", "gradient_checkpointing")
     d_model = fields.take("n_embd")
     return {
         "n_layers": fields.take("n_layer"),
@@ -30,44 +32,40 @@ def config(fields: ConfigFields) -> dict[str, Any]:
         "scale_attn_by_inverse_layer_idx": fields.take("scale_attn_by_inverse_layer_idx"),
         "normalization_type": "LN",
         "positional_embedding_type": "standard",
+        "tie_word_embeddings": fields.get("tie_word_embeddings", True),
     }
 
 
-def rules(tied: bool) -> RuleTable:
+def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     """Map the tensors of a `GPT2LMHeadModel`. GPT-2 keeps its matrices as [in out]."""
     block = "blocks.{layer}"
-    qkv_weights = tuple(f"{block}.attn.W_{which}" for which in "QKV")
-    qkv_biases = tuple(f"{block}.attn.b_{which}" for which in "QKV")
-    unembedding = (
-        (Rule("wte.weight", "vocab d_model -> d_model vocab", ("unembed.W_U",), tied=True),
-         Drop("lm_head.weight", "it is the token embedding"))
-        if tied
-        else (Rule("lm_head.weight", "vocab d_model -> d_model vocab", ("unembed.W_U",)),)
-    )  # fmt: skip
+    qkv_weights = tuple(f"{block}.attn.W_{letter}" for letter in "QKV")
+    qkv_biases = tuple(f"{block}.attn.b_{letter}" for letter in "QKV")
     return (
-        Rule("wte.weight", "vocab d_model -> vocab d_model", ("embed.W_E",)),
-        Rule("wpe.weight", "n_ctx d_model -> n_ctx d_model", ("pos_embed.W_pos",)),
-        Rule("h.{layer}.ln_1.weight", "d_model -> d_model", (f"{block}.ln1.w",)),
-        Rule("h.{layer}.ln_1.bias", "d_model -> d_model", (f"{block}.ln1.b",)),
+        *tables.embeddings(cfg, "wte.weight"),
+        Rule("wpe.weight", "n_ctx d_model -> n_ctx d_model", "pos_embed.W_pos"),
+        *tables.norm("h.{layer}.ln_1", f"{block}.ln1", bias=True),
         Rule("h.{layer}.attn.c_attn.weight", "d_model (part head d_head) -> part head d_model d_head", qkv_weights),
         Rule("h.{layer}.attn.c_attn.bias", "(part head d_head) -> part head d_head", qkv_biases),
-        Rule("h.{layer}.attn.c_proj.weight", "(head d_head) d_model -> head d_head d_model", (f"{block}.attn.W_O",)),
-        Rule("h.{layer}.attn.c_proj.bias", "d_model -> d_model", (f"{block}.attn.b_O",)),
-        Rule("h.{layer}.ln_2.weight", "d_model -> d_model", (f"{block}.ln2.w",)),
-        Rule("h.{layer}.ln_2.bias", "d_model -> d_model", (f"{block}.ln2.b",)),
-        Rule("h.{layer}.mlp.c_fc.weight", "d_model d_mlp -> d_model d_mlp", (f"{block}.mlp.W_in",)),
-        Rule("h.{layer}.mlp.c_fc.bias", "d_mlp -> d_mlp", (f"{block}.mlp.b_in",)),
-        Rule("h.{layer}.mlp.c_proj.weight", "d_mlp d_model -> d_mlp d_model", (f"{block}.mlp.W_out",)),
-        Rule("h.{layer}.mlp.c_proj.bias", "d_model -> d_model", (f"{block}.mlp.b_out",)),
-        Rule("ln_f.weight", "d_model -> d_model", ("ln_final.w",)),
-        Rule("ln_f.bias", "d_model -> d_model", ("ln_final.b",)),
-        *unembedding,
-        Zeros("unembed.b_U", "vocab"),
+        Rule("h.{layer}.attn.c_proj.weight", "(head d_head) d_model -> head d_head d_model", f"{block}.attn.W_O"),
+        Rule("h.{layer}.attn.c_proj.bias", "d_model -> d_model", f"{block}.attn.b_O"),
+        *tables.norm("h.{layer}.ln_2", f"{block}.ln2", bias=True),
+        Rule("h.{layer}.mlp.c_fc.weight", "d_model d_mlp -> d_model d_mlp", f"{block}.mlp.W_in"),
+        Rule("h.{layer}.mlp.c_fc.bias", "d_mlp -> d_mlp", f"{block}.mlp.b_in"),
+        Rule("h.{layer}.mlp.c_proj.weight", "d_mlp d_model -> d_mlp d_model", f"{block}.mlp.W_out"),
+        Rule("h.{layer}.mlp.c_proj.bias", "d_model -> d_model", f"{block}.mlp.b_out"),
+        *tables.norm("ln_f", "ln_final", bias=True),
         Drop("h.{layer}.attn.bias", "the causal mask of old checkpoints"),
         Drop("h.{layer}.attn.masked_bias", "a constant of old checkpoints"),
     )
 
 
 FAMILY = Family(
-    "GPT-2", ("GPT2LMHeadModel", "GPT2Model"), config, rules, "wte.weight", "lm_head.weight", prefix="transformer."
+    "GPT-2",
+    ("GPT2LMHeadModel", "GPT2Model"),
+    config,
+    rules,
+    embedding="wte.weight",
+    prefix="transformer.",
+    sites=Sites(layers="transformer.h", attn="attn"),
 )

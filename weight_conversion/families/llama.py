@@ -1,0 +1,49 @@
+"""Llama (Touvron et al. 2023), with every scaling of its rotary positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hooked_lm.config import HookedTransformerConfig
+from weight_conversion import tables
+from weight_conversion.family import Family
+from weight_conversion.fields import ConfigFields
+from weight_conversion.rotary import rotary
+from weight_conversion.rules import RuleTable
+
+
+def config(fields: ConfigFields) -> dict[str, Any]:
+    """Map a `LlamaConfig`."""
+    fields.ignore("attention_dropout", "pretraining_tp", "rope_interleaved")
+    d_head = fields.get("head_dim", None) or fields.take("hidden_size") // fields.take("num_attention_heads")
+    return {
+        "n_layers": fields.take("num_hidden_layers"),
+        "d_model": fields.take("hidden_size"),
+        "n_heads": fields.take("num_attention_heads"),
+        "n_key_value_heads": fields.take("num_key_value_heads"),
+        "d_head": d_head,
+        "d_mlp": fields.take("intermediate_size"),
+        "d_vocab": fields.take("vocab_size"),
+        "act_fn": fields.take("hidden_act"),
+        "gated_mlp": True,
+        "eps": fields.take("rms_norm_eps"),
+        "normalization_type": "RMS",
+        "tie_word_embeddings": fields.take("tie_word_embeddings"),
+        **rotary(fields, d_head),
+    }
+
+
+def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
+    """Map the tensors of a `LlamaForCausalLM`."""
+    bias = fields.take("attention_bias")
+    return (
+        *tables.embeddings(cfg),
+        *tables.norm("layers.{layer}.input_layernorm", "blocks.{layer}.ln1"),
+        *tables.attention("layers.{layer}.self_attn", qkv_bias=bias, out_bias=bias),
+        *tables.norm("layers.{layer}.post_attention_layernorm", "blocks.{layer}.ln2"),
+        *tables.gated_mlp("layers.{layer}.mlp", bias=fields.take("mlp_bias")),
+        *tables.norm("norm", "ln_final"),
+    )
+
+
+FAMILY = Family("Llama", ("LlamaForCausalLM", "LlamaModel"), config, rules)

@@ -1,0 +1,128 @@
+"""Rotary positions as HuggingFace configs describe them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from weight_conversion.errors import CheckpointError
+from weight_conversion.fields import ConfigFields
+
+# What configs kept in fields of their own before they had `rope_parameters`, which transformers fills in from these.
+LEGACY_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings")
+
+
+def rotary(fields: ConfigFields, d_head: int, *, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the rotary arguments of a `HookedTransformerConfig`, and `n_ctx`.
+
+    Args:
+        fields: of a config with `rope_parameters` and `max_position_embeddings`.
+        d_head: width of a head, of which `partial_rotary_factor` rotates.
+        parameters: one layer type's parameters where `rope_parameters` holds several; then `fields` need not be read.
+
+    Raises:
+        CheckpointError: the kind of scaling is not known, or it has parameters that are not.
+    """
+    fields.ignore(*LEGACY_FIELDS)
+    given = dict(fields.take("rope_parameters") if parameters is None else parameters)
+    n_ctx = fields.take("max_position_embeddings")
+    kind = given.pop("rope_type", "default")
+    given.pop("type", None)
+    arguments = {
+        "positional_embedding_type": "rotary",
+        "rotary_dim": int(d_head * given.pop("partial_rotary_factor", 1.0)),
+        "rotary_base": float(given.pop("rope_theta")),
+        "n_ctx": n_ctx,
+    }
+    if kind not in _SCALINGS:
+        raise CheckpointError(f"{fields.family} with rope_type={kind!r} is not supported; {sorted(_SCALINGS)} are")
+    arguments |= _SCALINGS[kind](given, n_ctx)
+    unread = {name: value for name, value in given.items() if value is not None}
+    if unread:
+        raise CheckpointError(
+            f"the rotary parameters of this {fields.family} config have entries that {kind!r} does not know: {unread}"
+        )
+    return arguments
+
+
+def _default(given: dict[str, Any], n_ctx: int) -> dict[str, Any]:
+    # Left over from the length the model was trained at; without scaling it says nothing.
+    for name in ("original_max_position_embeddings", "factor"):
+        given.pop(name, None)
+    return {}
+
+
+def _linear(given: dict[str, Any], n_ctx: int) -> dict[str, Any]:
+    given.pop("original_max_position_embeddings", None)
+    return {"rotary_scaling_factor": float(given.pop("factor"))}
+
+
+def _dynamic(given: dict[str, Any], n_ctx: int) -> dict[str, Any]:
+    """NTK scaling starts where the model's trained context ends, so its context is `factor` times that."""
+    given.pop("original_max_position_embeddings", None)
+    factor = float(given.pop("factor"))
+    return {
+        "use_dynamic_rope": True,
+        "dynamic_rope_factor": factor,
+        "dynamic_rope_original_ctx_len": n_ctx,
+        "n_ctx": math.ceil(n_ctx * factor),
+    }
+
+
+def _llama3(given: dict[str, Any], n_ctx: int) -> dict[str, Any]:
+    return {
+        "use_NTK_by_parts_rope": True,
+        "NTK_by_parts_factor": float(given.pop("factor")),
+        "NTK_by_parts_low_freq_factor": float(given.pop("low_freq_factor")),
+        "NTK_by_parts_high_freq_factor": float(given.pop("high_freq_factor")),
+        "NTK_original_ctx_len": given.pop("original_max_position_embeddings"),
+    }
+
+
+def _yarn(given: dict[str, Any], n_ctx: int) -> dict[str, Any]:
+    original = given.pop("original_max_position_embeddings")
+    factor = given.pop("factor", None) or n_ctx / original
+    attention_factor = given.pop("attention_factor", None)
+    mscale, mscale_all = given.pop("mscale", None), given.pop("mscale_all_dim", None)
+    if attention_factor is None and mscale and mscale_all:
+        attention_factor = _yarn_amplitude(factor, mscale) / _yarn_amplitude(factor, mscale_all)
+    return {
+        "use_yarn_rope": True,
+        "yarn_factor": float(factor),
+        "yarn_attention_factor": _yarn_amplitude(factor, 1.0) if attention_factor is None else float(attention_factor),
+        "yarn_beta_fast": float(given.pop("beta_fast", None) or 32),
+        "yarn_beta_slow": float(given.pop("beta_slow", None) or 1),
+        "yarn_original_max_position_embeddings": original,
+        "yarn_truncate": bool(given.pop("truncate", True)),
+    }
+
+
+def _yarn_amplitude(factor: float, mscale: float) -> float:
+    """What queries and keys are multiplied by under YaRN (Peng et al. 2023, equation 22)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _longrope(given: dict[str, Any], n_ctx: int) -> dict[str, Any]:
+    original = given.pop("original_max_position_embeddings")
+    factor = given.pop("factor", None) or n_ctx / original
+    amplitude = given.pop("attention_factor", None)
+    if amplitude is None:
+        amplitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return {
+        "use_longrope": True,
+        "longrope_short_factors": [float(divisor) for divisor in given.pop("short_factor")],
+        "longrope_long_factors": [float(divisor) for divisor in given.pop("long_factor")],
+        "longrope_attention_factor": float(amplitude),
+        "longrope_original_ctx_len": original,
+    }
+
+
+_SCALINGS = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}

@@ -1,0 +1,153 @@
+"""Rows that many families' rule tables share. Linear layers keep their matrices as [out in] unless a family says so."""
+
+from __future__ import annotations
+
+from hooked_lm.config import HookedTransformerConfig
+from weight_conversion.rules import Constant, Drop, Entry, Rule
+
+BLOCK = "blocks.{layer}"
+
+_ATTENTION_AXES = {"Q": "head", "K": "kv_head", "V": "kv_head"}
+
+
+def norm(source: str, target: str, *, bias: bool = False, add: float = 0.0, again: bool = False) -> tuple[Entry, ...]:
+    """Return the rows of a norm over the residual stream: `source.weight` is its gain, `source.bias` its bias.
+
+    Args:
+        source, target: the modules.
+        bias: it has a bias, which only LayerNorms do; see `biasless_layer_norm` for one without.
+        add: what the model adds to the stored gain (Gemma: 1).
+        again: another norm of ours reads the same tensors.
+    """
+    gain = Rule(f"{source}.weight", "d_model -> d_model", f"{target}.w", add=add, again=again)
+    if not bias:
+        return (gain,)
+    return (gain, Rule(f"{source}.bias", "d_model -> d_model", f"{target}.b", again=again))
+
+
+def biasless_layer_norm(source: str, target: str, *, again: bool = False) -> tuple[Entry, ...]:
+    """Return the rows of a LayerNorm that has a gain and no bias."""
+    return (*norm(source, target, again=again), Constant(f"{target}.b", "d_model"))
+
+
+def attention(
+    module: str,
+    *,
+    names: tuple[str, str, str, str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
+    qkv_bias: bool = False,
+    out_bias: bool = False,
+    out_scale: float = 1.0,
+) -> tuple[Entry, ...]:
+    """Return the rows of attention with one linear layer each for queries, keys, values and output.
+
+    Args:
+        module: the attention module, with `{layer}`.
+        names: its four layers.
+        qkv_bias, out_bias: which of them have a bias.
+        out_scale: what the output is multiplied by before it is added to the stream.
+    """
+    rows: list[Entry] = []
+    for letter, name in zip("QKV", names, strict=False):
+        head = _ATTENTION_AXES[letter]
+        W, b = f"{BLOCK}.attn.W_{letter}", f"{BLOCK}.attn.b_{letter}"
+        rows.append(Rule(f"{module}.{name}.weight", f"({head} d_head) d_model -> {head} d_model d_head", W))
+        bias = Rule(f"{module}.{name}.bias", f"({head} d_head) -> {head} d_head", b)
+        rows.append(bias if qkv_bias else Constant(b, f"{head} d_head"))
+    return (*rows, *attention_output(f"{module}.{names[3]}", bias=out_bias, scale=out_scale))
+
+
+def attention_output(source: str, *, bias: bool = False, scale: float = 1.0) -> tuple[Entry, ...]:
+    """Return the rows of the linear layer that attention writes with; `scale` multiplies what it writes."""
+    weight, b_O = "d_model (head d_head) -> head d_head d_model", f"{BLOCK}.attn.b_O"
+    out = Rule(f"{source}.bias", "d_model -> d_model", b_O, scale=scale) if bias else Constant(b_O, "d_model")
+    return (Rule(f"{source}.weight", weight, f"{BLOCK}.attn.W_O", scale=scale), out)
+
+
+def no_qkv_biases() -> tuple[Entry, ...]:
+    """Return the rows for queries, keys and values without biases, where the weights have rows of their own."""
+    return tuple(Constant(f"{BLOCK}.attn.b_{letter}", f"{head} d_head") for letter, head in _ATTENTION_AXES.items())
+
+
+def linear(
+    source: str,
+    weight: str,
+    bias_target: str,
+    axes: tuple[str, str],
+    *,
+    bias: bool = False,
+    scale: float = 1.0,
+    layers: tuple[int, ...] | None = None,
+) -> tuple[Entry, ...]:
+    """Return the rows of one linear layer from `axes[0]` to `axes[1]`, kept as [out in]."""
+    into, out = axes
+    W = Rule(f"{source}.weight", f"{out} {into} -> {into} {out}", weight, scale=scale, layers=layers)
+    if bias:
+        return (W, Rule(f"{source}.bias", f"{out} -> {out}", bias_target, scale=scale, layers=layers))
+    return (W, Constant(bias_target, out, layers=layers))
+
+
+def mlp(
+    up: str, down: str, *, up_bias: bool = False, down_bias: bool = False, layers: tuple[int, ...] | None = None
+) -> tuple[Entry, ...]:
+    """Return the rows of a plain MLP of two linear layers."""
+    target = f"{BLOCK}.mlp"
+    return (
+        *linear(up, f"{target}.W_in", f"{target}.b_in", ("d_model", "d_mlp"), bias=up_bias, layers=layers),
+        *linear(down, f"{target}.W_out", f"{target}.b_out", ("d_mlp", "d_model"), bias=down_bias, layers=layers),
+    )
+
+
+def gated_mlp(
+    module: str,
+    *,
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    target: str = f"{BLOCK}.mlp",
+    d_mlp: str = "d_mlp",
+    bias: bool = False,
+    out_scale: float = 1.0,
+    layers: tuple[int, ...] | None = None,
+) -> tuple[Entry, ...]:
+    """Return the rows of a gated MLP: `down(act(gate(x)) * up(x))`."""
+    gate, up, down = (f"{module}.{name}" for name in names)
+    inward, outward = ("d_model", d_mlp), (d_mlp, "d_model")
+    W_out = (f"{target}.W_out", f"{target}.b_out")
+    return (
+        *linear(gate, f"{target}.W_gate", f"{target}.b_gate", inward, bias=bias, layers=layers),
+        *linear(up, f"{target}.W_in", f"{target}.b_in", inward, bias=bias, layers=layers),
+        *linear(down, *W_out, outward, bias=bias, scale=out_scale, layers=layers),
+    )
+
+
+def no_mlp_biases(*, gated: bool) -> tuple[Entry, ...]:
+    """Return the rows for an MLP without biases, where the weights have rows of their own."""
+    inward = ("b_in", "b_gate") if gated else ("b_in",)
+    return (
+        *(Constant(f"{BLOCK}.mlp.{name}", "d_mlp") for name in inward),
+        Constant(f"{BLOCK}.mlp.b_out", "d_model"),
+    )
+
+
+def embeddings(
+    cfg: HookedTransformerConfig,
+    embedding: str = "embed_tokens.weight",
+    unembedding: str = "lm_head",
+    *,
+    bias: bool = False,
+) -> tuple[Entry, ...]:
+    """Return the rows of the token embedding and the unembedding, which are one tensor where the config ties them.
+
+    Args:
+        cfg: says whether they are tied.
+        embedding: the embedding's tensor.
+        unembedding: the unembedding's module.
+        bias: the unembedding has a bias.
+    """
+    b_U = (
+        Rule(f"{unembedding}.bias", "vocab_out -> vocab_out", "unembed.b_U")
+        if bias
+        else Constant("unembed.b_U", "vocab_out")
+    )
+    own: Entry = Rule(f"{unembedding}.weight", "vocab_out d_model -> d_model vocab_out", "unembed.W_U")
+    if cfg.tie_word_embeddings:
+        own = Drop(f"{unembedding}.weight", "it is the token embedding")
+    return (Rule(embedding, "vocab d_model -> vocab d_model", "embed.W_E"), own, b_U)
