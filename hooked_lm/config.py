@@ -17,8 +17,18 @@ POSITION_TYPES = ("standard", "rotary", "alibi", "shortformer", "none")
 ATTENTION_DIRECTIONS = ("causal", "bidirectional")
 INIT_MODES = ("gpt2", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal")
 ACTIVATIONS = (
-    "relu", "gelu", "silu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu2", "identity",
-    "solu", "solu_ln", "xielu",
+    "relu",
+    "gelu",
+    "silu",
+    "gelu_new",
+    "gelu_fast",
+    "gelu_pytorch_tanh",
+    "quick_gelu",
+    "relu2",
+    "identity",
+    "solu",
+    "solu_ln",
+    "xielu",
 )
 NORM_PLACEMENTS = ("before", "before_and_after", "after", "residual")
 QK_NORM_TYPES = ("RMS", "RMSPre", "LN")  # fmt: skip
@@ -292,6 +302,8 @@ class HookedTransformerConfig:
             raise ValueError(f"SparseMixer picks two experts, not experts_per_token={self.experts_per_token}")
         if self.gated_limit is not None and not self.gated_mlp:
             raise ValueError("gated_limit is about the two factors of gated experts: give gated_mlp=True")
+        if self.d_shared_expert is not None and not self.gated_mlp:
+            raise ValueError("the shared expert is a gated MLP: d_shared_expert needs gated_mlp=True")
         if self.shared_expert_gate and self.d_shared_expert is None:
             raise ValueError("shared_expert_gate needs a shared expert: give d_shared_expert")
         for name in ("d_expert", "d_shared_expert"):
@@ -446,6 +458,14 @@ class HookedTransformerConfig:
         """Whether a layer rotates its queries and keys."""
         rotary = self.positional_embedding_type == "rotary"
         return rotary and (self.rotary_layers is None or self.rotary_layers[layer])
+
+    def rotation_changes(self, before: int, after: int) -> bool:
+        """Whether positions that a prompt of length `before` has turn differently once it has length `after`."""
+        if self.positional_embedding_type != "rotary" or before >= after:
+            return False
+        if self.use_dynamic_rope:
+            return after > self.dynamic_rope_original_ctx_len
+        return self.use_longrope and before <= self.longrope_original_ctx_len < after
 
     def window(self, layer: int) -> int | None:
         """The window of a local layer; None in a global one."""

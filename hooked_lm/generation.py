@@ -22,6 +22,8 @@ class LanguageModel(Protocol):
 
     def new_kv_cache(self, batch_size: int) -> HookedTransformerKeyValueCache: ...
 
+    def outgrows(self, cache: HookedTransformerKeyValueCache) -> bool: ...
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -129,6 +131,8 @@ def decode_steps(
     finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
     ends = torch.tensor(eos_token_ids, dtype=tokens.dtype, device=tokens.device)
     for _ in tqdm(range(max_new_tokens), disable=not verbose, desc="generating", leave=False):
+        if cache is not None and model.outgrows(cache):
+            cache, unread, unread_mask = model.new_kv_cache(tokens.shape[0]), tokens, attention_mask
         with torch.no_grad():
             logits = model(
                 unread,

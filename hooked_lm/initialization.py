@@ -88,7 +88,7 @@ def initialize_weights(model: nn.Module, cfg: HookedTransformerConfig) -> None:
         kind = name.rpartition(".")[2]
         if kind.startswith("W_"):
             _draw(parameter, cfg, generator)
-        else:
+        elif not kind.startswith("alpha_"):  # a learned activation function is made with its own values
             nn.init.constant_(parameter, 1.0 if kind == "w" else 0.0)
 
 

@@ -27,6 +27,9 @@ class ModelWeights(nn.Module):
     tokenizer: Tokenizer | None
     # The processing steps that the weights have been through, so that a saved model is not put through them again.
     processed: tuple[str, ...] = ()
+    # The HuggingFace config that the model was loaded with, for the way back.
+    origin: dict[str, Any] | None = None
+    unembed: Any
 
     # Checkpoints
 
@@ -92,55 +95,71 @@ class ModelWeights(nn.Module):
             dtype=dtype,
             trust_remote_code=trust_remote_code,
         )
-        unknown = [step for step in loaded.processed if step not in processing.STEPS]
-        if unknown:
-            raise checkpoint.CheckpointError(
-                f"{name_or_path}: config.json says processed={list(loaded.processed)}, of which {unknown} are no steps"
-            )
         changes = {"default_prepend_bos": default_prepend_bos, "default_padding_side": default_padding_side}
         cfg = loaded.cfg.replace(
-            init_weights=False,
-            device=None if device is None else str(device),
-            **{name: value for name, value in changes.items() if value is not None},
+            init_weights=False, device=None, **{name: value for name, value in changes.items() if value is not None}
         )
-        plan = [
-            step
-            for step in processing.plan_processing(
-                cfg,
-                {
-                    "fold_ln": fold_ln,
-                    "center_writing_weights": center_writing_weights,
-                    "center_unembed": center_unembed,
-                    "fold_value_biases": fold_value_biases,
-                    "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
-                },
-            )
-            if step not in loaded.processed
-        ]
-        model = cls._of_checkpoint(str(name_or_path), cfg, loaded, plan)
-        model.processed = (*loaded.processed, *plan)
-        return model
+        asked = {
+            "fold_ln": fold_ln,
+            "center_writing_weights": center_writing_weights,
+            "center_unembed": center_unembed,
+            "fold_value_biases": fold_value_biases,
+            "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
+        }
+        plan = [step for step in processing.plan_processing(cfg, asked) if step not in loaded.processed]
+        return cls._of_checkpoint(str(name_or_path), cfg, loaded, plan, device)
 
     @classmethod
+    @torch.no_grad()
     def _of_checkpoint(
-        cls, name: str, cfg: HookedTransformerConfig, loaded: checkpoint.Loaded, plan: list[str]
+        cls,
+        name: str,
+        cfg: HookedTransformerConfig,
+        loaded: checkpoint.Loaded,
+        plan: list[str],
+        device: str | torch.device | None,
     ) -> Self:
-        weights = loaded.weights
-        if plan:
-            # Processing in low precision would round twice; the model casts the result as it takes it in.
-            precise = torch.promote_types(cfg.dtype, torch.float32)
-            weights = {key: value.to(torch.promote_types(value.dtype, precise)) for key, value in weights.items()}
-        mismatch = f"{name} does not hold the tensors that its config implies"
-        try:
-            cfg, weights = processing.process(cfg, weights, plan)
-        except KeyError as error:
-            raise checkpoint.CheckpointError(f"{mismatch}: {error} is missing") from error
-        model = cls(cfg, loaded.tokenizer)
-        try:
-            nn.Module.load_state_dict(model, weights, strict=True)
-        except RuntimeError as error:
-            raise checkpoint.CheckpointError(f"{mismatch}: {error}") from error
+        """Build a model for a checkpoint and read its weights, chunk by chunk, into the places where they stay.
+
+        Everything that can be wrong with names and shapes is found on the meta device, before memory is spent.
+        """
+        _check_steps(name, loaded.processed)
+        parted = processing.unties(cfg, plan)
+        before = cfg.replace(tie_word_embeddings=cfg.tie_word_embeddings and not parted)
+        shapes = {key: torch.empty(shape, device="meta") for key, shape in loaded.weights.shapes.items()}
+        if parted:
+            shapes["unembed.W_U"] = shapes["embed.W_E"].T
+        with torch.device("meta"):
+            try:
+                after = processing.process_(before, shapes, plan)
+            except KeyError as error:
+                raise checkpoint.CheckpointError(f"{_mismatch(name)}: {error} is missing") from error
+            model = cls(after, loaded.tokenizer, move_to_device=False)
+        _check_shapes(name, shapes, model.state_dict())
+        model.to_empty(device=device or "cpu")
+        for chunk in loaded.weights:
+            if parted and "embed.W_E" in chunk:
+                chunk["unembed.W_U"] = chunk["embed.W_E"].T
+            model._take_in(chunk, before, plan)
+        model.processed, model.origin = (*loaded.processed, *plan), loaded.origin
         return model
+
+    def _take_in(self, chunk: Weights, cfg: HookedTransformerConfig, plan: list[str]) -> None:
+        """Copy some blocks' weights to where they stay, and process them there."""
+        homes = {name: home for name, home in self.state_dict().items() if name in chunk}
+        placed = {}
+        for name, value in chunk.items():
+            home = homes.get(name)
+            # Processing in low precision would round twice.
+            wide = torch.promote_types(torch.promote_types(value.dtype, self.cfg.dtype), torch.float32)
+            if home is None or (plan and home.dtype != wide):
+                placed[name] = value.to(device=self.cfg.device, dtype=wide if plan else None, copy=True)
+            else:
+                placed[name] = home.copy_(value)
+        processing.process_(cfg, placed, plan)
+        for name, home in homes.items():
+            if placed[name] is not home:
+                home.copy_(placed[name])
 
     @classmethod
     def from_pretrained_no_processing(cls, name_or_path: str | Path, **kwargs: Any) -> Self:
@@ -165,7 +184,13 @@ class ModelWeights(nn.Module):
             raise ValueError(
                 "load_state_dict copies the weights into the model's own memory layout: leave assign=False"
             )
-        weights = processing.from_classic(dict(state_dict)) if strict else state_dict
+        weights = processing.from_classic(dict(state_dict)) if strict else dict(state_dict)
+        W_U = weights.pop("unembed.W_U", None) if self.cfg.tie_word_embeddings else None
+        if W_U is not None and not torch.equal(W_U, weights["embed.W_E"].T):
+            raise ValueError(
+                "this model's embeddings are tied, and the unembed.W_U given is not the transpose of embed.W_E: build "
+                "the model with tie_word_embeddings=False"
+            )
         result = super().load_state_dict(weights, strict=strict)
         self.processed = ()
         return result
@@ -226,13 +251,15 @@ class ModelWeights(nn.Module):
 
     @torch.no_grad()
     def _apply_step(self, name: str) -> None:
-        cfg, weights = processing.STEPS[name].apply(self.cfg, self.state_dict())
+        cfg, weights = processing.process(self.cfg, self.state_dict(), [name])
         self._install(cfg, weights)
         self.processed = tuple(dict.fromkeys((*self.processed, name)))
 
     def _install(self, cfg: HookedTransformerConfig, weights: Weights) -> None:
         """Take over processed weights; norms whose gain has been folded away lose it."""
-        self.cfg.normalization_type = cfg.normalization_type
+        self.cfg.normalization_type, self.cfg.tie_word_embeddings = cfg.normalization_type, cfg.tie_word_embeddings
+        if not cfg.tie_word_embeddings:
+            self.unembed.untie()
         for name, module in self.named_modules():
             if isinstance(module, Norm) and f"{name}.w" not in weights:
                 module.drop_gain_and_bias()
@@ -251,7 +278,12 @@ class ModelWeights(nn.Module):
         # Where a model was is no property of it.
         del config["device"]
         config["tokenizer_name"] = None
-        saved = {"format": checkpoint.OWN_FORMAT, "processed": list(self.processed), "config": config}
+        saved = {
+            "format": checkpoint.OWN_FORMAT,
+            "processed": list(self.processed),
+            "config": config,
+            "origin": self.origin,
+        }
         (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
         tensors = {name: value.contiguous() for name, value in self.state_dict().items()}
         save_file(tensors, folder / "model.safetensors")
@@ -259,3 +291,28 @@ class ModelWeights(nn.Module):
         (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode & 0o777)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
+
+
+def _mismatch(name: str) -> str:
+    return f"{name} does not hold the tensors that its config implies"
+
+
+def _check_steps(name: str, processed: tuple[str, ...]) -> None:
+    unknown = [step for step in processed if step not in processing.STEPS]
+    if unknown:
+        raise checkpoint.CheckpointError(
+            f"{name}: config.json says processed={list(processed)}, of which {unknown} are no steps"
+        )
+
+
+def _check_shapes(name: str, given: Weights, expected: Mapping[str, Tensor]) -> None:
+    faults = [f"{key} is missing" for key in expected if key not in given]
+    faults += [f"{key} has no place" for key in given if key not in expected]
+    faults += [
+        f"{key} has shape {tuple(given[key].shape)} instead of {tuple(home.shape)}"
+        for key, home in expected.items()
+        if key in given and given[key].shape != home.shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
+        raise checkpoint.CheckpointError(f"{_mismatch(name)}: {'; '.join(faults[:8])}{more}")

@@ -183,7 +183,9 @@ class TextInterface(nn.Module):
         return tokenization.token_position(token, tokens, repr(single_token), mode)
 
     def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "*shape d_model"]:
-        """Return the column of `W_U` of each token: the direction in the final stream that raises its logit.
+        """Return the direction in the final stream that raises each token's logit: its column of `W_U`.
+
+        It is times `logit_scale`, if the model has one.
 
         Args:
             tokens: a string that is one token, a token, or a tensor of tokens of any shape.
@@ -194,7 +196,8 @@ class TextInterface(nn.Module):
         limit = self.cfg.d_vocab_out
         if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < limit):
             raise ValueError(f"tokens {index.tolist()} are not all in 0-{limit - 1}")
-        return self.unembed.W_U.T[index.to(self.unembed.W_U.device)]
+        directions = self.unembed.W_U.T[index.to(self.unembed.W_U.device)]
+        return directions if self.cfg.logit_scale == 1.0 else directions * self.cfg.logit_scale
 
 
 def check_attention_mask(mask: object, batch: int, n_new: int, continuing: bool = False) -> None:

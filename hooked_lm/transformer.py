@@ -69,8 +69,8 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Intervening):
             self.pos_embed = PosEmbed(cfg)
             self.hook_pos_embed = HookPoint("batch pos d_model")
         self.blocks = nn.ModuleList([TransformerBlock(cfg, layer) for layer in range(cfg.n_layers)])
-        self.ln_final = make_norm(cfg, kind=_final_norm_kind(cfg))
-        self.unembed = Unembed(cfg)
+        self.ln_final = make_norm(cfg, kind=_final_norm_kind(cfg)) if cfg.final_norm else nn.Identity()
+        self.unembed = Unembed(cfg, tied_to=self.embed if cfg.tie_word_embeddings else None)
         device = cfg.device  # asked for; from the next line on the config says where the parameters are
         self.to(cfg.dtype)
         if cfg.init_weights:
@@ -284,6 +284,11 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Intervening):
                 f"the key-value cache is for {len(past_kv_cache)} layers and batch {past_kv_cache.batch_size}; "
                 f"the model has {self.cfg.n_layers} layers and the input batch {batch}"
             )
+        if past_kv_cache is not None and self.outgrows(past_kv_cache, n_new):
+            raise ValueError(
+                f"with {n_past + n_new} positions this model rotates the {n_past} in the key-value cache otherwise than "
+                "they were read: read the whole text with a new cache (generate does)"
+            )
         if attention_mask is not None:
             check_attention_mask(attention_mask, batch, n_new, continuing=n_past > 0)
             attention_mask = attention_mask.to(device=device, dtype=torch.long)
@@ -330,6 +335,16 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Intervening):
     def new_kv_cache(self, batch_size: int = 1) -> HookedTransformerKeyValueCache:
         """Return an empty key-value cache for this model."""
         return HookedTransformerKeyValueCache.init_cache(self.cfg, self.W_E.device, batch_size)
+
+    def outgrows(self, cache: HookedTransformerKeyValueCache, n_new: int = 1) -> bool:
+        """Return whether `n_new` positions more would change what a key-value cache holds of those before.
+
+        That is so where rotary frequencies depend on the prompt's length (dynamic NTK, LongRoPE).
+        """
+        if cache.length == 0 or not (self.cfg.use_dynamic_rope or self.cfg.use_longrope):
+            return False
+        lengths = cache.previous_attention_mask.sum(1).tolist()
+        return any(self.cfg.rotation_changes(length, length + n_new) for length in lengths)
 
     # Caching
 

@@ -1,7 +1,8 @@
 """Rewriting a model's weights without changing its log-probabilities: folding, centring, refactoring.
 
-Pure functions `(config, weights) -> (config, weights)` on a state dict. Nothing given is written to. Each block is
-rewritten from its own weights alone, so the functions also work on part of a model, any set of whole blocks.
+Pure functions `(config, weights) -> (config, weights)` on a state dict: nothing given is written to. Each has a step in
+`STEPS` that does the same in place, which is what loading uses. Each block is rewritten from its own weights alone, so
+all of this also works on part of a model, any set of whole blocks.
 """
 
 from __future__ import annotations
@@ -30,32 +31,7 @@ def fold_layer_norm(cfg: HookedTransformerConfig, weights: Weights) -> Processed
 
     The config's `normalization_type` becomes `"LNPre"` or `"RMSPre"`; without a gain to fold nothing happens.
     """
-    if cfg.normalization_type not in ("LN", "RMS"):
-        return cfg, weights
-    weights = dict(weights)
-    for prefix in _block_prefixes(weights):
-        attn_readers = [(f"{prefix}attn.W_{x}", f"{prefix}attn.b_{x}") for x in "QKV"]
-        mlp_readers = [(f"{prefix}mlp.W_{x}", f"{prefix}mlp.b_{x}") for x in ("in", "gate", "router")]
-        _fold_norm(weights, f"{prefix}ln1", attn_readers, centre=cfg.normalization_type == "LN")
-        _fold_norm(weights, f"{prefix}ln2", mlp_readers, centre=cfg.normalization_type == "LN")
-        _fold_norm(weights, f"{prefix}mlp.ln", [(f"{prefix}mlp.W_out", f"{prefix}mlp.b_out")], centre=True)
-    final_centred = cfg.normalization_type == "LN" and not cfg.final_rms
-    _fold_norm(weights, "ln_final", [("unembed.W_U", "unembed.b_U")], centre=final_centred)
-    return cfg.replace(normalization_type=f"{cfg.normalization_type}Pre"), weights
-
-
-def _fold_norm(weights: Weights, norm: str, readers: Iterable[tuple[str, str]], centre: bool) -> None:
-    gain, bias = weights.pop(f"{norm}.w", None), weights.pop(f"{norm}.b", None)
-    if gain is None:
-        return
-    for W_name, b_name in readers:
-        if W_name not in weights:
-            continue
-        W = weights[W_name]  # [... d_model out]
-        if bias is not None:
-            weights[b_name] = weights[b_name] + einsum(bias, W, "d_model, ... d_model out -> ... out")
-        W = gain[:, None] * W
-        weights[W_name] = W - W.mean(-2, keepdim=True) if centre else W
+    return _purely("fold_ln", cfg, weights)
 
 
 def center_writing_weights(cfg: HookedTransformerConfig, weights: Weights) -> Processed:
@@ -63,33 +39,17 @@ def center_writing_weights(cfg: HookedTransformerConfig, weights: Weights) -> Pr
 
     LayerNorm subtracts that mean anyway. The positions of `"shortformer"` are left alone: they bypass the stream.
     """
-    writers = r"embed\.W_E|blocks\.\d+\.(attn\.(W_O|b_O)|mlp\.(W_out|b_out))"
-    if cfg.positional_embedding_type != "shortformer":
-        writers += r"|pos_embed\.W_pos"
-    return cfg, {
-        name: value - value.mean(-1, keepdim=True) if re.fullmatch(writers, name) else value
-        for name, value in weights.items()
-    }
+    return _purely("center_writing_weights", cfg, weights)
 
 
 def center_unembed(cfg: HookedTransformerConfig, weights: Weights) -> Processed:
     """Subtract the mean over the vocabulary from `W_U` and `b_U`: softmax does not see a constant."""
-    return cfg, {
-        name: value - value.mean(-1, keepdim=True) if name in ("unembed.W_U", "unembed.b_U") else value
-        for name, value in weights.items()
-    }
+    return _purely("center_unembed", cfg, weights)
 
 
 def fold_value_biases(cfg: HookedTransformerConfig, weights: Weights) -> Processed:
     """Move `b_V` into `b_O`: a pattern's rows sum to one, so every destination receives the whole of it."""
-    weights = dict(weights)
-    for prefix in _block_prefixes(weights):
-        W_O, b_V = weights[f"{prefix}attn.W_O"], weights[f"{prefix}attn.b_V"]
-        per_head = b_V.repeat_interleave(W_O.shape[0] // b_V.shape[0], dim=0)
-        moved = einsum(per_head, W_O, "head d_head, head d_head d_model -> d_model")
-        weights[f"{prefix}attn.b_O"] = weights[f"{prefix}attn.b_O"] + moved
-        weights[f"{prefix}attn.b_V"] = torch.zeros_like(b_V)
-    return cfg, weights
+    return _purely("fold_value_biases", cfg, weights)
 
 
 def refactor_factored_attn_matrices(cfg: HookedTransformerConfig, weights: Weights) -> Processed:
@@ -99,12 +59,93 @@ def refactor_factored_attn_matrices(cfg: HookedTransformerConfig, weights: Weigh
     folded into `b_O`, then `W_V = U diag(S)` and `W_O = V^T`.
 
     Raises:
-        ValueError: rotary positions, query-key norms or grouped queries fix the basis, so that it cannot be rotated.
+        ValueError: something fixes the basis, such as rotary positions, so that it cannot be rotated.
     """
+    return _purely("refactor_factored_attn_matrices", cfg, weights)
+
+
+def untie(cfg: HookedTransformerConfig, weights: Weights) -> Processed:
+    """Give a model with tied embeddings a `W_U` of its own, a copy of `W_E` transposed."""
+    if not cfg.tie_word_embeddings:
+        return cfg, weights
+    W_U = {"unembed.W_U": weights["embed.W_E"].T.clone(memory_format=torch.contiguous_format)}
+    return cfg.replace(tie_word_embeddings=False), {**weights, **(W_U if "embed.W_E" in weights else {})}
+
+
+def _purely(name: str, cfg: HookedTransformerConfig, weights: Weights) -> Processed:
+    """Apply a step to copies of the tensors it writes to."""
+    step = STEPS[name]
+    if step.unties:
+        cfg, weights = untie(cfg, weights)
+    owned = {key: value.clone() if re.fullmatch(step.writes, key) else value for key, value in weights.items()}
+    return step.rewrite(cfg, owned), owned
+
+
+# In place: each function writes to the tensors of the dictionary it is given, and returns the config that results.
+
+
+def _fold_norms_(cfg: HookedTransformerConfig, weights: Weights) -> HookedTransformerConfig:
+    if cfg.normalization_type not in ("LN", "RMS"):
+        return cfg
+    centred = cfg.normalization_type == "LN"
+    mlp_readers = ("W_in", "W_gate", "W_router", "shared.W_in", "shared.W_gate", "W_shared_gate")
+    for prefix in _block_prefixes(weights):
+        _fold_norm_(weights, f"{prefix}ln1", [f"{prefix}attn.W_{letter}" for letter in "QKV"], centred)
+        _fold_norm_(weights, f"{prefix}ln2", [f"{prefix}mlp.{reader}" for reader in mlp_readers], centred)
+        _fold_norm_(weights, f"{prefix}mlp.ln", [f"{prefix}mlp.W_out"], centred=True)
+    _fold_norm_(weights, "ln_final", ["unembed.W_U"], centred=centred and not cfg.final_rms)
+    return cfg.replace(normalization_type=f"{cfg.normalization_type}Pre")
+
+
+def _fold_norm_(weights: Weights, norm: str, readers: Iterable[str], centred: bool) -> None:
+    gain, bias = weights.pop(f"{norm}.w", None), weights.pop(f"{norm}.b", None)
+    if gain is None:
+        return
+    for reader in readers:
+        if reader not in weights:
+            continue
+        W = weights[reader]  # [... d_model out]
+        if bias is not None:
+            module, _, name = reader.rpartition(".")
+            b = weights[f"{module}.b{name.removeprefix('W')}"]
+            b.add_(einsum(bias, W, "d_model, ... d_model out -> ... out"))
+        W.mul_(gain[:, None])
+        if centred:
+            W.sub_(W.mean(-2, keepdim=True))
+
+
+_WRITERS = r"embed\.W_E|blocks\.\d+\.(attn\.(W_O|b_O)|mlp\.(shared\.)?(W_out|b_out))"
+
+
+def _center_writing_(cfg: HookedTransformerConfig, weights: Weights) -> HookedTransformerConfig:
+    writers = _WRITERS if cfg.positional_embedding_type == "shortformer" else rf"{_WRITERS}|pos_embed\.W_pos"
+    for name, value in weights.items():
+        if re.fullmatch(writers, name):
+            value.sub_(value.mean(-1, keepdim=True))
+    return cfg
+
+
+def _center_unembed_(cfg: HookedTransformerConfig, weights: Weights) -> HookedTransformerConfig:
+    for name in ("unembed.W_U", "unembed.b_U"):
+        if name in weights:
+            weights[name].sub_(weights[name].mean(-1, keepdim=True))
+    return cfg
+
+
+def _fold_value_biases_(cfg: HookedTransformerConfig, weights: Weights) -> HookedTransformerConfig:
+    for prefix in _block_prefixes(weights):
+        W_O, b_V = weights[f"{prefix}attn.W_O"], weights[f"{prefix}attn.b_V"]
+        per_head = b_V.repeat_interleave(W_O.shape[0] // b_V.shape[0], dim=0)
+        weights[f"{prefix}attn.b_O"].add_(einsum(per_head, W_O, "head d_head, head d_head d_model -> d_model"))
+        b_V.zero_()
+    return cfg
+
+
+def _refactor_(cfg: HookedTransformerConfig, weights: Weights) -> HookedTransformerConfig:
     obstacle = _refactoring_obstacle(cfg)
     if obstacle:
         raise ValueError(f"refactor_factored_attn_matrices: {obstacle}")
-    cfg, weights = fold_value_biases(cfg, weights)
+    _fold_value_biases_(cfg, weights)
     for prefix in _block_prefixes(weights):
 
         def augmented(which: str, prefix: str = prefix) -> Tensor:
@@ -113,10 +154,15 @@ def refactor_factored_attn_matrices(cfg: HookedTransformerConfig, weights: Weigh
 
         even = FactoredMatrix(augmented("Q"), augmented("K").mT).make_even()
         for which, factor in (("Q", even.A), ("K", even.B.mT)):
-            weights[f"{prefix}attn.W_{which}"], weights[f"{prefix}attn.b_{which}"] = factor[:, :-1], factor[:, -1]
+            weights[f"{prefix}attn.W_{which}"].copy_(factor[:, :-1])
+            weights[f"{prefix}attn.b_{which}"].copy_(factor[:, -1])
         U, S, V = FactoredMatrix(weights[f"{prefix}attn.W_V"], weights[f"{prefix}attn.W_O"]).svd()
-        weights[f"{prefix}attn.W_V"], weights[f"{prefix}attn.W_O"] = U * S[:, None], V.mT
-    return cfg, weights
+        weights[f"{prefix}attn.W_V"].copy_(U * S[:, None])
+        weights[f"{prefix}attn.W_O"].copy_(V.mT)
+    return cfg
+
+
+# What stands in the way of a step: why it would change what some models compute.
 
 
 def _refactoring_obstacle(cfg: HookedTransformerConfig) -> str | None:
@@ -128,10 +174,20 @@ def _refactoring_obstacle(cfg: HookedTransformerConfig) -> str | None:
         return "with grouped queries several heads share one key-value basis"
     if cfg.d_head > cfg.d_model:
         return f"d_head {cfg.d_head} exceeds d_model {cfg.d_model}: the singular vectors would not fill a head"
+    return _value_bias_obstacle(cfg)
+
+
+def _value_bias_obstacle(cfg: HookedTransformerConfig) -> str | None:
+    if cfg.clip_qkv is not None:
+        return "values are clipped with their bias, which therefore cannot be added later"
+    if cfg.attention_sinks:
+        return "with attention sinks a pattern's rows do not sum to one, so less than the whole bias is passed on"
     return None
 
 
 def _folding_obstacle(cfg: HookedTransformerConfig) -> str | None:
+    if cfg.norm_placement == "residual":
+        return "the norms are on the residual stream itself, so their gains act on more than what reads from it"
     if cfg.positional_embedding_type == "shortformer":
         return "shortformer adds positions after ln1, so its gain cannot move past them"
     return None
@@ -140,6 +196,8 @@ def _folding_obstacle(cfg: HookedTransformerConfig) -> str | None:
 def _writing_obstacle(cfg: HookedTransformerConfig) -> str | None:
     if cfg.normalization_type not in ("LN", "LNPre") or cfg.final_rms:
         return "only LayerNorm ignores the residual stream's mean"
+    if cfg.norm_placement in ("after", "residual") or not cfg.final_norm:
+        return "parts of the model read the residual stream without a norm that would remove its mean"
     return None
 
 
@@ -151,20 +209,34 @@ def _unembed_obstacle(cfg: HookedTransformerConfig) -> str | None:
 
 @dataclass(frozen=True)
 class Step:
-    """One processing step: what it does, and why it would change the function of some models."""
+    """One processing step.
 
-    apply: Callable[[HookedTransformerConfig, Weights], Processed]
+    Attributes:
+        rewrite: does it in place and returns the config that results.
+        writes: a regular expression of the tensors it writes to.
+        obstacle: why it would change what a model computes, or None.
+        default: it is done unless asked not to be.
+        unties: it treats embedding and unembedding differently, so that they cannot stay one tensor.
+    """
+
+    rewrite: Callable[[HookedTransformerConfig, Weights], HookedTransformerConfig]
+    writes: str
     obstacle: Callable[[HookedTransformerConfig], str | None]
     default: bool = True
+    unties: bool = False
 
+
+_READERS = r"unembed\.[Wb]_U|blocks\.\d+\.(attn\.[Wb]_[QKV]|mlp\.(shared\.)?[Wb]_(in|gate|out|router|shared_gate))"
 
 # In this order: folding the norms makes the biases that later steps move.
 STEPS: dict[str, Step] = {
-    "fold_ln": Step(fold_layer_norm, _folding_obstacle),
-    "center_writing_weights": Step(center_writing_weights, _writing_obstacle),
-    "center_unembed": Step(center_unembed, _unembed_obstacle),
-    "fold_value_biases": Step(fold_value_biases, lambda cfg: None),
-    "refactor_factored_attn_matrices": Step(refactor_factored_attn_matrices, _refactoring_obstacle, default=False),
+    "fold_ln": Step(_fold_norms_, _READERS, _folding_obstacle, unties=True),
+    "center_writing_weights": Step(_center_writing_, rf"{_WRITERS}|pos_embed\.W_pos", _writing_obstacle, unties=True),
+    "center_unembed": Step(_center_unembed_, r"unembed\.[Wb]_U", _unembed_obstacle, unties=True),
+    "fold_value_biases": Step(_fold_value_biases_, r"blocks\.\d+\.attn\.(b_V|b_O)", _value_bias_obstacle),
+    "refactor_factored_attn_matrices": Step(
+        _refactor_, r"blocks\.\d+\.attn\.[Wb]_[QKVO]", _refactoring_obstacle, default=False
+    ),
 }
 
 
@@ -194,10 +266,25 @@ def plan_processing(cfg: HookedTransformerConfig, asked: dict[str, bool | None])
 
 
 def process(cfg: HookedTransformerConfig, weights: Weights, plan: Iterable[str]) -> Processed:
-    """Apply the named steps, one after the other."""
+    """Apply the named steps, one after the other, and leave the given weights as they are."""
     for name in plan:
-        cfg, weights = STEPS[name].apply(cfg, weights)
+        cfg, weights = _purely(name, cfg, weights)
     return cfg, weights
+
+
+def process_(cfg: HookedTransformerConfig, weights: Weights, plan: Iterable[str]) -> HookedTransformerConfig:
+    """Apply the named steps to the given weights themselves, and return the config that results.
+
+    Tied embeddings are for the caller to untie first, where a step needs it: see `unties`.
+    """
+    for name in plan:
+        cfg = STEPS[name].rewrite(cfg, weights)
+    return cfg
+
+
+def unties(cfg: HookedTransformerConfig, plan: Iterable[str]) -> bool:
+    """Return whether the plan parts embeddings that a config ties."""
+    return cfg.tie_word_embeddings and any(STEPS[name].unties for name in plan)
 
 
 def _block_prefixes(weights: Weights) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,10 @@ def test_cached_decoding_equals_uncached(row: Row, checkpoints: Any) -> None:
     ours = HookedTransformer.from_pretrained_no_processing(checkpoints[row.id][1])
     tokens = row.tokens()
     cache = ours.new_kv_cache(batch_size=2)
-    stepwise = [ours(tokens[:, :4], past_kv_cache=cache)[:, -1]]
-    stepwise += [ours(tokens[:, pos : pos + 1], past_kv_cache=cache)[:, -1] for pos in range(4, row.pos)]
-    # Some rotary scalings depend on how long the prompt is, so each step is compared with a run of its own.
-    whole = [ours(tokens[:, : pos + 1])[:, -1] for pos in range(3, row.pos)]
-    assert_close(torch.stack(stepwise), torch.stack(whole))
+    # Where rotary frequencies depend on how long the prompt is, a cache serves up to where they change.
+    end = next((pos for pos in range(4, row.pos) if ours.cfg.rotation_changes(pos, pos + 1)), row.pos)
+    stepwise = [ours(tokens[:, :4], past_kv_cache=cache)]
+    stepwise += [ours(tokens[:, pos : pos + 1], past_kv_cache=cache) for pos in range(4, end)]
+    assert_close(torch.cat(stepwise, 1), ours(tokens[:, :end]))
+    generate = partial(ours.generate, tokens, max_new_tokens=4, do_sample=False, stop_at_eos=False, verbose=False)
+    assert torch.equal(generate(), generate(use_past_kv_cache=False))

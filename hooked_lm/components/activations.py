@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+
+from hooked_lm.config import HookedTransformerConfig
 
 Activation = Callable[[Float[Tensor, "..."]], Float[Tensor, "..."]]
 
@@ -43,6 +46,27 @@ def identity(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return x
 
 
+class XIELU(nn.Module):
+    """`alpha_p x^2 + beta x` where x is positive, `alpha_n (exp(x) - 1 - x) + beta x` elsewhere.
+
+    Huang and Schlag 2024, with `beta` 1/2. The two alphas are learned, as numbers whose softplus counts; `alpha_n` has
+    `beta` added to that.
+    """
+
+    beta = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha_p = nn.Parameter(torch.tensor([math.log(math.expm1(0.8))]))
+        self.alpha_n = nn.Parameter(torch.tensor([math.log(math.expm1(0.8 - self.beta))]))
+
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        alpha_p, alpha_n = F.softplus(self.alpha_p), self.beta + F.softplus(self.alpha_n)
+        # Just below zero the difference of two nearly equal numbers would be rounded away.
+        negative = (torch.expm1(x.clamp(max=-1e-6)) - x) * alpha_n
+        return torch.where(x > 0, alpha_p * x * x, negative) + self.beta * x
+
+
 # `solu_ln` is `solu` here: its layer norm is a module of the MLP.
 ACTIVATION_FUNCTIONS: dict[str, Activation] = {
     "relu": F.relu,
@@ -57,6 +81,11 @@ ACTIVATION_FUNCTIONS: dict[str, Activation] = {
     "solu": solu,
     "solu_ln": solu,
 }
+
+
+def make_activation(cfg: HookedTransformerConfig) -> Activation:
+    """Return a config's activation function; a module where it has parameters."""
+    return XIELU() if cfg.act_fn == "xielu" else ACTIVATION_FUNCTIONS[str(cfg.act_fn)]
 
 
 def soft_cap(x: Float[Tensor, "..."], cap: float) -> Float[Tensor, "..."]:

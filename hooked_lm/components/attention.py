@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from einops import einsum
@@ -10,8 +12,8 @@ from torch import Tensor, nn
 
 from hooked_lm.components.activations import soft_cap
 from hooked_lm.components.layout import SequenceLayout
-from hooked_lm.components.norm import RMSNorm
-from hooked_lm.components.positions import RotarySpec, rotate
+from hooked_lm.components.norm import make_qk_norm
+from hooked_lm.components.positions import AlibiSpec, RotarySpec, rotate
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint
 from hooked_lm.kv_cache import HookedTransformerKeyValueCacheEntry
@@ -24,7 +26,7 @@ class Attention(nn.Module):
 
     Parameters:
         W_Q [head d_model d_head], W_K, W_V [kv_head d_model d_head], W_O [head d_head d_model],
-        b_Q [head d_head], b_K, b_V [kv_head d_head], b_O [d_model].
+        b_Q [head d_head], b_K, b_V [kv_head d_head], b_O [d_model]; sinks [head] with `attention_sinks`.
     """
 
     def __init__(self, cfg: HookedTransformerConfig, layer_id: int = 0) -> None:
@@ -44,13 +46,13 @@ class Attention(nn.Module):
         self.window = cfg.window(layer_id)
         self.scale = cfg.score_scale(layer_id)
         self.score_cap = cfg.attn_scores_soft_cap
-        self.alibi = cfg.positional_embedding_type == "alibi"
-        self.rotary = RotarySpec.of(cfg, layer_id) if cfg.positional_embedding_type == "rotary" else None
-        if cfg.use_qk_norm:
-            self.q_norm: nn.Module = RMSNorm(cfg, cfg.d_head, axes="batch pos head d_head")
-            self.k_norm: nn.Module = RMSNorm(cfg, cfg.d_head, axes="batch pos kv_head d_head")
-        else:
-            self.q_norm = self.k_norm = nn.Identity()
+        self.clip = cfg.clip_qkv
+        self.alibi = _alibi(cfg)
+        self.rotary = RotarySpec.of(cfg, layer_id) if cfg.rotates(layer_id) else None
+        self.sinks = nn.Parameter(torch.zeros(heads)) if cfg.attention_sinks else None
+        self.q_norm = make_qk_norm(cfg, heads, axes="batch pos head d_head")
+        self.k_norm = make_qk_norm(cfg, kv_heads, axes="batch pos kv_head d_head")
+        self.norm_after_rotary = cfg.qk_norm_after_rotary
 
         self.hook_q = HookPoint("batch pos head d_head")
         self.hook_k = HookPoint("batch pos kv_head d_head")
@@ -81,18 +83,38 @@ class Attention(nn.Module):
         if layout is None:
             n_past = 0 if past is None else past.past_keys.shape[1]
             layout = SequenceLayout(query_input.shape[1], n_past, query_input.device)
-        q = self.hook_q(self.q_norm(project(query_input, self.W_Q, self.b_Q)))
-        k = self.hook_k(self.k_norm(project(key_input, self.W_K, self.b_K)))
-        v = self.hook_v(project(value_input, self.W_V, self.b_V))
-        if self.rotary is not None:
-            cos, sin = layout.rotary(self.rotary, q.dtype)
-            q = self.hook_rot_q(rotate(q, self.rotary, cos, sin))
-            k = self.hook_rot_k(rotate(k, self.rotary, cos, sin))
+        q = self.hook_q(self.project(query_input, "Q"))
+        k = self.hook_k(self.project(key_input, "K"))
+        v = self.hook_v(self.project(value_input, "V"))
+        q, k = self.with_positions(q, k, layout)
         if past is not None:
             k, v = past.append(k, v)
-        eager = self.hook_attn_scores.live or self.hook_pattern.live or self.score_cap > 0
+        eager = self.hook_attn_scores.live or self.hook_pattern.live or self.score_cap > 0 or self.sinks is not None
         z = self.hook_z((self.eager_attention if eager else self.fused_attention)(q, k, v, layout))
         return self.write(z)
+
+    def project(
+        self, x: Float[Tensor, "batch pos *head d_model"], which: Literal["Q", "K", "V"]
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        """Return queries, keys or values, before positions."""
+        projected = project(x, getattr(self, f"W_{which}"), getattr(self, f"b_{which}"))
+        if which != "V" and not self.norm_after_rotary:
+            projected = (self.q_norm if which == "Q" else self.k_norm)(projected)
+        return projected if self.clip is None else projected.clamp(-self.clip, self.clip)
+
+    def with_positions(
+        self,
+        q: Float[Tensor, "batch pos head d_head"],
+        k: Float[Tensor, "batch pos kv_head d_head"],
+        layout: SequenceLayout,
+    ) -> tuple[Float[Tensor, "batch pos head d_head"], Float[Tensor, "batch pos kv_head d_head"]]:
+        """Return queries and keys as the scores use them: rotated, where the layer rotates."""
+        if self.rotary is not None:
+            cos, sin = layout.rotary(self.rotary, q.dtype)
+            q, k = rotate(q, self.rotary, cos, sin), rotate(k, self.rotary, cos, sin)
+        if self.norm_after_rotary:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return (q, k) if self.rotary is None else (self.hook_rot_q(q), self.hook_rot_k(k))
 
     def fused_attention(
         self,
@@ -102,10 +124,10 @@ class Attention(nn.Module):
         layout: SequenceLayout,
     ) -> Float[Tensor, "batch query head d_head"]:
         """Return z without forming scores or pattern."""
-        plain = self.causal and not self.alibi and layout.is_plainly_causal(self.window)
+        plain = self.causal and self.alibi is None and layout.is_plainly_causal(self.window)
         mask = None
-        if self.alibi:
-            mask = layout.bias(self.causal, self.window, q.shape[2], q.dtype)
+        if self.alibi is not None:
+            mask = layout.bias(self.causal, self.window, self.alibi, q.dtype)
         elif not plain:
             mask = layout.mask(self.causal, self.window)
         z = F.scaled_dot_product_attention(
@@ -133,13 +155,20 @@ class Attention(nn.Module):
         # The scale goes on the queries: one pass over them is cheaper than one over the scores.
         scores = einsum(q * self.scale, k, "batch query head d_head, batch key head d_head -> batch head query key")
         scores = soft_cap(scores, self.score_cap)
-        if self.alibi:
-            scores = scores + layout.alibi(q.shape[2], q.dtype)
+        if self.alibi is not None:
+            scores = scores + layout.alibi(self.alibi, q.dtype)
         allowed = layout.mask(self.causal, self.window)
         if allowed is not None:
             scores = scores.masked_fill(~allowed, float("-inf"))
-        pattern = self.hook_pattern(F.softmax(self.hook_attn_scores(scores), dim=-1))
+        pattern = self.hook_pattern(self.softmax(self.hook_attn_scores(scores)))
         return einsum(pattern, v, "batch head query key, batch key head d_head -> batch query head d_head")
+
+    def softmax(self, scores: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
+        """Return the pattern; with sinks, less what each head's sink takes (Xiao et al. 2023, "Attention Sinks")."""
+        if self.sinks is None:
+            return F.softmax(scores, dim=-1)
+        sinks = self.sinks[:, None, None].expand(scores.shape[0], -1, scores.shape[2], 1)
+        return F.softmax(torch.cat((scores, sinks), -1), dim=-1)[..., :-1]
 
     def write(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:
         """Return the sum of the heads' outputs and `b_O`; by way of `hook_result` where that must carry it."""
@@ -170,3 +199,9 @@ def project(
     if x.ndim == 4:
         return einsum(x, W, "batch pos head d_model, head d_model d_head -> batch pos head d_head") + b
     return F.linear(x, W.mT.flatten(0, 1), b.flatten()).unflatten(-1, b.shape)
+
+
+def _alibi(cfg: HookedTransformerConfig) -> AlibiSpec | None:
+    if cfg.positional_embedding_type != "alibi":
+        return None
+    return AlibiSpec(cfg.n_heads, cfg.alibi_scale, cfg.alibi_in_bfloat16)

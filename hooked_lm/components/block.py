@@ -10,7 +10,7 @@ from hooked_lm.components.attention import Attention
 from hooked_lm.components.layout import SequenceLayout
 from hooked_lm.components.mlp import MLP, GatedMLP
 from hooked_lm.components.moe import MoE
-from hooked_lm.components.norm import Norm, make_norm, make_writing_norm
+from hooked_lm.components.norm import Norm, make_block_norm
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint, protect
 from hooked_lm.kv_cache import HookedTransformerKeyValueCacheEntry
@@ -21,7 +21,8 @@ HeadInputs = tuple[Tensor, Tensor, Tensor]
 class TransformerBlock(nn.Module):
     """`resid_mid = resid_pre + attn(ln1(resid_pre))`, `resid_post = resid_mid + mlp(ln2(resid_mid))`.
 
-    Parallel blocks feed `resid_pre` to the MLP too and have no `resid_mid`; attention-only blocks have no MLP.
+    Parallel blocks feed `resid_pre` to the MLP too and have no `resid_mid`; attention-only blocks have no MLP. With
+    norms on the stream (post-norm), `resid_mid = ln1(resid_pre + attn(resid_pre))`, and likewise `resid_post`.
     """
 
     def __init__(self, cfg: HookedTransformerConfig, layer_id: int) -> None:
@@ -33,17 +34,18 @@ class TransformerBlock(nn.Module):
         self.hook_q_input = HookPoint("batch pos head d_model", on_demand=True)
         self.hook_k_input = HookPoint("batch pos kv_head d_model", on_demand=True)
         self.hook_v_input = HookPoint("batch pos kv_head d_model", on_demand=True)
-        self.ln1 = make_norm(cfg)
+        self.norms_stream = cfg.norm_placement == "residual"
+        self.ln1 = make_block_norm(cfg)
         self.attn = Attention(cfg, layer_id)
-        self.ln1_post = make_writing_norm(cfg) if cfg.use_normalization_before_and_after else nn.Identity()
+        self.ln1_post = make_block_norm(cfg, writing=True)
         self.hook_attn_out = HookPoint("batch pos d_model")
         if not cfg.attn_only:
             if not cfg.parallel_attn_mlp:
                 self.hook_resid_mid = HookPoint("batch pos d_model")
             self.hook_mlp_in = HookPoint("batch pos d_model")
-            self.ln2 = make_norm(cfg)
-            self.mlp = MoE(cfg) if cfg.num_experts else GatedMLP(cfg) if cfg.gated_mlp else MLP(cfg)
-            self.ln2_post = make_writing_norm(cfg) if cfg.use_normalization_before_and_after else nn.Identity()
+            self.ln2 = make_block_norm(cfg)
+            self.mlp = MoE(cfg) if cfg.has_experts(layer_id) else GatedMLP(cfg) if cfg.gated_mlp else MLP(cfg)
+            self.ln2_post = make_block_norm(cfg, writing=True)
             self.hook_mlp_out = HookPoint("batch pos d_model")
         self.hook_resid_post = HookPoint("batch pos d_model")
 
@@ -57,12 +59,17 @@ class TransformerBlock(nn.Module):
         resid_pre = self.hook_resid_pre(resid_pre)
         attn_out = self.attn(*self.attention_inputs(resid_pre, shortformer_pos), layout, past)
         attn_out = self.hook_attn_out(self.ln1_post(attn_out))
-        if self.attn_only:
-            return self.hook_resid_post(resid_pre + attn_out)
-        if self.parallel:
+        if self.parallel and not self.attn_only:
             return self.hook_resid_post(resid_pre + attn_out + self.mlp_output(resid_pre))
-        resid_mid = self.hook_resid_mid(resid_pre + attn_out)
-        return self.hook_resid_post(resid_mid + self.mlp_output(resid_mid))
+        resid_mid = self.joined(resid_pre, attn_out, self.ln1)
+        if self.attn_only:
+            return self.hook_resid_post(resid_mid)
+        resid_mid = self.hook_resid_mid(resid_mid)
+        return self.hook_resid_post(self.joined(resid_mid, self.mlp_output(resid_mid), self.ln2))
+
+    def joined(self, stream: Tensor, written: Tensor, norm: nn.Module) -> Float[Tensor, "batch pos d_model"]:
+        """Return the stream with what has been written to it, normalised where the norms are on the stream."""
+        return norm(stream + written) if self.norms_stream else stream + written
 
     def mlp_output(self, stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """Return what the MLP adds, given the stream it reads; an edit at `hook_mlp_in` stays off the stream."""
@@ -70,7 +77,7 @@ class TransformerBlock(nn.Module):
         if self.hook_mlp_in.live:
             # A view of its own: its gradient is that of the MLP's reading alone.
             mlp_in = self.hook_mlp_in(protect(stream).view_as(stream))
-        return self.hook_mlp_out(self.ln2_post(self.mlp(self.ln2(mlp_in))))
+        return self.hook_mlp_out(self.ln2_post(self.mlp(mlp_in if self.norms_stream else self.ln2(mlp_in))))
 
     def attention_inputs(
         self, resid_pre: Float[Tensor, "batch pos d_model"], shortformer_pos: Tensor | None = None
@@ -110,11 +117,11 @@ class TransformerBlock(nn.Module):
 
     def normalized_sources(self, sources: HeadInputs, resid_pre: Tensor) -> HeadInputs:
         """Apply `ln1` to each distinct input. Its hook points see the shared stream, never the per-head copies."""
+        if not isinstance(self.ln1, Norm) or self.norms_stream:
+            return sources
         if all(source is resid_pre for source in sources):
             shared = self.ln1(resid_pre)
             return shared, shared, shared
-        if not isinstance(self.ln1, Norm):
-            return sources
         q, k, v = sources
         if not any(source is resid_pre for source in sources):
             self._show_unread_norm(self.ln1, resid_pre)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -14,34 +16,58 @@ from hooked_lm.hooks import HookPoint
 
 
 class Embed(nn.Module):
-    """Token embedding, `W_E` [d_vocab d_model], with a norm after it where `post_embedding_ln` says so."""
+    """Token embedding, `W_E` [d_vocab d_model] times `embedding_scale`, with a norm after it if `post_embedding_ln`."""
 
     def __init__(self, cfg: HookedTransformerConfig) -> None:
         super().__init__()
+        self.scale = cfg.embedding_scale
         self.W_E = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
         self.ln = make_writing_norm(cfg) if cfg.post_embedding_ln else nn.Identity()
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-        return self.ln(F.embedding(tokens, self.W_E))
+        embedded = F.embedding(tokens, self.W_E)
+        # The factor is rounded to the model's precision first, as checkpoints in low precision were trained with.
+        return self.ln(embedded if self.scale == 1.0 else embedded * embedded.new_tensor(self.scale))
 
 
 class Unembed(nn.Module):
     """From the normalised residual stream to logits: `W_U` [d_model d_vocab_out], `b_U` [d_vocab_out].
 
-    `hook_out` is what the model returns: the soft-cap, if there is one, comes before it.
+    `hook_out` is what the model returns: `logit_scale` and the soft-cap, if there are such, come before it.
+
+    Args:
+        cfg: the architecture.
+        tied_to: the embedding, where its transpose serves as `W_U`; then this module has no `W_U` of its own.
     """
 
-    def __init__(self, cfg: HookedTransformerConfig) -> None:
+    def __init__(self, cfg: HookedTransformerConfig, tied_to: Embed | None = None) -> None:
         super().__init__()
-        self.cap = cfg.output_logits_soft_cap
-        self.W_U = nn.Parameter(torch.empty(cfg.d_model, cfg.d_vocab_out))
+        self.scale, self.cap = cfg.logit_scale, cfg.output_logits_soft_cap
+        # In a tuple, so that the embedding is not registered as a part of this module.
+        self._tied_to = None if tied_to is None else (tied_to,)
+        if tied_to is None:
+            self.W_U = nn.Parameter(torch.empty(cfg.d_model, cfg.d_vocab_out))
         self.b_U = nn.Parameter(torch.zeros(cfg.d_vocab_out))
         self.hook_in = HookPoint("batch pos d_model")
         self.hook_out = HookPoint("batch pos vocab")
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos vocab"]:
         logits = F.linear(self.hook_in(x), self.W_U.T, self._bias())
+        if self.scale != 1.0:
+            logits = logits * self.scale
         return self.hook_out(soft_cap(logits, self.cap))
+
+    def __getattr__(self, name: str) -> Any:
+        # Only where there is no parameter of that name does torch's lookup come to nothing.
+        if name == "W_U" and self._tied_to is not None and "W_U" not in self._parameters:
+            return self._tied_to[0].W_E.T
+        return super().__getattr__(name)
+
+    def untie(self) -> None:
+        """Have a `W_U` of its own from now on: a copy of what it is tied to."""
+        if self._tied_to is not None:
+            self.W_U = nn.Parameter(self.W_U.detach().clone(memory_format=torch.contiguous_format))
+            self._tied_to = None
 
     def _bias(self) -> Tensor | None:
         """`b_U`, or None where adding it would change nothing.

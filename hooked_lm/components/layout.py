@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_lm.components.positions import RotarySpec, alibi_slopes, rotary_tables
+from hooked_lm.components.positions import AlibiSpec, RotarySpec, alibi_slopes, rotary_tables
 
 
 class SequenceLayout:
@@ -35,11 +35,7 @@ class SequenceLayout:
     def position_ids(self) -> Int[Tensor, "batch_or_1 query"]:
         """The position of each query within its own prompt: padding is not counted."""
         if "positions" not in self._made:
-            if self.valid is None:
-                positions = torch.arange(self.n_past, self.n_keys, device=self.device)[None]
-            else:
-                positions = (self.valid.long().cumsum(-1) - 1).clamp(min=0)[:, self.n_past :]
-            self._made["positions"] = positions
+            self._made["positions"] = self._key_positions()[:, self.n_past :]
         return self._made["positions"]  # type: ignore[return-value]
 
     def is_plainly_causal(self, window: int | None) -> bool:
@@ -70,7 +66,7 @@ class SequenceLayout:
         """How far apart query and key are within their prompt: padding is not counted."""
         if self.valid is None:
             return self._slot_distance()[None]
-        positions = (self.valid.long().cumsum(-1) - 1).clamp(min=0)
+        positions = self._key_positions()
         return positions[:, self.n_past :, None] - positions[:, None, :]
 
     def _slot_distance(self) -> Int[Tensor, "query key"]:
@@ -78,19 +74,39 @@ class SequenceLayout:
         keys = torch.arange(self.n_keys, device=self.device)
         return queries[:, None] - keys[None, :]
 
-    def alibi(self, n_heads: int, dtype: torch.dtype) -> Float[Tensor, "batch_or_1 head query key"]:
-        """Return what ALiBi adds to the scores: minus slope times distance (Press et al. 2022)."""
-        key = ("alibi", n_heads, dtype)
+    def alibi(self, spec: AlibiSpec, dtype: torch.dtype) -> Float[Tensor, "batch_or_1 head query_or_1 key"]:
+        """Return what ALiBi adds to the scores: minus slope times distance (Press et al. 2022).
+
+        Rounded to bfloat16, it is slope times the key's position instead: the same to a softmax, apart from rounding.
+        """
+        key = (spec, dtype)
         if key not in self._made:
-            slopes = alibi_slopes(n_heads).to(self.device)
-            self._made[key] = (-slopes[:, None, None] * self._distance().abs()[:, None]).to(dtype)
+            slopes = alibi_slopes(spec.n_heads).to(self.device)[:, None, None]
+            if spec.in_bfloat16:
+                slopes = slopes.bfloat16()
+                bias = slopes * self._key_positions()[:, None, None, :]
+            else:
+                bias = -slopes * self._distance().abs()[:, None]
+            self._made[key] = bias.to(dtype) * spec.scale
         return self._made[key]  # type: ignore[return-value]
 
-    def bias(self, causal: bool, window: int | None, n_heads: int, dtype: torch.dtype) -> Tensor:
+    def _key_positions(self) -> Int[Tensor, "batch_or_1 key"]:
+        """The position of each key within its own prompt."""
+        if self.valid is None:
+            return torch.arange(self.n_keys, device=self.device)[None]
+        return (self.valid.long().cumsum(-1) - 1).clamp(min=0)
+
+    def _lengths(self) -> Int[Tensor, " batch_or_1"]:
+        """How long each prompt is, padding not counted."""
+        if self.valid is None:
+            return torch.tensor([self.n_keys], device=self.device)
+        return self.valid.sum(-1)
+
+    def bias(self, causal: bool, window: int | None, alibi: AlibiSpec, dtype: torch.dtype) -> Tensor:
         """Return ALiBi and mask as one tensor to add to the scores."""
-        key = ("bias", causal, window, n_heads, dtype)
+        key = ("bias", causal, window, alibi, dtype)
         if key not in self._made:
-            bias, allowed = self.alibi(n_heads, dtype), self.mask(causal, window)
+            bias, allowed = self.alibi(alibi, dtype), self.mask(causal, window)
             self._made[key] = bias if allowed is None else bias.masked_fill(~allowed, float("-inf"))
         return self._made[key]  # type: ignore[return-value]
 
@@ -98,6 +114,6 @@ class SequenceLayout:
         """Return cosines and sines for this pass's positions, each [batch_or_1 query 1 rotary_dim]."""
         key = (spec, dtype)
         if key not in self._made:
-            cos, sin = rotary_tables(spec, self.position_ids)
+            cos, sin = rotary_tables(spec, self.position_ids, self._lengths())
             self._made[key] = (cos.to(dtype), sin.to(dtype))
         return self._made[key]  # type: ignore[return-value]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_lm.components.activations import ACTIVATION_FUNCTIONS
+from hooked_lm.components.activations import make_activation
 from hooked_lm.components.norm import make_norm
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint
@@ -26,7 +26,7 @@ class MLP(nn.Module):
         self.b_in = nn.Parameter(torch.zeros(d_mlp))
         self.W_out = nn.Parameter(torch.empty(d_mlp, cfg.d_model))
         self.b_out = nn.Parameter(torch.zeros(cfg.d_model))
-        self.act_fn = ACTIVATION_FUNCTIONS[str(cfg.act_fn)]
+        self.act_fn = make_activation(cfg)
         self.hook_pre = HookPoint("batch pos d_mlp")
         if cfg.is_layer_norm_activation():
             self.hook_mid = HookPoint("batch pos d_mlp")
@@ -47,18 +47,22 @@ class GatedMLP(nn.Module):
     """`(act(x W_gate + b_gate) * (x W_in + b_in)) W_out + b_out` (Shazeer 2020, "GLU Variants").
 
     `hook_pre` is the gate before its activation, `hook_pre_linear` the other factor, `hook_post` their product.
+
+    Args:
+        cfg: the architecture.
+        d_mlp: hidden width, by default the config's.
     """
 
-    def __init__(self, cfg: HookedTransformerConfig) -> None:
+    def __init__(self, cfg: HookedTransformerConfig, d_mlp: int | None = None) -> None:
         super().__init__()
-        d_mlp = _width(cfg)
+        d_mlp = d_mlp or _width(cfg)
         self.W_in = nn.Parameter(torch.empty(cfg.d_model, d_mlp))
         self.b_in = nn.Parameter(torch.zeros(d_mlp))
         self.W_gate = nn.Parameter(torch.empty(cfg.d_model, d_mlp))
         self.b_gate = nn.Parameter(torch.zeros(d_mlp))
         self.W_out = nn.Parameter(torch.empty(d_mlp, cfg.d_model))
         self.b_out = nn.Parameter(torch.zeros(cfg.d_model))
-        self.act_fn = ACTIVATION_FUNCTIONS[str(cfg.act_fn)]
+        self.act_fn = make_activation(cfg)
         self.hook_pre = HookPoint("batch pos d_mlp")
         self.hook_pre_linear = HookPoint("batch pos d_mlp")
         self.hook_post = HookPoint("batch pos d_mlp")

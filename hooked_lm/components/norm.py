@@ -18,19 +18,31 @@ class Norm(nn.Module):
     One fused operation unless `hook_scale` or `hook_normalized` is live.
 
     Args:
-        length: the size of the normalised axis, the last.
+        length: the size of the normalised axis, the last, or of the last few, which are then normalised together.
         eps: added under the root.
         centred: subtract the mean (LayerNorm) or not (RMSNorm).
         affine: has a gain `w`, and a bias `b` if centred; otherwise neither.
         axes: the axes of what is normalised, for the hook points.
+        gains: the shape of `w` and `b`, by default that of the normalised axes.
     """
 
-    def __init__(self, length: int, eps: float, centred: bool, affine: bool, axes: str = "batch pos d_model") -> None:
+    def __init__(
+        self,
+        length: int | tuple[int, ...],
+        eps: float,
+        centred: bool,
+        affine: bool,
+        axes: str = "batch pos d_model",
+        gains: tuple[int, ...] | None = None,
+    ) -> None:
         super().__init__()
-        self.length, self.eps, self.centred = length, eps, centred
-        self.w = nn.Parameter(torch.ones(length)) if affine else None
-        self.b = nn.Parameter(torch.zeros(length)) if affine and centred else None
-        self.hook_scale = HookPoint(f"{axes.rsplit(maxsplit=1)[0]} 1")
+        self.shape = (length,) if isinstance(length, int) else length
+        self.eps, self.centred = eps, centred
+        gains = self.shape if gains is None else gains
+        self.w = nn.Parameter(torch.ones(gains)) if affine else None
+        self.b = nn.Parameter(torch.zeros(gains)) if affine and centred else None
+        outer = axes.split()[: -len(self.shape)]
+        self.hook_scale = HookPoint(" ".join((*outer, *("1" for _ in self.shape))))
         self.hook_normalized = HookPoint(axes)
 
     def forward(self, x: Float[Tensor, "*batch length"]) -> Float[Tensor, "*batch length"]:
@@ -43,26 +55,34 @@ class Norm(nn.Module):
     ) -> Float[Tensor, "*batch length"]:
         """Normalise by way of scale and normalised input, each passed through a function on its way."""
         exact = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        over = tuple(range(-len(self.shape), 0))
         if self.centred:
-            exact = exact - exact.mean(-1, keepdim=True)
-        scale = see_scale((exact.square().mean(-1, keepdim=True) + self.eps).sqrt())
-        normalized = see_normalized((exact / scale).to(x.dtype))
-        if self.w is None:
-            return normalized
-        return normalized * self.w if self.b is None else torch.addcmul(self.b, normalized, self.w)
+            exact = exact - exact.mean(over, keepdim=True)
+        scale = see_scale((exact.square().mean(over, keepdim=True) + self.eps).sqrt())
+        return self._with_gain(see_normalized((exact / scale).to(x.dtype)))
 
     def without_hooks(self, x: Float[Tensor, "*batch length"]) -> Float[Tensor, "*batch length"]:
         """Normalise without showing anything to the hook points."""
+        if self.w is not None and self.w.shape != self.shape:
+            return self._with_gain(self._normalized(x, None, None))
+        return self._normalized(x, self.w, self.b)
+
+    def _normalized(self, x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
         if self.centred:
-            return F.layer_norm(x, (self.length,), self.w, self.b, self.eps)
-        return F.rms_norm(x, (self.length,), self.w, self.eps)
+            return F.layer_norm(x, self.shape, w, b, self.eps)
+        return F.rms_norm(x, self.shape, w, self.eps)
+
+    def _with_gain(self, normalized: Tensor) -> Tensor:
+        if self.w is None:
+            return normalized
+        return normalized * self.w if self.b is None else torch.addcmul(self.b, normalized, self.w)
 
     def drop_gain_and_bias(self) -> None:
         """Become the norm without gain and bias, once they have been folded into the weights that read from it."""
         self.w = self.b = None
 
     def extra_repr(self) -> str:
-        return f"{self.length}, eps={self.eps}, centred={self.centred}, affine={self.w is not None}"
+        return f"{self.shape}, eps={self.eps}, centred={self.centred}, affine={self.w is not None}"
 
 
 class LayerNorm(Norm):
@@ -120,3 +140,31 @@ def make_norm(
 def make_writing_norm(cfg: HookedTransformerConfig) -> nn.Module:
     """Return a norm whose output goes into the residual stream: its gain and bias have no reader to be folded into."""
     return make_norm(cfg, kind=cfg.normalization_type and cfg.normalization_type.removesuffix("Pre"))
+
+
+def make_block_norm(cfg: HookedTransformerConfig, *, writing: bool = False) -> nn.Module:
+    """Return a block's norm of what attention or MLP read (or write); the identity where the placement has none.
+
+    A norm on the stream itself is among the first, and keeps its gain and bias: the stream goes on through it.
+    """
+    placement = cfg.norm_placement
+    if writing:
+        return make_writing_norm(cfg) if placement in ("before_and_after", "after") else nn.Identity()
+    if placement == "residual":
+        return make_writing_norm(cfg)
+    return nn.Identity() if placement == "after" else make_norm(cfg)
+
+
+def make_qk_norm(cfg: HookedTransformerConfig, heads: int, axes: str) -> nn.Module:
+    """Return the norm of the queries or keys of so many heads; the identity where the config asks for none."""
+    if not cfg.use_qk_norm:
+        return nn.Identity()
+    every_head = (heads, cfg.d_head)
+    return Norm(
+        every_head if cfg.qk_norm_across_heads else cfg.d_head,
+        cfg.eps,
+        centred=cfg.qk_norm_type == "LN",
+        affine=cfg.qk_norm_type != "RMSPre",
+        axes=axes,
+        gains=every_head if cfg.qk_norm_across_heads or cfg.qk_norm_per_head_gains else None,
+    )

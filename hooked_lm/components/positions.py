@@ -33,6 +33,88 @@ class PosEmbed(nn.Module):
 
 
 @dataclass(frozen=True)
+class ByParts:
+    """Llama-3 scaling: pairs that turn less than `low` times over the original context are slowed by `factor`.
+
+    Those that turn more than `high` times are left; in between the two are blended ("NTK-by-parts", Peng et al. 2023,
+    section 3.2).
+    """
+
+    factor: float
+    low: float
+    high: float
+    original_ctx: int
+
+    def __call__(self, powers: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
+        """Return frequencies from the base's powers, whose inverses the unscaled frequencies are."""
+        frequencies = 1.0 / powers
+        turns = self.original_ctx * frequencies / (2 * math.pi)
+        keep = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
+        return keep * frequencies + (1 - keep) * frequencies / self.factor
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN (Peng et al. 2023): as `ByParts`, but blended evenly over the pairs between the two bounds, not over turns.
+
+    `fast` and `slow` are the bounds in turns; `truncate` rounds them outwards to whole pairs.
+    """
+
+    factor: float
+    fast: float
+    slow: float
+    original_ctx: int
+    truncate: bool
+    base: float
+
+    def __call__(self, powers: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
+        """Return frequencies from the base's powers, whose inverses the unscaled frequencies are."""
+        n_pairs = len(powers)
+        low, high = self._pair(self.fast, n_pairs), self._pair(self.slow, n_pairs)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * n_pairs - 1)
+        pair = torch.arange(n_pairs, dtype=torch.float32, device=powers.device)
+        slowed = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
+        return (1 - slowed) / powers + slowed / (self.factor * powers)
+
+    def _pair(self, turns: float, n_pairs: int) -> float:
+        """Which pair turns so often over the original context."""
+        return n_pairs * math.log(self.original_ctx / (turns * 2 * math.pi)) / math.log(self.base)
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """NTK scaling that grows with the prompt: beyond the original context the base does (bloc97 2023)."""
+
+    factor: float
+    original_ctx: int
+    base: float
+
+    def __call__(self, powers: Float[Tensor, " pair"], lengths: Int[Tensor, " batch"]) -> Float[Tensor, "batch pair"]:
+        """Return each prompt's frequencies, of as many pairs as there are powers of the base."""
+        dim = 2 * len(powers)
+        stretch = self.factor * lengths.clamp(min=self.original_ctx) / self.original_ctx - (self.factor - 1)
+        bases = self.base * stretch.float() ** (dim / (dim - 2))
+        return 1.0 / bases[:, None] ** _exponents(dim, powers.device)
+
+
+@dataclass(frozen=True)
+class LongRope:
+    """A divisor for each pair: `short` for prompts within the original context, `long` beyond (Ding et al. 2024)."""
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    original_ctx: int
+
+    def __call__(self, powers: Float[Tensor, " pair"], lengths: Int[Tensor, " batch"]) -> Float[Tensor, "batch pair"]:
+        """Return each prompt's frequencies from the base's powers."""
+        short, long = (torch.tensor(divisors, device=powers.device) for divisors in (self.short, self.long))
+        beyond = (lengths > self.original_ctx)[:, None]
+        return 1.0 / (torch.where(beyond, long, short) * powers)
+
+
+@dataclass(frozen=True)
 class RotarySpec:
     """Everything rotary angles depend on besides the positions (Su et al. 2021, "RoFormer").
 
@@ -41,66 +123,90 @@ class RotarySpec:
         base: the slowest pair turns by `base ** -(1 - 2/dim)` radians per position.
         adjacent: pairs are neighbours (0, 1), (2, 3), ... rather than halves (0, dim/2), ...
         divisor: positions are divided by it (linear scaling).
-        by_parts: (factor, low_freq_factor, high_freq_factor, original_ctx) of the Llama-3 scaling, or None.
+        scaling: what else is done to the frequencies.
+        amplitude: queries and keys are multiplied by it as they rotate.
     """
 
     dim: int
     base: float
     adjacent: bool = False
     divisor: float = 1.0
-    by_parts: tuple[float, float, float, int] | None = None
+    scaling: ByParts | Yarn | Dynamic | LongRope | None = None
+    amplitude: float = 1.0
 
     @classmethod
     def of(cls, cfg: HookedTransformerConfig, layer: int) -> RotarySpec:
-        """Return the rotary positions of one layer."""
+        """Return the rotary positions of one layer. A base of its own frees a local layer from all scaling."""
         assert cfg.rotary_dim is not None  # filled in by the config
-        local = cfg.window(layer) is not None and cfg.rotary_base_local is not None
-        if local and cfg.rotary_base_local is not None:
+        if cfg.window(layer) is not None and cfg.rotary_base_local is not None:
             return cls(cfg.rotary_dim, cfg.rotary_base_local, cfg.rotary_adjacent_pairs)
-        by_parts = (
-            cfg.NTK_by_parts_factor,
-            cfg.NTK_by_parts_low_freq_factor,
-            cfg.NTK_by_parts_high_freq_factor,
-            cfg.NTK_original_ctx_len,
-        )
         return cls(
             cfg.rotary_dim,
             cfg.rotary_base,
             cfg.rotary_adjacent_pairs,
             cfg.rotary_scaling_factor,
-            by_parts if cfg.use_NTK_by_parts_rope else None,
+            _scaling(cfg),
+            _amplitude(cfg),
         )
 
 
+def _scaling(cfg: HookedTransformerConfig) -> ByParts | Yarn | Dynamic | LongRope | None:
+    if cfg.use_NTK_by_parts_rope:
+        low, high = cfg.NTK_by_parts_low_freq_factor, cfg.NTK_by_parts_high_freq_factor
+        return ByParts(cfg.NTK_by_parts_factor, low, high, cfg.NTK_original_ctx_len)
+    if cfg.use_yarn_rope:
+        original, fast, slow = cfg.yarn_original_max_position_embeddings, cfg.yarn_beta_fast, cfg.yarn_beta_slow
+        return Yarn(cfg.yarn_factor, fast, slow, original, cfg.yarn_truncate, cfg.rotary_base)
+    if cfg.use_dynamic_rope:
+        return Dynamic(cfg.dynamic_rope_factor, cfg.dynamic_rope_original_ctx_len, cfg.rotary_base)
+    if cfg.use_longrope and cfg.longrope_short_factors is not None and cfg.longrope_long_factors is not None:
+        short, long = tuple(cfg.longrope_short_factors), tuple(cfg.longrope_long_factors)
+        return LongRope(short, long, cfg.longrope_original_ctx_len)
+    return None
+
+
+def _amplitude(cfg: HookedTransformerConfig) -> float:
+    if cfg.use_longrope:
+        return cfg.longrope_attention_factor
+    if not cfg.use_yarn_rope:
+        return 1.0
+    if cfg.yarn_attention_factor is not None:
+        return cfg.yarn_attention_factor
+    return 0.1 * math.log(max(cfg.yarn_factor, 1.0)) + 1.0
+
+
+def _exponents(dim: int, device: torch.device) -> Float[Tensor, " pair"]:
+    return torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim
+
+
 @lru_cache(maxsize=64)
-def rotary_frequencies(spec: RotarySpec, device: torch.device) -> Float[Tensor, " pair"]:
-    """Return radians per position of each rotating pair, in float32 as the checkpoints were trained with."""
-    exponents = torch.arange(0, spec.dim, 2, dtype=torch.int64, device=device).float() / spec.dim
-    frequencies = 1.0 / spec.base**exponents
-    if spec.by_parts is not None:
-        frequencies = _scale_by_parts(frequencies, *spec.by_parts)
-    return frequencies / spec.divisor
+def _fixed_frequencies(spec: RotarySpec, device: torch.device) -> Float[Tensor, "1 pair"]:
+    powers = spec.base ** _exponents(spec.dim, device)
+    if isinstance(spec.scaling, (ByParts, Yarn)):
+        return (spec.scaling(powers) / spec.divisor)[None]
+    return (1.0 / powers / spec.divisor)[None]
 
 
-def _scale_by_parts(
-    frequencies: Float[Tensor, " pair"], factor: float, low: float, high: float, original_ctx: int
-) -> Float[Tensor, " pair"]:
-    """Slow the pairs that turn less than `low` times over the original context by `factor`; leave those above `high`.
+def rotary_frequencies(spec: RotarySpec, lengths: Int[Tensor, " batch"]) -> Float[Tensor, "batch_or_1 pair"]:
+    """Return radians per position of each rotating pair, in float32 as the checkpoints were trained with.
 
-    In between the two are blended (Llama 3; "NTK-by-parts", Peng et al. 2023, section 3.2).
+    Args:
+        spec: the rotary positions.
+        lengths: how long each prompt is, padding not counted.
     """
-    turns = original_ctx * frequencies / (2 * math.pi)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return keep * frequencies + (1 - keep) * frequencies / factor
+    if isinstance(spec.scaling, (Dynamic, LongRope)):
+        return spec.scaling(spec.base ** _exponents(spec.dim, lengths.device), lengths)
+    return _fixed_frequencies(spec, lengths.device)
 
 
 def rotary_tables(
-    spec: RotarySpec, positions: Int[Tensor, "batch query"]
+    spec: RotarySpec, positions: Int[Tensor, "batch query"], lengths: Int[Tensor, " batch"]
 ) -> tuple[Float[Tensor, "batch query 1 dim"], Float[Tensor, "batch query 1 dim"]]:
     """Return cosine and sine of every dimension's angle at the given positions."""
-    angles = positions[:, :, None].float() * rotary_frequencies(spec, positions.device)
+    angles = positions[:, :, None].float() * rotary_frequencies(spec, lengths)[:, None]
     angles = angles.repeat_interleave(2, -1) if spec.adjacent else angles.repeat(1, 1, 2)
-    return angles.cos()[:, :, None], angles.sin()[:, :, None]
+    cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
+    return (cos, sin) if spec.amplitude == 1.0 else (cos * spec.amplitude, sin * spec.amplitude)
 
 
 def rotate(
@@ -115,6 +221,15 @@ def rotate(
         quarter_turn = torch.cat((-second, first), -1)
     turned = turning * cos + quarter_turn * sin
     return turned if still.shape[-1] == 0 else torch.cat((turned, still), -1)
+
+
+@dataclass(frozen=True)
+class AlibiSpec:
+    """ALiBi: a slope per head, times `scale`; rounded to bfloat16 where a model was trained so."""
+
+    n_heads: int
+    scale: float = 1.0
+    in_bfloat16: bool = False
 
 
 def alibi_slopes(n_heads: int) -> Float[Tensor, " head"]:
