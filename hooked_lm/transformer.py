@@ -286,8 +286,8 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Intervening):
             )
         if past_kv_cache is not None and self.outgrows(past_kv_cache, n_new):
             raise ValueError(
-                f"with {n_past + n_new} positions this model rotates the {n_past} in the key-value cache otherwise than "
-                "they were read: read the whole text with a new cache (generate does)"
+                f"with {n_past + n_new} positions this model rotates the {n_past} in the key-value cache anew, so that "
+                "what it holds is out of date: read the whole text with a new cache (generate does)"
             )
         if attention_mask is not None:
             check_attention_mask(attention_mask, batch, n_new, continuing=n_past > 0)

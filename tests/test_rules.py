@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from hooked_lm import CheckpointError
-from tests.helpers import VOCAB, tiny_config, tiny_gpt2
+from hooked_lm import CheckpointError, HookedTransformerConfig
+from tests.helpers import tiny_config, tiny_gpt2
+from weight_conversion.checkpoint import read_family
+from weight_conversion.conversion import Conversion
 from weight_conversion.families import gpt2
 from weight_conversion.fields import ConfigFields
 from weight_conversion.registry import FAMILIES, family_of
-from weight_conversion.rules import Drop, Rule, RuleTable, Zeros, axis_sizes, convert
+from weight_conversion.rules import Computed, Constant, Drop, Piece, Product, Rule, RuleTable, Split, axis_sizes
+from weight_conversion.source import TensorsInMemory, TensorSource
 
 # d_model 12, 3 heads of 4, 2 layers, vocabulary 20.
 TABLE: RuleTable = (
@@ -26,8 +28,8 @@ TABLE: RuleTable = (
         "(part head d_head) -> part head d_head",
         ("blocks.{layer}.attn.b_K", "blocks.{layer}.attn.b_V"),
     ),
-    Zeros("blocks.{layer}.attn.b_O", "d_model"),
-    Zeros("unembed.b_U", "vocab_out"),
+    Constant("blocks.{layer}.attn.b_O", "d_model"),
+    Constant("unembed.b_U", "vocab_out"),
     Drop("h.{layer}.mask", "a constant"),
     Drop("version", "a constant"),
 )
@@ -44,21 +46,27 @@ def source(**changes: Tensor | None) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if value is not None}
 
 
-class Counting(Mapping[str, Tensor]):
+class Counting(TensorsInMemory):
     """A checkpoint that remembers how often each tensor was read."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors, self.reads = tensors, dict.fromkeys(tensors, 0)
+        super().__init__(tensors)
+        self.reads = dict.fromkeys(tensors, 0)
 
     def __getitem__(self, name: str) -> Tensor:
         self.reads[name] += 1
-        return self.tensors[name]
+        return super().__getitem__(name)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
 
-    def __len__(self) -> int:
-        return len(self.tensors)
+def convert(
+    table: RuleTable, tensors: TensorSource | dict[str, Tensor], cfg: HookedTransformerConfig, *args: Any, **kwargs: Any
+) -> dict[str, Tensor]:
+    """Everything that a conversion makes, in one dictionary."""
+    opened = tensors if isinstance(tensors, TensorSource) else TensorsInMemory(tensors)
+    conversion = Conversion(table, opened, cfg, *args, **kwargs)
+    weights = {name: tensor for chunk in conversion for name, tensor in chunk.items()}
+    assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == conversion.shapes
+    return weights
 
 
 def test_a_rule_rearranges_as_its_axes_say() -> None:
@@ -73,9 +81,8 @@ def test_a_rule_rearranges_as_its_axes_say() -> None:
             assert torch.equal(weights[f"blocks.{layer}.attn.b_V"][head], kv[12:][rows])
 
 
-def test_zeros_have_the_shape_of_their_axes_and_the_dtype_of_the_checkpoint() -> None:
-    tensors = {name: value.to(torch.bfloat16) for name, value in source().items()}
-    weights = convert(TABLE, tensors, tiny_config(d_vocab_out=7))
+def test_constants_have_the_shape_of_their_axes_and_the_dtype_of_the_config() -> None:
+    weights = convert(TABLE, source(), tiny_config(d_vocab_out=7, dtype=torch.bfloat16))
     assert torch.equal(weights["blocks.1.attn.b_O"], torch.zeros(12, dtype=torch.bfloat16))
     assert torch.equal(weights["unembed.b_U"], torch.zeros(7, dtype=torch.bfloat16))
 
@@ -176,8 +183,8 @@ def test_a_table_that_uses_a_tensor_twice_without_saying_so_raises() -> None:
         convert(table, source(), tiny_config())
 
 
-def test_a_table_may_use_a_tensor_twice_when_it_says_that_they_are_tied() -> None:
-    table = (*TABLE, Rule("wte", "vocab d_model -> d_model vocab", ("unembed.W_U",), tied=True))
+def test_a_table_may_use_a_tensor_twice_when_it_says_so() -> None:
+    table = (*TABLE, Rule("wte", "vocab d_model -> d_model vocab", ("unembed.W_U",), again=True))
     weights = convert(table, source(), tiny_config())
     assert torch.equal(weights["unembed.W_U"], weights["embed.W_E"].T)
 
@@ -195,6 +202,7 @@ def test_axis_sizes_are_those_of_the_glossary() -> None:
     assert axis_sizes(cfg) == {
         "head": 4,
         "kv_head": 2,
+        "group": 2,
         "d_head": 5,
         "d_model": 12,
         "d_mlp": 7,
@@ -202,26 +210,127 @@ def test_axis_sizes_are_those_of_the_glossary() -> None:
         "vocab_out": 9,
         "n_ctx": 16,
         "expert": 3,
+        "d_expert": 7,
     }
     assert "d_mlp" not in axis_sizes(tiny_config(attn_only=True, act_fn=None))
+
+
+# What else an entry can be
+
+GROUPED = {"n_heads": 4, "n_key_value_heads": 2, "d_head": 3, "num_experts": 3, "experts_per_token": 2}
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def test_a_split_takes_apart_pieces_of_different_sizes() -> None:
+    # Per key-value head: its two query heads, its key, its value.
+    split = Split(
+        "qkv",
+        "(kv_head part d_head) d_model -> part kv_head d_model d_head",
+        (
+            Piece("W_Q", "group", "group kv_head d_model d_head -> (kv_head group) d_model d_head"),
+            Piece("W_K", "1", "1 kv_head d_model d_head -> kv_head d_model d_head"),
+            Piece("W_V", "1", "1 kv_head d_model d_head -> kv_head d_model d_head"),
+        ),
+    )
+    fused, cfg = random(24, 12), tiny_config(**GROUPED)
+    weights = convert((split,), {"qkv": fused}, cfg)
+    blocks = fused.reshape(2, 4, 3, 12)
+    for head in range(4):
+        assert torch.equal(weights["W_Q"][head], blocks[head // 2, head % 2].T)
+    assert torch.equal(weights["W_K"], blocks[:, 2].mT)
+    assert torch.equal(weights["W_V"], blocks[:, 3].mT)
+    assert torch.equal(split.invert(weights, cfg)["qkv"], fused)
+
+
+def test_a_source_per_expert_is_stacked() -> None:
+    rule = Rule("experts.{expert}.w", "expert d_expert d_model -> expert d_model d_expert", "W_in")
+    tensors = {f"experts.{index}.w": random(48, 12) + index for index in range(3)}
+    weights = convert((rule,), tensors, tiny_config(**GROUPED))
+    assert all(torch.equal(weights["W_in"][index], tensors[f"experts.{index}.w"].T) for index in range(3))
+
+
+def test_experts_of_different_shapes_raise() -> None:
+    rule = Rule("experts.{expert}.w", "expert d_expert d_model -> expert d_model d_expert", "W_in")
+    tensors = {f"experts.{index}.w": random(48 + index, 12) for index in range(3)}
+    with pytest.raises(CheckpointError, match=r"experts\.\{expert\}\.w stands for tensors of different shapes"):
+        convert((rule,), tensors, tiny_config(**GROUPED))
+
+
+def test_a_missing_expert_raises_and_is_named() -> None:
+    rule = Rule("experts.{expert}.w", "expert d_expert d_model -> expert d_model d_expert", "W_in")
+    tensors = {f"experts.{index}.w": random(48, 12) for index in (0, 2)}
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors that the config implies: experts\.1\.w"):
+        convert((rule,), tensors, tiny_config(**GROUPED))
+
+
+def test_a_rule_scales_adds_and_skips_and_its_inverse_undoes_it() -> None:
+    rule = Rule("positions", "n_ctx d_model -> n_ctx d_model", "W", scale=2.0, add=1.0, skip=2)
+    table, cfg = random(18, 12), tiny_config()
+    weights = convert((rule,), {"positions": table}, cfg)
+    assert torch.equal(weights["W"], table[2:] * 2 + 1)
+    back = rule.invert(weights, cfg)["positions"]
+    assert torch.allclose(back[2:], table[2:], atol=1e-6)
+    assert not back[:2].any()
+
+
+def test_an_entry_for_some_layers_is_about_those_alone() -> None:
+    table = (
+        Rule("h.{layer}.dense", "d_mlp -> d_mlp", "blocks.{layer}.dense", layers=(0,)),
+        Rule("h.{layer}.sparse", "d_mlp -> d_mlp", "blocks.{layer}.sparse", layers=(1,)),
+    )
+    weights = convert(table, {"h.0.dense": random(48), "h.1.sparse": random(48)}, tiny_config())
+    assert set(weights) == {"blocks.0.dense", "blocks.1.sparse"}
+
+
+def test_a_product_multiplies_and_cannot_be_taken_apart() -> None:
+    product, cfg = Product("a", "b.T", "W"), tiny_config()
+    weights = convert((product,), {"a": random(20, 5), "b": random(12, 5)}, cfg)
+    assert torch.allclose(weights["W"], random(20, 5) @ random(12, 5).T)
+    with pytest.raises(CheckpointError, match="cannot be told apart again"):
+        product.invert(weights, cfg)
+
+
+def test_factors_that_do_not_multiply_raise() -> None:
+    with pytest.raises(CheckpointError, match=r"a has shape \(20, 5\) and b\.T \(6, 12\): they do not multiply"):
+        convert((Product("a", "b.T", "W"),), {"a": random(20, 5), "b": random(12, 6)}, tiny_config())
+
+
+def test_a_dropped_tensor_that_has_to_hold_a_value_is_checked() -> None:
+    drop, good, bad = Drop("beta", "a constant", value=0.5), torch.full((1,), 0.5), torch.full((1,), 0.6)
+    rule = Rule("wte", "vocab d_model -> vocab d_model", "W")
+    convert((rule, drop), {"wte": random(20, 12), "beta": good}, tiny_config())
+    convert((rule, drop), {"wte": random(20, 12)}, tiny_config())
+    with pytest.raises(CheckpointError, match=r"beta holds \[0\.6.*only 0\.5 is supported"):
+        convert((rule, drop), {"wte": random(20, 12), "beta": bad}, tiny_config())
+
+
+def test_a_constant_takes_no_memory_and_has_no_way_back_once_it_is_changed() -> None:
+    constant, cfg = Constant("b", "d_model", 1.0), tiny_config()
+    weights = convert((constant,), {}, cfg)
+    assert weights["b"].untyped_storage().nbytes() == weights["b"].element_size()
+    assert constant.invert(weights, cfg) == {}
+    with pytest.raises(CheckpointError, match=r"b is not 1\.0 everywhere"):
+        constant.invert({"b": weights["b"] + 1}, cfg)
+
+
+def test_a_computed_tensor_has_no_way_back_once_it_is_changed() -> None:
+    computed, cfg = Computed("W", lambda cfg: torch.ones(cfg.n_ctx, cfg.d_model)), tiny_config()
+    weights = convert((computed,), {}, cfg)
+    assert computed.invert(weights, cfg) == {}
+    with pytest.raises(CheckpointError, match="W has been changed"):
+        computed.invert({"W": weights["W"] * 2}, cfg)
 
 
 # The families' tables
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_familys_table_reads_each_source_once_but_for_ties_and_makes_each_target_once(
-    family: Any, tied: bool
-) -> None:
-    table = family.rules(tied)
-    rules = [rule for rule in table if isinstance(rule, Rule) and not rule.tied]
-    sources = [rule.source for rule in rules] + [drop.source for drop in table if isinstance(drop, Drop)]
-    targets = [target for rule in table if isinstance(rule, Rule) for target in rule.targets]
-    targets += [zeros.target for zeros in table if isinstance(zeros, Zeros)]
-    assert len(set(sources)) == len(sources)
-    assert len(set(targets)) == len(targets)
-    assert all(rule.source in sources for rule in table if isinstance(rule, Rule))
+def test_every_architecture_belongs_to_one_family() -> None:
+    names = [name for family in FAMILIES for name in family.architectures]
+    assert len(set(names)) == len(names)
+    assert len({family.name for family in FAMILIES}) == len(FAMILIES)
 
 
 @pytest.mark.parametrize(
@@ -231,9 +340,10 @@ def test_a_gpt2_checkpoint_that_lacks_a_tensor_raises_and_names_it(missing: str)
     hf = tiny_gpt2()
     state = hf.state_dict()
     del state[missing]
-    cfg = tiny_config(n_layers=3, d_model=24, n_heads=4, n_ctx=32, d_vocab=VOCAB)
+    fields = {**hf.config.to_dict(), "architectures": ["GPT2LMHeadModel"]}
+    cfg, table = read_family(gpt2.FAMILY, fields, "GPT2LMHeadModel")
     with pytest.raises(CheckpointError, match=re.escape(missing.removeprefix("transformer."))):
-        convert(gpt2.FAMILY.rules(True), state, cfg, "transformer.")
+        convert(table, state, cfg, "transformer.")
 
 
 def test_an_unknown_architecture_raises_and_names_the_nearest() -> None:

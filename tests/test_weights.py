@@ -89,7 +89,7 @@ OBSTRUCTED = [(kind, step) for kind in KINDS for step in STEPS if not preserves(
 @pytest.mark.parametrize(("kind", "step"), PRESERVING)
 def test_a_step_alone_leaves_the_log_probabilities_as_they_were(kind: str, step: str) -> None:
     model = model_of(kind)
-    processed = rebuilt(*STEPS[step].apply(model.cfg, model.state_dict()))
+    processed = rebuilt(*process(model.cfg, model.state_dict(), [step]))
     assert (log_probabilities(processed) - log_probabilities(model)).abs().max().item() < EXACT
 
 
@@ -123,7 +123,7 @@ def test_the_obstacles_are_those_that_there_are() -> None:
 )
 def test_a_step_with_an_obstacle_would_change_the_log_probabilities(kind: str, step: str) -> None:
     model = model_of(kind)
-    processed = rebuilt(*STEPS[step].apply(model.cfg, model.state_dict()))
+    processed = rebuilt(*process(model.cfg, model.state_dict(), [step]))
     assert (log_probabilities(processed) - log_probabilities(model)).abs().max().item() > 1e-4
 
 
@@ -136,7 +136,7 @@ def test_a_step_writes_to_nothing_it_is_given(kind: str, step: str) -> None:
     state, cfg = model.state_dict(), model.cfg.replace()
     before = {name: value.clone() for name, value in state.items()}
     names = list(state)
-    STEPS[step].apply(cfg, state)
+    process(cfg, state, [step])
     assert list(state) == names
     assert all(torch.equal(state[name], before[name]) for name in names)
     assert cfg == model.cfg
@@ -310,9 +310,9 @@ def test_a_step_does_to_one_block_what_it_does_to_that_block_in_the_whole(kind: 
     if not preserves(kind, step) and step == "refactor_factored_attn_matrices":
         return
     model = model_of(kind)
-    whole_cfg, whole = STEPS[step].apply(model.cfg, model.state_dict())
+    whole_cfg, whole = process(model.cfg, model.state_dict(), [step])
     part = {name: value for name, value in model.state_dict().items() if name.startswith("blocks.1.")}
-    part_cfg, processed = STEPS[step].apply(model.cfg, part)
+    part_cfg, processed = process(model.cfg, part, [step])
     assert part_cfg == whole_cfg
     assert set(processed) == {name for name in whole if name.startswith("blocks.1.")}
     assert all(torch.equal(value, whole[name]) for name, value in processed.items())
@@ -321,9 +321,9 @@ def test_a_step_does_to_one_block_what_it_does_to_that_block_in_the_whole(kind: 
 @pytest.mark.parametrize("step", STEPS)
 def test_a_step_works_on_what_is_outside_the_blocks(step: str) -> None:
     model = model_of("layer norm")
-    _, whole = STEPS[step].apply(model.cfg, model.state_dict())
+    _, whole = process(model.cfg, model.state_dict(), [step])
     part = {name: value for name, value in model.state_dict().items() if not name.startswith("blocks.")}
-    _, processed = STEPS[step].apply(model.cfg, part)
+    _, processed = process(model.cfg, part, [step])
     assert set(processed) == {name for name in whole if not name.startswith("blocks.")}
     assert all(torch.equal(value, whole[name]) for name, value in processed.items())
 

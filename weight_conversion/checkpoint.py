@@ -187,9 +187,7 @@ def _name_in(tensors: TensorSource, family: Family, name: str) -> str | None:
 def _dtype(family: Family, tensors: TensorSource) -> torch.dtype:
     """The precision of the token embedding, which stands for the checkpoint's."""
     name = _name_in(tensors, family, family.embedding) or next(iter(tensors), None)
-    if name is None:
-        raise CheckpointError("the checkpoint holds no tensors")
-    return tensors.dtype(name)
+    return torch.float32 if name is None else tensors.dtype(name)
 
 
 def _from_own_folder(folder: Path, content: dict[str, Any], tokenizer: Any, first_n_layers: int | None) -> Loaded:
