@@ -15,6 +15,7 @@ from hooked_lm import bundled
 from hooked_lm import weights as processing
 from hooked_lm.components.norm import Norm
 from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.homes import Homes
 from hooked_lm.tokenization import Tokenizer
 from hooked_lm.weights import Weights
 from weight_conversion import checkpoint
@@ -119,7 +120,7 @@ class ModelWeights(nn.Module):
         plan: list[str],
         device: str | torch.device | None,
     ) -> Self:
-        """Build a model for a checkpoint and read its weights, chunk by chunk, into the places where they stay.
+        """Build a model for a checkpoint and read its weights, chunk by chunk, to where they stay.
 
         Everything that can be wrong with names and shapes is found on the meta device, before memory is spent.
         """
@@ -136,30 +137,16 @@ class ModelWeights(nn.Module):
                 raise checkpoint.CheckpointError(f"{_mismatch(name)}: {error} is missing") from error
             model = cls(after, loaded.tokenizer, move_to_device=False)
         _check_shapes(name, shapes, model.state_dict())
-        model.to_empty(device=device or "cpu")
+        homes = Homes(model, device or "cpu")
         for chunk in loaded.weights:
             if parted and "embed.W_E" in chunk:
                 chunk["unembed.W_U"] = chunk["embed.W_E"].T
-            model._take_in(chunk, before, plan)
+            homes.take_in(chunk, before, plan, keep_views=loaded.weights.mapped)
+            if plan:
+                loaded.weights.release()
+        model.cfg.device = str(torch.device(device or "cpu"))
         model.processed, model.origin = (*loaded.processed, *plan), loaded.origin
         return model
-
-    def _take_in(self, chunk: Weights, cfg: HookedTransformerConfig, plan: list[str]) -> None:
-        """Copy some blocks' weights to where they stay, and process them there."""
-        homes = {name: home for name, home in self.state_dict().items() if name in chunk}
-        placed = {}
-        for name, value in chunk.items():
-            home = homes.get(name)
-            # Processing in low precision would round twice.
-            wide = torch.promote_types(torch.promote_types(value.dtype, self.cfg.dtype), torch.float32)
-            if home is None or (plan and home.dtype != wide):
-                placed[name] = value.to(device=self.cfg.device, dtype=wide if plan else None, copy=True)
-            else:
-                placed[name] = home.copy_(value)
-        processing.process_(cfg, placed, plan)
-        for name, home in homes.items():
-            if placed[name] is not home:
-                home.copy_(placed[name])
 
     @classmethod
     def from_pretrained_no_processing(cls, name_or_path: str | Path, **kwargs: Any) -> Self:
@@ -286,9 +273,12 @@ class ModelWeights(nn.Module):
         }
         (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
         tensors = {name: value.contiguous() for name, value in self.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors")
+        # The model may be a view of the very file that is to be replaced: it lives on, without a name.
+        written = folder / "model.safetensors.new"
+        save_file(tensors, written)
         # safetensors writes a file that only its owner may read.
-        (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode & 0o777)
+        written.chmod((folder / "config.json").stat().st_mode & 0o777)
+        written.replace(folder / "model.safetensors")
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 

@@ -17,7 +17,7 @@ ORDER = (
     *("config", "names", "slicing", "bundled", "interventions", "factored_matrix"),
     *("hook_point", "hooks", "hook_points", "kv_cache", "components", "cached_activations", "activation_cache"),
     *("weights", "weight_conversion", "tokenization", "losses", "generation", "text_interface", "intervening"),
-    *("text_generation", "initialization", "weight_views", "model_weights", "transformer"),
+    *("text_generation", "initialization", "weight_views", "homes", "model_weights", "transformer"),
     *("verify", "sweep", "patching", "circuits", "utils", "head_detector", "evals", "training", "tasks"),
     *("plotting", "demo", "demo_page", "__init__", "cli"),
 )

@@ -211,6 +211,7 @@ def test_axis_sizes_are_those_of_the_glossary() -> None:
         "n_ctx": 16,
         "expert": 3,
         "d_expert": 7,
+        "1": 1,
     }
     assert "d_mlp" not in axis_sizes(tiny_config(attn_only=True, act_fn=None))
 

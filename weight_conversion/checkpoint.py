@@ -35,7 +35,14 @@ class Weights(Protocol):
 
     shapes: dict[str, tuple[int, ...]]
 
+    @property
+    def mapped(self) -> bool:
+        """Whether what is read may be kept, as a private view of a file, rather than copied."""
+
     def __iter__(self) -> Iterator[dict[str, Tensor]]: ...
+
+    def release(self) -> None:
+        """Give back the memory of what has been read, apart from what somebody still holds."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +226,13 @@ class _OwnWeights:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for chunk in self._chunks:
             yield {name: self._tensors[name] for name in chunk}
-            self._tensors.release()
+
+    @property
+    def mapped(self) -> bool:
+        return self._tensors.mapped
+
+    def release(self) -> None:
+        self._tensors.release()
 
 
 class _Shortened:
@@ -232,6 +245,13 @@ class _Shortened:
             if n_ctx > had:
                 raise CheckpointError(f"n_ctx={n_ctx} is more than the {had} positions this model has learned")
             self.shapes[_POSITIONS] = (n_ctx, *self.shapes[_POSITIONS][1:])
+
+    @property
+    def mapped(self) -> bool:
+        return self._weights.mapped
+
+    def release(self) -> None:
+        self._weights.release()
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for chunk in self._weights:

@@ -51,13 +51,18 @@ class Conversion:
         self.shapes = {name: tuple(tensor.shape) for chunk in made for name, tensor in chunk.items()}
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Yield our tensors, mostly views of the checkpoint's: first those outside the blocks, then block by block.
-
-        Only the chunk that was yielded last is held, and nobody should hold more.
-        """
+        """Yield our tensors, mostly views of the checkpoint's: first those outside the blocks, then block by block."""
         for chunk in self._chunks:
             yield self._convert(chunk, _WithValues(self))
-            self._tensors.release()
+
+    @property
+    def mapped(self) -> bool:
+        """Whether what is yielded may be kept: it is nobody else's."""
+        return self._tensors.mapped
+
+    def release(self) -> None:
+        """Give back the memory of what has been read, apart from what somebody still holds."""
+        self._tensors.release()
 
     def _convert(self, entries: Iterable[Entry], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         made: dict[str, Tensor] = {}

@@ -98,7 +98,14 @@ def open_tensors(folder: Path) -> TensorSource:
 
 
 class TensorSource(Mapping[str, Tensor]):
-    """Tensors by name that can be asked about before they are read."""
+    """Tensors by name that can be asked about before they are read.
+
+    Attributes:
+        mapped: what is read is a private view of a file: nobody else sees a write to it, and it takes memory only as it
+            is used.
+    """
+
+    mapped = False
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
@@ -114,6 +121,8 @@ class TensorSource(Mapping[str, Tensor]):
 
 class SafetensorFiles(TensorSource):
     """Safetensors files as one mapping. They are memory-mapped: a tensor costs nothing until its values are used."""
+
+    mapped = True
 
     def __init__(self, paths: list[Path]) -> None:
         self._open: dict[Path, Any] = {}
