@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from hooked_lm import utils as utils
     from hooked_lm import weights as weights
     from hooked_lm.activation_cache import ActivationCache as ActivationCache
+    from hooked_lm.certificate import Certificate as Certificate
+    from hooked_lm.certificate import verify as verify
     from hooked_lm.circuits.svd import SVDInterpreter as SVDInterpreter
     from hooked_lm.config import HookedTransformerConfig as HookedTransformerConfig
     from hooked_lm.factored_matrix import FactoredMatrix as FactoredMatrix
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ActivationCache": "hooked_lm.activation_cache",
+    "Certificate": "hooked_lm.certificate",
     "CheckpointError": "weight_conversion.errors",
     "FactoredMatrix": "hooked_lm.factored_matrix",
     "HookPoint": "hooked_lm.hooks",
@@ -40,6 +43,7 @@ _HOMES = {
     "Intervention": "hooked_lm.interventions",
     "Slice": "hooked_lm.slicing",
     "UnknownHookError": "hooked_lm.names",
+    "verify": "hooked_lm.certificate",
 }
 _MODULES = ("components", "utils", "weights")
 

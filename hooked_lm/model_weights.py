@@ -19,6 +19,7 @@ from hooked_lm.homes import Homes
 from hooked_lm.tokenization import Tokenizer
 from hooked_lm.weights import Weights
 from weight_conversion import checkpoint
+from weight_conversion.export import export
 
 
 class ModelWeights(nn.Module):
@@ -253,6 +254,28 @@ class ModelWeights(nn.Module):
         nn.Module.load_state_dict(self, weights, strict=True)
 
     # Folders
+
+    @torch.no_grad()
+    def to_huggingface(self, folder: str | Path) -> None:
+        """Write the model in HuggingFace's format, so that `transformers` loads it and computes the same logits.
+
+        For models that were loaded from HuggingFace's format without processing; what has been changed in the weights
+        since goes with it.
+
+        Raises:
+            ValueError: the model has been processed, or was never a HuggingFace model.
+            CheckpointError: it was loaded in part, or has weights that its family has no place for.
+        """
+        if self.origin is None:
+            raise ValueError("this model does not come from a HuggingFace checkpoint, so there is no family to write")
+        if self.processed:
+            raise ValueError(
+                f"the weights have been processed ({', '.join(self.processed)}), which HuggingFace's format has no place "
+                "for: load the model with from_pretrained_no_processing"
+            )
+        export(self.cfg, self.state_dict(), self.origin, folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model to a folder: `config.json`, `model.safetensors` and the tokenizer, if it has one.

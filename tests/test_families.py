@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from hooked_lm import HookedTransformer
+from hooked_lm import CheckpointError, HookedTransformer, verify
 from tests.family_rows import ROWS, Row
 
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
@@ -92,6 +93,29 @@ def test_a_saved_model_loads_as_it_was(row: Row, checkpoints: Any, tmp_path: Pat
     again = HookedTransformer.from_pretrained(tmp_path)
     assert again.cfg == ours.cfg.replace(model_name=again.cfg.model_name)
     assert torch.equal(again(row.tokens()), ours(row.tokens()))
+
+
+@rows
+def test_the_certificate_passes(row: Row, checkpoints: Any) -> None:
+    certificate = verify(checkpoints[row.id][1], positions=row.pos)
+    assert certificate.passed, certificate
+    assert certificate.exact_in_float64 or not row.float64, certificate
+
+
+@rows
+@torch.no_grad()
+def test_an_edited_model_goes_back_to_the_reference(row: Row, checkpoints: Any, tmp_path: Path) -> None:
+    ours = HookedTransformer.from_pretrained_no_processing(checkpoints[row.id][1])
+    ours.blocks[1].mlp.W_out[..., ::2] += 1.0
+    if not row.invertible:
+        with pytest.raises(CheckpointError, match="cannot be told apart again"):
+            ours.to_huggingface(tmp_path)
+        return
+    ours.to_huggingface(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=row.attention).eval()
+    tokens = row.tokens()
+    assert_close(ours(tokens), theirs(tokens).logits)
+    assert (ours(tokens) - checkpoints[row.id][0](tokens).logits).abs().max() > 100 * ABSOLUTE
 
 
 @rows

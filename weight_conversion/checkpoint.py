@@ -151,8 +151,10 @@ def _convert(fields: Mapping[str, Any], tensors: TensorSource, tokenizer: Any, f
         raise CheckpointError(f"the config names {len(architectures)} architectures {architectures}, not one")
     family = family_of(architectures[0])
     cfg, table = read_family(family, fields, architectures[0])
-    if cfg.tie_word_embeddings and not _same_embeddings(family, tensors):
-        cfg, table = read_family(family, {**fields, "tie_word_embeddings": False}, architectures[0])
+    tied = fields.get("tie_word_embeddings", cfg.tie_word_embeddings)
+    if tied and not _same_embeddings(family, tensors):
+        fields = {**fields, "tie_word_embeddings": False}
+        cfg, table = read_family(family, fields, architectures[0])
     _check_layers(first_n_layers, cfg.n_layers)
     cfg = cfg.replace(dtype=_dtype(family, tensors))
     weights = Conversion(table, tensors, cfg, family.prefix, first_n_layers)

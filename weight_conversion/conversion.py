@@ -42,8 +42,8 @@ class Conversion:
     ) -> None:
         self._tensors, self._cfg = tensors, cfg
         self._present = _without_prefix(tensors, prefix)
-        self._outer = [entry for entry in table if not _is_per_layer(entry)]
-        self._blocks = [_block_entries(table, layer) for layer in range(cfg.n_layers)]
+        self._outer = [entry for entry in table if not is_per_layer(entry)]
+        self._blocks = [block_entries(table, layer) for layer in range(cfg.n_layers)]
         self._check_names()
         kept = cfg.n_layers if keep_layers is None else keep_layers
         self._chunks = [self._outer, *self._blocks[:kept]]
@@ -131,12 +131,14 @@ class _WithoutValues(_Reading):
     values = False
 
 
-def _is_per_layer(entry: Entry) -> bool:
+def is_per_layer(entry: Entry) -> bool:
+    """Return whether an entry stands for one of every block."""
     return any("{layer}" in name for name in (*entry.source_names, *entry.target_names))
 
 
-def _block_entries(table: RuleTable, layer: int) -> list[Entry]:
-    about = (entry for entry in table if _is_per_layer(entry))
+def block_entries(table: RuleTable, layer: int) -> list[Entry]:
+    """Return a block's entries, its number filled in."""
+    about = (entry for entry in table if is_per_layer(entry))
     return [entry.at(layer) for entry in about if entry.layers is None or layer in entry.layers]
 
 

@@ -20,12 +20,14 @@ class Sites:
         attn, mlp: the modules of a block whose output is what attention and MLP add to the residual stream. None where
             no module's output is that.
         write_scale: the config field by which the block multiplies those outputs before adding them, if it does.
+        attention: which of transformers' implementations computes what the model was trained with.
     """
 
     layers: str = "model.layers"
     attn: str | None = "self_attn"
     mlp: str | None = "mlp"
     write_scale: str | None = None
+    attention: str = "eager"
 
 
 @dataclass(frozen=True)

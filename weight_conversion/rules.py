@@ -227,7 +227,8 @@ class Product(Entry):
             raise CheckpointError(
                 f"{self.left} has shape {tuple(left.shape)} and {self.right} {tuple(right.shape)}: they do not multiply"
             )
-        return {self.target: left @ right}
+        # Rounded once, when it is copied into a model.
+        return {self.target: left.double() @ right.double()}
 
     def invert(self, weights: Tensors, cfg: HookedTransformerConfig) -> dict[str, Tensor]:
         raise CheckpointError(

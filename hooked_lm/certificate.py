@@ -1,0 +1,319 @@
+"""The parity certificate: our model beside the one of `transformers`, site by site, on the same tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from hooked_lm import bundled
+from hooked_lm.names import get_act_name
+from hooked_lm.transformer import HookedTransformer
+from weight_conversion.checkpoint import OWN_FORMAT
+from weight_conversion.errors import CheckpointError
+from weight_conversion.family import Sites
+from weight_conversion.registry import family_of
+from weight_conversion.source import find_folder, read_json
+
+Precision = Literal["float32", "float64"]
+
+# Largest error allowed, relative to the largest value at the site; gradients go through the model twice.
+TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-4
+# Below this, float64 has been reached: the reference rounds nothing to float32 on its way.
+EXACT = 1e-9
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far one site's values are from the reference's.
+
+    Attributes:
+        check: what was compared: `"activations"`, `"cached decoding"`, `"left padding"` or `"gradients"`.
+        site: our name of the activation.
+        precision: `"float32"` or `"float64"`.
+        absolute: the largest difference.
+        relative: that over the largest value of the reference.
+        tolerance: the largest `relative` that passes.
+    """
+
+    check: str
+    site: str
+    precision: Precision
+    absolute: float
+    relative: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the tolerance; an error that is not a number is not."""
+        return self.relative <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What `verify` found.
+
+    Attributes:
+        name, architecture: of the checkpoint.
+        torch, transformers: versions of the reference.
+        tokens: shape of the prompts, [batch pos].
+        comparisons: every site that was compared.
+        not_compared: what was not -> why.
+    """
+
+    name: str
+    architecture: str
+    torch: str
+    transformers: str
+    tokens: tuple[int, int]
+    comparisons: tuple[Comparison, ...]
+    not_compared: dict[str, str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every comparison is within its tolerance."""
+        return bool(self.comparisons) and all(comparison.passed for comparison in self.comparisons)
+
+    @property
+    def exact_in_float64(self) -> bool:
+        """Whether both compute in float64 throughout and agree to 1e-9."""
+        precise = [comparison for comparison in self.comparisons if comparison.precision == "float64"]
+        return bool(precise) and all(comparison.relative <= EXACT for comparison in precise)
+
+    def worst(self, check: str | None = None, precision: Precision | None = None) -> Comparison | None:
+        """Return the comparison with the largest relative error, of one check and precision or of all."""
+        among = [
+            comparison
+            for comparison in self.comparisons
+            if check in (None, comparison.check) and precision in (None, comparison.precision)
+        ]
+        return max(among, key=lambda comparison: comparison.relative, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain data."""
+        return {**asdict(self), "passed": self.passed, "exact_in_float64": self.exact_in_float64}
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def __str__(self) -> str:
+        lines = [f"{self.name} ({self.architecture}), {self.tokens[0]} prompts of {self.tokens[1]} tokens"]
+        lines.append(f"{'check':17} {'site':34} {'precision':9} {'absolute':>9} {'relative':>9}")
+        for comparison in self.comparisons:
+            mark = "" if comparison.passed else f"   FAILED: above {comparison.tolerance:.0e}"
+            lines.append(
+                f"{comparison.check:17} {comparison.site:34} {comparison.precision:9} "
+                f"{comparison.absolute:9.2e} {comparison.relative:9.2e}{mark}"
+            )
+        lines += [f"not compared: {what} ({why})" for what, why in self.not_compared.items()]
+        lines.append("certificate: passed" if self.passed else "certificate: FAILED")
+        return "\n".join(lines)
+
+
+def verify(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    positions: int | None = None,
+    batch: int = 2,
+    seed: int = 0,
+    float64: bool = True,
+) -> Certificate:
+    """Load a checkpoint here and in `transformers`, run both on random tokens, and compare every site.
+
+    Compared are, in float32 and (`float64`) in float64: the residual stream before and after every block, what
+    attention and MLP write, the patterns where the reference gives them, what the unembedding reads, and the logits;
+    decoding with a key-value cache; a prompt padded on the left against the same prompt alone; and the gradients of a
+    random sum of logits with respect to the embeddings that enter the first block.
+
+    Args:
+        name_or_path: a HuggingFace hub id, an alias or a folder in HuggingFace's format.
+        revision: branch, tag or commit on the hub.
+        positions: length of the prompts; by default 64, or the model's context where that is shorter.
+        batch: how many prompts.
+        seed: of the tokens.
+        float64: compare in float64 too.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or is of the format that only this library reads.
+    """
+    import transformers  # only a certificate needs the reference, whose import takes seconds
+
+    folder = find_folder(bundled.find(str(name_or_path)) or name_or_path, revision)
+    content = read_json(folder / "config.json")
+    if content.get("format") == OWN_FORMAT:
+        raise CheckpointError(f"{name_or_path} was saved by this library: there is no reference to compare it with")
+    sites = family_of((content.get("architectures") or ["nothing"])[0]).sites
+    comparisons: list[Comparison] = []
+    not_compared: dict[str, str] = {}
+    shape = (0, 0)
+    for precision in ("float32", "float64") if float64 else ("float32",):
+        dtype = getattr(torch, precision)
+        ours = HookedTransformer.from_pretrained_no_processing(folder, dtype=dtype)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=sites.attention, experts_implementation="eager"
+        ).eval()
+        pair = _Pair(ours, theirs, sites, precision)
+        tokens = _random_tokens(ours, batch, positions, seed)
+        shape = (tokens.shape[0], tokens.shape[1])
+        try:
+            comparisons += pair.comparisons(tokens)
+        except RuntimeError as error:
+            if precision == "float32":
+                raise
+            not_compared["float64"] = f"the reference does not run in it: {str(error).splitlines()[0]}"
+        not_compared |= pair.not_compared
+    return Certificate(
+        name=str(name_or_path),
+        architecture=type(theirs).__name__,
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        tokens=shape,
+        comparisons=tuple(comparisons),
+        not_compared=not_compared,
+    )
+
+
+def _random_tokens(model: HookedTransformer, batch: int, positions: int | None, seed: int) -> Int[Tensor, "batch pos"]:
+    length = min(64, model.cfg.n_ctx) if positions is None else positions
+    generator = torch.Generator().manual_seed(seed)
+    # The first few tokens of a vocabulary are special ones, which some models treat as padding.
+    return torch.randint(min(5, model.cfg.d_vocab - 1), model.cfg.d_vocab, (batch, length), generator=generator)
+
+
+class _Pair:
+    """Our model and the reference, in one precision."""
+
+    def __init__(self, ours: HookedTransformer, theirs: Any, sites: Sites, precision: Precision) -> None:
+        self.ours, self.theirs, self.sites, self.precision = ours, theirs, sites, precision
+        self.layers: Any = theirs.get_submodule(sites.layers)
+        self.not_compared: dict[str, str] = {}
+
+    def comparisons(self, tokens: Int[Tensor, "batch pos"]) -> Iterator[Comparison]:
+        with torch.no_grad():
+            logits = yield from self.activations(tokens)
+            yield from self.cached_decoding(tokens, logits)
+            yield from self.left_padding(tokens)
+        yield from self.gradients(tokens)
+
+    def compare(self, check: str, site: str, ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> Comparison:
+        theirs = theirs.reshape(ours.shape)
+        absolute = (ours - theirs).abs().max().item()
+        scale = theirs.abs().max().item()
+        return Comparison(check, site, self.precision, absolute, absolute / scale if scale else absolute, tolerance)
+
+    def activations(self, tokens: Int[Tensor, "batch pos"]) -> Iterator[Comparison]:
+        """Compare every site of a plain run; return the reference's logits."""
+        with self.watching() as seen:
+            reference = self.theirs(tokens, output_attentions=self.sites.attention == "eager", use_cache=False)
+        patterns = reference.attentions or ()
+        seen |= {get_act_name("pattern", layer): pattern for layer, pattern in enumerate(patterns)}
+        seen["unembed.hook_out"] = reference.logits
+        if not patterns:
+            self.not_compared["patterns"] = "the reference does not give them"
+        _, cache = self.ours.run_with_cache(tokens, names_filter=list(seen))
+        for site, theirs in seen.items():
+            if theirs.numel() != cache[site].numel():
+                self.not_compared[site] = f"the reference's has shape {tuple(theirs.shape)}"
+                continue
+            yield self.compare("activations", site, cache[site], theirs)
+        return reference.logits
+
+    @contextmanager
+    def watching(self) -> Iterator[dict[str, Tensor]]:
+        """Record the reference's activations under our names, in the order in which they come to be."""
+        seen: dict[str, Tensor] = {}
+        scale = 1.0 if self.sites.write_scale is None else getattr(self.theirs.config, self.sites.write_scale)
+
+        def keep_input(name: str) -> Callable[..., None]:
+            def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                # A copy: some blocks add to their input in place.
+                seen[name] = (args[0] if args else kwargs["hidden_states"]).clone()
+
+            return keep
+
+        def keep_output(name: str, factor: float = 1.0) -> Callable[..., None]:
+            def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                seen[name] = factor * (output[0] if isinstance(output, (tuple, list)) else output)
+
+            return keep
+
+        handles = []
+        for layer, block in enumerate(self.layers):
+            before = keep_input(get_act_name("resid_pre", layer))
+            handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
+            for name, path in (("attn_out", self.sites.attn), ("mlp_out", self.sites.mlp)):
+                if path is not None:
+                    module = block.get_submodule(path)
+                    handles.append(module.register_forward_hook(keep_output(get_act_name(name, layer), scale)))
+        if len(self.layers):
+            last = keep_output(get_act_name("resid_post", len(self.layers) - 1))
+            handles.append(self.layers[-1].register_forward_hook(last))
+        head = self.theirs.get_output_embeddings()
+        handles.append(head.register_forward_pre_hook(keep_input("unembed.hook_in"), with_kwargs=True))
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def cached_decoding(self, tokens: Int[Tensor, "batch pos"], logits: Tensor) -> Iterator[Comparison]:
+        """Compare our logits of half a prompt read at once, and the rest token by token, with the reference's run."""
+        length, start = tokens.shape[1], max(tokens.shape[1] // 2, 1)
+        # Where rotary frequencies depend on the prompt's length, a cache serves up to where they change.
+        changes = [pos for pos in range(start, length) if self.ours.cfg.rotation_changes(pos, pos + 1)]
+        end = changes[0] if changes else length
+        if end < length:
+            logits = self.theirs(tokens[:, :end], use_cache=False).logits
+        cache = self.ours.new_kv_cache(tokens.shape[0])
+        steps = [self.ours(tokens[:, :start], past_kv_cache=cache)]
+        steps += [self.ours(tokens[:, pos : pos + 1], past_kv_cache=cache) for pos in range(start, end)]
+        yield self.compare("cached decoding", "unembed.hook_out", torch.cat(steps, 1), logits)
+
+    def left_padding(self, tokens: Int[Tensor, "batch pos"]) -> Iterator[Comparison]:
+        """Compare a prompt that we read padded on the left with what the reference makes of it alone."""
+        padding = tokens.shape[1] // 3
+        if padding == 0 or tokens.shape[0] < 2:
+            self.not_compared["left padding"] = "it takes two prompts of at least three tokens"
+            return
+        mask = torch.ones_like(tokens)
+        mask[-1, :padding] = 0
+        ours = self.ours(tokens, attention_mask=mask)[-1:, padding:]
+        alone = self.theirs(tokens[-1:, padding:], use_cache=False).logits
+        yield self.compare("left padding", "unembed.hook_out", ours, alone)
+
+    def gradients(self, tokens: Int[Tensor, "batch pos"]) -> Iterator[Comparison]:
+        """Compare gradients of the same random sum of logits where the embeddings enter the first block."""
+        site = get_act_name("resid_pre", 0)
+        entered: list[Tensor] = []
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            stream = (args[0] if args else kwargs["hidden_states"]).detach().requires_grad_()
+            entered.append(stream)
+            return ((stream, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": stream})
+
+        handle = self.layers[0].register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            with torch.enable_grad():
+                logits = self.theirs(tokens, use_cache=False).logits
+        finally:
+            handle.remove()
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits)
+        (theirs,) = torch.autograd.grad((logits * weights).sum(), entered)
+        with torch.no_grad():
+            stream = self.ours(tokens, stop_at_layer=0)
+        stream = stream.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = self.ours(stream, start_at_layer=0)
+        (ours,) = torch.autograd.grad((logits * weights).sum(), stream)
+        yield self.compare("gradients", site, ours, theirs, GRADIENT_TOLERANCE)

@@ -1,0 +1,103 @@
+"""The way back: our tensors as a folder that `transformers` loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooked_lm.config import HookedTransformerConfig
+from weight_conversion.checkpoint import read_family
+from weight_conversion.conversion import block_entries, is_per_layer
+from weight_conversion.errors import CheckpointError
+from weight_conversion.family import Family
+from weight_conversion.registry import family_of
+from weight_conversion.rules import Entry, RuleTable, stacked_names
+
+
+def export(
+    cfg: HookedTransformerConfig, weights: Mapping[str, Tensor], origin: Mapping[str, Any], folder: str | Path
+) -> None:
+    """Write `config.json` and the weights in HuggingFace's format, in shards where they are large.
+
+    Args:
+        cfg: the model's config.
+        weights: its weights, unprocessed.
+        origin: the HuggingFace config it was loaded with.
+        folder: where to; made if need be.
+
+    Raises:
+        CheckpointError: the model has been cut or changed in a way that its family has no place for, or the family's
+            rules cannot be inverted.
+    """
+    # Only an export needs the hub's client, which takes a while to import.
+    from huggingface_hub import save_torch_state_dict
+
+    (architecture,) = origin["architectures"]
+    family = family_of(architecture)
+    fields = {**origin, "tie_word_embeddings": cfg.tie_word_embeddings} if _unties(cfg, origin) else dict(origin)
+    original, table = read_family(family, fields, architecture)
+    _check_whole(cfg, original)
+    tensors = inverted(table, cfg, weights)
+    prefixed = {_with_prefix(name, family, architecture): tensor for name, tensor in tensors.items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    fields["dtype"] = str(cfg.dtype).removeprefix("torch.")
+    fields.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    save_torch_state_dict(prefixed, folder)
+
+
+def inverted(table: RuleTable, cfg: HookedTransformerConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the checkpoint's tensors, by the names that the rules use, that would give these weights.
+
+    Raises:
+        CheckpointError: there are none; the message says what is in the way.
+    """
+    entries = [entry for entry in table if not is_per_layer(entry)]
+    for layer in range(cfg.n_layers):
+        entries += block_entries(table, layer)
+    tensors: dict[str, Tensor] = {}
+    for entry in entries:
+        for source, tensor in _one_by_one(entry, cfg, weights).items():
+            if source in tensors and not torch.equal(tensors[source], tensor):
+                raise CheckpointError(
+                    f"{source} stands for {' and '.join(entry.target_names)} and for another weight of ours, which have "
+                    "come to differ: this family keeps one tensor for both"
+                )
+            tensors[source] = tensor.contiguous()
+    return tensors
+
+
+def _one_by_one(entry: Entry, cfg: HookedTransformerConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An entry's sources, those that stand for one tensor per expert or head taken apart."""
+    parted: dict[str, Tensor] = {}
+    for source, tensor in entry.invert(weights, cfg).items():
+        names = stacked_names(source, cfg)
+        parted |= {source: tensor} if names == [source] else dict(zip(names, tensor, strict=True))
+    return parted
+
+
+def _unties(cfg: HookedTransformerConfig, origin: Mapping[str, Any]) -> bool:
+    """Whether embeddings that the origin says are tied have come to differ."""
+    return bool(origin.get("tie_word_embeddings", False)) and not cfg.tie_word_embeddings
+
+
+def _check_whole(cfg: HookedTransformerConfig, original: HookedTransformerConfig) -> None:
+    for name in ("n_layers", "n_ctx", "d_vocab"):
+        ours, theirs = getattr(cfg, name), getattr(original, name)
+        if ours != theirs:
+            raise CheckpointError(
+                f"the model was loaded with {name}={ours} of {theirs}: load it whole to write it in HuggingFace's format"
+            )
+
+
+def _with_prefix(name: str, family: Family, architecture: str) -> str:
+    """A tensor's name as the architecture has it: a bare model has no prefix, and an unembedding never has."""
+    head = family.unembedding.removesuffix("weight")
+    bare = not architecture.endswith(("ForCausalLM", "LMHeadModel"))
+    return name if bare or name.startswith(head) else family.prefix + name
