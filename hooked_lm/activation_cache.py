@@ -100,6 +100,11 @@ class ActivationCache(CachedActivations):
         """
         if mode not in ("all", "mlp", "attn"):
             raise ValueError(f"mode is 'all', 'mlp' or 'attn', not {mode!r}")
+        if self.model.cfg.norm_placement == "residual":
+            raise ValueError(
+                "this model normalises the residual stream itself after each layer has written to it, so the stream is "
+                "no sum of what the layers write; accumulated_resid gives the stream at every layer"
+            )
         last = self._final(layer)
         keys: list[tuple[str, CacheKey]] = self._embedding_keys() if incl_embeds else []
         for depth in range(last + int(mlp_input)):
@@ -172,10 +177,10 @@ class ActivationCache(CachedActivations):
 
     def _require_additive(self) -> None:
         """Heads and neurons write to the stream themselves only where no norm comes after them."""
-        if self.model.cfg.use_normalization_before_and_after:
+        if self.model.cfg.normalizes_writes:
             raise ValueError(
-                "what heads and neurons write is normalised together before it reaches the stream here, so it does not "
-                "split into what each of them adds; decompose_resid takes the stream apart by layer"
+                "what heads and neurons write is normalised together before it goes on in the stream here, so it does "
+                "not split into what each of them adds"
             )
 
     def _with_remainder(self, stack: Stack, last: int, positions: Slice) -> Tensor:
@@ -391,7 +396,8 @@ class ActivationCache(CachedActivations):
             module = self.model.ln_final
         else:
             block = self.model.blocks[depth]
-            module = block.ln2 if mlp_input else block.ln1
+            reads_raw = self.model.cfg.norm_placement == "residual"
+            module = None if reads_raw else block.ln2 if mlp_input else block.ln1
         return module if isinstance(module, Norm) else None
 
     def _norm_and_scale(

@@ -454,6 +454,11 @@ class HookedTransformerConfig:
             raise ValueError("this config is attn_only: it has no MLP")
         return width
 
+    @property
+    def normalizes_writes(self) -> bool:
+        """Whether a norm comes between what attention and MLP write and where the stream goes on."""
+        return self.norm_placement != "before"
+
     def rotates(self, layer: int) -> bool:
         """Whether a layer rotates its queries and keys."""
         rotary = self.positional_embedding_type == "rotary"

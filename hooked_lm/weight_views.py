@@ -164,7 +164,7 @@ class WeightViews(nn.Module):
         """
         if not 0 <= layer <= self.cfg.n_layers or (mlp_input and layer == self.cfg.n_layers):
             raise ValueError(f"layer {layer} is out of range: this model has blocks 0-{self.cfg.n_layers - 1}")
-        if self.cfg.use_normalization_before_and_after:
+        if self.cfg.normalizes_writes:
             raise ValueError("biases are normalised before they reach the stream here: they do not add up")
         if self.cfg.num_experts is not None and include_mlp_biases:
             raise ValueError("which experts' biases are written depends on the tokens: pass include_mlp_biases=False")

@@ -69,8 +69,14 @@ def inverted(table: RuleTable, cfg: HookedTransformerConfig, weights: Mapping[st
                     f"{source} stands for {' and '.join(entry.target_names)} and for another weight of ours, which have "
                     "come to differ: this family keeps one tensor for both"
                 )
-            tensors[source] = tensor.contiguous()
+            tensors[source] = _by_itself(tensor)
     return tensors
+
+
+def _by_itself(tensor: Tensor) -> Tensor:
+    """The tensor in memory of its own, as safetensors wants it: a slice of another is copied."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _one_by_one(entry: Entry, cfg: HookedTransformerConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

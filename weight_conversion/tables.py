@@ -68,6 +68,62 @@ def no_qkv_biases() -> tuple[Entry, ...]:
     return tuple(Constant(f"{BLOCK}.attn.b_{letter}", f"{head} d_head") for letter, head in _ATTENTION_AXES.items())
 
 
+def fused_qkv(source: str, *, order: str = "head part d_head", bias: bool = False) -> tuple[Entry, ...]:
+    """Return the rows of one linear layer that makes queries, keys and values, as many heads of each.
+
+    Args:
+        source: the layer.
+        order: how its outputs are laid out; `part` stands for queries, keys, values.
+        bias: it has one.
+    """
+    W, b = (tuple(f"{BLOCK}.attn.{kind}_{letter}" for letter in "QKV") for kind in "Wb")
+    weight = Rule(f"{source}.weight", f"({order}) d_model -> part head d_model d_head", W)
+    if not bias:
+        return (weight, *no_qkv_biases())
+    return (weight, Rule(f"{source}.bias", f"({order}) -> part head d_head", b))
+
+
+def stored_rotary(attention: str) -> tuple[Entry, ...]:
+    """Return the row for the rotary frequencies that old checkpoints keep in each attention module."""
+    return (Drop(f"{attention}.rotary_emb.inv_freq", "rotary frequencies, which follow from the config"),)
+
+
+def stored_mask(attention: str) -> tuple[Entry, ...]:
+    """Return the rows for what old checkpoints keep in each attention module: the causal mask, and what it puts in."""
+    return (
+        Drop(f"{attention}.bias", "the causal mask"),
+        Drop(f"{attention}.masked_bias", "the score of a key that the causal mask hides"),
+    )
+
+
+def qk_norm(
+    attention: str, *, names: tuple[str, str] = ("q_norm", "k_norm"), bias: bool = False, add: float = 0.0
+) -> tuple[Entry, ...]:
+    """Return the rows of a norm over each head's queries and one over its keys, with one gain for all heads.
+
+    Args:
+        attention: the attention module.
+        names: the two norms in it.
+        bias: they have a bias, which only LayerNorms do.
+        add: what the model adds to the stored gains.
+    """
+    rows: list[Entry] = []
+    for name, target in zip(names, ("q_norm", "k_norm"), strict=True):
+        source, ours = f"{attention}.{name}", f"{BLOCK}.attn.{target}"
+        rows.append(Rule(f"{source}.weight", "d_head -> d_head", f"{ours}.w", add=add))
+        if bias:
+            rows.append(Rule(f"{source}.bias", "d_head -> d_head", f"{ours}.b"))
+    return tuple(rows)
+
+
+def qk_norm_across_heads(attention: str, *, names: tuple[str, str] = ("q_norm", "k_norm")) -> tuple[Entry, ...]:
+    """Return the rows of an RMS norm over all queries together and one over all keys, each with a gain per dimension."""
+    return tuple(
+        Rule(f"{attention}.{name}.weight", f"({head} d_head) -> {head} d_head", f"{BLOCK}.attn.{target}.w")
+        for name, target, head in zip(names, ("q_norm", "k_norm"), ("head", "kv_head"), strict=True)
+    )
+
+
 def linear(
     source: str,
     weight: str,
@@ -125,6 +181,42 @@ def no_mlp_biases(*, gated: bool) -> tuple[Entry, ...]:
         *(Constant(f"{BLOCK}.mlp.{name}", "d_mlp") for name in inward),
         Constant(f"{BLOCK}.mlp.b_out", "d_model"),
     )
+
+
+def router(source: str, *, bias: bool = False, layers: tuple[int, ...] | None = None) -> tuple[Entry, ...]:
+    """Return the rows of the linear layer that scores the experts."""
+    target = f"{BLOCK}.mlp"
+    return linear(source, f"{target}.W_router", f"{target}.b_router", ("d_model", "expert"), bias=bias, layers=layers)
+
+
+def experts(
+    module: str,
+    *,
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    layers: tuple[int, ...] | None = None,
+) -> tuple[Entry, ...]:
+    """Return the rows of gated experts without biases that have one tensor each, named by their number.
+
+    Args:
+        module: the list of experts, with `{layer}`.
+        names: an expert's three layers.
+        layers: the blocks that have experts; None for all.
+    """
+    gate, up, down = (f"{module}.{{expert}}.{name}.weight" for name in names)
+    inward = "expert d_expert d_model -> expert d_model d_expert"
+    outward = "expert d_model d_expert -> expert d_expert d_model"
+    return (
+        Rule(gate, inward, f"{BLOCK}.mlp.W_gate", layers=layers),
+        Rule(up, inward, f"{BLOCK}.mlp.W_in", layers=layers),
+        Rule(down, outward, f"{BLOCK}.mlp.W_out", layers=layers),
+        *no_expert_biases(layers=layers),
+    )
+
+
+def no_expert_biases(*, layers: tuple[int, ...] | None = None) -> tuple[Entry, ...]:
+    """Return the rows for gated experts without biases, where the weights have rows of their own."""
+    axes = {"b_gate": "expert d_expert", "b_in": "expert d_expert", "b_out": "expert d_model"}
+    return tuple(Constant(f"{BLOCK}.mlp.{name}", axis, layers=layers) for name, axis in axes.items())
 
 
 def embeddings(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.family_rows import base
+from tests.family_rows import alibi, base, experts, gpt
 from tests.family_rows.row import Row as Row
 
-ROWS: tuple[Row, ...] = (*base.ROWS,)
+ROWS: tuple[Row, ...] = (*base.ROWS, *alibi.ROWS, *experts.ROWS, *gpt.ROWS)

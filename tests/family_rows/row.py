@@ -21,8 +21,10 @@ class Row:
         fields: of the config. Vocabulary 60 unless they say otherwise.
         pos: how long a sequence has to be for every feature to matter.
         float64: the reference computes in float64 throughout when asked to, so that 1e-9 can be demanded.
+        invertible: a model can be written back as a checkpoint.
         features: what `fields` must hold for each feature to matter: name -> the changes that turn it off. The
             reference's logits differ by more than the tolerance when one is off.
+        attention: which of the reference's implementations of attention is the one to trust.
     """
 
     id: str
@@ -31,7 +33,9 @@ class Row:
     fields: dict[str, Any]
     pos: int = 12
     float64: bool = False
+    invertible: bool = True
     features: dict[str, dict[str, Any]] = field(default_factory=dict)
+    attention: str = "eager"
 
     def hf_config(self, **changes: Any) -> Any:
         """Return the transformers config."""
@@ -39,9 +43,9 @@ class Row:
         return getattr(transformers, self.config)(**{**common, **self.fields, **changes})
 
     def build(self, seed: int = 0, **changes: Any) -> Any:
-        """Return the transformers model with every parameter random, in eval mode, attention unfused."""
+        """Return the transformers model with every parameter random, in eval mode."""
         model = getattr(transformers, self.architecture)._from_config(
-            self.hf_config(**changes), attn_implementation="eager"
+            self.hf_config(**changes), attn_implementation=self.attention
         )
         return randomise_reference(model.eval(), seed)
 

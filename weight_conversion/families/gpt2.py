@@ -8,7 +8,7 @@ from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.family import Family, Sites
 from weight_conversion.fields import ConfigFields
-from weight_conversion.rules import Drop, Rule, RuleTable
+from weight_conversion.rules import Rule, RuleTable
 
 
 def config(fields: ConfigFields) -> dict[str, Any]:
@@ -37,13 +37,21 @@ def config(fields: ConfigFields) -> dict[str, Any]:
 
 
 def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
-    """Map the tensors of a `GPT2LMHeadModel`. GPT-2 keeps its matrices as [in out]."""
+    """Map the tensors of a `GPT2LMHeadModel`."""
+    return (
+        *tables.embeddings(cfg, "wte.weight"),
+        Rule("wpe.weight", "n_ctx d_model -> n_ctx d_model", "pos_embed.W_pos"),
+        *blocks(),
+        *tables.norm("ln_f", "ln_final", bias=True),
+    )
+
+
+def blocks() -> RuleTable:
+    """Return the rows of the blocks. GPT-2 keeps its matrices as [in out]."""
     block = "blocks.{layer}"
     qkv_weights = tuple(f"{block}.attn.W_{letter}" for letter in "QKV")
     qkv_biases = tuple(f"{block}.attn.b_{letter}" for letter in "QKV")
     return (
-        *tables.embeddings(cfg, "wte.weight"),
-        Rule("wpe.weight", "n_ctx d_model -> n_ctx d_model", "pos_embed.W_pos"),
         *tables.norm("h.{layer}.ln_1", f"{block}.ln1", bias=True),
         Rule("h.{layer}.attn.c_attn.weight", "d_model (part head d_head) -> part head d_model d_head", qkv_weights),
         Rule("h.{layer}.attn.c_attn.bias", "(part head d_head) -> part head d_head", qkv_biases),
@@ -54,9 +62,7 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
         Rule("h.{layer}.mlp.c_fc.bias", "d_mlp -> d_mlp", f"{block}.mlp.b_in"),
         Rule("h.{layer}.mlp.c_proj.weight", "d_mlp d_model -> d_mlp d_model", f"{block}.mlp.W_out"),
         Rule("h.{layer}.mlp.c_proj.bias", "d_model -> d_model", f"{block}.mlp.b_out"),
-        *tables.norm("ln_f", "ln_final", bias=True),
-        Drop("h.{layer}.attn.bias", "the causal mask of old checkpoints"),
-        Drop("h.{layer}.attn.masked_bias", "a constant of old checkpoints"),
+        *tables.stored_mask("h.{layer}.attn"),
     )
 
 

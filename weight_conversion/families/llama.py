@@ -40,6 +40,7 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
         *tables.embeddings(cfg),
         *tables.norm("layers.{layer}.input_layernorm", "blocks.{layer}.ln1"),
         *tables.attention("layers.{layer}.self_attn", qkv_bias=bias, out_bias=bias),
+        *tables.stored_rotary("layers.{layer}.self_attn"),
         *tables.norm("layers.{layer}.post_attention_layernorm", "blocks.{layer}.ln2"),
         *tables.gated_mlp("layers.{layer}.mlp", bias=fields.take("mlp_bias")),
         *tables.norm("norm", "ln_final"),
