@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -142,7 +143,11 @@ def _as_on_disk(hf_model: Any) -> dict[str, Tensor]:
     """A model's tensors as its checkpoint has them, where transformers packs them differently in memory (experts)."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    return revert_weight_conversion(hf_model, hf_model.state_dict())
+    # A model remembers the conversions it was loaded by. Those of a quantised file would bring back the names of its
+    # quantised tensors, so the ones that belong to the architecture are used.
+    plain = copy.copy(hf_model)
+    plain.__dict__.pop("_weight_conversions", None)
+    return revert_weight_conversion(plain, hf_model.state_dict())
 
 
 def _convert(fields: Mapping[str, Any], tensors: TensorSource, tokenizer: Any, first_n_layers: int | None) -> Loaded:
