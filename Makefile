@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test format lint types tests bench clean
+.PHONY: demo test format lint types tests bench certificates clean
 
 demo: $(VENV)/.installed-viz
 	$(BIN)/hooked-lm demo --html demo.html
@@ -28,6 +28,10 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-viz
 	$(BIN)/python -m benchmarks.forward
+	$(BIN)/python -m benchmarks.loading
+
+certificates: $(VENV)/.installed-dev
+	$(BIN)/python -m scripts.certify_families
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

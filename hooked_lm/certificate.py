@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -211,7 +211,7 @@ class _Pair:
         scale = theirs.abs().max().item()
         return Comparison(check, site, self.precision, absolute, absolute / scale if scale else absolute, tolerance)
 
-    def activations(self, tokens: Int[Tensor, "batch pos"]) -> Iterator[Comparison]:
+    def activations(self, tokens: Int[Tensor, "batch pos"]) -> Generator[Comparison, None, Tensor]:
         """Compare every site of a plain run; return the reference's logits."""
         with self.watching() as seen:
             reference = self.theirs(tokens, output_attentions=self.sites.attention == "eager", use_cache=False)

@@ -105,13 +105,13 @@ class Conversion:
 class _Reading(Mapping[str, Tensor]):
     """A checkpoint as rules read it: by the names they use."""
 
-    values: bool
+    with_values: bool
 
     def __init__(self, conversion: Conversion) -> None:
         self._conversion = conversion
 
     def __getitem__(self, source: str) -> Tensor:
-        return self._conversion.read(source, values=self.values)
+        return self._conversion.read(source, values=self.with_values)
 
     def __contains__(self, source: object) -> bool:
         return isinstance(source, str) and self._conversion.has(source)
@@ -124,11 +124,11 @@ class _Reading(Mapping[str, Tensor]):
 
 
 class _WithValues(_Reading):
-    values = True
+    with_values = True
 
 
 class _WithoutValues(_Reading):
-    values = False
+    with_values = False
 
 
 def is_per_layer(entry: Entry) -> bool:

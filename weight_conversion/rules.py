@@ -216,7 +216,8 @@ class Product(Entry):
         return (self.target,)
 
     def at(self, layer: int) -> Self:
-        return replace(self, **{name: _in_layer(getattr(self, name), layer) for name in ("left", "right", "target")})
+        left, right, target = (_in_layer(name, layer) for name in (self.left, self.right, self.target))
+        return replace(self, left=left, right=right, target=target)
 
     def apply(self, tensors: Tensors, cfg: HookedTransformerConfig) -> dict[str, Tensor]:
         left, right = (

@@ -46,8 +46,7 @@ class Unembed(nn.Module):
         # In a tuple, so that the embedding is not registered as a part of this module.
         self._tied_to = None if tied_to is None else (tied_to,)
         if tied_to is None:
-            # In memory it is [d_vocab_out d_model], as checkpoints have it and as `W_E` lies where they are tied.
-            self.W_U = nn.Parameter(torch.empty(cfg.d_vocab_out, cfg.d_model).T)
+            self.W_U = nn.Parameter(torch.empty(cfg.d_model, cfg.d_vocab_out))
         self.b_U = nn.Parameter(torch.zeros(cfg.d_vocab_out))
         self.hook_in = HookPoint("batch pos d_model")
         self.hook_out = HookPoint("batch pos vocab")
@@ -67,7 +66,7 @@ class Unembed(nn.Module):
     def untie(self) -> None:
         """Have a `W_U` of its own from now on: a copy of what it is tied to."""
         if self._tied_to is not None:
-            self.W_U = nn.Parameter(self._tied_to[0].W_E.detach().clone().T)
+            self.W_U = nn.Parameter(self.W_U.detach().clone(memory_format=torch.contiguous_format))
             self._tied_to = None
 
     def _bias(self) -> Tensor | None:
