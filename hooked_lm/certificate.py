@@ -160,7 +160,11 @@ def verify(
         dtype = getattr(torch, precision)
         ours = HookedTransformer.from_pretrained_no_processing(folder, dtype=dtype)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=sites.attention, experts_implementation="eager"
+            folder,
+            dtype=dtype,
+            attn_implementation=sites.attention,
+            experts_implementation="eager",
+            trust_remote_code=False,
         ).eval()
         pair = _Pair(ours, theirs, sites, precision)
         tokens = _random_tokens(ours, batch, positions, seed)

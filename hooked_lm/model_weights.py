@@ -60,6 +60,9 @@ class ModelWeights(nn.Module):
     ) -> Self:
         """Load a trained model.
 
+        Weights that need no change are views of the checkpoint's memory-mapped file; the rest are copied once, block by
+        block, and processed where they stay.
+
         The weights are rewritten so that circuits are easier to read; log-probabilities stay what they were. For a
         processing step, None (the default) means "where it preserves the function", True the same with a warning where
         it does not, False leaves it out. `refactor_factored_attn_matrices` is off by default.

@@ -117,10 +117,11 @@ def _from_huggingface_folder(
     # transformers knows the defaults of fields that a config.json leaves out; importing it takes seconds.
     from transformers import AutoConfig
 
+    family_of(_architecture(content))
     if "model_type" not in content:
         raise CheckpointError(f"{folder / 'config.json'} has no model_type, so no defaults for its fields are known")
     try:
-        hf_config = AutoConfig.from_pretrained(folder)
+        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers' validation raises whatever it likes
         raise CheckpointError(f"{folder / 'config.json'} is not accepted by transformers: {error}") from error
     return _convert({**content, **hf_config.to_dict()}, open_tensors(folder), tokenizer, first_n_layers)
@@ -151,21 +152,26 @@ def _as_on_disk(hf_model: Any) -> dict[str, Tensor]:
 
 
 def _convert(fields: Mapping[str, Any], tensors: TensorSource, tokenizer: Any, first_n_layers: int | None) -> Loaded:
-    architectures = fields.get("architectures") or []
-    if len(architectures) != 1:
-        raise CheckpointError(f"the config names {len(architectures)} architectures {architectures}, not one")
-    family = family_of(architectures[0])
-    cfg, table = read_family(family, fields, architectures[0])
+    architecture = _architecture(fields)
+    family = family_of(architecture)
+    cfg, table = read_family(family, fields, architecture)
     tied = fields.get("tie_word_embeddings", cfg.tie_word_embeddings)
     if tied and not _same_embeddings(family, tensors):
         fields = {**fields, "tie_word_embeddings": False}
-        cfg, table = read_family(family, fields, architectures[0])
+        cfg, table = read_family(family, fields, architecture)
     _check_layers(first_n_layers, cfg.n_layers)
     cfg = cfg.replace(dtype=_dtype(family, tensors))
     weights = Conversion(table, tensors, cfg, family.prefix, first_n_layers)
     if first_n_layers is not None:
         cfg = cfg.replace(n_layers=first_n_layers)
     return Loaded(cfg, weights, tokenizer, origin=dict(fields))
+
+
+def _architecture(fields: Mapping[str, Any]) -> str:
+    architectures = fields.get("architectures") or []
+    if len(architectures) != 1:
+        raise CheckpointError(f"the config names {len(architectures)} architectures {architectures}, not one")
+    return str(architectures[0])
 
 
 def read_family(
