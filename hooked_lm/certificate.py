@@ -215,10 +215,24 @@ class _Pair:
         scale = theirs.abs().max().item()
         return Comparison(check, site, self.precision, absolute, absolute / scale if scale else absolute, tolerance)
 
+    def reference(self, tokens: Int[Tensor, "batch pos"], **options: Any) -> Any:
+        """Return what the reference makes of a prompt, whatever it has read before."""
+        self.forget_lengths(tokens)
+        return self.theirs(tokens, use_cache=False, **options)
+
+    def forget_lengths(self, tokens: Int[Tensor, "batch pos"]) -> None:
+        """Have the reference forget the longest prompt it has read, by which it rotates with dynamic NTK scaling.
+
+        A prompt within the original context does that.
+        """
+        if self.ours.cfg.use_dynamic_rope:
+            with torch.no_grad():
+                self.theirs(tokens[:, :1], use_cache=False)
+
     def activations(self, tokens: Int[Tensor, "batch pos"]) -> Generator[Comparison, None, Tensor]:
         """Compare every site of a plain run; return the reference's logits."""
         with self.watching() as seen:
-            reference = self.theirs(tokens, output_attentions=self.sites.attention == "eager", use_cache=False)
+            reference = self.reference(tokens, output_attentions=self.sites.attention == "eager")
         patterns = reference.attentions or ()
         seen |= {get_act_name("pattern", layer): pattern for layer, pattern in enumerate(patterns)}
         seen["unembed.hook_out"] = reference.logits
@@ -277,7 +291,7 @@ class _Pair:
         changes = [pos for pos in range(start, length) if self.ours.cfg.rotation_changes(pos, pos + 1)]
         end = changes[0] if changes else length
         if end < length:
-            logits = self.theirs(tokens[:, :end], use_cache=False).logits
+            logits = self.reference(tokens[:, :end]).logits
         cache = self.ours.new_kv_cache(tokens.shape[0])
         steps = [self.ours(tokens[:, :start], past_kv_cache=cache)]
         steps += [self.ours(tokens[:, pos : pos + 1], past_kv_cache=cache) for pos in range(start, end)]
@@ -292,12 +306,13 @@ class _Pair:
         mask = torch.ones_like(tokens)
         mask[-1, :padding] = 0
         ours = self.ours(tokens, attention_mask=mask)[-1:, padding:]
-        alone = self.theirs(tokens[-1:, padding:], use_cache=False).logits
+        alone = self.reference(tokens[-1:, padding:]).logits
         yield self.compare("left padding", "unembed.hook_out", ours, alone)
 
     def gradients(self, tokens: Int[Tensor, "batch pos"]) -> Iterator[Comparison]:
         """Compare gradients of the same random sum of logits where the embeddings enter the first block."""
         site = get_act_name("resid_pre", 0)
+        self.forget_lengths(tokens)
         entered: list[Tensor] = []
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -62,12 +62,13 @@ class Homes:
     def _copied(self, value: Tensor, home: Tensor | None, *, precise: bool) -> Tensor:
         """A copy on the model's device. What is to be processed is kept precise: low precision would round twice."""
         if home is None:
-            return value.to(self.device, self._precise(value), copy=True)
-        dtype = self._precise(value) if precise else home.dtype
+            return value.to(self.device, self._precise, copy=True)
+        dtype = self._precise if precise else home.dtype
         return torch.empty_like(home, device=self.device, dtype=dtype).copy_(value)
 
-    def _precise(self, value: Tensor) -> torch.dtype:
-        return torch.promote_types(torch.promote_types(value.dtype, self.dtype), torch.float32)
+    @property
+    def _precise(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
 
     def _settle(self, name: str, value: Tensor) -> None:
         if name not in self._owners:

@@ -256,15 +256,18 @@ def test_untied_embeddings_are_converted(tokenizer: Any, tmp_path: Path) -> None
 
 def test_tied_embeddings_stay_one_tensor_unless_processing_parts_them(tokenizer: Any) -> None:
     tied, parted = convert(tiny_gpt2(), tokenizer), convert(tiny_gpt2(), tokenizer, processed=True)
-    assert tied.W_U.data_ptr() == tied.W_E.data_ptr() and tied.cfg.tie_word_embeddings
+    assert tied.W_U.data_ptr() == tied.W_E.data_ptr()
+    assert tied.cfg.tie_word_embeddings
     assert "unembed.W_U" not in tied.state_dict()
-    assert parted.W_U.data_ptr() != parted.W_E.data_ptr() and not parted.cfg.tie_word_embeddings
+    assert parted.W_U.data_ptr() != parted.W_E.data_ptr()
+    assert not parted.cfg.tie_word_embeddings
     assert parted.n_params_total - parted.W_U.numel() < tied.n_params_total
 
 
 def test_a_step_that_leaves_the_embeddings_alone_leaves_them_tied(tokenizer: Any) -> None:
     model = convert(tiny_gpt2(), tokenizer, fold_value_biases=True)
-    assert model.processed == ("fold_value_biases",) and model.cfg.tie_word_embeddings
+    assert model.processed == ("fold_value_biases",)
+    assert model.cfg.tie_word_embeddings
 
 
 def test_a_config_that_leaves_a_field_out_has_transformers_default_for_it(tmp_path: Path) -> None:

@@ -66,8 +66,8 @@ def inverted(table: RuleTable, cfg: HookedTransformerConfig, weights: Mapping[st
         for source, tensor in _one_by_one(entry, cfg, weights).items():
             if source in tensors and not torch.equal(tensors[source], tensor):
                 raise CheckpointError(
-                    f"{source} stands for {' and '.join(entry.target_names)} and for another weight of ours, which have "
-                    "come to differ: this family keeps one tensor for both"
+                    f"{source} stands for {' and '.join(entry.target_names)} and for another weight of ours, which "
+                    "have come to differ: this family keeps one tensor for both"
                 )
             tensors[source] = _by_itself(tensor)
     return tensors
@@ -97,9 +97,7 @@ def _check_whole(cfg: HookedTransformerConfig, original: HookedTransformerConfig
     for name in ("n_layers", "n_ctx", "d_vocab"):
         ours, theirs = getattr(cfg, name), getattr(original, name)
         if ours != theirs:
-            raise CheckpointError(
-                f"the model was loaded with {name}={ours} of {theirs}: load it whole to write it in HuggingFace's format"
-            )
+            raise CheckpointError(f"the model was loaded with {name}={ours} of {theirs}: load it whole to write it out")
 
 
 def _with_prefix(name: str, family: Family, architecture: str) -> str:

@@ -117,7 +117,7 @@ def qk_norm(
 
 
 def qk_norm_across_heads(attention: str, *, names: tuple[str, str] = ("q_norm", "k_norm")) -> tuple[Entry, ...]:
-    """Return the rows of an RMS norm over all queries together and one over all keys, each with a gain per dimension."""
+    """Return the rows of an RMS norm over all queries together and one over all keys, with a gain per dimension."""
     return tuple(
         Rule(f"{attention}.{name}.weight", f"({head} d_head) -> {head} d_head", f"{BLOCK}.attn.{target}.w")
         for name, target, head in zip(names, ("q_norm", "k_norm"), ("head", "kv_head"), strict=True)

@@ -12,25 +12,33 @@ from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
 
 
-def config(fields: ConfigFields) -> dict[str, Any]:
-    """Map a `LlamaConfig`."""
+def config(fields: ConfigFields, *, eps: float | None = None) -> dict[str, Any]:
+    """Map a `LlamaConfig`, or another that has its fields. With `eps`, the norms' epsilon is not in the config."""
+    return {**body(fields, eps=eps), **rotary(fields, d_head(fields))}
+
+
+def body(fields: ConfigFields, *, eps: float | None = None) -> dict[str, Any]:
+    """Map all but the rotary positions."""
     fields.ignore("attention_dropout", "pretraining_tp", "rope_interleaved")
-    d_head = fields.get("head_dim", None) or fields.take("hidden_size") // fields.take("num_attention_heads")
     return {
         "n_layers": fields.take("num_hidden_layers"),
         "d_model": fields.take("hidden_size"),
         "n_heads": fields.take("num_attention_heads"),
         "n_key_value_heads": fields.take("num_key_value_heads"),
-        "d_head": d_head,
+        "d_head": d_head(fields),
         "d_mlp": fields.take("intermediate_size"),
         "d_vocab": fields.take("vocab_size"),
         "act_fn": fields.take("hidden_act"),
         "gated_mlp": True,
-        "eps": fields.take("rms_norm_eps"),
+        "eps": fields.take("rms_norm_eps") if eps is None else eps,
         "normalization_type": "RMS",
         "tie_word_embeddings": fields.take("tie_word_embeddings"),
-        **rotary(fields, d_head),
     }
+
+
+def d_head(fields: ConfigFields) -> int:
+    """Return the width of a head: `head_dim`, or the heads' share of the stream where that is not given."""
+    return fields.get("head_dim", None) or fields.take("hidden_size") // fields.take("num_attention_heads")
 
 
 def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:

@@ -1,0 +1,130 @@
+"""What the family table cannot say of mixtures of experts: the router's own numbers, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import GptOssForCausalLM
+from transformers.utils.quantization_config import Mxfp4Config
+
+from hooked_lm import HookedTransformer
+from tests.family_rows.experts import PHIMOE_LONGROPE, ROWS, Row
+from weight_conversion import checkpoint
+from weight_conversion.errors import CheckpointError
+from weight_conversion.registry import family_of
+
+
+def row_named(row_id: str) -> Row:
+    return next(row for row in ROWS if row.id == row_id)
+
+
+def routed(row: Row, folder: Path) -> tuple[HookedTransformer, Any, tuple[Tensor, ...]]:
+    """Our model, its cache, and the reference's router logits [batch pos expert] of every layer that has experts."""
+    theirs = row.build()
+    theirs.save_pretrained(folder)
+    ours = HookedTransformer.from_pretrained_no_processing(folder)
+    tokens = row.tokens()
+    logits = theirs(tokens, output_router_logits=True).router_logits
+    return ours, ours.run_with_cache(tokens)[1], tuple(layer.unflatten(0, tokens.shape) for layer in logits)
+
+
+@pytest.mark.parametrize("row_id", ["mixtral", "qwen2-moe", "olmoe", "granite-moe", "gpt-oss"])
+@torch.no_grad()
+def test_expert_weights_are_the_softmax_of_the_reference_router(row_id: str, tmp_path: Path) -> None:
+    ours, cache, logits = routed(row_named(row_id), tmp_path)
+    assert len(logits) == ours.cfg.n_layers
+    for layer, scores in enumerate(logits):
+        torch.testing.assert_close(cache[f"blocks.{layer}.mlp.hook_expert_weights"], scores.softmax(-1))
+        chosen = scores.topk(ours.cfg.experts_per_token or 0).indices
+        assert torch.equal(cache[f"blocks.{layer}.mlp.hook_expert_indices"], chosen)
+
+
+@torch.no_grad()
+def test_sparsemixer_weighs_only_the_two_best_experts(tmp_path: Path) -> None:
+    _, cache, logits = routed(row_named("phimoe"), tmp_path)
+    for layer, scores in enumerate(logits):
+        weights = cache[f"blocks.{layer}.mlp.hook_expert_weights"]
+        assert ((weights > 0).sum(-1) == 2).all()
+        assert torch.equal(weights > 0, torch.zeros_like(weights).scatter(-1, scores.topk(2).indices, 1.0) > 0)
+
+
+@torch.no_grad()
+def test_dense_layers_among_experts_are_gated_mlps(tmp_path: Path) -> None:
+    ours, cache, logits = routed(row_named("qwen3-moe"), tmp_path)
+    assert ours.cfg.moe_layers == [True, False, True]
+    assert len(logits) == 2
+    assert "blocks.1.mlp.hook_expert_weights" not in cache
+    assert cache["blocks.1.mlp.hook_post"].shape[-1] == 40
+
+
+def fields_of(row_id: str, **changes: Any) -> dict[str, Any]:
+    return {**row_named(row_id).hf_config().to_dict(), **changes}
+
+
+@pytest.mark.parametrize(
+    ("row_id", "changes", "message"),
+    [
+        ("gpt-oss", {"quantization_config": {"quant_method": "mxfp4"}}, r"quantised \(mxfp4\).*dequantize=True"),
+        ("gpt-oss", {"swiglu_alpha": 1.0}, "swiglu_alpha=1.0 is not supported"),
+        ("phimoe", {"num_experts_per_tok": 3}, "SparseMixer picks two experts"),
+        ("phimoe", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' is not supported"),
+        ("phimoe", {"rope_parameters": {**PHIMOE_LONGROPE, "long_mscale": 2.0}}, "only equal ones are"),
+        ("qwen3-moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size=8 is not supported"),
+    ],
+)
+def test_what_no_rule_can_express_is_refused(row_id: str, changes: dict[str, Any], message: str) -> None:
+    architecture = row_named(row_id).architecture
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.read_family(family_of(architecture), fields_of(row_id, **changes), architecture)
+
+
+def test_fields_that_only_published_files_have_are_known() -> None:
+    published: dict[str, dict[str, Any]] = {
+        "gpt-oss": {"experts_per_token": 2, "initial_context_length": 8, "rope_theta": 100.0, "rope_scaling": None},
+        "qwen3-moe": {"num_experts": 5, "max_window_layers": 3, "qkv_bias": False, "use_qk_norm": True},
+        "phimoe": {"original_max_position_embeddings": 16, "rope_scaling": None},
+    }
+    for row_id, extra in published.items():
+        architecture = row_named(row_id).architecture
+        checkpoint.read_family(family_of(architecture), fields_of(row_id, **extra), architecture)
+
+
+@torch.no_grad()
+def test_a_quantised_gpt_oss_loads_once_transformers_has_dequantised_it(tmp_path: Path) -> None:
+    # Blocks of MXFP4 have 32 entries, so the widths are 32.
+    row = row_named("gpt-oss")
+    quantise(row.build(hidden_size=32, intermediate_size=32), tmp_path)
+    with pytest.raises(CheckpointError, match="quantised"):
+        HookedTransformer.from_pretrained(tmp_path)
+    theirs = GptOssForCausalLM.from_pretrained(
+        tmp_path,
+        quantization_config=Mxfp4Config(dequantize=True),
+        dtype=torch.float32,
+        attn_implementation="eager",
+    )
+    with pytest.warns(UserWarning, match="tokens only"):
+        ours = HookedTransformer.from_pretrained_no_processing(str(tmp_path), hf_model=theirs)
+    reference = theirs(row.tokens()).logits
+    assert (ours(row.tokens()) - reference).abs().max() < 1e-4
+
+
+def quantise(model: GptOssForCausalLM, folder: Path) -> None:
+    """Save a model with experts as the published checkpoints have them: random MXFP4 blocks and their scales."""
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        n_experts, _, out = tensors.pop(name).shape
+        tensors[f"{name}_blocks"] = torch.randint(256, (n_experts, out, 1, 16), dtype=torch.uint8, generator=generator)
+        tensors[f"{name}_scales"] = torch.full((n_experts, out, 1), 124, dtype=torch.uint8)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    (folder / "config.json").write_text(json.dumps(config))

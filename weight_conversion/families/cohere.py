@@ -1,0 +1,77 @@
+"""Cohere (Command R and Aya, Cohere 2024): attention and MLP in parallel behind one LayerNorm without bias."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hooked_lm.config import HookedTransformerConfig
+from weight_conversion import tables
+from weight_conversion.family import Family
+from weight_conversion.fields import ConfigFields
+from weight_conversion.rotary import rotary
+from weight_conversion.rules import Constant, Entry, Rule, RuleTable
+
+
+def config(fields: ConfigFields) -> dict[str, Any]:
+    """Map a `CohereConfig`."""
+    per_head = fields.take("use_qk_norm")
+    return {
+        **shared_config(fields),
+        "use_qk_norm": per_head,
+        "qk_norm_type": "LN",
+        "qk_norm_per_head_gains": per_head,
+    }
+
+
+def shared_config(fields: ConfigFields) -> dict[str, Any]:
+    """Map what both generations of Cohere's configs have. Dimensions rotate with their neighbours."""
+    fields.ignore("attention_dropout", "pretraining_tp")
+    # How long a prompt its tokenizer lets through.
+    fields.ignore("model_max_length")
+    n_heads = fields.take("num_attention_heads")
+    d_head = fields.get("head_dim", None) or fields.take("hidden_size") // n_heads
+    return {
+        "n_layers": fields.take("num_hidden_layers"),
+        "d_model": fields.take("hidden_size"),
+        "n_heads": n_heads,
+        "n_key_value_heads": fields.take("num_key_value_heads"),
+        "d_head": d_head,
+        "d_mlp": fields.take("intermediate_size"),
+        "d_vocab": fields.take("vocab_size"),
+        "act_fn": fields.take("hidden_act"),
+        "gated_mlp": True,
+        "parallel_attn_mlp": True,
+        "eps": fields.take("layer_norm_eps"),
+        "normalization_type": "LN",
+        "logit_scale": fields.take("logit_scale"),
+        "tie_word_embeddings": fields.take("tie_word_embeddings"),
+        "rotary_adjacent_pairs": True,
+        **rotary(fields, d_head),
+    }
+
+
+def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
+    """Map the tensors of a `CohereForCausalLM`."""
+    block, bias = "layers.{layer}", fields.take("attention_bias")
+    return (
+        *tables.embeddings(cfg),
+        *tables.biasless_layer_norm(f"{block}.input_layernorm", "blocks.{layer}.ln1"),
+        *tables.attention(f"{block}.self_attn", qkv_bias=bias, out_bias=bias),
+        *(_head_norms(f"{block}.self_attn") if cfg.use_qk_norm else ()),
+        *tables.biasless_layer_norm(f"{block}.input_layernorm", "blocks.{layer}.ln2", again=True),
+        *tables.gated_mlp(f"{block}.mlp"),
+        *tables.biasless_layer_norm("norm", "ln_final"),
+    )
+
+
+def _head_norms(attention: str) -> tuple[Entry, ...]:
+    """Return the rows of a LayerNorm for each head's queries and keys, with gains of its own and no bias."""
+    rows: list[Entry] = []
+    for name, head in (("q_norm", "head"), ("k_norm", "kv_head")):
+        target = f"blocks.{{layer}}.attn.{name}"
+        gains = Rule(f"{attention}.{name}.weight", f"{head} d_head -> {head} d_head", f"{target}.w")
+        rows += [gains, Constant(f"{target}.b", f"{head} d_head")]
+    return tuple(rows)
+
+
+FAMILY = Family("Cohere", ("CohereForCausalLM", "CohereModel"), config, rules)

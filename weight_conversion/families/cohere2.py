@@ -1,0 +1,35 @@
+"""Cohere 2 (Command R7B and Command A, Cohere 2024): local layers rotate, global ones know no positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from weight_conversion.families import cohere
+from weight_conversion.family import Family
+from weight_conversion.fields import ConfigFields
+
+
+def config(fields: ConfigFields) -> dict[str, Any]:
+    """Map a `Cohere2Config`."""
+    # `layer_types` says it already.
+    fields.ignore("sliding_window_pattern", "layer_switch")
+    fields.ignore("cache_implementation", "use_parallel_embedding")
+    # What published files say of the one architecture that transformers computes.
+    fields.require("order_of_interleaved_layers", "local_attn_first")
+    fields.require("position_embedding_type", "rope_gptj")
+    fields.require("rotary_pct", 1.0)
+    fields.require("use_embedding_sharing", True)
+    fields.require("use_gated_activation", True)
+    fields.require("use_parallel_block", True)
+    fields.require("use_qk_norm", False)
+    kinds = {"sliding_attention": "local", "full_attention": "global"}
+    layers = [kinds[kind] for kind in fields.take("layer_types")]
+    return {
+        **cohere.shared_config(fields),
+        "window_size": fields.take("sliding_window"),
+        "attn_types": layers,
+        "rotary_layers": [layer == "local" for layer in layers],
+    }
+
+
+FAMILY = Family("Cohere 2", ("Cohere2ForCausalLM", "Cohere2Model"), config, cohere.rules)

@@ -1,0 +1,33 @@
+"""ERNIE 4.5 without experts (Baidu 2025): Llama whose dimensions rotate with their neighbours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hooked_lm.config import HookedTransformerConfig
+from weight_conversion import tables
+from weight_conversion.families import llama
+from weight_conversion.family import Family
+from weight_conversion.fields import ConfigFields
+from weight_conversion.rules import RuleTable
+
+
+def config(fields: ConfigFields) -> dict[str, Any]:
+    """Map an `Ernie4_5Config`."""
+    return {**llama.config(fields), "rotary_adjacent_pairs": True}
+
+
+def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
+    """Map the tensors of an `Ernie4_5ForCausalLM`, whose linear layers all have a bias or none."""
+    block, bias = "layers.{layer}", fields.take("use_bias")
+    return (
+        *tables.embeddings(cfg),
+        *tables.norm(f"{block}.input_layernorm", "blocks.{layer}.ln1"),
+        *tables.attention(f"{block}.self_attn", qkv_bias=bias, out_bias=bias),
+        *tables.norm(f"{block}.post_attention_layernorm", "blocks.{layer}.ln2"),
+        *tables.gated_mlp(f"{block}.mlp", bias=bias),
+        *tables.norm("norm", "ln_final"),
+    )
+
+
+FAMILY = Family("ERNIE 4.5", ("Ernie4_5ForCausalLM", "Ernie4_5Model"), config, rules)

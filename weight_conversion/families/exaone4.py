@@ -1,0 +1,52 @@
+"""EXAONE 4.0 (LG AI Research 2025): norms only on what is written; beside windows, global layers do not rotate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hooked_lm.config import HookedTransformerConfig
+from weight_conversion import tables
+from weight_conversion.families import llama
+from weight_conversion.family import Family, Sites
+from weight_conversion.fields import ConfigFields
+from weight_conversion.rules import RuleTable
+
+
+def config(fields: ConfigFields) -> dict[str, Any]:
+    """Map an `Exaone4Config`. Without a window every layer is global and rotates."""
+    # `layer_types` says it already.
+    fields.ignore("sliding_window_pattern")
+    kinds = {"sliding_attention": "local", "full_attention": "global"}
+    layers = [kinds[kind] for kind in fields.take("layer_types")]
+    window = fields.take("sliding_window")
+    return {
+        **llama.config(fields),
+        "norm_placement": "after",
+        "use_qk_norm": True,
+        "window_size": window,
+        "attn_types": layers,
+        "rotary_layers": [window is None or layer == "local" for layer in layers],
+    }
+
+
+def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
+    """Map the tensors of an `Exaone4ForCausalLM`."""
+    block = "layers.{layer}"
+    return (
+        *tables.embeddings(cfg),
+        *tables.attention(f"{block}.self_attn"),
+        *tables.qk_norm(f"{block}.self_attn"),
+        *tables.norm(f"{block}.post_attention_layernorm", "blocks.{layer}.ln1_post"),
+        *tables.gated_mlp(f"{block}.mlp"),
+        *tables.norm(f"{block}.post_feedforward_layernorm", "blocks.{layer}.ln2_post"),
+        *tables.norm("norm", "ln_final"),
+    )
+
+
+FAMILY = Family(
+    "EXAONE 4",
+    ("Exaone4ForCausalLM",),
+    config,
+    rules,
+    sites=Sites(attn="post_attention_layernorm", mlp="post_feedforward_layernorm"),
+)

@@ -1,0 +1,131 @@
+"""Falcon (Almazrouei et al. 2023): its three ways to keep queries, keys and values, its three ways to place norms."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from hooked_lm.config import HookedTransformerConfig
+from weight_conversion import tables
+from weight_conversion.errors import CheckpointError
+from weight_conversion.family import Family, Sites
+from weight_conversion.fields import ConfigFields
+from weight_conversion.rotary import LEGACY_FIELDS, rotary
+from weight_conversion.rules import Entry, Piece, RuleTable, Split
+
+
+def config(fields: ConfigFields) -> dict[str, Any]:
+    """Map a `FalconConfig`."""
+    fields.require("apply_residual_connection_post_layernorm", False)
+    fields.ignore("attention_dropout", "hidden_dropout")
+    # `ffn_hidden_size` says the same.
+    fields.ignore("ff_factor")
+    n_heads = fields.take("num_attention_heads")
+    d_head = fields.take("hidden_size") // n_heads
+    kv_heads, multi_query = fields.take("num_kv_heads"), fields.take("multi_query")
+    # Only new models have as many as they say.
+    if not fields.take("new_decoder_architecture"):
+        kv_heads = 1 if multi_query else n_heads
+    return {
+        "n_layers": fields.take("num_hidden_layers"),
+        "d_model": fields.take("hidden_size"),
+        "n_heads": n_heads,
+        "n_key_value_heads": kv_heads,
+        "d_mlp": fields.take("ffn_hidden_size"),
+        "d_vocab": fields.take("vocab_size"),
+        "act_fn": fields.take("activation"),
+        "eps": fields.take("layer_norm_epsilon"),
+        "normalization_type": "LN",
+        "parallel_attn_mlp": fields.take("parallel_attn"),
+        "tie_word_embeddings": fields.take("tie_word_embeddings"),
+        **(_alibi(fields, d_head) if fields.take("alibi") else rotary(fields, d_head)),
+    }
+
+
+def _alibi(fields: ConfigFields, d_head: int) -> dict[str, Any]:
+    """ALiBi as Falcon was trained with it: added before scores are divided, and rounded."""
+    fields.ignore("rope_parameters", *LEGACY_FIELDS)
+    return {
+        "positional_embedding_type": "alibi",
+        "alibi_scale": 1 / math.sqrt(d_head),
+        "alibi_in_bfloat16": True,
+        "n_ctx": fields.take("max_position_embeddings"),
+    }
+
+
+def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
+    """Map the tensors of a `FalconForCausalLM`."""
+    block, bias = "h.{layer}", fields.take("bias")
+    return (
+        *tables.embeddings(cfg, "word_embeddings.weight"),
+        *_norms(cfg, fields),
+        *_queries_keys_values(fields, f"{block}.self_attention.query_key_value", bias),
+        *tables.attention_output(f"{block}.self_attention.dense", bias=bias),
+        *tables.mlp(f"{block}.mlp.dense_h_to_4h", f"{block}.mlp.dense_4h_to_h", up_bias=bias, down_bias=bias),
+        *tables.norm("ln_f", "ln_final", bias=True),
+    )
+
+
+def _norms(cfg: HookedTransformerConfig, fields: ConfigFields) -> tuple[Entry, ...]:
+    """Attention and MLP one after the other have a norm each; in parallel, one between them or, in new models, two."""
+    is_new, parallel = fields.take("new_decoder_architecture"), cfg.parallel_attn_mlp
+    n_norms = fields.get("num_ln_in_parallel_attn", None)
+    if is_new and n_norms is None:
+        n_norms = 2
+    # Transformers refuses these as well, when it runs them.
+    if is_new and not (parallel and n_norms in (1, 2)):
+        raise CheckpointError(
+            f"Falcon with new_decoder_architecture, parallel_attn={parallel} and num_ln_in_parallel_attn={n_norms}: "
+            "new models have attention and MLP in parallel, with one norm or two"
+        )
+    if parallel and not is_new and n_norms == 2:
+        raise CheckpointError("Falcon with num_ln_in_parallel_attn=2 is only defined with new_decoder_architecture")
+    first, second = "input_layernorm", "post_attention_layernorm"
+    if parallel:
+        first, second = ("ln_attn", "ln_mlp") if n_norms == 2 else (first, first)
+    return (
+        *tables.norm(f"h.{{layer}}.{first}", "blocks.{layer}.ln1", bias=True),
+        *tables.norm(f"h.{{layer}}.{second}", "blocks.{layer}.ln2", bias=True, again=first == second),
+    )
+
+
+def _queries_keys_values(fields: ConfigFields, source: str, bias: bool) -> tuple[Entry, ...]:
+    """One layer makes all three: by group in new models, queries first in multi-query ones, else head by head."""
+    if fields.take("new_decoder_architecture"):
+        weight = Split(
+            f"{source}.weight", "(kv_head part d_head) d_model -> part kv_head d_model d_head", _grouped("W")
+        )
+        biases = Split(f"{source}.bias", "(kv_head part d_head) -> part kv_head d_head", _grouped("b"))
+    elif fields.take("multi_query"):
+        weight = Split(f"{source}.weight", "(part d_head) d_model -> part d_model d_head", _one_after_another("W"))
+        biases = Split(f"{source}.bias", "(part d_head) -> part d_head", _one_after_another("b"))
+    else:
+        return tables.fused_qkv(source, bias=bias)
+    return (weight, biases) if bias else (weight, *tables.no_qkv_biases())
+
+
+def _grouped(kind: str) -> tuple[Piece, ...]:
+    attn, width = f"blocks.{{layer}}.attn.{kind}", "d_model d_head" if kind == "W" else "d_head"
+    one = f"1 kv_head {width} -> kv_head {width}"
+    return (
+        Piece(f"{attn}_Q", "group", f"group kv_head {width} -> (kv_head group) {width}"),
+        Piece(f"{attn}_K", "1", one),
+        Piece(f"{attn}_V", "1", one),
+    )
+
+
+def _one_after_another(kind: str) -> tuple[Piece, ...]:
+    attn = f"blocks.{{layer}}.attn.{kind}"
+    return (Piece(f"{attn}_Q", "head"), Piece(f"{attn}_K", "kv_head"), Piece(f"{attn}_V", "kv_head"))
+
+
+FAMILY = Family(
+    "Falcon",
+    ("FalconForCausalLM", "FalconModel"),
+    config,
+    rules,
+    embedding="word_embeddings.weight",
+    prefix="transformer.",
+    # In parallel, what attention gives is added to the MLP's output in place, so that one shows both.
+    sites=Sites(layers="transformer.h", attn="self_attention", mlp="mlp", attention="sdpa"),
+)

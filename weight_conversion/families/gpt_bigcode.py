@@ -1,0 +1,81 @@
+"""GPT-BigCode: SantaCoder (Ben Allal et al. 2023) and StarCoder (Li et al. 2023), where one head's keys serve all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hooked_lm.config import HookedTransformerConfig
+from weight_conversion import tables
+from weight_conversion.family import Family, Sites
+from weight_conversion.fields import ConfigFields
+from weight_conversion.rules import Entry, Piece, Rule, RuleTable, Split
+
+
+def config(fields: ConfigFields) -> dict[str, Any]:
+    """Map a `GPTBigCodeConfig`."""
+    fields.require("add_cross_attention", False)
+    fields.ignore("attn_pdrop", "embd_pdrop", "resid_pdrop")
+    # In which precision scores are computed.
+    fields.ignore("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32")
+    # `multi_query` decides, and this follows.
+    fields.ignore("num_key_value_heads")
+    # How an old version went about inference.
+    fields.ignore("inference_runner", "max_batch_size", "max_sequence_length", "pad_key_length")
+    fields.ignore("pre_allocate_kv_cache", "validate_runner_input")
+    d_model, n_heads = fields.take("n_embd"), fields.take("n_head")
+    return {
+        "n_layers": fields.take("n_layer"),
+        "d_model": d_model,
+        "n_heads": n_heads,
+        "n_key_value_heads": 1 if fields.take("multi_query") else n_heads,
+        "d_mlp": fields.take("n_inner") or 4 * d_model,
+        "n_ctx": fields.take("n_positions"),
+        "d_vocab": fields.take("vocab_size"),
+        "act_fn": fields.take("activation_function"),
+        "eps": fields.take("layer_norm_epsilon"),
+        "use_attn_scale": fields.take("scale_attn_weights"),
+        "normalization_type": "LN",
+        "positional_embedding_type": "standard",
+        "tie_word_embeddings": fields.take("tie_word_embeddings"),
+    }
+
+
+def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
+    """Map the tensors of a `GPTBigCodeForCausalLM`."""
+    block, c_attn = "h.{layer}", "h.{layer}.attn.c_attn"
+    return (
+        *tables.embeddings(cfg, "wte.weight"),
+        Rule("wpe.weight", "n_ctx d_model -> n_ctx d_model", "pos_embed.W_pos"),
+        *tables.norm(f"{block}.ln_1", "blocks.{layer}.ln1", bias=True),
+        *(_multi_query(c_attn) if fields.take("multi_query") else tables.fused_qkv(c_attn, bias=True)),
+        *tables.attention_output(f"{block}.attn.c_proj", bias=True),
+        *tables.norm(f"{block}.ln_2", "blocks.{layer}.ln2", bias=True),
+        *tables.mlp(f"{block}.mlp.c_fc", f"{block}.mlp.c_proj", up_bias=True, down_bias=True),
+        *tables.norm("ln_f", "ln_final", bias=True),
+    )
+
+
+def _multi_query(source: str) -> tuple[Entry, ...]:
+    """All queries, then one head's keys, then its values."""
+    W, b = (
+        tuple(
+            Piece(f"{tables.BLOCK}.attn.{kind}_{letter}", heads)
+            for letter, heads in (("Q", "head"), ("K", "kv_head"), ("V", "kv_head"))
+        )
+        for kind in "Wb"
+    )
+    return (
+        Split(f"{source}.weight", "(part d_head) d_model -> part d_model d_head", W),
+        Split(f"{source}.bias", "(part d_head) -> part d_head", b),
+    )
+
+
+FAMILY = Family(
+    "GPT-BigCode",
+    ("GPTBigCodeForCausalLM", "GPTBigCodeModel"),
+    config,
+    rules,
+    embedding="wte.weight",
+    prefix="transformer.",
+    sites=Sites(layers="transformer.h", attn="attn"),
+)

@@ -1,0 +1,83 @@
+"""GPT-OSS (OpenAI 2025, "gpt-oss-120b & gpt-oss-20b Model Card")."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hooked_lm.config import HookedTransformerConfig
+from weight_conversion import tables
+from weight_conversion.errors import CheckpointError
+from weight_conversion.family import Family
+from weight_conversion.fields import ConfigFields
+from weight_conversion.rotary import rotary
+from weight_conversion.rules import Rule, RuleTable
+
+
+def config(fields: ConfigFields) -> dict[str, Any]:
+    """Map a `GptOssConfig`."""
+    _refuse_quantised(fields)
+    fields.ignore("attention_dropout", "output_router_logits", "router_aux_loss_coef")
+    # It says "silu", but the experts are written out: `gate * sigmoid(swiglu_alpha * gate)`, which has a name of its
+    # own only for 1.702.
+    fields.ignore("hidden_act")
+    fields.require("swiglu_alpha", 1.702)
+    # Other names, in published files, for what transformers reads elsewhere.
+    fields.ignore("experts_per_token", "initial_context_length")
+    d_head = fields.take("head_dim")
+    kinds = {"sliding_attention": "local", "full_attention": "global"}
+    return {
+        "n_layers": fields.take("num_hidden_layers"),
+        "d_model": fields.take("hidden_size"),
+        "n_heads": fields.take("num_attention_heads"),
+        "n_key_value_heads": fields.take("num_key_value_heads"),
+        "d_head": d_head,
+        "d_mlp": fields.take("intermediate_size"),
+        "d_vocab": fields.take("vocab_size"),
+        "act_fn": "quick_gelu",
+        "gated_mlp": True,
+        "gated_limit": fields.take("swiglu_limit"),
+        "num_experts": fields.take("num_local_experts"),
+        "experts_per_token": fields.take("num_experts_per_tok"),
+        "eps": fields.take("rms_norm_eps"),
+        "normalization_type": "RMS",
+        "attention_sinks": True,
+        "window_size": fields.take("sliding_window"),
+        "attn_types": [kinds[kind] for kind in fields.take("layer_types")],
+        "tie_word_embeddings": fields.take("tie_word_embeddings"),
+        **rotary(fields, d_head),
+    }
+
+
+def _refuse_quantised(fields: ConfigFields) -> None:
+    quantisation = fields.get("quantization_config", None)
+    if quantisation is None:
+        return
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+    raise CheckpointError(
+        f"this {fields.family} checkpoint is quantised ({method}), and quantised weights are not read. Have "
+        "transformers dequantise it (from_pretrained with quantization_config=Mxfp4Config(dequantize=True)) and pass "
+        "that model as hf_model, or load a copy in bfloat16"
+    )
+
+
+def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
+    """Map the tensors of a `GptOssForCausalLM`. Its experts are kept as [in out], gate and linear columns by turns."""
+    block, mlp, bias = "layers.{layer}", "blocks.{layer}.mlp", fields.take("attention_bias")
+    experts = f"{block}.mlp.experts"
+    weights, biases = (f"{mlp}.W_gate", f"{mlp}.W_in"), (f"{mlp}.b_gate", f"{mlp}.b_in")
+    return (
+        *tables.embeddings(cfg),
+        *tables.norm(f"{block}.input_layernorm", "blocks.{layer}.ln1"),
+        *tables.attention(f"{block}.self_attn", qkv_bias=bias, out_bias=bias),
+        Rule(f"{block}.self_attn.sinks", "head -> head", "blocks.{layer}.attn.sinks"),
+        *tables.norm(f"{block}.post_attention_layernorm", "blocks.{layer}.ln2"),
+        *tables.router(f"{block}.mlp.router", bias=True),
+        Rule(f"{experts}.gate_up_proj", "expert d_model (d_expert part) -> part expert d_model d_expert", weights),
+        Rule(f"{experts}.gate_up_proj_bias", "expert (d_expert part) -> part expert d_expert", biases),
+        Rule(f"{experts}.down_proj", "expert d_expert d_model -> expert d_expert d_model", f"{mlp}.W_out"),
+        Rule(f"{experts}.down_proj_bias", "expert d_model -> expert d_model", f"{mlp}.b_out"),
+        *tables.norm("norm", "ln_final"),
+    )
+
+
+FAMILY = Family("GPT-OSS", ("GptOssForCausalLM",), config, rules)

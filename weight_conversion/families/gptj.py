@@ -1,0 +1,67 @@
+"""GPT-J (Wang and Komatsuzaki 2021): attention and MLP in parallel after one norm, neighbouring dimensions rotate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hooked_lm.config import HookedTransformerConfig
+from weight_conversion import tables
+from weight_conversion.family import Family, Sites
+from weight_conversion.fields import ConfigFields
+from weight_conversion.rules import Entry, RuleTable
+
+
+def config(fields: ConfigFields) -> dict[str, Any]:
+    """Map a `GPTJConfig`."""
+    fields.ignore("attn_pdrop", "embd_pdrop", "resid_pdrop")
+    # Old files say these of the one model there was.
+    fields.require("rotary", True)
+    fields.require("scale_attn_weights", True)
+    d_model = fields.take("n_embd")
+    return {
+        "n_layers": fields.take("n_layer"),
+        "d_model": d_model,
+        "n_heads": fields.take("n_head"),
+        "d_mlp": fields.take("n_inner") or 4 * d_model,
+        "n_ctx": fields.take("n_positions"),
+        "d_vocab": fields.take("vocab_size"),
+        "act_fn": fields.take("activation_function"),
+        "eps": fields.take("layer_norm_epsilon"),
+        "normalization_type": "LN",
+        "parallel_attn_mlp": True,
+        "positional_embedding_type": "rotary",
+        "rotary_dim": fields.take("rotary_dim"),
+        "rotary_adjacent_pairs": True,
+        "tie_word_embeddings": fields.take("tie_word_embeddings"),
+    }
+
+
+def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
+    """Map the tensors of a `GPTJForCausalLM`."""
+    names = ("q_proj", "k_proj", "v_proj", "out_proj")
+    return around(cfg, tables.attention("h.{layer}.attn", names=names))
+
+
+def around(cfg: HookedTransformerConfig, attention: tuple[Entry, ...]) -> RuleTable:
+    """Return all rows, given those of attention's weights and biases."""
+    block = "h.{layer}"
+    return (
+        *tables.embeddings(cfg, "wte.weight", bias=True),
+        *tables.norm(f"{block}.ln_1", "blocks.{layer}.ln1", bias=True),
+        *attention,
+        *tables.stored_mask(f"{block}.attn"),
+        *tables.norm(f"{block}.ln_1", "blocks.{layer}.ln2", bias=True, again=True),
+        *tables.mlp(f"{block}.mlp.fc_in", f"{block}.mlp.fc_out", up_bias=True, down_bias=True),
+        *tables.norm("ln_f", "ln_final", bias=True),
+    )
+
+
+FAMILY = Family(
+    "GPT-J",
+    ("GPTJForCausalLM",),
+    config,
+    rules,
+    embedding="wte.weight",
+    prefix="transformer.",
+    sites=Sites(layers="transformer.h", attn="attn"),
+)

@@ -1,0 +1,67 @@
+"""GraniteMoE (IBM 2024, "Granite 3.0 Language Models"): Granite's multipliers, and experts packed into one tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hooked_lm.config import HookedTransformerConfig
+from weight_conversion import tables
+from weight_conversion.family import Family, Sites
+from weight_conversion.fields import ConfigFields
+from weight_conversion.rotary import rotary
+from weight_conversion.rules import Rule, RuleTable
+
+
+def config(fields: ConfigFields) -> dict[str, Any]:
+    """Map a `GraniteMoeConfig`."""
+    fields.ignore("attention_dropout", "output_router_logits", "router_aux_loss_coef")
+    n_heads = fields.take("num_attention_heads")
+    d_head = fields.get("head_dim", None) or fields.take("hidden_size") // n_heads
+    return {
+        "n_layers": fields.take("num_hidden_layers"),
+        "d_model": fields.take("hidden_size"),
+        "n_heads": n_heads,
+        "n_key_value_heads": fields.take("num_key_value_heads"),
+        "d_head": d_head,
+        "d_mlp": fields.take("intermediate_size"),
+        "d_vocab": fields.take("vocab_size"),
+        "act_fn": fields.take("hidden_act"),
+        "gated_mlp": True,
+        "num_experts": fields.take("num_local_experts"),
+        "experts_per_token": fields.take("num_experts_per_tok"),
+        "eps": fields.take("rms_norm_eps"),
+        "normalization_type": "RMS",
+        "attn_scale": 1 / fields.take("attention_multiplier"),
+        "embedding_scale": fields.take("embedding_multiplier"),
+        "logit_scale": 1 / fields.take("logits_scaling"),
+        "tie_word_embeddings": fields.take("tie_word_embeddings"),
+        **rotary(fields, d_head),
+    }
+
+
+def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
+    """Map the tensors of a `GraniteMoeForCausalLM`. The gate comes first in `input_linear`."""
+    block, mlp, bias = "layers.{layer}", "blocks.{layer}.mlp", fields.take("attention_bias")
+    experts, scale = f"{block}.block_sparse_moe", fields.take("residual_multiplier")
+    gate_and_up = "expert (part d_expert) d_model -> part expert d_model d_expert"
+    down = "expert d_model d_expert -> expert d_expert d_model"
+    return (
+        *tables.embeddings(cfg),
+        *tables.norm(f"{block}.input_layernorm", "blocks.{layer}.ln1"),
+        *tables.attention(f"{block}.self_attn", qkv_bias=bias, out_bias=bias, out_scale=scale),
+        *tables.norm(f"{block}.post_attention_layernorm", "blocks.{layer}.ln2"),
+        *tables.router(f"{experts}.router.layer"),
+        Rule(f"{experts}.input_linear.weight", gate_and_up, (f"{mlp}.W_gate", f"{mlp}.W_in")),
+        Rule(f"{experts}.output_linear.weight", down, f"{mlp}.W_out", scale=scale),
+        *tables.no_expert_biases(),
+        *tables.norm("norm", "ln_final"),
+    )
+
+
+FAMILY = Family(
+    "GraniteMoE",
+    ("GraniteMoeForCausalLM", "GraniteMoeModel"),
+    config,
+    rules,
+    sites=Sites(mlp="block_sparse_moe", write_scale="residual_multiplier"),
+)

@@ -1,0 +1,74 @@
+"""Hunyuan without experts (Tencent 2025): queries and keys are normalised after they have rotated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hooked_lm.config import HookedTransformerConfig
+from weight_conversion import tables
+from weight_conversion.family import Family
+from weight_conversion.fields import ConfigFields
+from weight_conversion.rotary import rotary
+from weight_conversion.rules import RuleTable
+
+
+def config(fields: ConfigFields) -> dict[str, Any]:
+    """Map a `HunYuanDenseV1Config`."""
+    fields.ignore("attention_dropout", "pretraining_tp")
+    # Of a classifier, of images, and special tokens.
+    fields.ignore("add_classification_head", "class_num", "dense_list", "pool_type", "mask_init_id", "org_vocab_size")
+    fields.ignore("im_start_id", "im_end_id", "im_newline_id", "text_start_id", "text_end_id", "pad_id", "eod_token_id")
+    # What published files say of the one architecture that transformers computes; `head_dim` has the head's width.
+    fields.ignore("attention_head_dim", "cla_share_factor")
+    fields.require("mlp_bias", False)
+    fields.require("norm_type", "rms")
+    fields.require("use_cla", False)
+    fields.require("use_qk_norm", True)
+    fields.require("use_rotary_pos_emb", True)
+    n_heads = fields.take("num_attention_heads")
+    d_head = fields.get("head_dim", None) or fields.take("hidden_size") // n_heads
+    return {
+        "n_layers": fields.take("num_hidden_layers"),
+        "d_model": fields.take("hidden_size"),
+        "n_heads": n_heads,
+        "n_key_value_heads": fields.take("num_key_value_heads"),
+        "d_head": d_head,
+        "d_mlp": fields.take("intermediate_size"),
+        "d_vocab": fields.take("vocab_size"),
+        "act_fn": fields.take("hidden_act"),
+        "gated_mlp": True,
+        "eps": fields.take("rms_norm_eps"),
+        "normalization_type": "RMS",
+        "use_qk_norm": True,
+        "qk_norm_after_rotary": True,
+        "tie_word_embeddings": fields.take("tie_word_embeddings"),
+        **rotary(fields, d_head, parameters=_with_alpha(fields.take("rope_parameters"), d_head)),
+    }
+
+
+def _with_alpha(given: dict[str, Any], d_head: int) -> dict[str, Any]:
+    """Return the rotary parameters with their `alpha` in the base.
+
+    Published files call it "dynamic", but it is a fixed change of base, and nothing else they give is read then.
+    """
+    alpha = given.get("alpha")
+    if given["rope_type"] != "dynamic" or not alpha:
+        return {name: value for name, value in given.items() if name != "alpha"}
+    return {"rope_type": "default", "rope_theta": given["rope_theta"] * alpha ** (d_head / (d_head - 2))}
+
+
+def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
+    """Map the tensors of a `HunYuanDenseV1ForCausalLM`."""
+    block, bias = "layers.{layer}", fields.take("attention_bias")
+    return (
+        *tables.embeddings(cfg),
+        *tables.norm(f"{block}.input_layernorm", "blocks.{layer}.ln1"),
+        *tables.attention(f"{block}.self_attn", qkv_bias=bias, out_bias=bias),
+        *tables.qk_norm(f"{block}.self_attn", names=("query_layernorm", "key_layernorm")),
+        *tables.norm(f"{block}.post_attention_layernorm", "blocks.{layer}.ln2"),
+        *tables.gated_mlp(f"{block}.mlp"),
+        *tables.norm("norm", "ln_final"),
+    )
+
+
+FAMILY = Family("Hunyuan", ("HunYuanDenseV1ForCausalLM", "HunYuanDenseV1Model"), config, rules)

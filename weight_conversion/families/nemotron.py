@@ -1,0 +1,51 @@
+"""Nemotron (Parmar et al. 2024, "Nemotron-4 15B"): LayerNorms with gains around zero, squared ReLU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hooked_lm.config import HookedTransformerConfig
+from weight_conversion import tables
+from weight_conversion.family import Family
+from weight_conversion.fields import ConfigFields
+from weight_conversion.rotary import rotary
+from weight_conversion.rules import RuleTable
+
+
+def config(fields: ConfigFields) -> dict[str, Any]:
+    """Map a `NemotronConfig`."""
+    fields.ignore("attention_dropout", "pretraining_tp")
+    # The width of a head by another name, which transformers does not read.
+    fields.ignore("kv_channels")
+    d_head = fields.take("head_dim")
+    return {
+        "n_layers": fields.take("num_hidden_layers"),
+        "d_model": fields.take("hidden_size"),
+        "n_heads": fields.take("num_attention_heads"),
+        "n_key_value_heads": fields.take("num_key_value_heads"),
+        "d_head": d_head,
+        "d_mlp": fields.take("intermediate_size"),
+        "d_vocab": fields.take("vocab_size"),
+        "act_fn": fields.take("hidden_act"),
+        "eps": fields.take("norm_eps"),
+        "normalization_type": "LN",
+        "tie_word_embeddings": fields.take("tie_word_embeddings"),
+        **rotary(fields, d_head),
+    }
+
+
+def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
+    """Map the tensors of a `NemotronForCausalLM`. Gains are stored less the 1 that the model adds."""
+    block, bias, mlp_bias = "layers.{layer}", fields.take("attention_bias"), fields.take("mlp_bias")
+    up, down = f"{block}.mlp.up_proj", f"{block}.mlp.down_proj"
+    return (
+        *tables.embeddings(cfg),
+        *tables.norm(f"{block}.input_layernorm", "blocks.{layer}.ln1", bias=True, add=1.0),
+        *tables.attention(f"{block}.self_attn", qkv_bias=bias, out_bias=bias),
+        *tables.norm(f"{block}.post_attention_layernorm", "blocks.{layer}.ln2", bias=True, add=1.0),
+        *tables.mlp(up, down, up_bias=mlp_bias, down_bias=mlp_bias),
+        *tables.norm("norm", "ln_final", bias=True, add=1.0),
+    )
+
+
+FAMILY = Family("Nemotron", ("NemotronForCausalLM",), config, rules)

@@ -1,0 +1,48 @@
+"""Phi-3 and Phi-4 (Abdin et al. 2024, "Phi-3 Technical Report"): Llama with fused projections, and LongRoPE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hooked_lm.config import HookedTransformerConfig
+from weight_conversion import tables
+from weight_conversion.families import llama
+from weight_conversion.family import Family
+from weight_conversion.fields import ConfigFields
+from weight_conversion.rules import Piece, Rule, RuleTable, Split
+
+
+def config(fields: ConfigFields) -> dict[str, Any]:
+    """Map a `Phi3Config`."""
+    fields.ignore("resid_pdrop", "embd_pdrop")
+    # What published files say of the one architecture that transformers computes.
+    fields.require("attention_bias", False)
+    fields.require("mlp_bias", False)
+    fields.require("lm_head_bias", False)
+    return {**llama.config(fields), "window_size": fields.take("sliding_window")}
+
+
+def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
+    """Map the tensors of a `Phi3ForCausalLM`."""
+    block, target = "layers.{layer}", "blocks.{layer}"
+    pieces = (
+        Piece(f"{target}.attn.W_Q", "head"),
+        Piece(f"{target}.attn.W_K", "kv_head"),
+        Piece(f"{target}.attn.W_V", "kv_head"),
+    )
+    gate_and_in = (f"{target}.mlp.W_gate", f"{target}.mlp.W_in")
+    return (
+        *tables.embeddings(cfg),
+        *tables.norm(f"{block}.input_layernorm", f"{target}.ln1"),
+        Split(f"{block}.self_attn.qkv_proj.weight", "(part d_head) d_model -> part d_model d_head", pieces),
+        *tables.no_qkv_biases(),
+        *tables.attention_output(f"{block}.self_attn.o_proj"),
+        *tables.norm(f"{block}.post_attention_layernorm", f"{target}.ln2"),
+        Rule(f"{block}.mlp.gate_up_proj.weight", "(part d_mlp) d_model -> part d_model d_mlp", gate_and_in),
+        Rule(f"{block}.mlp.down_proj.weight", "d_model d_mlp -> d_mlp d_model", f"{target}.mlp.W_out"),
+        *tables.no_mlp_biases(gated=True),
+        *tables.norm("norm", "ln_final"),
+    )
+
+
+FAMILY = Family("Phi-3", ("Phi3ForCausalLM",), config, rules)

@@ -1,0 +1,37 @@
+"""Qwen2 and Qwen2.5 (Yang et al. 2024, "Qwen2 Technical Report"): Llama with biases on queries, keys and values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hooked_lm.config import HookedTransformerConfig
+from weight_conversion import tables
+from weight_conversion.families import llama
+from weight_conversion.family import Family
+from weight_conversion.fields import ConfigFields
+from weight_conversion.layer_types import layer_types
+from weight_conversion.rules import RuleTable
+
+
+def config(fields: ConfigFields) -> dict[str, Any]:
+    """Map a `Qwen2Config`."""
+    # `layer_types` says which layers have a window, whatever these do.
+    fields.ignore("use_sliding_window", "max_window_layers", "use_mrope")
+    return {**llama.config(fields), **layer_types(fields)}
+
+
+def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
+    """Map the tensors of a `Qwen2ForCausalLM`."""
+    block = "layers.{layer}"
+    return (
+        *tables.embeddings(cfg),
+        *tables.norm(f"{block}.input_layernorm", "blocks.{layer}.ln1"),
+        *tables.attention(f"{block}.self_attn", qkv_bias=True),
+        *tables.stored_rotary(f"{block}.self_attn"),
+        *tables.norm(f"{block}.post_attention_layernorm", "blocks.{layer}.ln2"),
+        *tables.gated_mlp(f"{block}.mlp"),
+        *tables.norm("norm", "ln_final"),
+    )
+
+
+FAMILY = Family("Qwen2", ("Qwen2ForCausalLM", "Qwen2Model"), config, rules)

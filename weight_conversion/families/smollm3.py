@@ -1,0 +1,24 @@
+"""SmolLM3 (Hugging Face 2025): Llama in which every fourth layer does not rotate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from weight_conversion.families import llama
+from weight_conversion.family import Family
+from weight_conversion.fields import ConfigFields
+from weight_conversion.layer_types import layer_types
+
+
+def config(fields: ConfigFields) -> dict[str, Any]:
+    """Map a `SmolLM3Config`."""
+    # The list of layers says it already.
+    fields.ignore("no_rope_layer_interval", "max_window_layers")
+    windows = layer_types(fields)
+    if not fields.take("use_sliding_window"):
+        windows = {}
+    # The field says where there are no rotary positions, and holds 1 where there are.
+    return {**llama.config(fields), **windows, "rotary_layers": [bool(it) for it in fields.take("no_rope_layers")]}
+
+
+FAMILY = Family("SmolLM3", ("SmolLM3ForCausalLM", "SmolLM3Model"), config, llama.rules)

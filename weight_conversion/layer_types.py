@@ -1,0 +1,24 @@
+"""Which layers have a window, as HuggingFace configs say it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from weight_conversion.errors import CheckpointError
+from weight_conversion.fields import ConfigFields
+
+_KINDS = {"sliding_attention": "local", "full_attention": "global"}
+
+
+def layer_types(fields: ConfigFields) -> dict[str, Any]:
+    """Return the window arguments of a `HookedTransformerConfig` from `layer_types` and `sliding_window`.
+
+    Raises:
+        CheckpointError: a layer is of a kind that is not known.
+    """
+    given = fields.take("layer_types")
+    unknown = sorted(set(given) - set(_KINDS))
+    if unknown:
+        raise CheckpointError(f"{fields.family} with layers of type {unknown} is not supported; {sorted(_KINDS)} are")
+    # Some families say "none" by 0.
+    return {"window_size": fields.take("sliding_window") or None, "attn_types": [_KINDS[kind] for kind in given]}
