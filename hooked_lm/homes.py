@@ -40,11 +40,16 @@ class Homes:
             keep_views: what is read may be kept rather than copied.
         """
         rewritten = re.compile("|".join(processing.STEPS[step].writes for step in plan) or "(?!)")
-        placed = {}
+        # What is processed reads also what is not: all of it in one precision.
+        keep_views = keep_views and (not plan or self.dtype == self._precise)
+        placed, kept = {}, set[int]()
         for name, value in chunk.items():
             home = self._home(name)
-            if home is not None and keep_views and not rewritten.fullmatch(name) and self._serves(value, home):
+            unchanged = not rewritten.fullmatch(name)
+            # Two parameters are never one memory, though a rule may read a tensor twice.
+            if keep_views and unchanged and value.data_ptr() not in kept and self._serves(value, home):
                 placed[name] = value
+                kept.add(value.data_ptr())
             else:
                 placed[name] = self._copied(value, home, precise=bool(plan))
         processing.process_(cfg, placed, plan)
@@ -55,9 +60,12 @@ class Homes:
         module, attribute = self._owners.get(name, (None, ""))
         return None if module is None else module._parameters[attribute]
 
-    def _serves(self, value: Tensor, home: Tensor) -> bool:
+    def _serves(self, value: Tensor, home: Tensor | None) -> bool:
         """Whether a value can be a parameter as it lies in memory."""
-        return value.dtype == home.dtype and self.device.type == "cpu" and _is_matrix_of_heads(value, home)
+        if home is None or value.dtype != home.dtype or self.device.type != "cpu":
+            return False
+        repeats = any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True))
+        return not repeats and _is_matrix_of_heads(value, home)
 
     def _copied(self, value: Tensor, home: Tensor | None, *, precise: bool) -> Tensor:
         """A copy on the model's device. What is to be processed is kept precise: low precision would round twice."""

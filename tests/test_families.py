@@ -146,3 +146,22 @@ def test_cached_decoding_equals_uncached(row: Row, checkpoints: Any) -> None:
     assert_close(torch.cat(stepwise, 1), ours(tokens[:, :end]))
     generate = partial(ours.generate, tokens, max_new_tokens=4, do_sample=False, stop_at_eos=False, verbose=False)
     assert torch.equal(generate(), generate(use_past_kv_cache=False))
+
+
+@rows
+@torch.no_grad()
+def test_a_checkpoint_in_bfloat16_gives_the_logits_of_the_reference(row: Row, tmp_path: Path) -> None:
+    row.build().bfloat16().save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation=row.attention
+    ).eval()
+    tokens = row.tokens()
+    reference = theirs(tokens).logits
+    plain = HookedTransformer.from_pretrained_no_processing(tmp_path, dtype=torch.float32)
+    assert_close(plain(tokens), reference)
+    # In its own precision it is processed in float32, and rounded once.
+    precise, low = (HookedTransformer.from_pretrained(tmp_path, dtype=dtype) for dtype in (torch.float32, None))
+    assert low.cfg.dtype == torch.bfloat16
+    assert low(tokens).isfinite().all()
+    rounded = precise.to(torch.bfloat16).state_dict()
+    assert all(torch.equal(value, rounded[name]) for name, value in low.state_dict().items())

@@ -16,6 +16,9 @@ from weight_conversion.families import (
     exaone4,
     falcon,
     flex_olmo,
+    gemma,
+    gemma2,
+    gemma3,
     glm,
     glm4,
     gpt2,
@@ -30,6 +33,8 @@ from weight_conversion.families import (
     helium,
     hunyuan_dense,
     llama,
+    ministral,
+    mistral,
     mixtral,
     mpt,
     nanochat,
@@ -52,6 +57,7 @@ from weight_conversion.families import (
     smollm3,
     stablelm,
     starcoder2,
+    vaultgemma,
     xglm,
 )
 from weight_conversion.family import Family
@@ -104,6 +110,12 @@ FAMILIES: tuple[Family, ...] = (
     olmo2.FAMILY,
     olmo3.FAMILY,
     smollm3.FAMILY,
+    gemma.FAMILY,
+    gemma2.FAMILY,
+    gemma3.FAMILY,
+    vaultgemma.FAMILY,
+    mistral.FAMILY,
+    ministral.FAMILY,
 )
 
 _BY_ARCHITECTURE = {architecture: family for family in FAMILIES for architecture in family.architectures}
@@ -204,6 +216,24 @@ ALIASES: dict[str, str] = {
     "hunyuan-0.5b": "tencent/Hunyuan-0.5B-Pretrain",
     "hunyuan-7b": "tencent/Hunyuan-7B-Pretrain",
     "nanochat-d20": "nanochat-students/nanochat-d20",
+    "gemma-2b": "google/gemma-2b",
+    "gemma-7b": "google/gemma-7b",
+    "gemma-2b-it": "google/gemma-2b-it",
+    "gemma-7b-it": "google/gemma-7b-it",
+    "gemma-2-2b": "google/gemma-2-2b",
+    "gemma-2-2b-it": "google/gemma-2-2b-it",
+    "gemma-2-9b": "google/gemma-2-9b",
+    "gemma-2-9b-it": "google/gemma-2-9b-it",
+    "gemma-2-27b": "google/gemma-2-27b",
+    "gemma-3-270m": "google/gemma-3-270m",
+    "gemma-3-270m-it": "google/gemma-3-270m-it",
+    "gemma-3-1b-pt": "google/gemma-3-1b-pt",
+    "gemma-3-1b-it": "google/gemma-3-1b-it",
+    "vaultgemma-1b": "google/vaultgemma-1b",
+    "mistral-7b": "mistralai/Mistral-7B-v0.1",
+    "mistral-7b-instruct": "mistralai/Mistral-7B-Instruct-v0.1",
+    "mistral-7b-v0.3": "mistralai/Mistral-7B-v0.3",
+    "mistral-nemo-12b": "mistralai/Mistral-Nemo-Base-2407",
 }
 
 

@@ -13,25 +13,32 @@ from weight_conversion.fields import ConfigFields
 LEGACY_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings")
 
 
-def rotary(fields: ConfigFields, d_head: int, *, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def rotary(
+    fields: ConfigFields, d_head: int, *, partial: bool = False, parameters: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return the rotary arguments of a `HookedTransformerConfig`, and `n_ctx`.
 
     Args:
         fields: of a config with `rope_parameters` and `max_position_embeddings`.
-        d_head: width of a head, of which `partial_rotary_factor` rotates.
+        d_head: width of a head.
+        partial: the family heeds `partial_rotary_factor`, the part of a head that rotates. In the others transformers
+            rotates whole heads whatever it says, so anything but 1 is refused.
         parameters: one layer type's parameters where `rope_parameters` holds several; then `fields` need not be read.
 
     Raises:
-        CheckpointError: the kind of scaling is not known, or it has parameters that are not.
+        CheckpointError: the kind of scaling is not known, or it has parameters that are not heeded.
     """
     fields.ignore(*LEGACY_FIELDS)
     given = dict(fields.take("rope_parameters") if parameters is None else parameters)
     n_ctx = fields.take("max_position_embeddings")
     kind = given.pop("rope_type", "default")
     given.pop("type", None)
+    part = given.pop("partial_rotary_factor", 1.0)
+    if part != 1.0 and not partial:
+        raise CheckpointError(f"{fields.family} rotates whole heads; partial_rotary_factor={part} is not supported")
     arguments = {
         "positional_embedding_type": "rotary",
-        "rotary_dim": int(d_head * given.pop("partial_rotary_factor", 1.0)),
+        "rotary_dim": int(d_head * part),
         "rotary_base": float(given.pop("rope_theta")),
         "n_ctx": n_ctx,
     }

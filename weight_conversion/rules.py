@@ -103,20 +103,17 @@ class Rule(Entry):
     def apply(self, tensors: Tensors, cfg: HookedTransformerConfig) -> dict[str, Tensor]:
         source = tensors[self.source]
         result = _rearranged(self.source, source[self.skip :], self.axes, self._sizes(cfg))
-        if self.scale != 1.0:
-            result = result * self.scale
-        if self.add:
-            result = result + self.add
+        if self.scale != 1.0 or self.add:
+            # Rounded once, when it is copied into a model.
+            result = result.double() * self.scale + self.add
         names = self.target_names
         return dict(zip(names, result if len(names) > 1 else [result], strict=True))
 
     def invert(self, weights: Tensors, cfg: HookedTransformerConfig) -> dict[str, Tensor]:
         names = self.target_names
         result = torch.stack([weights[name] for name in names]) if len(names) > 1 else weights[names[0]]
-        if self.add:
-            result = result - self.add
-        if self.scale != 1.0:
-            result = result / self.scale
+        if self.scale != 1.0 or self.add:
+            result = ((result.double() - self.add) / self.scale).to(result.dtype)
         result = rearrange(result, _reversed(self.axes), **_used(self.axes, self._sizes(cfg)))
         if self.skip:
             result = torch.cat((result.new_zeros(self.skip, *result.shape[1:]), result))
@@ -244,7 +241,7 @@ class Drop(Entry):
     Attributes:
         source: its name; `{layer}` stands for every block.
         reason: why it is not needed.
-        value: what every one of its entries has to be, where that matters.
+        value: what it has to hold, where that matters; an export then writes it again, as a scalar.
     """
 
     source: str
@@ -270,7 +267,7 @@ class Drop(Entry):
         return {}
 
     def invert(self, weights: Tensors, cfg: HookedTransformerConfig) -> dict[str, Tensor]:
-        return {}
+        return {} if self.value is None else {self.source: torch.tensor(self.value, dtype=cfg.dtype)}
 
 
 @dataclass(frozen=True)

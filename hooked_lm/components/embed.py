@@ -65,9 +65,13 @@ class Unembed(nn.Module):
 
     def untie(self) -> None:
         """Have a `W_U` of its own from now on: a copy of what it is tied to."""
-        if self._tied_to is not None:
-            self.W_U = nn.Parameter(self.W_U.detach().clone(memory_format=torch.contiguous_format))
-            self._tied_to = None
+        if self._tied_to is None:
+            return
+        W_E = self._tied_to[0].W_E
+        W_U = W_E.detach().T.clone(memory_format=torch.contiguous_format)
+        # As long as there seems to be a `W_U` already, torch refuses a parameter of that name.
+        self._tied_to = None
+        self.W_U = nn.Parameter(W_U, requires_grad=W_E.requires_grad)
 
     def _bias(self) -> Tensor | None:
         """`b_U`, or None where adding it would change nothing.

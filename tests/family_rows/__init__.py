@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from tests.family_rows import alibi, base, experts, gpt, qwen_olmo_phi, variants
+from tests.family_rows import alibi, base, experts, gpt, mistral_gemma, qwen_olmo_phi, variants
 from tests.family_rows.row import Row as Row
 
-ROWS: tuple[Row, ...] = (*base.ROWS, *alibi.ROWS, *experts.ROWS, *gpt.ROWS, *qwen_olmo_phi.ROWS, *variants.ROWS)
+ROWS: tuple[Row, ...] = (
+    *base.ROWS,
+    *alibi.ROWS,
+    *experts.ROWS,
+    *gpt.ROWS,
+    *mistral_gemma.ROWS,
+    *qwen_olmo_phi.ROWS,
+    *variants.ROWS,
+)

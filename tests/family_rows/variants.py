@@ -156,9 +156,7 @@ ROWS = (
         "NemotronForCausalLM",
         "NemotronConfig",
         {**WIDE, "rope_parameters": PARTLY},
-        float64=True,
         features={**WHOLLY, "activation": {"hidden_act": "relu"}},
-        attention="sdpa",
     ),
     Row(
         "nemotron-biases-tied",
@@ -172,9 +170,7 @@ ROWS = (
             "rope_parameters": PARTLY,
             "tie_word_embeddings": True,
         },
-        float64=True,
         features=WHOLLY,
-        attention="sdpa",
     ),
     Row("arcee", "ArceeForCausalLM", "ArceeConfig", WIDE, features={"activation": {"hidden_act": "relu"}}),
     Row(

@@ -12,7 +12,7 @@ from weight_conversion.fields import ConfigFields
 def config(fields: ConfigFields) -> dict[str, Any]:
     """Map a `Cohere2Config`."""
     # `layer_types` says it already.
-    fields.ignore("sliding_window_pattern", "layer_switch")
+    fields.ignore("sliding_window_pattern", "_sliding_window_pattern", "layer_switch")
     fields.ignore("cache_implementation", "use_parallel_embedding")
     # What published files say of the one architecture that transformers computes.
     fields.require("order_of_interleaved_layers", "local_attn_first")

@@ -14,7 +14,7 @@ from weight_conversion.rules import Rule, RuleTable
 
 def config(fields: ConfigFields) -> dict[str, Any]:
     """Map a `GlmConfig`."""
-    return {**llama.config(fields), "rotary_adjacent_pairs": True}
+    return {**llama.config(fields, partial=True), "rotary_adjacent_pairs": True}
 
 
 def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:

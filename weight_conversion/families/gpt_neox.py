@@ -29,7 +29,7 @@ def config(fields: ConfigFields) -> dict[str, Any]:
         "normalization_type": "LN",
         "parallel_attn_mlp": fields.take("use_parallel_residual"),
         "tie_word_embeddings": fields.take("tie_word_embeddings"),
-        **rotary(fields, d_model // n_heads),
+        **rotary(fields, d_model // n_heads, partial=True),
     }
 
 

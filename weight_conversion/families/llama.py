@@ -12,9 +12,15 @@ from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
 
 
-def config(fields: ConfigFields, *, eps: float | None = None) -> dict[str, Any]:
-    """Map a `LlamaConfig`, or another that has its fields. With `eps`, the norms' epsilon is not in the config."""
-    return {**body(fields, eps=eps), **rotary(fields, d_head(fields))}
+def config(fields: ConfigFields, *, eps: float | None = None, partial: bool = False) -> dict[str, Any]:
+    """Map a `LlamaConfig`, or another that has its fields.
+
+    Args:
+        fields: of the config.
+        eps: of the norms, where the config does not say it.
+        partial: the family may rotate a part of each head.
+    """
+    return {**body(fields, eps=eps), **rotary(fields, d_head(fields), partial=partial)}
 
 
 def body(fields: ConfigFields, *, eps: float | None = None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
-from weight_conversion.family import Family
+from weight_conversion.family import Family, Sites
 from weight_conversion.fields import ConfigFields
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
@@ -30,7 +30,7 @@ def config(fields: ConfigFields) -> dict[str, Any]:
         "eps": fields.take("norm_eps"),
         "normalization_type": "LN",
         "tie_word_embeddings": fields.take("tie_word_embeddings"),
-        **rotary(fields, d_head),
+        **rotary(fields, d_head, partial=True),
     }
 
 
@@ -48,4 +48,5 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     )
 
 
-FAMILY = Family("Nemotron", ("NemotronForCausalLM",), config, rules)
+# Its eager attention computes the softmax in float32 whatever the weights are.
+FAMILY = Family("Nemotron", ("NemotronForCausalLM",), config, rules, sites=Sites(attention="sdpa"))

@@ -32,7 +32,7 @@ def config(fields: ConfigFields) -> dict[str, Any]:
         "use_qk_norm": fields.take("qk_layernorm"),
         "qk_norm_type": "LN",
         "tie_word_embeddings": fields.take("tie_word_embeddings"),
-        **rotary(fields, d_head),
+        **rotary(fields, d_head, partial=True),
     }
 
 

@@ -19,7 +19,7 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     fields.require("attention_bias", False)
     fields.require("mlp_bias", False)
     fields.require("lm_head_bias", False)
-    return {**llama.config(fields), "window_size": fields.take("sliding_window")}
+    return {**llama.config(fields, partial=True), "window_size": fields.take("sliding_window")}
 
 
 def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:

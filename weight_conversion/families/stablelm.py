@@ -32,7 +32,7 @@ def config(fields: ConfigFields) -> dict[str, Any]:
         "qk_norm_type": "LN",
         "qk_norm_per_head_gains": fields.take("qk_layernorm"),
         "tie_word_embeddings": fields.take("tie_word_embeddings"),
-        **rotary(fields, d_head),
+        **rotary(fields, d_head, partial=True),
     }
 
 

@@ -1,0 +1,18 @@
+"""Ministral (Mistral AI 2024): Mistral, with a window in some layers only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from weight_conversion.families import llama, mistral
+from weight_conversion.family import Family
+from weight_conversion.fields import ConfigFields
+from weight_conversion.layer_types import layer_types
+
+
+def config(fields: ConfigFields) -> dict[str, Any]:
+    """Map a `MinistralConfig`."""
+    return {**llama.config(fields), **layer_types(fields)}
+
+
+FAMILY = Family("Ministral", ("MinistralForCausalLM",), config, mistral.rules)

@@ -1,0 +1,44 @@
+"""Mistral (Jiang et al. 2023, "Mistral 7B"): Llama with a sliding window, and Ministral, where not every layer has it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hooked_lm.config import HookedTransformerConfig
+from weight_conversion import tables
+from weight_conversion.families import llama
+from weight_conversion.family import Family
+from weight_conversion.fields import ConfigFields
+from weight_conversion.layer_types import layer_types
+from weight_conversion.rules import RuleTable
+
+
+def config(fields: ConfigFields) -> dict[str, Any]:
+    """Map a `MistralConfig` or `MinistralConfig`."""
+    return {**llama.config(fields), **_windows(fields)}
+
+
+def _windows(fields: ConfigFields) -> dict[str, Any]:
+    # Ministral's files name the architecture of Mistral. What tells them apart is the model type that transformers
+    # gives them for their `layer_types`, which its Mistral does not read.
+    if fields.take("model_type") == "ministral":
+        return layer_types(fields)
+    fields.ignore("layer_types")
+    return {"window_size": fields.take("sliding_window")}
+
+
+def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
+    """Map the tensors of a `MistralForCausalLM` or `MinistralForCausalLM`."""
+    block = "layers.{layer}"
+    return (
+        *tables.embeddings(cfg),
+        *tables.norm(f"{block}.input_layernorm", "blocks.{layer}.ln1"),
+        *tables.attention(f"{block}.self_attn"),
+        *tables.stored_rotary(f"{block}.self_attn"),
+        *tables.norm(f"{block}.post_attention_layernorm", "blocks.{layer}.ln2"),
+        *tables.gated_mlp(f"{block}.mlp"),
+        *tables.norm("norm", "ln_final"),
+    )
+
+
+FAMILY = Family("Mistral", ("MistralForCausalLM", "MistralModel"), config, rules)
