@@ -273,8 +273,8 @@ class ModelWeights(nn.Module):
             raise ValueError("this model does not come from a HuggingFace checkpoint, so there is no family to write")
         if self.processed:
             raise ValueError(
-                f"the weights have been processed ({', '.join(self.processed)}), which HuggingFace's format has no place "
-                "for: load the model with from_pretrained_no_processing"
+                f"the weights have been processed ({', '.join(self.processed)}), and HuggingFace's format has no place for "
+                "that: load the model with from_pretrained_no_processing"
             )
         export(self.cfg, self.state_dict(), self.origin, folder)
         if self.tokenizer is not None:

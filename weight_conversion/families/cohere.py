@@ -10,6 +10,7 @@ from weight_conversion.family import Family
 from weight_conversion.fields import ConfigFields
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import Constant, Entry, Rule, RuleTable
+from weight_conversion.sizes import d_head, sizes
 
 
 def config(fields: ConfigFields) -> dict[str, Any]:
@@ -28,25 +29,15 @@ def shared_config(fields: ConfigFields) -> dict[str, Any]:
     fields.ignore("attention_dropout", "pretraining_tp")
     # How long a prompt its tokenizer lets through.
     fields.ignore("model_max_length")
-    n_heads = fields.take("num_attention_heads")
-    d_head = fields.get("head_dim", None) or fields.take("hidden_size") // n_heads
     return {
-        "n_layers": fields.take("num_hidden_layers"),
-        "d_model": fields.take("hidden_size"),
-        "n_heads": n_heads,
-        "n_key_value_heads": fields.take("num_key_value_heads"),
-        "d_head": d_head,
-        "d_mlp": fields.take("intermediate_size"),
-        "d_vocab": fields.take("vocab_size"),
-        "act_fn": fields.take("hidden_act"),
+        **sizes(fields),
         "gated_mlp": True,
         "parallel_attn_mlp": True,
         "eps": fields.take("layer_norm_eps"),
         "normalization_type": "LN",
         "logit_scale": fields.take("logit_scale"),
-        "tie_word_embeddings": fields.take("tie_word_embeddings"),
         "rotary_adjacent_pairs": True,
-        **rotary(fields, d_head),
+        **rotary(fields, d_head(fields)),
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from weight_conversion.families import cohere
 from weight_conversion.family import Family
 from weight_conversion.fields import ConfigFields
+from weight_conversion.layer_types import layer_types
 
 
 def config(fields: ConfigFields) -> dict[str, Any]:
@@ -22,13 +23,11 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     fields.require("use_gated_activation", True)
     fields.require("use_parallel_block", True)
     fields.require("use_qk_norm", False)
-    kinds = {"sliding_attention": "local", "full_attention": "global"}
-    layers = [kinds[kind] for kind in fields.take("layer_types")]
+    windows = layer_types(fields)
     return {
         **cohere.shared_config(fields),
-        "window_size": fields.take("sliding_window"),
-        "attn_types": layers,
-        "rotary_layers": [layer == "local" for layer in layers],
+        **windows,
+        "rotary_layers": [kind == "local" for kind in windows["attn_types"]],
     }
 
 

@@ -9,6 +9,7 @@ from weight_conversion import tables
 from weight_conversion.families import llama
 from weight_conversion.family import Family, Sites
 from weight_conversion.fields import ConfigFields
+from weight_conversion.layer_types import layer_types
 from weight_conversion.rules import RuleTable
 
 
@@ -16,16 +17,13 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     """Map an `Exaone4Config`. Without a window every layer is global and rotates."""
     # `layer_types` says it already.
     fields.ignore("sliding_window_pattern")
-    kinds = {"sliding_attention": "local", "full_attention": "global"}
-    layers = [kinds[kind] for kind in fields.take("layer_types")]
-    window = fields.take("sliding_window")
+    windows = layer_types(fields)
     return {
         **llama.config(fields),
         "norm_placement": "after",
         "use_qk_norm": True,
-        "window_size": window,
-        "attn_types": layers,
-        "rotary_layers": [window is None or layer == "local" for layer in layers],
+        **windows,
+        "rotary_layers": [windows["window_size"] is None or kind == "local" for kind in windows["attn_types"]],
     }
 
 

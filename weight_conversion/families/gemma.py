@@ -1,4 +1,4 @@
-"""Gemma (Gemma team 2024): Llama with embeddings times the root of the width, and gains stored as their excess over 1."""
+"""Gemma (Gemma team 2024): Llama with embeddings times the root of the width, gains stored less 1."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.errors import CheckpointError
-from weight_conversion.families import llama
 from weight_conversion.family import Family
 from weight_conversion.fields import ConfigFields
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import Entry, RuleTable
+from weight_conversion.sizes import d_head
 
 # What the model adds to a stored gain.
 GAIN = 1.0
@@ -22,7 +22,7 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     """Map a `GemmaConfig`."""
     # A second name that some published files have; transformers reads the other.
     fields.ignore("hidden_activation")
-    return {**body(fields, act_fn="hidden_act"), **rotary(fields, llama.d_head(fields))}
+    return {**body(fields, act_fn="hidden_act"), **rotary(fields, d_head(fields))}
 
 
 def body(fields: ConfigFields, act_fn: str = "hidden_activation") -> dict[str, Any]:
@@ -41,7 +41,7 @@ def body(fields: ConfigFields, act_fn: str = "hidden_activation") -> dict[str, A
         "d_model": d_model,
         "n_heads": fields.take("num_attention_heads"),
         "n_key_value_heads": fields.take("num_key_value_heads"),
-        "d_head": llama.d_head(fields),
+        "d_head": d_head(fields),
         "d_mlp": fields.take("intermediate_size"),
         "d_vocab": fields.take("vocab_size"),
         "act_fn": fields.take(act_fn),

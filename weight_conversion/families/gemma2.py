@@ -7,12 +7,13 @@ from typing import Any
 
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
-from weight_conversion.families import gemma, llama
+from weight_conversion.families import gemma
 from weight_conversion.family import Family, Sites
 from weight_conversion.fields import ConfigFields
 from weight_conversion.layer_types import layer_types
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
+from weight_conversion.sizes import d_head
 
 
 def config(fields: ConfigFields) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     fields.ignore("hidden_act", "sliding_window_size")
     return {
         **body(fields),
-        **rotary(fields, llama.d_head(fields)),
+        **rotary(fields, d_head(fields)),
         "attn_scores_soft_cap": soft_cap(fields, "attn_logit_softcapping"),
         "norm_placement": "before_and_after",
     }

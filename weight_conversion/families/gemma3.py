@@ -6,12 +6,13 @@ from typing import Any
 
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
-from weight_conversion.families import gemma, gemma2, llama
+from weight_conversion.families import gemma, gemma2
 from weight_conversion.families.olmo3 import unscaled_base
 from weight_conversion.family import Family
 from weight_conversion.fields import ConfigFields
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
+from weight_conversion.sizes import d_head
 
 
 def config(fields: ConfigFields) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     by_type = fields.take("rope_parameters")
     return {
         **gemma2.body(fields),
-        **rotary(fields, llama.d_head(fields), parameters=by_type["full_attention"]),
+        **rotary(fields, d_head(fields), parameters=by_type["full_attention"]),
         "rotary_base_local": unscaled_base(fields, by_type["sliding_attention"]),
         "norm_placement": "before_and_after",
         "use_qk_norm": True,

@@ -9,8 +9,10 @@ from weight_conversion import tables
 from weight_conversion.errors import CheckpointError
 from weight_conversion.family import Family
 from weight_conversion.fields import ConfigFields
+from weight_conversion.layer_types import layer_types
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import Rule, RuleTable
+from weight_conversion.sizes import d_head, sizes
 
 
 def config(fields: ConfigFields) -> dict[str, Any]:
@@ -23,16 +25,8 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     fields.require("swiglu_alpha", 1.702)
     # Other names, in published files, for what transformers reads elsewhere.
     fields.ignore("experts_per_token", "initial_context_length")
-    d_head = fields.take("head_dim")
-    kinds = {"sliding_attention": "local", "full_attention": "global"}
     return {
-        "n_layers": fields.take("num_hidden_layers"),
-        "d_model": fields.take("hidden_size"),
-        "n_heads": fields.take("num_attention_heads"),
-        "n_key_value_heads": fields.take("num_key_value_heads"),
-        "d_head": d_head,
-        "d_mlp": fields.take("intermediate_size"),
-        "d_vocab": fields.take("vocab_size"),
+        **sizes(fields),
         "act_fn": "quick_gelu",
         "gated_mlp": True,
         "gated_limit": fields.take("swiglu_limit"),
@@ -41,10 +35,8 @@ def config(fields: ConfigFields) -> dict[str, Any]:
         "eps": fields.take("rms_norm_eps"),
         "normalization_type": "RMS",
         "attention_sinks": True,
-        "window_size": fields.take("sliding_window"),
-        "attn_types": [kinds[kind] for kind in fields.take("layer_types")],
-        "tie_word_embeddings": fields.take("tie_word_embeddings"),
-        **rotary(fields, d_head),
+        **layer_types(fields),
+        **rotary(fields, d_head(fields)),
     }
 
 

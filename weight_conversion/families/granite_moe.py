@@ -10,22 +10,14 @@ from weight_conversion.family import Family, Sites
 from weight_conversion.fields import ConfigFields
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import Rule, RuleTable
+from weight_conversion.sizes import d_head, sizes
 
 
 def config(fields: ConfigFields) -> dict[str, Any]:
     """Map a `GraniteMoeConfig`."""
     fields.ignore("attention_dropout", "output_router_logits", "router_aux_loss_coef")
-    n_heads = fields.take("num_attention_heads")
-    d_head = fields.get("head_dim", None) or fields.take("hidden_size") // n_heads
     return {
-        "n_layers": fields.take("num_hidden_layers"),
-        "d_model": fields.take("hidden_size"),
-        "n_heads": n_heads,
-        "n_key_value_heads": fields.take("num_key_value_heads"),
-        "d_head": d_head,
-        "d_mlp": fields.take("intermediate_size"),
-        "d_vocab": fields.take("vocab_size"),
-        "act_fn": fields.take("hidden_act"),
+        **sizes(fields),
         "gated_mlp": True,
         "num_experts": fields.take("num_local_experts"),
         "experts_per_token": fields.take("num_experts_per_tok"),
@@ -34,8 +26,7 @@ def config(fields: ConfigFields) -> dict[str, Any]:
         "attn_scale": 1 / fields.take("attention_multiplier"),
         "embedding_scale": fields.take("embedding_multiplier"),
         "logit_scale": 1 / fields.take("logits_scaling"),
-        "tie_word_embeddings": fields.take("tie_word_embeddings"),
-        **rotary(fields, d_head),
+        **rotary(fields, d_head(fields)),
     }
 
 

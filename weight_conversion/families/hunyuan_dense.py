@@ -10,6 +10,7 @@ from weight_conversion.family import Family
 from weight_conversion.fields import ConfigFields
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
+from weight_conversion.sizes import d_head, sizes
 
 
 def config(fields: ConfigFields) -> dict[str, Any]:
@@ -25,24 +26,14 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     fields.require("use_cla", False)
     fields.require("use_qk_norm", True)
     fields.require("use_rotary_pos_emb", True)
-    n_heads = fields.take("num_attention_heads")
-    d_head = fields.get("head_dim", None) or fields.take("hidden_size") // n_heads
     return {
-        "n_layers": fields.take("num_hidden_layers"),
-        "d_model": fields.take("hidden_size"),
-        "n_heads": n_heads,
-        "n_key_value_heads": fields.take("num_key_value_heads"),
-        "d_head": d_head,
-        "d_mlp": fields.take("intermediate_size"),
-        "d_vocab": fields.take("vocab_size"),
-        "act_fn": fields.take("hidden_act"),
+        **sizes(fields),
         "gated_mlp": True,
         "eps": fields.take("rms_norm_eps"),
         "normalization_type": "RMS",
         "use_qk_norm": True,
         "qk_norm_after_rotary": True,
-        "tie_word_embeddings": fields.take("tie_word_embeddings"),
-        **rotary(fields, d_head, parameters=_with_alpha(fields.take("rope_parameters"), d_head)),
+        **rotary(fields, d_head(fields), parameters=_with_alpha(fields.take("rope_parameters"), d_head(fields))),
     }
 
 

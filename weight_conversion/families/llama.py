@@ -10,6 +10,7 @@ from weight_conversion.family import Family
 from weight_conversion.fields import ConfigFields
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
+from weight_conversion.sizes import d_head, sizes
 
 
 def config(fields: ConfigFields, *, eps: float | None = None, partial: bool = False) -> dict[str, Any]:
@@ -26,25 +27,14 @@ def config(fields: ConfigFields, *, eps: float | None = None, partial: bool = Fa
 def body(fields: ConfigFields, *, eps: float | None = None) -> dict[str, Any]:
     """Map all but the rotary positions."""
     fields.ignore("attention_dropout", "pretraining_tp", "rope_interleaved")
+    # Left in files by training code and other tools; transformers reads none of them.
+    fields.ignore("is_llama_config", "max_sequence_length", "transformers.js_config")
     return {
-        "n_layers": fields.take("num_hidden_layers"),
-        "d_model": fields.take("hidden_size"),
-        "n_heads": fields.take("num_attention_heads"),
-        "n_key_value_heads": fields.take("num_key_value_heads"),
-        "d_head": d_head(fields),
-        "d_mlp": fields.take("intermediate_size"),
-        "d_vocab": fields.take("vocab_size"),
-        "act_fn": fields.take("hidden_act"),
+        **sizes(fields),
         "gated_mlp": True,
         "eps": fields.take("rms_norm_eps") if eps is None else eps,
         "normalization_type": "RMS",
-        "tie_word_embeddings": fields.take("tie_word_embeddings"),
     }
-
-
-def d_head(fields: ConfigFields) -> int:
-    """Return the width of a head: `head_dim`, or the heads' share of the stream where that is not given."""
-    return fields.get("head_dim", None) or fields.take("hidden_size") // fields.take("num_attention_heads")
 
 
 def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:

@@ -1,4 +1,4 @@
-"""Mistral (Jiang et al. 2023, "Mistral 7B"): Llama with a sliding window, and Ministral, where not every layer has it."""
+"""Mistral (Jiang et al. 2023, "Mistral 7B"): Llama with a sliding window, and Ministral, where some layers have it."""
 
 from __future__ import annotations
 
@@ -41,4 +41,4 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     )
 
 
-FAMILY = Family("Mistral", ("MistralForCausalLM", "MistralModel"), config, rules)
+FAMILY = Family("Mistral", ("MistralForCausalLM",), config, rules)

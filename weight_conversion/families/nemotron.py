@@ -10,6 +10,7 @@ from weight_conversion.family import Family, Sites
 from weight_conversion.fields import ConfigFields
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
+from weight_conversion.sizes import d_head, sizes
 
 
 def config(fields: ConfigFields) -> dict[str, Any]:
@@ -17,20 +18,11 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     fields.ignore("attention_dropout", "pretraining_tp")
     # The width of a head by another name, which transformers does not read.
     fields.ignore("kv_channels")
-    d_head = fields.take("head_dim")
     return {
-        "n_layers": fields.take("num_hidden_layers"),
-        "d_model": fields.take("hidden_size"),
-        "n_heads": fields.take("num_attention_heads"),
-        "n_key_value_heads": fields.take("num_key_value_heads"),
-        "d_head": d_head,
-        "d_mlp": fields.take("intermediate_size"),
-        "d_vocab": fields.take("vocab_size"),
-        "act_fn": fields.take("hidden_act"),
+        **sizes(fields),
         "eps": fields.take("norm_eps"),
         "normalization_type": "LN",
-        "tie_word_embeddings": fields.take("tie_word_embeddings"),
-        **rotary(fields, d_head, partial=True),
+        **rotary(fields, d_head(fields), partial=True),
     }
 
 

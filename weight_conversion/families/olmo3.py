@@ -9,6 +9,7 @@ from weight_conversion.family import Family
 from weight_conversion.fields import ConfigFields
 from weight_conversion.layer_types import layer_types
 from weight_conversion.rotary import rotary
+from weight_conversion.sizes import d_head
 
 
 def config(fields: ConfigFields) -> dict[str, Any]:
@@ -17,7 +18,7 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     return {
         **llama.body(fields),
         **layer_types(fields),
-        **rotary(fields, llama.d_head(fields), parameters=by_type["full_attention"]),
+        **rotary(fields, d_head(fields), parameters=by_type["full_attention"]),
         "rotary_base_local": unscaled_base(fields, by_type["sliding_attention"]),
         "norm_placement": "after",
         "use_qk_norm": True,

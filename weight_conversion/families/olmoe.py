@@ -10,22 +10,14 @@ from weight_conversion.family import Family
 from weight_conversion.fields import ConfigFields
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
+from weight_conversion.sizes import d_head, sizes
 
 
 def config(fields: ConfigFields) -> dict[str, Any]:
     """Map an `OlmoeConfig`."""
     fields.ignore("attention_dropout", "output_router_logits", "router_aux_loss_coef")
-    n_heads = fields.take("num_attention_heads")
-    d_head = fields.take("hidden_size") // n_heads
     return {
-        "n_layers": fields.take("num_hidden_layers"),
-        "d_model": fields.take("hidden_size"),
-        "n_heads": n_heads,
-        "n_key_value_heads": fields.take("num_key_value_heads"),
-        "d_head": d_head,
-        "d_mlp": fields.take("intermediate_size"),
-        "d_vocab": fields.take("vocab_size"),
-        "act_fn": fields.take("hidden_act"),
+        **sizes(fields),
         "gated_mlp": True,
         "num_experts": fields.take("num_experts"),
         "experts_per_token": fields.take("num_experts_per_tok"),
@@ -36,8 +28,7 @@ def config(fields: ConfigFields) -> dict[str, Any]:
         "qk_norm_across_heads": True,
         # FlexOlmo, which shares this mapping, clips nothing.
         "clip_qkv": fields.get("clip_qkv", None),
-        "tie_word_embeddings": fields.take("tie_word_embeddings"),
-        **rotary(fields, d_head),
+        **rotary(fields, d_head(fields)),
     }
 
 

@@ -10,29 +10,20 @@ from weight_conversion.family import Family
 from weight_conversion.fields import ConfigFields
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
+from weight_conversion.sizes import d_head, sizes
 
 
 def config(fields: ConfigFields) -> dict[str, Any]:
     """Map a `PhiConfig`."""
     fields.ignore("attention_dropout", "embd_pdrop", "resid_pdrop")
-    n_heads = fields.take("num_attention_heads")
-    d_head = fields.get("head_dim", None) or fields.take("hidden_size") // n_heads
     return {
-        "n_layers": fields.take("num_hidden_layers"),
-        "d_model": fields.take("hidden_size"),
-        "n_heads": n_heads,
-        "n_key_value_heads": fields.take("num_key_value_heads"),
-        "d_head": d_head,
-        "d_mlp": fields.take("intermediate_size"),
-        "d_vocab": fields.take("vocab_size"),
-        "act_fn": fields.take("hidden_act"),
+        **sizes(fields),
         "eps": fields.take("layer_norm_eps"),
         "normalization_type": "LN",
         "parallel_attn_mlp": True,
         "use_qk_norm": fields.take("qk_layernorm"),
         "qk_norm_type": "LN",
-        "tie_word_embeddings": fields.take("tie_word_embeddings"),
-        **rotary(fields, d_head, partial=True),
+        **rotary(fields, d_head(fields), partial=True),
     }
 
 

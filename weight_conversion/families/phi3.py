@@ -19,6 +19,8 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     fields.require("attention_bias", False)
     fields.require("mlp_bias", False)
     fields.require("lm_head_bias", False)
+    fields.require("full_attn_mod", 1)
+    fields.require("interpolate_factor", 1)
     return {**llama.config(fields, partial=True), "window_size": fields.take("sliding_window")}
 
 

@@ -6,52 +6,40 @@ from typing import Any
 
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
+from weight_conversion.families import llama
 from weight_conversion.family import Family
 from weight_conversion.fields import ConfigFields
+from weight_conversion.layer_types import layer_types
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import Constant, Entry, Rule, RuleTable
+from weight_conversion.sizes import d_head
 
 
 def config(fields: ConfigFields) -> dict[str, Any]:
     """Map a `Qwen2MoeConfig`."""
-    fields.ignore("attention_dropout", "output_router_logits", "router_aux_loss_coef")
+    fields.ignore("output_router_logits", "router_aux_loss_coef")
     # `layer_types` says which layers have a window, whatever these do.
     fields.ignore("use_sliding_window", "max_window_layers")
-    n_layers, n_heads = fields.take("num_hidden_layers"), fields.take("num_attention_heads")
-    d_head = fields.get("head_dim", None) or fields.take("hidden_size") // n_heads
-    kinds = {"sliding_attention": "local", "full_attention": "global"}
     return {
-        "n_layers": n_layers,
-        "d_model": fields.take("hidden_size"),
-        "n_heads": n_heads,
-        "n_key_value_heads": fields.take("num_key_value_heads"),
-        "d_head": d_head,
-        "d_vocab": fields.take("vocab_size"),
-        "act_fn": fields.take("hidden_act"),
-        "eps": fields.take("rms_norm_eps"),
-        "normalization_type": "RMS",
-        # Without windows transformers has a window of 0 here.
-        "window_size": fields.take("sliding_window") or None,
-        "attn_types": [kinds[kind] for kind in fields.take("layer_types")],
-        "tie_word_embeddings": fields.take("tie_word_embeddings"),
+        **llama.body(fields),
+        **layer_types(fields),
         "num_experts": fields.take("num_experts"),
         "d_shared_expert": fields.take("shared_expert_intermediate_size"),
         "shared_expert_gate": True,
-        **mixture(fields, n_layers),
-        **rotary(fields, d_head),
+        **mixture(fields),
+        **rotary(fields, d_head(fields)),
     }
 
 
-def mixture(fields: ConfigFields, n_layers: int) -> dict[str, Any]:
+def mixture(fields: ConfigFields) -> dict[str, Any]:
     """Return what both generations say alike of their experts, and of the layers that have one dense MLP instead."""
     dense, step = fields.take("mlp_only_layers"), fields.take("decoder_sparse_step")
+    layers = range(fields.take("num_hidden_layers"))
     return {
-        "gated_mlp": True,
-        "d_mlp": fields.take("intermediate_size"),
         "d_expert": fields.take("moe_intermediate_size"),
         "experts_per_token": fields.take("num_experts_per_tok"),
         "norm_topk_prob": fields.take("norm_topk_prob"),
-        "moe_layers": [layer not in dense and (layer + 1) % step == 0 for layer in range(n_layers)],
+        "moe_layers": [layer not in dense and (layer + 1) % step == 0 for layer in layers],
     }
 
 

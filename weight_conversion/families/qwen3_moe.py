@@ -6,16 +6,18 @@ from typing import Any
 
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
+from weight_conversion.families import llama
 from weight_conversion.families.qwen2_moe import mixture, mlp_or_experts
 from weight_conversion.family import Family
 from weight_conversion.fields import ConfigFields
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
+from weight_conversion.sizes import d_head
 
 
 def config(fields: ConfigFields) -> dict[str, Any]:
     """Map a `Qwen3MoeConfig`."""
-    fields.ignore("attention_dropout", "output_router_logits", "router_aux_loss_coef")
+    fields.ignore("output_router_logits", "router_aux_loss_coef")
     # There is a window in every layer or in none, and none without `use_sliding_window`. The count of experts has
     # another name in files.
     fields.ignore("use_sliding_window", "max_window_layers", "num_experts")
@@ -23,24 +25,13 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     fields.require("qkv_bias", False)
     fields.require("use_qk_norm", True)
     fields.require("shared_expert_intermediate_size", 0)
-    n_layers, n_heads = fields.take("num_hidden_layers"), fields.take("num_attention_heads")
-    d_head = fields.get("head_dim", None) or fields.take("hidden_size") // n_heads
     return {
-        "n_layers": n_layers,
-        "d_model": fields.take("hidden_size"),
-        "n_heads": n_heads,
-        "n_key_value_heads": fields.take("num_key_value_heads"),
-        "d_head": d_head,
-        "d_vocab": fields.take("vocab_size"),
-        "act_fn": fields.take("hidden_act"),
-        "eps": fields.take("rms_norm_eps"),
-        "normalization_type": "RMS",
+        **llama.body(fields),
         "use_qk_norm": True,
         "window_size": fields.take("sliding_window"),
-        "tie_word_embeddings": fields.take("tie_word_embeddings"),
         "num_experts": fields.take("num_local_experts"),
-        **mixture(fields, n_layers),
-        **rotary(fields, d_head),
+        **mixture(fields),
+        **rotary(fields, d_head(fields)),
     }
 
 

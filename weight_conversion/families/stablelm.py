@@ -10,20 +10,14 @@ from weight_conversion.family import Family
 from weight_conversion.fields import ConfigFields
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import Constant, Entry, Rule, RuleTable
+from weight_conversion.sizes import d_head, sizes
 
 
 def config(fields: ConfigFields) -> dict[str, Any]:
     """Map a `StableLmConfig`."""
     fields.ignore("attention_dropout", "hidden_dropout")
-    d_head = fields.take("hidden_size") // fields.take("num_attention_heads")
     return {
-        "n_layers": fields.take("num_hidden_layers"),
-        "d_model": fields.take("hidden_size"),
-        "n_heads": fields.take("num_attention_heads"),
-        "n_key_value_heads": fields.take("num_key_value_heads"),
-        "d_mlp": fields.take("intermediate_size"),
-        "d_vocab": fields.take("vocab_size"),
-        "act_fn": fields.take("hidden_act"),
+        **sizes(fields),
         "gated_mlp": True,
         "eps": fields.take("layer_norm_eps"),
         "normalization_type": "LN",
@@ -31,8 +25,7 @@ def config(fields: ConfigFields) -> dict[str, Any]:
         "use_qk_norm": fields.take("qk_layernorm"),
         "qk_norm_type": "LN",
         "qk_norm_per_head_gains": fields.take("qk_layernorm"),
-        "tie_word_embeddings": fields.take("tie_word_embeddings"),
-        **rotary(fields, d_head, partial=True),
+        **rotary(fields, d_head(fields), partial=True),
     }
 
 

@@ -10,6 +10,7 @@ from weight_conversion.family import Family
 from weight_conversion.fields import ConfigFields
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
+from weight_conversion.sizes import d_head, sizes
 
 
 def config(fields: ConfigFields) -> dict[str, Any]:
@@ -18,22 +19,12 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     # Left in checkpoints by the training code. Transformers reads none of them, but has names of its own for most.
     fields.ignore("activation_function", "layer_norm_epsilon", "mlp_type", "norm_type", "scale_attn_weights")
     fields.ignore("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32")
-    n_heads = fields.take("num_attention_heads")
-    d_head = fields.get("head_dim", None) or fields.take("hidden_size") // n_heads
     return {
-        "n_layers": fields.take("num_hidden_layers"),
-        "d_model": fields.take("hidden_size"),
-        "n_heads": n_heads,
-        "n_key_value_heads": fields.take("num_key_value_heads"),
-        "d_head": d_head,
-        "d_mlp": fields.take("intermediate_size"),
-        "d_vocab": fields.take("vocab_size"),
-        "act_fn": fields.take("hidden_act"),
+        **sizes(fields),
         "eps": fields.take("norm_epsilon"),
         "normalization_type": "LN",
         "window_size": fields.take("sliding_window"),
-        "tie_word_embeddings": fields.take("tie_word_embeddings"),
-        **rotary(fields, d_head),
+        **rotary(fields, d_head(fields)),
     }
 
 

@@ -1,0 +1,31 @@
+"""What most configs since Llama call alike: how large a model is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from weight_conversion.fields import ConfigFields
+
+
+def sizes(fields: ConfigFields) -> dict[str, Any]:
+    """Return the sizes, the activation function and whether embeddings are tied, of a config with Llama's names."""
+    return {
+        "n_layers": fields.take("num_hidden_layers"),
+        "d_model": fields.take("hidden_size"),
+        "n_heads": fields.take("num_attention_heads"),
+        "n_key_value_heads": fields.take("num_key_value_heads"),
+        "d_head": d_head(fields),
+        "d_mlp": fields.take("intermediate_size"),
+        "d_vocab": fields.take("vocab_size"),
+        "act_fn": fields.take("hidden_act"),
+        "tie_word_embeddings": fields.take("tie_word_embeddings"),
+    }
+
+
+def d_head(fields: ConfigFields) -> int:
+    """Return the width of a head: `head_dim`, or the heads' share of the stream where that is not given."""
+    width: int | None = fields.get("head_dim", None)
+    if width:
+        return width
+    shared: int = fields.take("hidden_size") // fields.take("num_attention_heads")
+    return shared
