@@ -270,6 +270,7 @@ class HookedTransformerConfig:
             self.attn_scale = 1.0
         elif self.attn_scale == -1.0:
             self.attn_scale = math.sqrt(self.d_head)
+        self._require_above_zero("clip_qkv", or_none=True)
         if not self.attn_scale > 0:
             raise ValueError(f"attn_scale is what scores are divided by, so it is positive; got {self.attn_scale}")
 
@@ -290,14 +291,17 @@ class HookedTransformerConfig:
         if (self.num_experts is None) != (self.experts_per_token is None):
             raise ValueError("num_experts and experts_per_token go together")
         if self.num_experts is None or self.experts_per_token is None:
-            for name in ("moe_layers", "d_expert", "d_shared_expert", "sparsemixer_jitter", "gated_limit"):
-                if getattr(self, name) is not None:
+            about_experts = ("moe_layers", "d_expert", "d_shared_expert", "sparsemixer_jitter", "gated_limit")
+            for name in (*about_experts, "shared_expert_gate"):
+                if getattr(self, name) is not None and getattr(self, name) is not False:
                     raise ValueError(f"{name} goes with num_experts: this config has no experts")
             return
+        self._require_positive("num_experts")
         if not 1 <= self.experts_per_token <= self.num_experts:
             raise ValueError(f"experts_per_token {self.experts_per_token} is not in 1-{self.num_experts}")
         if self.act_fn in ("solu_ln", "xielu"):
             raise ValueError(f"{self.act_fn} is not defined for a mixture of experts")
+        self._require_above_zero("gated_limit", "sparsemixer_jitter", or_none=True)
         if self.sparsemixer_jitter is not None and self.experts_per_token != 2:
             raise ValueError(f"SparseMixer picks two experts, not experts_per_token={self.experts_per_token}")
         if self.gated_limit is not None and not self.gated_mlp:
@@ -319,6 +323,11 @@ class HookedTransformerConfig:
                 )
             self.norm_placement = "before_and_after"
         self.use_normalization_before_and_after = self.norm_placement == "before_and_after"
+        if self.final_rms and not self.final_norm:
+            raise ValueError("final_rms says what the final norm is, and final_norm=False that there is none")
+        for name in ("qk_norm_across_heads", "qk_norm_per_head_gains", "qk_norm_after_rotary"):
+            if getattr(self, name) and not self.use_qk_norm:
+                raise ValueError(f"{name} says how queries and keys are normalised: it needs use_qk_norm=True")
         if self.norm_placement == "residual" and self.parallel_attn_mlp:
             raise ValueError("norms on the residual stream come after attention and after the MLP: not in parallel")
 
@@ -328,7 +337,8 @@ class HookedTransformerConfig:
                 self._require_positive(name)
         if self.d_vocab_out == -1:
             self.d_vocab_out = self.d_vocab
-        if self.tie_word_embeddings and self.d_vocab_out != self.d_vocab:
+        # A vocabulary that the tokenizer decides is compared once it is known.
+        if self.tie_word_embeddings and self.d_vocab != -1 and self.d_vocab_out != self.d_vocab:
             raise ValueError(f"tied embeddings have one vocabulary, not {self.d_vocab} in and {self.d_vocab_out} out")
 
     def _fill_positions(self) -> None:
@@ -339,8 +349,12 @@ class HookedTransformerConfig:
             if self.rotary_dim % 2 or self.rotary_dim > self.d_head:
                 raise ValueError(f"rotary_dim {self.rotary_dim} is not even and at most d_head {self.d_head}")
             self._check_rotary_scaling(self.rotary_dim // 2)
-        if not self.rotary_base > 0:
-            raise ValueError(f"rotary_base is positive; got {self.rotary_base}")
+        elif self.rotary_layers is not None:
+            raise ValueError(f"rotary_layers goes with rotary positions, not {self.positional_embedding_type!r}")
+        self._require_above_zero("rotary_base", "alibi_scale", "embedding_scale", "logit_scale")
+        self._require_above_zero("rotary_base_local", or_none=True)
+        if self.alibi_in_bfloat16 and self.attention_dir == "bidirectional":
+            raise ValueError("alibi_in_bfloat16 counts from the first key, which only causal attention allows")
         self._check_per_layer("rotary_layers")
 
     def _check_rotary_scaling(self, n_pairs: int) -> None:
@@ -350,20 +364,36 @@ class HookedTransformerConfig:
             scalings.append("rotary_scaling_factor")
         if len(scalings) > 1:
             raise ValueError(f"rotary frequencies are scaled in one way, not by {' and '.join(scalings)}")
-        if self.rotary_scaling_factor == 0:
+        if self.rotary_scaling_factor == 0:  # a negative one turns the other way
             raise ValueError("rotary_scaling_factor is what positions are divided by, so it is not 0")
+        if self.use_NTK_by_parts_rope:
+            self._require_above_zero("NTK_by_parts_factor", "NTK_original_ctx_len")
+            low, high = self.NTK_by_parts_low_freq_factor, self.NTK_by_parts_high_freq_factor
+            if not 0 < low < high:
+                raise ValueError(f"NTK_by_parts_low_freq_factor {low} is not above 0 and below the high one, {high}")
+        if self.use_yarn_rope:
+            self._require_above_zero("yarn_factor", "yarn_beta_fast", "yarn_beta_slow")
+            self._require_above_zero("yarn_original_max_position_embeddings")
+            self._require_above_zero("yarn_attention_factor", or_none=True)
+        if self.use_dynamic_rope:
+            self._require_above_zero("dynamic_rope_factor", "dynamic_rope_original_ctx_len")
+            if n_pairs == 1:
+                raise ValueError("use_dynamic_rope stretches every pair but the fastest: rotary_dim 2 has no other")
         if self.use_longrope:
+            self._require_above_zero("longrope_attention_factor", "longrope_original_ctx_len")
             for name in ("longrope_short_factors", "longrope_long_factors"):
                 factors = getattr(self, name)
-                if factors is None or len(factors) != n_pairs:
-                    raise ValueError(f"{name} holds one factor for each of {n_pairs} pairs; got {factors}")
+                if factors is None or len(factors) != n_pairs or not all(_is_above_zero(f) for f in factors):
+                    raise ValueError(f"{name} holds one positive factor for each of {n_pairs} pairs; got {factors}")
 
     def _check_per_layer(self, name: str) -> None:
         per_layer = getattr(self, name)
         if per_layer is None:
             return
-        if len(per_layer) < self.n_layers or not all(isinstance(value, bool) for value in per_layer):
+        listed = isinstance(per_layer, (list, tuple)) and all(isinstance(value, bool) for value in per_layer)
+        if not listed or len(per_layer) < self.n_layers:
             raise ValueError(f"{name} holds True or False for each of {self.n_layers} layers; got {per_layer}")
+        setattr(self, name, list(per_layer))
 
     def _fill_windows(self) -> None:
         if self.use_local_attn is None:
@@ -415,6 +445,12 @@ class HookedTransformerConfig:
         if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
             raise ValueError(f"{name} is an integer of at least {at_least}; got {value!r}")
 
+    def _require_above_zero(self, *names: str, or_none: bool = False) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not (_is_above_zero(value) or (or_none and value is None)):
+                raise ValueError(f"{name} is positive; got {value!r}")
+
     def _require_divisible(self, name: str, by: str, otherwise: str) -> None:
         if getattr(self, name) % getattr(self, by):
             raise ValueError(f"{name} {getattr(self, name)} is not a multiple of {by} {getattr(self, by)}: {otherwise}")
@@ -432,7 +468,7 @@ class HookedTransformerConfig:
     def _mlp_parameters(self, layer: int, per_width: int) -> int:
         if not self.has_experts(layer):
             return per_width * (self.d_mlp or 0)
-        shared = per_width * (self.d_shared_expert or 0)
+        shared = per_width * (self.d_shared_expert or 0) + (self.d_model if self.shared_expert_gate else 0)
         return shared + (per_width * self.expert_width + self.d_model) * (self.num_experts or 0)
 
     # What follows from the fields
@@ -518,7 +554,13 @@ class HookedTransformerConfig:
 
     def replace(self, **changes: Any) -> HookedTransformerConfig:
         """Return a copy with some fields changed, validated anew; defaults that follow from them follow."""
-        return dataclasses.replace(self, **{**self._defaults_to_refill(), **changes})
+        refilled = self._defaults_to_refill()
+        # Two names of one thing: the one that is given decides.
+        if "norm_placement" in changes:
+            refilled["use_normalization_before_and_after"] = False
+        elif "use_normalization_before_and_after" in changes and self.norm_placement == "before_and_after":
+            refilled["norm_placement"] = "before"
+        return dataclasses.replace(self, **{**refilled, **changes})
 
     def _defaults_to_refill(self) -> dict[str, Any]:
         """The fields that hold what follows from others, each with the value that has it filled in."""
@@ -531,6 +573,10 @@ class HookedTransformerConfig:
             "initializer_range": (self.init_mode == "gpt2" and self.initializer_range == gpt2_range, -1.0),
         }
         return {name: refill for name, (is_default, refill) in follows.items() if is_default}
+
+
+def _is_above_zero(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _checked_fields(fields: dict[str, Any]) -> dict[str, Any]:

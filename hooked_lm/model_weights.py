@@ -177,7 +177,7 @@ class ModelWeights(nn.Module):
             )
         weights = processing.from_classic(dict(state_dict)) if strict else dict(state_dict)
         W_U = weights.pop("unembed.W_U", None) if self.cfg.tie_word_embeddings else None
-        if W_U is not None and not torch.equal(W_U, weights["embed.W_E"].T):
+        if W_U is not None and not torch.equal(W_U, weights.get("embed.W_E", self.unembed.W_U.T).T):
             raise ValueError(
                 "this model's embeddings are tied, and the unembed.W_U given is not the transpose of embed.W_E: build "
                 "the model with tie_word_embeddings=False"
@@ -273,8 +273,8 @@ class ModelWeights(nn.Module):
             raise ValueError("this model does not come from a HuggingFace checkpoint, so there is no family to write")
         if self.processed:
             raise ValueError(
-                f"the weights have been processed ({', '.join(self.processed)}), and HuggingFace's format has no place for "
-                "that: load the model with from_pretrained_no_processing"
+                f"the weights have been processed ({', '.join(self.processed)}), which HuggingFace's format has no "
+                "place for: load the model with from_pretrained_no_processing"
             )
         export(self.cfg, self.state_dict(), self.origin, folder)
         if self.tokenizer is not None:

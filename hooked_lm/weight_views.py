@@ -31,7 +31,13 @@ class WeightViews(nn.Module):
     def _stack(self, module: str, name: str) -> Tensor:
         if len(self.blocks) == 0:
             raise AttributeError(name)
-        return torch.stack([getattr(getattr(block, module), name) for block in self.blocks])
+        layers = [getattr(getattr(block, module), name) for block in self.blocks]
+        if len({layer.shape for layer in layers}) > 1:
+            shapes = ", ".join(str(tuple(layer.shape)) for layer in layers)
+            raise ValueError(
+                f"{name} does not stack: its shapes are {shapes}, layer by layer. Take blocks[layer].{module}.{name}"
+            )
+        return torch.stack(layers)
 
     def __getattr__(self, name: str) -> Any:
         # A property that meets a missing parameter ends up here, its own message lost.
