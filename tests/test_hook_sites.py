@@ -46,6 +46,72 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "soft caps": {"attn_scores_soft_cap": 0.5, "output_logits_soft_cap": 0.7},
     "no norms, no positions": {"normalization_type": None, "positional_embedding_type": "none"},
     "folded, bidirectional": {"normalization_type": "LNPre", "attention_dir": "bidirectional"},
+    "norms on what is written, qk norm across heads, clipped": {
+        "norm_placement": "after",
+        "normalization_type": "RMS",
+        "positional_embedding_type": "rotary",
+        "n_heads": 4,
+        "d_head": 6,
+        "n_key_value_heads": 2,
+        "use_qk_norm": True,
+        "qk_norm_across_heads": True,
+        "clip_qkv": 0.8,
+    },
+    "norms on the stream, xielu, no final norm": {
+        "norm_placement": "residual",
+        "final_norm": False,
+        "act_fn": "xielu",
+    },
+    "qk LN with a gain per head, some layers rotate, tied, scaled logits": {
+        "use_qk_norm": True,
+        "qk_norm_type": "LN",
+        "qk_norm_per_head_gains": True,
+        "positional_embedding_type": "rotary",
+        "rotary_layers": [True, False],
+        "parallel_attn_mlp": True,
+        "tie_word_embeddings": True,
+        "logit_scale": 0.3,
+    },
+    "qk norm after rotary without gain, scaled embedding, wide yarn": {
+        "use_qk_norm": True,
+        "qk_norm_type": "RMSPre",
+        "qk_norm_after_rotary": True,
+        "positional_embedding_type": "rotary",
+        "use_yarn_rope": True,
+        "yarn_attention_factor": 1.7,
+        "embedding_scale": 3.5,
+        "normalization_type": "RMSPre",
+    },
+    "sinks, mixture with a limit": {
+        "attention_sinks": True,
+        "n_heads": 4,
+        "d_head": 6,
+        "n_key_value_heads": 2,
+        "attn_types": ["local", "global"],
+        "window_size": 3,
+        "num_experts": 4,
+        "experts_per_token": 2,
+        "gated_mlp": True,
+        "act_fn": "quick_gelu",
+        "gated_limit": 0.4,
+    },
+    "dense layer, then mixture with a shared gated expert": {
+        "num_experts": 4,
+        "experts_per_token": 2,
+        "moe_layers": [False, True],
+        "d_expert": 10,
+        "d_shared_expert": 7,
+        "shared_expert_gate": True,
+        "gated_mlp": True,
+        "act_fn": "silu",
+        "norm_topk_prob": False,
+    },
+    "sparsemixer": {"num_experts": 5, "experts_per_token": 2, "sparsemixer_jitter": 0.3},
+    "alibi scaled, in bfloat16": {
+        "positional_embedding_type": "alibi",
+        "alibi_scale": 0.7,
+        "alibi_in_bfloat16": True,
+    },
 }
 BATCH, POS = 2, 6
 TOKENS = tiny_tokens(BATCH, POS)
@@ -64,10 +130,10 @@ def sites_of(model: HookedTransformer) -> dict[str, tuple[int, ...]]:
     b, p, d, h, kv, dh = BATCH, POS, cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.d_head
     stream, one = (b, p, d), (b, p, 1)
 
-    def norm(module: str, shape: tuple[int, ...] = stream) -> dict[str, tuple[int, ...]]:
+    def norm(module: str, shape: tuple[int, ...] = stream, axes: int = 1) -> dict[str, tuple[int, ...]]:
         if cfg.normalization_type is None:
             return {}
-        return {f"{module}.hook_scale": (*shape[:-1], 1), f"{module}.hook_normalized": shape}
+        return {f"{module}.hook_scale": (*shape[:-axes], *(1,) * axes), f"{module}.hook_normalized": shape}
 
     sites: dict[str, tuple[int, ...]] = {"hook_tokens": (b, p), "hook_embed": stream}
     if cfg.post_embedding_ln:
@@ -82,7 +148,7 @@ def sites_of(model: HookedTransformer) -> dict[str, tuple[int, ...]]:
             "hook_q_input": (b, p, h, d),
             "hook_k_input": (b, p, kv, d),
             "hook_v_input": (b, p, kv, d),
-            **norm("ln1"),
+            **(norm("ln1") if cfg.norm_placement != "after" else {}),
             "attn.hook_q": (b, p, h, dh),
             "attn.hook_k": (b, p, kv, dh),
             "attn.hook_v": (b, p, kv, dh),
@@ -93,19 +159,24 @@ def sites_of(model: HookedTransformer) -> dict[str, tuple[int, ...]]:
             "hook_attn_out": stream,
             "hook_resid_post": stream,
         }
-        if cfg.positional_embedding_type == "rotary":
+        if turns(model, layer):
             block |= {"attn.hook_rot_q": (b, p, h, dh), "attn.hook_rot_k": (b, p, kv, dh)}
         if cfg.use_qk_norm:
-            block |= norm("attn.q_norm", (b, p, h, dh)) | norm("attn.k_norm", (b, p, kv, dh))
-        if cfg.use_normalization_before_and_after:
+            axes = 2 if cfg.qk_norm_across_heads else 1
+            block |= norm("attn.q_norm", (b, p, h, dh), axes) | norm("attn.k_norm", (b, p, kv, dh), axes)
+        if cfg.norm_placement in ("before_and_after", "after"):
             block |= norm("ln1_post") | norm("ln2_post")
         if not cfg.attn_only:
-            block |= {"hook_mlp_in": stream, **norm("ln2"), "hook_mlp_out": stream}
+            block |= {"hook_mlp_in": stream, "hook_mlp_out": stream}
+            block |= norm("ln2") if cfg.norm_placement != "after" else {}
             if not cfg.parallel_attn_mlp:
                 block["hook_resid_mid"] = stream
-            if cfg.num_experts is not None:
-                block["mlp.hook_expert_weights"] = (b, p, cfg.num_experts)
+            if is_mixture(model, layer):
+                block["mlp.hook_expert_weights"] = (b, p, cfg.num_experts or 0)
                 block["mlp.hook_expert_indices"] = (b, p, cfg.experts_per_token or 0)
+                if cfg.d_shared_expert is not None:
+                    for site in ("hook_pre", "hook_pre_linear", "hook_post"):
+                        block[f"mlp.shared.{site}"] = (b, p, cfg.d_shared_expert)
             else:
                 hidden = (b, p, cfg.d_mlp or 0)
                 block |= {"mlp.hook_pre": hidden, "mlp.hook_post": hidden}
@@ -115,7 +186,18 @@ def sites_of(model: HookedTransformer) -> dict[str, tuple[int, ...]]:
                     block |= {"mlp.hook_mid": hidden, "mlp.ln.hook_scale": one, "mlp.ln.hook_normalized": hidden}
         sites |= {at + site: shape for site, shape in block.items()}
     logits = (b, p, cfg.d_vocab)
-    return {**sites, **norm("ln_final"), "unembed.hook_in": stream, "unembed.hook_out": logits}
+    final = norm("ln_final") if cfg.final_norm else {}
+    return {**sites, **final, "unembed.hook_in": stream, "unembed.hook_out": logits}
+
+
+def is_mixture(model: HookedTransformer, layer: int) -> bool:
+    moe_layers = model.cfg.moe_layers or [True] * model.cfg.n_layers
+    return model.cfg.num_experts is not None and moe_layers[layer]
+
+
+def turns(model: HookedTransformer, layer: int) -> bool:
+    rotary_layers = model.cfg.rotary_layers or [True] * model.cfg.n_layers
+    return model.cfg.positional_embedding_type == "rotary" and rotary_layers[layer]
 
 
 def float_sites(model: HookedTransformer) -> list[str]:
@@ -132,23 +214,44 @@ def reference_logits(model: HookedTransformer, tokens: Tensor, edit: Edit = lamb
     n_pos = tokens.shape[1]
     query, key = torch.arange(n_pos)[:, None], torch.arange(n_pos)[None, :]
 
-    def norm(x: Tensor, module: str, tapped: bool = True, kind: str | None = cfg.normalization_type) -> Tensor:
+    def norm(
+        x: Tensor,
+        module: str,
+        tapped: bool = True,
+        kind: str | None = cfg.normalization_type,
+        over: tuple[int, ...] = (-1,),
+    ) -> Tensor:
         if kind is None:
             return x
         if kind.startswith("LN"):
-            x = x - x.mean(-1, keepdim=True)
-        scale = (x.pow(2).mean(-1, keepdim=True) + cfg.eps).sqrt()
+            x = x - x.mean(over, keepdim=True)
+        scale = (x.pow(2).mean(over, keepdim=True) + cfg.eps).sqrt()
         scale = edit(f"{module}.hook_scale", scale) if tapped else scale
         x = x / scale
         x = edit(f"{module}.hook_normalized", x) if tapped else x
         return x * W.get(f"{module}.w", torch.ones(())) + W.get(f"{module}.b", torch.zeros(()))
 
+    def read(stream: Tensor, module: str, tapped: bool = True) -> Tensor:
+        return norm(stream, module, tapped) if cfg.norm_placement.startswith("before") else stream
+
+    def written(out: Tensor, module: str) -> Tensor:
+        return norm(out, module) if cfg.norm_placement.endswith("after") else out
+
+    def joined(stream: Tensor, module: str) -> Tensor:
+        return norm(stream, module) if cfg.norm_placement == "residual" else stream
+
+    def qk_norm(x: Tensor, module: str) -> Tensor:
+        if not cfg.use_qk_norm:
+            return x
+        return norm(x, module, kind=cfg.qk_norm_type, over=(-2, -1) if cfg.qk_norm_across_heads else (-1,))
+
     def rotated(x: Tensor) -> Tensor:
         dim = cfg.rotary_dim or 0
         # Angles in single precision, as checkpoints are trained with.
         frequency = 1.0 / cfg.rotary_base ** (torch.arange(0, dim, 2).float() / dim)
+        amplitude = (cfg.yarn_attention_factor or 1.0) if cfg.use_yarn_rope else 1.0  # its factor of 1 slows no pair
         angle = (torch.arange(n_pos).float()[:, None] * frequency)[:, None]
-        turn = torch.complex(angle.cos().double(), angle.sin().double())
+        turn = torch.complex((amplitude * angle.cos()).double(), (amplitude * angle.sin()).double())
         first = slice(0, dim, 2) if cfg.rotary_adjacent_pairs else slice(0, dim // 2)
         second = slice(1, dim, 2) if cfg.rotary_adjacent_pairs else slice(dim // 2, dim)
         turned = torch.complex(x[..., first], x[..., second]) * turn
@@ -159,7 +262,7 @@ def reference_logits(model: HookedTransformer, tokens: Tensor, edit: Edit = lamb
     def attention(layer: int, stream: Tensor, positions: Tensor) -> Tensor:
         at = f"blocks.{layer}."
         group = cfg.n_heads // cfg.n_kv_heads
-        shared = norm(stream, at + "ln1")
+        shared = read(stream, at + "ln1")
 
         def per_head(x: Tensor, heads: int) -> Tensor:
             return x[:, :, None].expand(-1, -1, heads, -1)
@@ -170,15 +273,19 @@ def reference_logits(model: HookedTransformer, tokens: Tensor, edit: Edit = lamb
         for letter, copy in (("q", copies), ("k", grouped), ("v", grouped)):
             source = edit(f"{at}hook_{letter}_input", copy)
             untouched = torch.allclose(source, per_head(stream, source.shape[2]), rtol=0, atol=1e-14)
-            read = per_head(shared, source.shape[2]) if untouched else norm(source, at + "ln1", tapped=False)
-            read = read if letter == "v" else read + positions
+            x = per_head(shared, source.shape[2]) if untouched else read(source, at + "ln1", tapped=False)
+            x = x if letter == "v" else x + positions
             W_in, b_in = W[f"{at}attn.W_{letter.upper()}"], W[f"{at}attn.b_{letter.upper()}"]
-            made = torch.stack([read[:, :, i] @ W_in[i] + b_in[i] for i in range(source.shape[2])], 2)
-            if cfg.use_qk_norm and letter != "v":
-                made = norm(made, f"{at}attn.{letter}_norm", kind="RMS")
+            made = torch.stack([x[:, :, i] @ W_in[i] + b_in[i] for i in range(source.shape[2])], 2)
+            if letter != "v" and not cfg.qk_norm_after_rotary:
+                made = qk_norm(made, f"{at}attn.{letter}_norm")
+            if cfg.clip_qkv is not None:
+                made = made.minimum(torch.tensor(cfg.clip_qkv)).maximum(torch.tensor(-cfg.clip_qkv))
             made = edit(f"{at}attn.hook_{letter}", made)
-            if cfg.positional_embedding_type == "rotary" and letter != "v":
-                made = edit(f"{at}attn.hook_rot_{letter}", rotated(made))
+            if letter != "v":
+                made = rotated(made) if turns(model, layer) else made
+                made = qk_norm(made, f"{at}attn.{letter}_norm") if cfg.qk_norm_after_rotary else made
+                made = edit(f"{at}attn.hook_rot_{letter}", made) if turns(model, layer) else made
             inputs[letter] = made
         keys, values = (inputs[letter].repeat_interleave(group, 2) for letter in "kv")
         scores = torch.einsum("bqhd,bkhd->bhqk", inputs["q"], keys) / math.sqrt(cfg.d_head)
@@ -187,57 +294,92 @@ def reference_logits(model: HookedTransformer, tokens: Tensor, edit: Edit = lamb
         if cfg.attn_scores_soft_cap > 0:
             scores = cfg.attn_scores_soft_cap * torch.tanh(scores / cfg.attn_scores_soft_cap)
         if cfg.positional_embedding_type == "alibi":
-            slopes = torch.tensor([2.0**-4, 2.0**-8, 2.0**-2])  # of three heads
-            scores = scores - slopes[:, None, None] * (query - key).abs()
+            slopes = torch.tensor([2.0**-4, 2.0**-8, 2.0**-2])  # of three heads, exact in bfloat16
+            bias = slopes[:, None, None] * (key if cfg.alibi_in_bfloat16 else -(query - key).abs())
+            scores = scores + cfg.alibi_scale * bias
         allowed = query >= key if cfg.attention_dir == "causal" else torch.ones(n_pos, n_pos, dtype=torch.bool)
         if cfg.attn_types is not None and cfg.attn_types[layer] == "local":
             allowed = allowed & (query - key < (cfg.window_size or 0))
         scores = edit(at + "attn.hook_attn_scores", scores.masked_fill(~allowed, -math.inf))
-        pattern = edit(at + "attn.hook_pattern", scores.softmax(-1))
+        likelihood = (scores - scores.detach().amax(-1, keepdim=True)).exp()
+        total = likelihood.sum(-1, keepdim=True)
+        if cfg.attention_sinks:
+            sinks = W[at + "attn.sinks"][:, None, None]
+            total = total + (sinks - scores.detach().amax(-1, keepdim=True)).exp()
+        pattern = edit(at + "attn.hook_pattern", likelihood / total)
         z = edit(at + "attn.hook_z", torch.einsum("bhqk,bkhd->bqhd", pattern, values))
         result = torch.einsum("bphe,hed->bphd", z, W[at + "attn.W_O"])
         return edit(at + "attn.hook_result", result).sum(2) + W[at + "attn.b_O"]
 
     def mlp(layer: int, stream: Tensor) -> Tensor:
         at = f"blocks.{layer}."
-        x = norm(edit(at + "hook_mlp_in", stream), at + "ln2")
+        x = read(edit(at + "hook_mlp_in", stream), at + "ln2")
+
+        def xielu(y: Tensor) -> Tensor:
+            alpha_p, alpha_n = (W[f"{at}mlp.act_fn.alpha_{sign}"].exp().log1p() for sign in "pn")
+            return torch.where(y > 0, alpha_p * y**2, (0.5 + alpha_n) * (y.exp() - 1 - y)) + 0.5 * y
+
         act: Callable[[Tensor], Tensor] = {
             "gelu_new": lambda y: F.gelu(y, approximate="tanh"),
             "silu": F.silu,
+            "quick_gelu": lambda y: y / (1 + (-1.702 * y).exp()),
+            "xielu": xielu,
             "solu_ln": lambda y: y * y.softmax(-1),
         }[cfg.act_fn or ""]
 
-        def hidden(x: Tensor, weights: Callable[[str], Tensor], tap: Edit) -> Tensor:
+        def hidden(x: Tensor, weights: Callable[[str], Tensor], tap: Edit, limit: float | None = None) -> Tensor:
             if cfg.gated_mlp:
                 gate = tap("hook_pre", x @ weights("W_gate") + weights("b_gate"))
-                post = act(gate) * tap("hook_pre_linear", x @ weights("W_in") + weights("b_in"))
+                linear = tap("hook_pre_linear", x @ weights("W_in") + weights("b_in"))
+                if limit is not None:
+                    gate = gate.minimum(torch.tensor(limit))
+                    linear = 1 + linear.minimum(torch.tensor(limit)).maximum(torch.tensor(-limit))
+                post = act(gate) * linear
             else:
                 post = act(tap("hook_pre", x @ weights("W_in") + weights("b_in")))
             if cfg.act_fn == "solu_ln":
                 post = norm(tap("hook_mid", post), at + "mlp.ln")
             return tap("hook_post", post) @ weights("W_out") + weights("b_out")
 
-        if cfg.num_experts is None:
+        if not is_mixture(model, layer):
             out = hidden(x, lambda weight: W[f"{at}mlp.{weight}"], lambda site, y: edit(f"{at}mlp.{site}", y))
         else:
-            chance = (x @ W[at + "mlp.W_router"] + W[at + "mlp.b_router"]).softmax(-1)
+            scores = x @ W[at + "mlp.W_router"] + W[at + "mlp.b_router"]
+            chance = scores.softmax(-1) if cfg.sparsemixer_jitter is None else sparsemixer(scores)
             chance = edit(at + "mlp.hook_expert_weights", chance)
             chosen = edit(at + "mlp.hook_expert_indices", chance.topk(cfg.experts_per_token or 0).indices)
             weight = chance.gather(-1, chosen)
-            if cfg.norm_topk_prob:
+            if cfg.norm_topk_prob and cfg.sparsemixer_jitter is None:
                 weight = weight / weight.sum(-1, keepdim=True)
             experts = torch.stack(
                 [
-                    hidden(x, lambda name, e=e: W[f"{at}mlp.{name}"][e], lambda site, y: y)  # type: ignore[misc]
-                    for e in range(cfg.num_experts)
+                    hidden(x, lambda name, e=e: W[f"{at}mlp.{name}"][e], lambda site, y: y, cfg.gated_limit)  # type: ignore[misc]
+                    for e in range(cfg.num_experts or 0)
                 ],
                 2,
             )
             out = (experts.gather(2, chosen[..., None].expand(-1, -1, -1, x.shape[-1])) * weight[..., None]).sum(2)
+            if cfg.d_shared_expert is not None:
+                at += "mlp."
+                shared = hidden(x, lambda name: W[f"{at}shared.{name}"], lambda site, y: edit(f"{at}shared.{site}", y))
+                if cfg.shared_expert_gate:
+                    shared = shared / (1 + (-(x @ W[at + "W_shared_gate"] + W[at + "b_shared_gate"])).exp())
+                out = out + shared
         return out
 
+    def sparsemixer(scores: Tensor) -> Tensor:
+        """The best expert's share among those near it, then the second's among those near that one."""
+        weights, left = torch.zeros_like(scores), torch.ones_like(scores, dtype=torch.bool)
+        for _ in range(2):
+            best = scores.masked_fill(~left, -math.inf).amax(-1, keepdim=True)
+            winner = left & (scores == best)
+            near = left & ((best - scores) / scores.abs().maximum(best) <= 2 * (cfg.sparsemixer_jitter or 0))
+            share = scores.exp() / (scores.exp() * near).sum(-1, keepdim=True)
+            weights, left = torch.where(winner, share, weights), left & ~winner
+        return weights
+
     tokens = edit("hook_tokens", tokens)
-    stream = W["embed.W_E"][tokens]
+    stream = W["embed.W_E"][tokens] * cfg.embedding_scale
     if cfg.post_embedding_ln:
         stream = norm(stream, "embed.ln")
     stream = edit("hook_embed", stream)
@@ -251,20 +393,17 @@ def reference_logits(model: HookedTransformer, tokens: Tensor, edit: Edit = lamb
     for layer in range(cfg.n_layers):
         at = f"blocks.{layer}."
         pre = edit(at + "hook_resid_pre", stream)
-        written = attention(layer, pre, read_positions)
-        if cfg.use_normalization_before_and_after:
-            written = norm(written, at + "ln1_post")
-        stream = pre + edit(at + "hook_attn_out", written)
+        attn_out = edit(at + "hook_attn_out", written(attention(layer, pre, read_positions), at + "ln1_post"))
+        stream = joined(pre + attn_out, at + "ln1")
         if not cfg.attn_only:
             if not cfg.parallel_attn_mlp:
                 stream = edit(at + "hook_resid_mid", stream)
-            written = mlp(layer, pre if cfg.parallel_attn_mlp else stream)
-            if cfg.use_normalization_before_and_after:
-                written = norm(written, at + "ln2_post")
-            stream = stream + edit(at + "hook_mlp_out", written)
+            mlp_out = written(mlp(layer, pre if cfg.parallel_attn_mlp else stream), at + "ln2_post")
+            stream = joined(stream + edit(at + "hook_mlp_out", mlp_out), at + "ln2")
         stream = edit(at + "hook_resid_post", stream)
-    stream = edit("unembed.hook_in", norm(stream, "ln_final"))
-    logits = stream @ W["unembed.W_U"] + W["unembed.b_U"]
+    stream = edit("unembed.hook_in", norm(stream, "ln_final") if cfg.final_norm else stream)
+    W_U = W["embed.W_E"].T if cfg.tie_word_embeddings else W["unembed.W_U"]
+    logits = (stream @ W_U + W["unembed.b_U"]) * cfg.logit_scale
     if cfg.output_logits_soft_cap > 0:
         logits = cfg.output_logits_soft_cap * torch.tanh(logits / cfg.output_logits_soft_cap)
     return edit("unembed.hook_out", logits)
@@ -332,7 +471,7 @@ def test_an_edit_at_any_site_does_what_the_equations_say_returned_or_in_place(na
             torch.testing.assert_close(with_graph, expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mixture"])
+@pytest.mark.parametrize("name", ["gpt2", "mixture", "sparsemixer"])
 def test_an_edit_of_integers_does_what_the_equations_say(name: str) -> None:
     model = model_of(name)
     bounds = {"hook_tokens": model.cfg.d_vocab, "blocks.0.mlp.hook_expert_indices": model.cfg.num_experts}
@@ -479,7 +618,10 @@ def test_recording_scores_where_a_soft_cap_needs_them_anyway_changes_not_a_bit()
 # Single sites
 
 
-@pytest.mark.parametrize("name", ["gpt2", "grouped gated rms rotary", "alibi", "attention only"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2", "grouped gated rms rotary", "alibi", "attention only", "sinks, mixture with a limit"],
+)
 def test_head_results_sum_to_what_attention_writes(name: str) -> None:
     model = model_of(name)
     _, cache = model.run_with_cache(TOKENS, names_filter=["blocks.*.attn.hook_result", "blocks.*.hook_attn_out"])
@@ -569,7 +711,18 @@ def test_an_edit_at_ln1_that_no_head_would_read_raises() -> None:
 # What no hook may write to
 
 
-@pytest.mark.parametrize("name", ["gpt2", "shortformer", "no norms, no positions", "mixture"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt2",
+        "shortformer",
+        "no norms, no positions",
+        "mixture",
+        "sinks, mixture with a limit",
+        "norms on the stream, xielu, no final norm",
+        "qk LN with a gain per head, some layers rotate, tied, scaled logits",
+    ],
+)
 @pytest.mark.parametrize("grad", [False, True])
 def test_hooks_in_place_never_write_to_the_weights_or_the_callers_tokens(name: str, grad: bool) -> None:
     model = model_of(name)

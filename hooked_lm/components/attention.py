@@ -83,15 +83,34 @@ class Attention(nn.Module):
         if layout is None:
             n_past = 0 if past is None else past.past_keys.shape[1]
             layout = SequenceLayout(query_input.shape[1], n_past, query_input.device)
+        q, k, v = self.queries_keys_values(query_input, key_input, value_input, layout)
+        if past is not None:
+            k, v = past.append(k, v)
+        return self.write(self.hook_z(self.attend(q, k, v, layout)))
+
+    def queries_keys_values(
+        self,
+        query_input: Float[Tensor, "batch pos *head d_model"],
+        key_input: Float[Tensor, "batch pos *kv_head d_model"],
+        value_input: Float[Tensor, "batch pos *value_head d_model"],
+        layout: SequenceLayout,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries [batch pos head d_head], keys and values [batch pos kv_head d_head] of the new positions."""
         q = self.hook_q(self.project(query_input, "Q"))
         k = self.hook_k(self.project(key_input, "K"))
         v = self.hook_v(self.project(value_input, "V"))
-        q, k = self.with_positions(q, k, layout)
-        if past is not None:
-            k, v = past.append(k, v)
+        return *self.with_positions(q, k, layout), v
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch query head d_head"],
+        k: Float[Tensor, "batch key kv_head d_head"],
+        v: Float[Tensor, "batch key kv_head d_head"],
+        layout: SequenceLayout,
+    ) -> Float[Tensor, "batch query head d_head"]:
+        """Return z: fused, unless something has to see or change the scores."""
         eager = self.hook_attn_scores.live or self.hook_pattern.live or self.score_cap > 0 or self.sinks is not None
-        z = self.hook_z((self.eager_attention if eager else self.fused_attention)(q, k, v, layout))
-        return self.write(z)
+        return (self.eager_attention if eager else self.fused_attention)(q, k, v, layout)
 
     def project(
         self, x: Float[Tensor, "batch pos *head d_model"], which: Literal["Q", "K", "V"]

@@ -58,13 +58,21 @@ class TransformerBlock(nn.Module):
     ) -> Float[Tensor, "batch pos d_model"]:
         resid_pre = self.hook_resid_pre(resid_pre)
         attn_out = self.attn(*self.attention_inputs(resid_pre, shortformer_pos), layout, past)
-        attn_out = self.hook_attn_out(self.ln1_post(attn_out))
+        return self.after_attention(resid_pre, self.hook_attn_out(self.ln1_post(attn_out)))
+
+    def after_attention(
+        self, resid_pre: Float[Tensor, "batch pos d_model"], attn_out: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Return the stream after the block, given what entered it and what attention adds."""
         if self.parallel and not self.attn_only:
             return self.hook_resid_post(resid_pre + attn_out + self.mlp_output(resid_pre))
         resid_mid = self.joined(resid_pre, attn_out, self.ln1)
         if self.attn_only:
             return self.hook_resid_post(resid_mid)
-        resid_mid = self.hook_resid_mid(resid_mid)
+        return self.after_mid(self.hook_resid_mid(resid_mid))
+
+    def after_mid(self, resid_mid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """Return the stream after the block, given what the MLP reads of it."""
         return self.hook_resid_post(self.joined(resid_mid, self.mlp_output(resid_mid), self.ln2))
 
     def joined(self, stream: Tensor, written: Tensor, norm: nn.Module) -> Float[Tensor, "batch pos d_model"]:
