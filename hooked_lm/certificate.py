@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import isnan
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,7 +96,8 @@ class Certificate:
             for comparison in self.comparisons
             if check in (None, comparison.check) and precision in (None, comparison.precision)
         ]
-        return max(among, key=lambda comparison: comparison.relative, default=None)
+        # No number is as bad as none.
+        return max(among, key=lambda comparison: (isnan(comparison.relative), comparison.relative), default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data."""
@@ -145,6 +147,7 @@ def verify(
 
     Raises:
         CheckpointError: it cannot be loaded, or is of the format that only this library reads.
+        ValueError: `positions` is not a length that the model reads.
     """
     import transformers  # only a certificate needs the reference, whose import takes seconds
 
@@ -159,22 +162,24 @@ def verify(
     for precision in ("float32", "float64") if float64 else ("float32",):
         dtype = getattr(torch, precision)
         ours = HookedTransformer.from_pretrained_no_processing(folder, dtype=dtype)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=sites.attention,
-            experts_implementation="eager",
-            trust_remote_code=False,
-        ).eval()
-        pair = _Pair(ours, theirs, sites, precision)
         tokens = _random_tokens(ours, batch, positions, seed)
         shape = (tokens.shape[0], tokens.shape[1])
         try:
-            comparisons += pair.comparisons(tokens)
-        except RuntimeError as error:
-            if precision == "float32":
-                raise
-            not_compared["float64"] = f"the reference does not run in it: {str(error).splitlines()[0]}"
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=sites.attention,
+                experts_implementation="eager",
+                trust_remote_code=False,
+            ).eval()
+        except Exception as error:  # transformers raises many kinds
+            raise CheckpointError(f"transformers does not load {name_or_path}: {error}") from error
+        obstacle = _obstacle(theirs, tokens) if precision == "float64" else None
+        if obstacle is not None:
+            not_compared["float64"] = f"the reference does not run in it: {obstacle}"
+            break
+        pair = _Pair(ours, theirs, sites, precision)
+        comparisons += pair.comparisons(tokens)
         not_compared |= pair.not_compared
     return Certificate(
         name=str(name_or_path),
@@ -187,8 +192,20 @@ def verify(
     )
 
 
+def _obstacle(reference: Any, tokens: Int[Tensor, "batch pos"]) -> str | None:
+    """Why the reference does not run in its precision, if it does not. Of ours an error is an error."""
+    try:
+        with torch.no_grad():
+            reference(tokens, use_cache=False)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None
+
+
 def _random_tokens(model: HookedTransformer, batch: int, positions: int | None, seed: int) -> Int[Tensor, "batch pos"]:
     length = min(64, model.cfg.n_ctx) if positions is None else positions
+    if not 1 <= length <= model.cfg.n_ctx:
+        raise ValueError(f"positions={positions} is not in 1-{model.cfg.n_ctx}, the context of this model")
     generator = torch.Generator().manual_seed(seed)
     # The first few tokens of a vocabulary are special ones, which some models treat as padding.
     return torch.randint(min(5, model.cfg.d_vocab - 1), model.cfg.d_vocab, (batch, length), generator=generator)
@@ -236,6 +253,9 @@ class _Pair:
         patterns = reference.attentions or ()
         seen |= {get_act_name("pattern", layer): pattern for layer, pattern in enumerate(patterns)}
         seen["unembed.hook_out"] = reference.logits
+        for site, path in (("attn_out", self.sites.attn), ("mlp_out", self.sites.mlp)):
+            if path is None:
+                self.not_compared[f"blocks.*.hook_{site}"] = "no module of the reference outputs it"
         if not patterns:
             self.not_compared["patterns"] = "the reference does not give them"
         _, cache = self.ours.run_with_cache(tokens, names_filter=list(seen))

@@ -64,11 +64,9 @@ def verify(
     float64: Annotated[bool, typer.Option(help="Compare in float64 too, which takes twice the memory.")] = True,
 ) -> None:
     """Compare a model with that of transformers, site by site. Exit code 1 if they differ, 2 if it cannot be loaded."""
-    from weight_conversion.errors import CheckpointError
-
     try:
         certificate = hooked_lm.verify(path, positions=positions, revision=revision, float64=float64)
-    except CheckpointError as error:
+    except ValueError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error
     typer.echo(str(certificate))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -112,6 +113,12 @@ class ModelWeights(nn.Module):
             "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
         }
         plan = [step for step in processing.plan_processing(cfg, asked) if step not in loaded.processed]
+        undone = [step for step in loaded.processed if asked.get(step) is False]
+        if undone:
+            warnings.warn(
+                f"the weights in {name_or_path} have been through {', '.join(undone)}, which cannot be undone",
+                stacklevel=2,
+            )
         return cls._of_checkpoint(str(name_or_path), cfg, loaded, plan, device)
 
     @classmethod
@@ -132,15 +139,16 @@ class ModelWeights(nn.Module):
         parted = processing.unties(cfg, plan)
         before = cfg.replace(tie_word_embeddings=cfg.tie_word_embeddings and not parted)
         shapes = {key: torch.empty(shape, device="meta") for key, shape in loaded.weights.shapes.items()}
-        if parted:
-            shapes["unembed.W_U"] = shapes["embed.W_E"].T
         with torch.device("meta"):
-            try:
-                after = processing.process_(before, shapes, plan)
-            except KeyError as error:
-                raise checkpoint.CheckpointError(f"{_mismatch(name)}: {error} is missing") from error
-            model = cls(after, loaded.tokenizer, move_to_device=False)
+            model = cls(cfg, loaded.tokenizer, move_to_device=False)
+        # As they are before processing, which would not miss a norm's gain.
         _check_shapes(name, shapes, model.state_dict())
+        if plan:
+            if parted:
+                shapes["unembed.W_U"] = shapes["embed.W_E"].T
+            with torch.device("meta"):
+                after = processing.process_(before, shapes, plan)
+                model = cls(after, loaded.tokenizer, move_to_device=False)
         homes = Homes(model, device or "cpu")
         for chunk in loaded.weights:
             if parted and "embed.W_E" in chunk:

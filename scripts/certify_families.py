@@ -32,6 +32,33 @@ LEFT_OUT = {
 }
 
 
+_INTRODUCTION = """\
+# Supported families
+
+Every family below has been compared with `transformers` site by site: the residual stream before and after every
+block, what attention and MLP write, attention patterns, the final norm, logits, decoding with a key-value cache, a
+prompt padded on the left, and gradients. The models are tiny and random, with every parameter drawn anew and every
+feature within reach (windows shorter than the prompt, soft-caps that bite, more than one expert chosen). The figures
+are the largest errors over all sites and variants, relative to the largest value at the site.
+
+Measured with torch {torch} and transformers {transformers} on the CPU by `python -m scripts.certify_families`; what
+each variant switches on is in `tests/family_rows`. To certify a checkpoint of your own: `hooked-lm verify PATH`.
+
+| family | architectures | variants | activations and logits | cached | padded | gradients | in float64 |
+|---|---|--:|--:|--:|--:|--:|--:|
+"""
+
+_ENDING = """
+The last column is the largest error in float64. Where it is not below 1e-9, the reference rounds to float32 on its
+way (most RMS norms do, whatever the model's precision); "none" means that it cannot run in float64.
+
+## Short names
+
+Any hub id or local folder of a family above loads. These names stand for hub ids:
+
+"""
+
+
 def certify(row: Row) -> dict[str, Any]:
     """Return the figures of one tiny model's certificate."""
     with tempfile.TemporaryDirectory() as folder:
@@ -58,32 +85,10 @@ def _worst(comparison: Any) -> float | None:
 
 def family_table(figures: dict[str, Any]) -> str:
     """Return the page of supported families: the registry, with the worst figures of each family's certificates."""
-    lines = [
-        "# Supported families",
-        "",
-        "Every family below has been compared with `transformers` site by site: the residual stream before and after every",
-        "block, what attention and MLP write, attention patterns, the final norm, logits, decoding with a key-value cache,",
-        "a prompt padded on the left, and gradients. The models are tiny and random, with every parameter drawn anew and",
-        "every feature within reach (windows shorter than the prompt, soft-caps that bite, more than one expert chosen).",
-        "The figures are the largest errors over all sites and variants, relative to the largest value at the site.",
-        "",
-        f"Measured with torch {figures['torch']} and transformers {figures['transformers']} on the CPU by",
-        "`python -m scripts.certify_families`; what each variant switches on is in `tests/family_rows`. To certify a",
-        "checkpoint of your own: `hooked-lm verify PATH`.",
-        "",
-        "| family | architectures | variants | activations and logits | cached | padded | gradients | in float64 |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
-    ]
+    lines = _INTRODUCTION.format(**figures).splitlines()
     lines += [_line(family, [row for row in figures["rows"] if row["family"] == family.name]) for family in FAMILIES]
     lines += [
-        "",
-        "The last column is the largest error in float64. Where it is not below 1e-9, the reference rounds to float32 on",
-        "its way (most RMS norms do, whatever the model's precision); a dash means that it cannot run in float64.",
-        "",
-        "## Short names",
-        "",
-        "Any hub id or local folder of a family above loads. These names stand for hub ids:",
-        "",
+        *_ENDING.splitlines(),
         *(f"- `{alias}`: `{hub_id}`" for alias, hub_id in sorted(ALIASES.items())),
         "",
         "## What is left out, and why",
@@ -99,7 +104,7 @@ def _line(family: Any, rows: list[dict[str, Any]]) -> str:
     def worst(precision: str, *checks: str) -> str:
         values = [row["worst"][precision][check] for row in rows for check in checks]
         measured = [value for value in values if value is not None]
-        return f"{max(measured):.0e}" if measured else "–"
+        return f"{max(measured):.0e}" if measured else "none"
 
     columns = [worst("float32", check) for check in CHECKS] + [worst("float64", *CHECKS)]
     architectures = ", ".join(f"`{name}`" for name in family.architectures)

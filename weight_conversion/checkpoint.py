@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -83,12 +84,16 @@ def load(
     Raises:
         CheckpointError: it cannot be found, read or converted.
     """
+    asked = {"revision": revision, "checkpoint_index": checkpoint_index, "checkpoint_value": checkpoint_value}
+    if hf_model is not None and any(value is not None for value in asked.values()):
+        given = ", ".join(f"{name}={value!r}" for name, value in asked.items() if value is not None)
+        raise CheckpointError(f"the weights are those of hf_model, so {given} would not be heeded: leave it out")
     step = None
     if checkpoint_index is not None or checkpoint_value is not None:
         step = training_checkpoint(str(name_or_path), checkpoint_index, checkpoint_value, revision)
         revision = step.revision
     if hf_model is not None:
-        loaded = _from_model(str(name_or_path), hf_model, tokenizer, first_n_layers)
+        loaded = _from_model(str(name_or_path), hf_model, tokenizer, first_n_layers, trust_remote_code)
     else:
         folder = find_folder(name_or_path, revision)
         content = read_json(folder / "config.json")
@@ -127,10 +132,12 @@ def _from_huggingface_folder(
     return _convert({**content, **hf_config.to_dict()}, open_tensors(folder), tokenizer, first_n_layers)
 
 
-def _from_model(name: str, hf_model: Any, tokenizer: Any, first_n_layers: int | None) -> Loaded:
+def _from_model(
+    name: str, hf_model: Any, tokenizer: Any, first_n_layers: int | None, trust_remote_code: bool
+) -> Loaded:
     if tokenizer is None:
         try:
-            tokenizer = load_tokenizer(name)
+            tokenizer = load_tokenizer(name, trust_remote_code)
         except CheckpointError as error:
             warnings.warn(f"the model will read tokens only: no tokenizer was given, and {error}", stacklevel=4)
     fields = hf_model.config.to_dict()
@@ -221,17 +228,20 @@ def _from_own_folder(folder: Path, content: dict[str, Any], tokenizer: Any, firs
         raise CheckpointError(f"{folder / 'config.json'}: processed={processed!r} is no list of processing steps")
     _check_layers(first_n_layers, cfg.n_layers)
     kept = cfg.n_layers if first_n_layers is None else first_n_layers
-    weights = _OwnWeights(open_tensors(folder), kept)
+    weights = _OwnWeights(open_tensors(folder), cfg.n_layers, kept)
     return Loaded(cfg.replace(n_layers=kept), weights, tokenizer, tuple(processed), content.get("origin"))
 
 
 class _OwnWeights:
     """A folder in our own format, whose tensors need no conversion. Blocks beyond `kept` are left unread."""
 
-    def __init__(self, tensors: TensorSource, kept: int) -> None:
+    def __init__(self, tensors: TensorSource, n_layers: int, kept: int) -> None:
         self._tensors, self._chunks = tensors, [list[str]() for _ in range(kept + 1)]
         for name in tensors:
-            layer = int(name.split(".")[1]) if name.startswith("blocks.") else -1
+            block = re.match(r"blocks\.(\d+)\.", name)
+            layer = int(block[1]) if block else -1
+            if layer >= n_layers:
+                raise CheckpointError(f"the checkpoint has {name}, and its config says n_layers={n_layers}")
             if layer < kept:
                 self._chunks[layer + 1].append(name)
         self.shapes = {name: tensors.shape(name) for chunk in self._chunks for name in chunk}

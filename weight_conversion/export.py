@@ -18,6 +18,34 @@ from weight_conversion.family import Family
 from weight_conversion.registry import family_of
 from weight_conversion.rules import Entry, RuleTable, stacked_names
 
+# Fields that say nothing about the function a model computes.
+_NOT_ARCHITECTURE = frozenset(
+    [
+        "init_mode",
+        "initializer_range",
+        "init_weights",
+        "seed",
+        "dtype",
+        "device",
+        "default_prepend_bos",
+        "default_padding_side",
+        "tokenizer_name",
+        "tokenizer_prepends_bos",
+        "model_name",
+        "from_checkpoint",
+        "checkpoint_index",
+        "checkpoint_label_type",
+        "checkpoint_value",
+        "n_params",
+        "use_attn_result",
+        "use_split_qkv_input",
+        "use_attn_in",
+        "use_hook_mlp_in",
+        "use_hook_tokens",
+        "ungroup_grouped_query_attention",
+    ]
+)
+
 
 def export(
     cfg: HookedTransformerConfig, weights: Mapping[str, Tensor], origin: Mapping[str, Any], folder: str | Path
@@ -98,6 +126,12 @@ def _check_whole(cfg: HookedTransformerConfig, original: HookedTransformerConfig
         ours, theirs = getattr(cfg, name), getattr(original, name)
         if ours != theirs:
             raise CheckpointError(f"the model was loaded with {name}={ours} of {theirs}: load it whole to write it out")
+    ours, theirs = ({k: v for k, v in of.to_dict().items() if k not in _NOT_ARCHITECTURE} for of in (cfg, original))
+    changed = ", ".join(f"{name}={ours[name]!r} was {theirs[name]!r}" for name in ours if ours[name] != theirs[name])
+    if changed:
+        raise CheckpointError(
+            f"the config is no longer the one the model was loaded with ({changed}), and only weights are written back"
+        )
 
 
 def _with_prefix(name: str, family: Family, architecture: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,8 @@ def find_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{path} is a folder, which has one version: there is no revision {revision!r} of it")
         return path
     if path.is_file():
         raise CheckpointError(f"{path} is a file: give the folder that holds config.json and the weights")
@@ -46,10 +49,11 @@ def _download(name: str, revision: str | None) -> Path:
             snapshot_download(hub_id, revision=revision, allow_patterns=["*.bin"], ignore_patterns=["*/*"])
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         short = hub_id.rsplit("/", maxsplit=1)[-1]
+        at = "" if revision is None else f" --revision {revision}"
         raise CheckpointError(
             f"no checkpoint {name!r}. Tried: the folder {Path(name).absolute()} (there is none); {hub_id!r} in the "
             f"local HuggingFace cache and on the hub ({type(error).__name__}: {str(error).splitlines()[0]}). Without a "
-            f"network, run `hf download {hub_id} --local-dir {short}` where there is one, copy the folder here, and "
+            f"network, run `hf download {hub_id}{at} --local-dir {short}` where there is one, copy the folder and "
             "load it by its path"
         ) from error
     return folder
@@ -81,17 +85,18 @@ def open_tensors(folder: Path) -> TensorSource:
         CheckpointError: there are none, a shard is absent, or a file is damaged.
     """
     for single, read in ((_SAFETENSORS, SafetensorFiles), (_PICKLE, _open_pickles)):
+        # In this order, as in transformers: an index may be left over from what the folder held before.
+        if (folder / single).is_file():
+            return read([folder / single])
         if (folder / f"{single}.index.json").is_file():
             where = read_json(folder / f"{single}.index.json").get("weight_map")
-            if not isinstance(where, dict):
+            if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
                 raise CheckpointError(f"{folder / single}.index.json has no weight_map from tensors to files")
             names = set(where.values())
             absent = sorted(name for name in names if not (folder / name).is_file())
             if absent or not names:
                 raise CheckpointError(f"{folder / single}.index.json names files that are absent: {', '.join(absent)}")
             return read([folder / name for name in sorted(names)])
-        if (folder / single).is_file():
-            return read([folder / single])
     raise CheckpointError(
         f"{folder} has no weights: expected {_SAFETENSORS}, {_PICKLE}, or the .index.json of one in shards"
     )
@@ -188,11 +193,12 @@ class TensorsInMemory(TensorSource):
 
 
 def _open_pickles(paths: list[Path]) -> TensorsInMemory:
-    """Return PyTorch pickles, memory-mapped, and only if they hold tensors and nothing that could run."""
+    """Return PyTorch pickles, mapped if they can be, and only if they hold tensors and nothing that could run."""
     tensors: dict[str, Tensor] = {}
     for path in paths:
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # PyTorch before 1.6 wrote pickles that are no zip archives and cannot be mapped.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except Exception as error:  # torch.load raises whatever the damage leads to
             raise CheckpointError(
                 f"{path} is damaged, or holds more than tensors, and is not unpickled: {type(error).__name__}: {error}"

@@ -33,8 +33,10 @@ class TrainingCheckpoint:
     revision: str
 
 
-# Biderman et al. 2023, "Pythia", section 2.1: powers of two up to 512, then every thousandth step.
-_PYTHIA = (0, *(2**power for power in range(10)), *range(1000, 143_001, 1000))
+# Biderman et al. 2023, "Pythia", section 2.1: powers of two up to 512, then every thousandth step,
+# which is all that the first version of the models has.
+_PYTHIA_V0 = tuple(range(1000, 143_001, 1000))
+_PYTHIA = (0, *(2**power for power in range(10)), *_PYTHIA_V0)
 # Karamcheti et al. 2021, "Mistral": every 10th step to 100, 50th to 2,000, 100th to 20,000, 1,000th to 400,000.
 _STANFORD = (
     *range(0, 100, 10),
@@ -43,7 +45,9 @@ _STANFORD = (
     *range(20_000, 400_001, 1000),
 )
 
+# The first that fits counts.
 SERIES = (
+    Series("EleutherAI/pythia-*-v0", "step{step}", _PYTHIA_V0),
     Series("EleutherAI/pythia-*", "step{step}", _PYTHIA),
     Series("stanford-crfm/*-gpt2-*", "checkpoint-{step}", _STANFORD),
 )
