@@ -65,7 +65,9 @@ class Homes:
         if home is None or value.dtype != home.dtype or self.device.type != "cpu":
             return False
         repeats = any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True))
-        return not repeats and _is_matrix_of_heads(value, home)
+        # A GEMM takes a matrix as it lies only if one of its axes is contiguous; else it is copied every time.
+        scattered = value.ndim > 1 and 1 not in value.stride()[-2:]
+        return not repeats and not scattered and _is_matrix_of_heads(value, home)
 
     def _copied(self, value: Tensor, home: Tensor | None, *, precise: bool) -> Tensor:
         """A copy on the model's device. What is to be processed is kept precise: low precision would round twice."""

@@ -16,8 +16,8 @@ from hooked_lm.hooks import HookPoint
 class MoE(nn.Module):
     """`sum over the chosen experts of weight * expert(x)` (Shazeer et al. 2017), and a shared expert if there is one.
 
-    `hook_expert_weights` [batch pos expert] is the router's weight of every expert, a softmax; an edit there also
-    changes who is chosen. `hook_expert_indices` [batch pos chosen] is who is chosen.
+    `hook_expert_weights` [batch pos expert] is the router's weight of every expert, a softmax in float32 at least; an
+    edit there also changes who is chosen. `hook_expert_indices` [batch pos chosen] is who is chosen.
 
     Parameters:
         W_router [d_model expert], b_router [expert]; W_in, W_gate [expert d_model d_mlp], W_out [expert d_mlp d_model]
@@ -56,6 +56,7 @@ class MoE(nn.Module):
         weights = probabilities.gather(-1, indices)
         if self.rescale:
             weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights.to(x.dtype)
         out = torch.zeros_like(x) if self.shared is None else self.shared_output(x)
         for expert in indices.unique().tolist():
             batch, pos, slot = torch.where(indices == expert)
@@ -70,7 +71,8 @@ class MoE(nn.Module):
         whose scores come close to its own (Liu et al. 2024, "GRIN").
         """
         if self.jitter is None:
-            return F.softmax(scores, dim=-1)
+            # Models choose in float32: rounded to low precision, different weights become equal.
+            return F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
         weights, rest = torch.zeros_like(scores), scores
         for _ in range(2):
             best, winner = rest.max(dim=-1, keepdim=True)

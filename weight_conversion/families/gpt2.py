@@ -15,9 +15,9 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     """Map a `GPT2Config`."""
     fields.require("add_cross_attention", False)
     fields.ignore("attn_pdrop", "embd_pdrop", "resid_pdrop", "reorder_and_upcast_attn")
-    # What a classification head or an old file says of itself.
-    fields.ignore("summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type")
-    fields.ignore("summary_use_proj", "n_ctx", "gradient_checkpointing")
+    # What old files say besides.
+    fields.ignore("n_ctx", "predict_special_tokens")
+    fields.require("n_special", 0)
     d_model = fields.take("n_embd")
     return {
         "n_layers": fields.take("n_layer"),

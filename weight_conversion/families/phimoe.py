@@ -16,7 +16,8 @@ from weight_conversion.sizes import d_head, sizes
 
 def config(fields: ConfigFields) -> dict[str, Any]:
     """Map a `PhimoeConfig`."""
-    fields.ignore("attention_dropout", "output_router_logits", "router_aux_loss_coef", "input_jitter_noise")
+    fields.ignore("attention_dropout", "output_router_logits", "router_aux_loss_coef")
+    fields.ignore("input_jitter_noise", "hidden_dropout")
     return {
         **sizes(fields),
         "gated_mlp": True,
@@ -64,4 +65,5 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     )
 
 
-FAMILY = Family("Phi-MoE", ("PhimoeForCausalLM",), config, rules)
+# The second is the name that published files give themselves.
+FAMILY = Family("Phi-MoE", ("PhimoeForCausalLM", "PhiMoEForCausalLM"), config, rules)
