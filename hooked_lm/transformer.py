@@ -218,6 +218,10 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Intervening):
 
     # What comes in
 
+    def tokens_and_mask(self, input: ModelInput, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return the tokens [batch pos] that an input stands for, and their mask; None if nothing is padded."""
+        return self._read(input, None, None, attention_mask, None)
+
     def _read(
         self,
         input: ModelInput,

@@ -1,0 +1,131 @@
+"""What a run's logits are judged by: metrics that say which positions and tokens they read.
+
+A metric is called with logits [batch pos vocab] and returns their mean score, a scalar; any function that does so
+serves as one. Those made here also say what they read, so that a sweep unembeds nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Tokens = int | Tensor | list[int]
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """A score of each prompt's logits at one position.
+
+    Attributes:
+        name: for messages and axis titles.
+        pos: the position whose logits are read; negative counts from the end.
+        tokens: the vocabulary entries that are read, [batch_or_1 token]; None for all of them.
+        score: logits of those entries [... batch token] -> [... batch].
+    """
+
+    name: str
+    pos: int
+    tokens: Tensor | None
+    score: Callable[[Tensor], Tensor]
+
+    def per_prompt(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
+        """Return each prompt's score.
+
+        Raises:
+            ValueError: there is no such position, or prompts and answers differ in number.
+        """
+        if not -logits.shape[1] <= self.pos < logits.shape[1]:
+            raise ValueError(f"{self.name} reads position {self.pos}, and the logits have {logits.shape[1]} positions")
+        read = logits[:, self.pos]
+        if self.tokens is not None:
+            self.check_batch(logits.shape[0])
+            tokens = self.tokens.to(logits.device)
+            read = read.gather(-1, tokens.expand(logits.shape[0], -1))
+        return self.score(read)
+
+    def check_batch(self, batch: int) -> None:
+        """Check that there is an answer for every prompt, or one for all.
+
+        Raises:
+            ValueError: there is neither.
+        """
+        if self.tokens is not None and self.tokens.shape[0] not in (1, batch):
+            raise ValueError(f"{self.name} has answers for {self.tokens.shape[0]} prompts; there are {batch}")
+
+    def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, ""]:
+        return self.per_prompt(logits).mean()
+
+
+def logit(answer: Tokens, pos: int = -1) -> Metric:
+    """Return the metric "logit of the answer".
+
+    Args:
+        answer: a token, or one for each prompt.
+        pos: where it is predicted.
+    """
+    return Metric("logit", pos, _column(answer, "answer"), lambda read: read[..., 0])
+
+
+def logit_diff(answer: Tokens, wrong: Tokens, pos: int = -1) -> Metric:
+    """Return the metric "logit of the answer minus logit of the wrong one". Arguments as for `logit`."""
+    right, other = _column(answer, "answer"), _column(wrong, "wrong")
+    if len({right.shape[0], other.shape[0]} - {1}) > 1:
+        raise ValueError(f"logit_diff has {right.shape[0]} answers and {other.shape[0]} wrong ones")
+    batch = max(right.shape[0], other.shape[0])
+    tokens = torch.cat((right.expand(batch, 1), other.expand(batch, 1)), 1)
+    return Metric("logit difference", pos, tokens, lambda read: read[..., 0] - read[..., 1])
+
+
+def log_prob(answer: Tokens, pos: int = -1) -> Metric:
+    """Return the metric "log-probability of the answer", in nats."""
+    column = _column(answer, "answer")
+    return Metric("log-probability", pos, None, lambda read: _pick(read.log_softmax(-1), column))
+
+
+def rank(answer: Tokens, pos: int = -1) -> Metric:
+    """Return the metric "rank of the answer": 0 where no token has a larger logit."""
+    column = _column(answer, "answer")
+    return Metric("rank", pos, None, lambda read: (read > _pick(read, column)[..., None]).sum(-1).to(read.dtype))
+
+
+def accuracy(answer: Tokens, pos: int = -1) -> Metric:
+    """Return the metric "the answer has the largest logit": 1 or 0 per prompt."""
+    column = _column(answer, "answer")
+    return Metric("accuracy", pos, None, lambda read: (read.argmax(-1) == column.to(read.device)[:, 0]).to(read.dtype))
+
+
+def kl_to(reference: Float[Tensor, "batch pos vocab"], pos: int = -1) -> Metric:
+    """Return the metric "KL divergence from the reference's next-token distribution to the run's", in nats.
+
+    Args:
+        reference: logits, usually the clean run's.
+        pos: the position that is compared.
+    """
+    if reference.ndim != 3:
+        raise ValueError(f"kl_to takes logits [batch pos vocab], got shape {tuple(reference.shape)}")
+    target = reference[:, pos].log_softmax(-1)
+
+    def score(read: Tensor) -> Tensor:
+        wanted = target.to(read)
+        return (wanted.exp() * (wanted - read.log_softmax(-1))).sum(-1)
+
+    return Metric("KL divergence", pos, None, score)
+
+
+def _column(tokens: Any, what: str) -> Tensor:
+    """Tokens as [batch_or_1 1]."""
+    column = torch.as_tensor(tokens)
+    if column.is_floating_point() or column.dtype == torch.bool or column.ndim > 1 or column.numel() == 0:
+        raise ValueError(f"{what} is a token, or one for each prompt; got {tokens!r}")
+    return column.reshape(-1, 1).long()
+
+
+def _pick(read: Tensor, column: Tensor) -> Tensor:
+    """The entry of each prompt's answer: [... batch vocab] -> [... batch]."""
+    column = column.to(read.device).expand(read.shape[-2], 1)
+    return read.gather(-1, column.expand(*read.shape[:-1], 1))[..., 0]
