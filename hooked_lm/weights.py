@@ -68,8 +68,11 @@ def untie(cfg: HookedTransformerConfig, weights: Weights) -> Processed:
     """Give a model with tied embeddings a `W_U` of its own, a copy of `W_E` transposed."""
     if not cfg.tie_word_embeddings:
         return cfg, weights
-    W_U = {"unembed.W_U": weights["embed.W_E"].T.clone(memory_format=torch.contiguous_format)}
-    return cfg.replace(tie_word_embeddings=False), {**weights, **(W_U if "embed.W_E" in weights else {})}
+    cfg = cfg.replace(tie_word_embeddings=False)
+    if "embed.W_E" not in weights:
+        return cfg, weights  # blocks alone
+    W_U = weights["embed.W_E"].T.clone(memory_format=torch.contiguous_format)
+    return cfg, {**weights, "unembed.W_U": W_U}
 
 
 def _purely(name: str, cfg: HookedTransformerConfig, weights: Weights) -> Processed:
@@ -90,8 +93,9 @@ def _fold_norms_(cfg: HookedTransformerConfig, weights: Weights) -> HookedTransf
     centred = cfg.normalization_type == "LN"
     mlp_readers = ("W_in", "W_gate", "W_router", "shared.W_in", "shared.W_gate", "W_shared_gate")
     for prefix in _block_prefixes(weights):
-        _fold_norm_(weights, f"{prefix}ln1", [f"{prefix}attn.W_{letter}" for letter in "QKV"], centred)
-        _fold_norm_(weights, f"{prefix}ln2", [f"{prefix}mlp.{reader}" for reader in mlp_readers], centred)
+        if cfg.norm_placement != "residual":  # norms on the stream keep their gains: it goes on through them
+            _fold_norm_(weights, f"{prefix}ln1", [f"{prefix}attn.W_{letter}" for letter in "QKV"], centred)
+            _fold_norm_(weights, f"{prefix}ln2", [f"{prefix}mlp.{reader}" for reader in mlp_readers], centred)
         _fold_norm_(weights, f"{prefix}mlp.ln", [f"{prefix}mlp.W_out"], centred=True)
     _fold_norm_(weights, "ln_final", ["unembed.W_U"], centred=centred and not cfg.final_rms)
     return cfg.replace(normalization_type=f"{cfg.normalization_type}Pre")
@@ -186,8 +190,6 @@ def _value_bias_obstacle(cfg: HookedTransformerConfig) -> str | None:
 
 
 def _folding_obstacle(cfg: HookedTransformerConfig) -> str | None:
-    if cfg.norm_placement == "residual":
-        return "the norms are on the residual stream itself, so their gains act on more than what reads from it"
     if cfg.positional_embedding_type == "shortformer":
         return "shortformer adds positions after ln1, so its gain cannot move past them"
     return None

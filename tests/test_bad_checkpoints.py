@@ -101,11 +101,38 @@ def test_a_damaged_shard(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": ["a"]}', '{"weight_map": 3}']
+    "content",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": {}}',
+        '{"weight_map": ["a"]}',
+        '{"weight_map": 3}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": null}}',
+        '{"weight_map": {"a": ["b"]}}',
+        '{"weight_map": {"a": ""}}',
+    ],
 )
 def test_an_index_that_is_not_one(content: str, folder: Path) -> None:
     (sharded(folder) / "model.safetensors.index.json").write_text(content)
     fails(folder, r"model\.safetensors\.index\.json")
+
+
+def test_a_tensor_that_the_index_promises_and_no_shard_holds(folder: Path) -> None:
+    shard = next(
+        path for path in sharded(folder).glob("model-*.safetensors") if "h.1.ln_2" in str(load_file(path).keys())
+    )
+    save_file({name: value for name, value in load_file(shard).items() if "h.1.ln_2" not in name}, shard)
+    fails(folder, r"lacks 2 tensors that the config implies: h\.1\.ln_2\.weight, h\.1\.ln_2\.bias$")
+
+
+def test_integers_in_place_of_the_embedding(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    embedding = torch.ones(300, 24, dtype=torch.int8)
+    save_file({**tensors, "transformer.wte.weight": embedding}, folder / "model.safetensors")
+    fails(folder, r"transformer\.wte\.weight has the dtype I8")
 
 
 def test_a_missing_a_surplus_and_a_misshapen_tensor_are_named(folder: Path) -> None:
@@ -129,6 +156,9 @@ def test_a_missing_a_surplus_and_a_misshapen_tensor_of_our_own_format_are_named(
     fails(own_folder, r"blocks\.1\.attn\.W_X")
     save_file({**good, "embed.W_E": torch.ones(21, 12)}, path)
     fails(own_folder, r"embed\.W_E")
+    for name in ("blocks.x.attn.W_K", "blocks.-1.attn.W_K", "blocks.", "blocks.2.attn.W_K", "blocks.01.attn.W_K"):
+        save_file({**good, name: torch.ones(2)}, path)
+        fails(own_folder, re.escape(name))
 
 
 # Pickles
@@ -144,7 +174,16 @@ class Payload:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+def write_old_format(value: Any, path: Path) -> None:
+    """As PyTorch did before 1.6."""
+    torch.save(value, path, _use_new_zipfile_serialization=False)
+
+
+def write_plain_pickle(value: Any, path: Path) -> None:
+    path.write_bytes(pickle.dumps(value))
+
+
+@pytest.mark.parametrize("write", [torch.save, write_old_format, write_plain_pickle])
 def test_code_in_a_pickle_is_not_run(write: Any, folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     trap = tmp_path / "it ran"
@@ -156,6 +195,30 @@ def test_code_in_a_pickle_is_not_run(write: Any, folder: Path, tmp_path: Path) -
 def test_the_payload_would_run_if_it_were_read(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(Payload(tmp_path / "it ran")))
     assert (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize("write", [torch.save, write_old_format])
+@pytest.mark.parametrize("kept", [0.2, 0.9, 0.999])
+def test_a_truncated_pickle(kept: float, write: Any, folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    write(tiny_gpt2().state_dict(), path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    fails(folder, r"pytorch_model\.bin is damaged")
+
+
+def test_code_in_one_of_several_pickles_is_not_run(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    trap, state = tmp_path / "it ran", tiny_gpt2().state_dict()
+    torch.save(state, folder / "a.bin")
+    torch.save({"transformer.wte.weight": Payload(trap)}, folder / "b.bin")
+    where = {**dict.fromkeys(state, "a.bin"), "transformer.wte.weight": "b.bin"}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    fails(folder, r"b\.bin is damaged, or holds more than tensors")
+    assert not trap.exists()
+    (folder / "b.bin").unlink()
+    fails(folder, r"pytorch_model\.bin\.index\.json names files that are absent: b\.bin")
 
 
 @pytest.mark.parametrize("content", [b"", b"rubbish" * 20])

@@ -83,6 +83,56 @@ CLASSIC_FIELDS: dict[str, Any] = {
 }
 
 
+EXPERTS: dict[str, Any] = {"num_experts": 4, "experts_per_token": 2}
+SHARED: dict[str, Any] = {**EXPERTS, "gated_mlp": True, "d_shared_expert": 7, "shared_expert_gate": True}
+ROTARY: dict[str, Any] = {"positional_embedding_type": "rotary"}
+YARN: dict[str, Any] = {**ROTARY, "use_yarn_rope": True, "yarn_factor": 4.0}
+DYNAMIC: dict[str, Any] = {**ROTARY, "use_dynamic_rope": True, "dynamic_rope_factor": 4.0}
+BY_PARTS: dict[str, Any] = {**ROTARY, "use_NTK_by_parts_rope": True}
+LONGROPE: dict[str, Any] = {
+    **ROTARY,
+    "use_longrope": True,
+    "longrope_short_factors": [1.0, 2.0],
+    "longrope_long_factors": [3.0, 4.0],
+}
+
+# The fields that came later, each in a config that it goes with.
+LATER_FIELDS: list[dict[str, Any]] = [
+    {"norm_placement": "after", "final_norm": False},
+    {"norm_placement": "residual"},
+    {"use_qk_norm": True, "qk_norm_type": "LN", "qk_norm_per_head_gains": True},
+    {"use_qk_norm": True, "qk_norm_type": "RMSPre", "qk_norm_across_heads": True, "qk_norm_after_rotary": True},
+    {"embedding_scale": 2.5, "logit_scale": 0.5, "tie_word_embeddings": True},
+    {**ROTARY, "rotary_layers": [True, False]},
+    {**YARN, "yarn_beta_fast": 3.0, "yarn_beta_slow": 0.5, "yarn_truncate": False, "yarn_attention_factor": 1.5},
+    {**YARN, "yarn_original_max_position_embeddings": 9},
+    {**DYNAMIC, "dynamic_rope_original_ctx_len": 9},
+    {**LONGROPE, "longrope_attention_factor": 1.2, "longrope_original_ctx_len": 9},
+    {"positional_embedding_type": "alibi", "alibi_scale": 0.5, "alibi_in_bfloat16": True},
+    {"clip_qkv": 3.0, "attention_sinks": True},
+    {**SHARED, "d_expert": 9, "moe_layers": [True, False], "norm_topk_prob": False},
+    {**EXPERTS, "sparsemixer_jitter": 0.1},
+    {**EXPERTS, "gated_mlp": True, "gated_limit": 7.0},
+    {"act_fn": "xielu"},
+]
+
+
+@pytest.mark.parametrize("fields", LATER_FIELDS)
+def test_every_later_field_is_kept_and_survives_the_way_through_json(fields: dict[str, Any]) -> None:
+    cfg = tiny_config(**fields)
+    assert {name: getattr(cfg, name) for name in fields} == fields
+    assert HookedTransformerConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+    assert cfg.replace() == cfg
+    with torch.no_grad():
+        assert HookedTransformer(cfg)(tiny_tokens()).isfinite().all()
+
+
+def test_the_table_of_later_fields_leaves_none_out() -> None:
+    named = {name for fields in LATER_FIELDS for name in fields} | set(CLASSIC_FIELDS)
+    every = {field.name for field in dataclasses.fields(HookedTransformerConfig)}
+    assert every - named == {"rotary_scaling_factor", "default_padding_side", "n_params"}
+
+
 def test_every_classic_field_is_accepted_and_kept() -> None:
     cfg = HookedTransformerConfig(**CLASSIC_FIELDS)
     assert {name: getattr(cfg, name) for name in CLASSIC_FIELDS} == CLASSIC_FIELDS
@@ -99,6 +149,8 @@ def test_the_parameter_count_is_that_of_the_weights_of_blocks() -> None:
         {"gated_mlp": True, "n_key_value_heads": 1},
         {"attn_only": True},
         {"num_experts": 3, "experts_per_token": 2, "gated_mlp": True},
+        {**SHARED, "moe_layers": [False, True], "d_expert": 5},
+        {"tie_word_embeddings": True, "attention_sinks": True, "act_fn": "xielu"},
     ):
         model = HookedTransformer(tiny_config(**changes))
         weights = [value for name, value in model.named_parameters() if ".W_" in name and name.startswith("blocks")]
@@ -215,6 +267,77 @@ def test_is_layer_norm_activation_is_true_for_solu_ln_alone() -> None:
         ({"eps": -1e-5}, "eps is not negative"),
         ({"dtype": "float23"}, "dtype is a floating-point torch dtype"),
         ({"dtype": torch.int64}, "dtype is a floating-point torch dtype"),
+        # Norms
+        ({"norm_placement": "befor"}, "norm_placement='befor' is none of .*did you mean 'before'"),
+        (
+            {"norm_placement": "after", "use_normalization_before_and_after": True},
+            "use_normalization_before_and_after contradicts norm_placement='after'",
+        ),
+        ({"norm_placement": "residual", "parallel_attn_mlp": True}, "norms on the residual stream .*not in parallel"),
+        ({"final_norm": False, "final_rms": True}, "final_rms says what the final norm is"),
+        ({"use_qk_norm": True, "qk_norm_type": "LNPre"}, "qk_norm_type='LNPre' is none of"),
+        ({"qk_norm_across_heads": True}, "qk_norm_across_heads .* needs use_qk_norm=True"),
+        ({"qk_norm_per_head_gains": True}, "qk_norm_per_head_gains .* needs use_qk_norm=True"),
+        ({"qk_norm_after_rotary": True}, "qk_norm_after_rotary .* needs use_qk_norm=True"),
+        # Embeddings, logits, scores
+        ({"embedding_scale": 0.0}, "embedding_scale is positive; got 0.0"),
+        ({"logit_scale": None}, "logit_scale is positive; got None"),
+        ({"logit_scale": math.nan}, "logit_scale is positive; got nan"),
+        ({"clip_qkv": -1.0}, "clip_qkv is positive; got -1.0"),
+        ({"tie_word_embeddings": True, "d_vocab_out": 7}, "one vocabulary, not 20 in and 7 out"),
+        # Positions
+        ({"rotary_base_local": -1.0}, "rotary_base_local is positive; got -1.0"),
+        ({"rotary_layers": [True, False]}, "rotary_layers goes with rotary positions, not 'standard'"),
+        ({**ROTARY, "rotary_layers": [True]}, "rotary_layers holds True or False for each of 2 layers; got .True."),
+        ({**ROTARY, "rotary_layers": [1, 0]}, "rotary_layers holds True or False for each of 2 layers"),
+        ({**ROTARY, "rotary_layers": True}, "rotary_layers holds True or False for each of 2 layers; got True"),
+        ({**YARN, "use_dynamic_rope": True}, "scaled in one way, not by use_yarn_rope and use_dynamic_rope"),
+        ({**LONGROPE, "rotary_scaling_factor": 2.0}, "not by use_longrope and rotary_scaling_factor"),
+        ({**BY_PARTS, "use_yarn_rope": True}, "not by use_NTK_by_parts_rope and use_yarn_rope"),
+        ({**ROTARY, "rotary_scaling_factor": 0.0}, "rotary_scaling_factor is what positions are divided by"),
+        ({**BY_PARTS, "NTK_by_parts_factor": 0.0}, "NTK_by_parts_factor is positive"),
+        ({**BY_PARTS, "NTK_original_ctx_len": 0}, "NTK_original_ctx_len is positive"),
+        ({**BY_PARTS, "NTK_by_parts_low_freq_factor": 4.0}, "NTK_by_parts_low_freq_factor 4.0 is not .*below .* 4.0"),
+        ({**YARN, "yarn_factor": -4.0}, "yarn_factor is positive; got -4.0"),
+        ({**YARN, "yarn_beta_fast": 0.0}, "yarn_beta_fast is positive"),
+        ({**YARN, "yarn_beta_slow": 0.0}, "yarn_beta_slow is positive"),
+        ({**YARN, "yarn_attention_factor": 0.0}, "yarn_attention_factor is positive"),
+        ({**YARN, "yarn_original_max_position_embeddings": 0}, "yarn_original_max_position_embeddings is positive"),
+        ({**DYNAMIC, "dynamic_rope_factor": "4"}, "dynamic_rope_factor is positive; got '4'"),
+        ({**DYNAMIC, "dynamic_rope_original_ctx_len": 0}, "dynamic_rope_original_ctx_len is positive"),
+        ({**DYNAMIC, "rotary_dim": 2}, "use_dynamic_rope .*rotary_dim 2"),
+        ({**LONGROPE, "longrope_long_factors": None}, "longrope_long_factors holds one .* each of 2 pairs; got None"),
+        ({**LONGROPE, "longrope_short_factors": [1.0]}, "longrope_short_factors holds one .* each of 2 pairs"),
+        ({**LONGROPE, "longrope_short_factors": [1.0, 0.0]}, "longrope_short_factors holds one positive factor"),
+        ({**LONGROPE, "longrope_original_ctx_len": -1}, "longrope_original_ctx_len is positive"),
+        ({**LONGROPE, "longrope_attention_factor": 0}, "longrope_attention_factor is positive"),
+        ({"alibi_scale": 0.0}, "alibi_scale is positive"),
+        (
+            {"positional_embedding_type": "alibi", "alibi_in_bfloat16": True, "attention_dir": "bidirectional"},
+            "alibi_in_bfloat16",
+        ),
+        # Experts
+        ({"moe_layers": [True, False]}, "moe_layers goes with num_experts"),
+        ({"d_expert": 3}, "d_expert goes with num_experts"),
+        ({"d_shared_expert": 3}, "d_shared_expert goes with num_experts"),
+        ({"shared_expert_gate": True}, "shared_expert_gate goes with num_experts"),
+        ({"sparsemixer_jitter": 0.1}, "sparsemixer_jitter goes with num_experts"),
+        ({"gated_limit": 7.0}, "gated_limit goes with num_experts"),
+        ({"attn_only": True, "d_shared_expert": 3}, "d_shared_expert goes with num_experts"),
+        ({"num_experts": 4.0, "experts_per_token": 2}, "num_experts is an integer of at least 1; got 4.0"),
+        ({**EXPERTS, "act_fn": "xielu"}, "xielu is not defined for a mixture of experts"),
+        ({**EXPERTS, "moe_layers": [True]}, "moe_layers holds True or False for each of 2 layers"),
+        ({**EXPERTS, "d_expert": 0}, "d_expert is an integer of at least 1; got 0"),
+        ({**SHARED, "d_shared_expert": 0}, "d_shared_expert is an integer of at least 1; got 0"),
+        ({**SHARED, "d_shared_expert": None}, "shared_expert_gate needs a shared expert: give d_shared_expert"),
+        ({**SHARED, "gated_mlp": False}, "d_shared_expert needs gated_mlp=True"),
+        (
+            {"num_experts": 4, "experts_per_token": 3, "sparsemixer_jitter": 0.1},
+            "SparseMixer picks two experts, not experts_per_token=3",
+        ),
+        ({**EXPERTS, "sparsemixer_jitter": -0.1}, "sparsemixer_jitter is positive"),
+        ({**EXPERTS, "gated_limit": 7.0}, "give gated_mlp=True"),
+        ({**EXPERTS, "gated_mlp": True, "gated_limit": -7.0}, "gated_limit is positive; got -7.0"),
     ],
 )
 def test_a_contradiction_or_a_value_out_of_range_raises_and_is_named(changes: dict[str, Any], match: str) -> None:
@@ -456,3 +579,61 @@ def test_a_model_is_made_on_the_device_that_is_asked_for(how: str, gpt2_folder: 
         model = HookedTransformer.from_pretrained(gpt2_folder, device="meta")
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert model.cfg.device == "meta"
+
+
+def test_the_two_names_of_norms_before_and_after_follow_each_other() -> None:
+    both = tiny_config(norm_placement="before_and_after")
+    assert both.use_normalization_before_and_after
+    assert both == tiny_config(use_normalization_before_and_after=True)
+    assert both.replace(norm_placement="after") == tiny_config(norm_placement="after")
+    assert both.replace(use_normalization_before_and_after=False) == tiny_config()
+    assert tiny_config().replace(use_normalization_before_and_after=True) == both
+    assert both.replace(eps=1e-3).norm_placement == "before_and_after"
+    with pytest.raises(ValueError, match="contradicts norm_placement='after'"):
+        both.replace(norm_placement="after", use_normalization_before_and_after=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"), [("moe_layers", {**EXPERTS, "d_expert": 9}), ("rotary_layers", {**ROTARY, "rotary_dim": 2})]
+)
+def test_what_is_said_per_layer_is_a_list_of_the_configs_own(name: str, fields: dict[str, Any]) -> None:
+    mine = [True, False, True]  # longer than there are layers: what is left of a longer model
+    cfg = tiny_config(**fields, **{name: mine})
+    mine[0] = False
+    assert getattr(cfg, name) == [True, False, True]
+    assert tiny_config(**fields, **{name: (True, False, True)}) == cfg
+
+
+def test_layers_have_experts_and_rotate_as_the_config_says() -> None:
+    mixed = tiny_config(**EXPERTS, moe_layers=[False, True])
+    assert [mixed.has_experts(layer) for layer in range(2)] == [False, True]
+    assert [tiny_config(**EXPERTS).has_experts(layer) for layer in range(2)] == [True, True]
+    assert not tiny_config().has_experts(0)
+    turning = tiny_config(**ROTARY, rotary_layers=[False, True])
+    assert [turning.rotates(layer) for layer in range(2)] == [False, True]
+    assert not tiny_config().rotates(0)
+
+
+def test_experts_are_as_wide_as_the_mlps_unless_they_have_a_width_of_their_own() -> None:
+    assert tiny_config(**EXPERTS).expert_width == 48
+    assert tiny_config(**EXPERTS, d_expert=5).expert_width == 5
+    with pytest.raises(ValueError, match="attn_only: it has no MLP"):
+        tiny_config(attn_only=True).expert_width  # noqa: B018 (the property raises)
+
+
+@pytest.mark.parametrize("init_mode", INIT_MODES)
+def test_a_new_models_later_parameters_start_as_what_they_are(init_mode: str) -> None:
+    experts = HookedTransformer(tiny_config(**SHARED, attention_sinks=True, init_mode=init_mode))
+    for block in experts.blocks:
+        assert not block.attn.sinks.any()
+        assert block.mlp.W_shared_gate.std() > 0
+        assert block.mlp.shared.W_in.std() > 0
+        assert not block.mlp.b_shared_gate.any()
+        assert not block.mlp.shared.b_out.any()
+    xielu = HookedTransformer(tiny_config(act_fn="xielu", use_qk_norm=True, qk_norm_type="LN", init_mode=init_mode))
+    for block in xielu.blocks:
+        # A learned activation function starts with its own values, 0.8 both.
+        assert block.mlp.act_fn.alpha_p.exp().log1p().item() == pytest.approx(0.8)
+        assert block.mlp.act_fn.alpha_n.exp().log1p().item() + 0.5 == pytest.approx(0.8)
+        assert bool((block.attn.q_norm.w == 1).all())
+        assert not block.attn.k_norm.b.any()

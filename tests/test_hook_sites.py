@@ -47,6 +47,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "no norms, no positions": {"normalization_type": None, "positional_embedding_type": "none"},
     "folded, bidirectional": {"normalization_type": "LNPre", "attention_dir": "bidirectional"},
     "norms on what is written, qk norm across heads, clipped": {
+        "n_layers": 1,
         "norm_placement": "after",
         "normalization_type": "RMS",
         "positional_embedding_type": "rotary",
@@ -58,6 +59,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "clip_qkv": 0.8,
     },
     "norms on the stream, xielu, no final norm": {
+        "n_layers": 1,
         "norm_placement": "residual",
         "final_norm": False,
         "act_fn": "xielu",
@@ -73,6 +75,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "logit_scale": 0.3,
     },
     "qk norm after rotary without gain, scaled embedding, wide yarn": {
+        "n_layers": 1,
         "use_qk_norm": True,
         "qk_norm_type": "RMSPre",
         "qk_norm_after_rotary": True,
@@ -106,8 +109,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "act_fn": "silu",
         "norm_topk_prob": False,
     },
-    "sparsemixer": {"num_experts": 5, "experts_per_token": 2, "sparsemixer_jitter": 0.3},
+    "sparsemixer": {"n_layers": 1, "num_experts": 5, "experts_per_token": 2, "sparsemixer_jitter": 0.3},
     "alibi scaled, in bfloat16": {
+        "n_layers": 1,
         "positional_embedding_type": "alibi",
         "alibi_scale": 0.7,
         "alibi_in_bfloat16": True,
@@ -280,7 +284,7 @@ def reference_logits(model: HookedTransformer, tokens: Tensor, edit: Edit = lamb
             if letter != "v" and not cfg.qk_norm_after_rotary:
                 made = qk_norm(made, f"{at}attn.{letter}_norm")
             if cfg.clip_qkv is not None:
-                made = made.minimum(torch.tensor(cfg.clip_qkv)).maximum(torch.tensor(-cfg.clip_qkv))
+                made = made.where(made < cfg.clip_qkv, cfg.clip_qkv).where(made > -cfg.clip_qkv, -cfg.clip_qkv)
             made = edit(f"{at}attn.hook_{letter}", made)
             if letter != "v":
                 made = rotated(made) if turns(model, layer) else made
@@ -294,7 +298,7 @@ def reference_logits(model: HookedTransformer, tokens: Tensor, edit: Edit = lamb
         if cfg.attn_scores_soft_cap > 0:
             scores = cfg.attn_scores_soft_cap * torch.tanh(scores / cfg.attn_scores_soft_cap)
         if cfg.positional_embedding_type == "alibi":
-            slopes = torch.tensor([2.0**-4, 2.0**-8, 2.0**-2])  # of three heads, exact in bfloat16
+            slopes = torch.tensor([2.0**-4, 2.0**-8, 2.0**-2]).double()  # of three heads, exact in bfloat16
             bias = slopes[:, None, None] * (key if cfg.alibi_in_bfloat16 else -(query - key).abs())
             scores = scores + cfg.alibi_scale * bias
         allowed = query >= key if cfg.attention_dir == "causal" else torch.ones(n_pos, n_pos, dtype=torch.bool)
@@ -332,8 +336,8 @@ def reference_logits(model: HookedTransformer, tokens: Tensor, edit: Edit = lamb
                 gate = tap("hook_pre", x @ weights("W_gate") + weights("b_gate"))
                 linear = tap("hook_pre_linear", x @ weights("W_in") + weights("b_in"))
                 if limit is not None:
-                    gate = gate.minimum(torch.tensor(limit))
-                    linear = 1 + linear.minimum(torch.tensor(limit)).maximum(torch.tensor(-limit))
+                    gate = gate.where(gate < limit, limit)
+                    linear = 1 + linear.where(linear < limit, limit).where(linear > -limit, -limit)
                 post = act(gate) * linear
             else:
                 post = act(tap("hook_pre", x @ weights("W_in") + weights("b_in")))

@@ -54,6 +54,48 @@ KINDS: dict[str, dict[str, Any]] = {
     "odd head size": {"d_head": 5, "n_heads": 2},
     "wide heads": {"d_head": 14, "n_heads": 2},
     "another output vocabulary": {"d_vocab_out": 7},
+    "norms on what is written": {"norm_placement": "after"},
+    "rms on what is written": {"norm_placement": "after", "normalization_type": "RMS"},
+    "norms on the stream": {"norm_placement": "residual"},
+    "norms on the stream, none at the end": {"norm_placement": "residual", "final_norm": False},
+    "no final norm": {"final_norm": False},
+    "no final rms": {"final_norm": False, "normalization_type": "RMS"},
+    "clipped": {"clip_qkv": 0.5},
+    "attention sinks": {"attention_sinks": True, "n_heads": 4, "n_key_value_heads": 2},
+    "tied": {"tie_word_embeddings": True},
+    "tied, scaled": {"tie_word_embeddings": True, "embedding_scale": 3.0, "logit_scale": 0.3},
+    "tied, rms after the embedding": {
+        "tie_word_embeddings": True,
+        "post_embedding_ln": True,
+        "normalization_type": "RMS",
+    },
+    "query-key LN after rotary": {
+        "use_qk_norm": True,
+        "qk_norm_type": "LN",
+        "qk_norm_after_rotary": True,
+        "positional_embedding_type": "rotary",
+    },
+    "some layers rotate": {"positional_embedding_type": "rotary", "rotary_layers": [False, True]},
+    "xielu": {"act_fn": "xielu"},
+    "shared expert": {
+        "num_experts": 4,
+        "experts_per_token": 2,
+        "gated_mlp": True,
+        "act_fn": "silu",
+        "d_expert": 10,
+        "d_shared_expert": 7,
+        "shared_expert_gate": True,
+        "moe_layers": [True, False],
+    },
+    "sparsemixer": {"num_experts": 4, "experts_per_token": 2, "sparsemixer_jitter": 0.3},
+    "experts with a limit": {
+        "num_experts": 4,
+        "experts_per_token": 2,
+        "gated_mlp": True,
+        "act_fn": "quick_gelu",
+        "gated_limit": 0.4,
+        "normalization_type": "RMS",
+    },
 }
 
 MODELS: dict[str, HookedTransformer] = {}
@@ -111,10 +153,18 @@ def test_the_steps_preserve_log_probabilities_in_the_reverse_order_too(kind: str
 
 def test_the_obstacles_are_those_that_there_are() -> None:
     refactoring = {"rotary", "query-key norm", "grouped queries", "one key-value head", "wide heads"}
+    refactoring |= {"query-key LN after rotary", "some layers rotate", "attention sinks", "clipped"}
     writing = {kind for kind, changes in KINDS.items() if changes.get("normalization_type", "LN") != "LN"}
+    not_by_every_reader = {
+        "norms on what is written",
+        "norms on the stream",
+        "norms on the stream, none at the end",
+        "no final norm",
+    }
     expected = {("shortformer", "fold_ln"), ("soft-caps", "center_unembed")}
+    expected |= {("clipped", "fold_value_biases"), ("attention sinks", "fold_value_biases")}
     expected |= {(kind, "refactor_factored_attn_matrices") for kind in refactoring}
-    expected |= {(kind, "center_writing_weights") for kind in (*writing, "final rms")}
+    expected |= {(kind, "center_writing_weights") for kind in (*writing, *not_by_every_reader, "final rms")}
     assert set(OBSTRUCTED) == expected
 
 
@@ -192,6 +242,16 @@ def test_folding_leaves_norms_that_write_to_the_stream() -> None:
     assert torch.equal(state["blocks.0.ln2_post.b"], model.blocks[0].ln2_post.b)
 
 
+@pytest.mark.parametrize("placement", ["after", "residual"])
+def test_folding_where_no_reader_has_a_norm_folds_the_final_one_alone(placement: str) -> None:
+    model = tiny_model(norm_placement=placement)
+    cfg, state = weights.fold_layer_norm(model.cfg, model.state_dict())
+    assert cfg.normalization_type == "LNPre"
+    assert set(model.state_dict()) - set(state) == {"ln_final.w", "ln_final.b"}
+    changed = {name for name, value in state.items() if not torch.equal(value, model.state_dict()[name])}
+    assert changed == {"unembed.W_U", "unembed.b_U"}
+
+
 def test_folding_the_norm_of_solu_gives_its_gain_to_the_output_matrix() -> None:
     model = model_of("solu_ln")
     _, state = weights.fold_layer_norm(model.cfg, model.state_dict())
@@ -232,8 +292,9 @@ def test_centring_what_is_written_leaves_positions_that_bypass_the_stream() -> N
     assert torch.equal(state["pos_embed.W_pos"], model.W_pos)
 
 
-def test_after_centring_the_stream_has_mean_zero_at_every_layer() -> None:
-    model = model_of("layer norm")
+@pytest.mark.parametrize("kind", ["layer norm", "shared expert", "tied"])
+def test_after_centring_the_stream_has_mean_zero_at_every_layer(kind: str) -> None:
+    model = model_of(kind)
     _, cache = rebuilt(*weights.center_writing_weights(model.cfg, model.state_dict())).run_with_cache(tiny_tokens())
     for layer in range(2):
         assert mean(cache["resid_pre", layer], -1) < 1e-12
@@ -293,6 +354,7 @@ def test_refactoring_shares_the_singular_values_evenly_and_keeps_the_circuits(ki
         ("query-key norm", "refactor_factored_attn_matrices: the query-key norm"),
         ("grouped queries", "refactor_factored_attn_matrices: with grouped queries"),
         ("wide heads", "refactor_factored_attn_matrices: d_head 14 exceeds d_model 12"),
+        ("clipped", "refactor_factored_attn_matrices: values are clipped with their bias"),
     ],
 )
 def test_refactoring_raises_where_the_basis_of_a_head_is_fixed(kind: str, match: str) -> None:
@@ -304,7 +366,20 @@ def test_refactoring_raises_where_the_basis_of_a_head_is_fixed(kind: str, match:
 # Part of a model
 
 
-@pytest.mark.parametrize("kind", ["layer norm", "gated rms", "grouped queries", "experts", "solu_ln", "attention only"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "layer norm",
+        "gated rms",
+        "grouped queries",
+        "experts",
+        "solu_ln",
+        "attention only",
+        "tied",
+        "shared expert",
+        "norms on the stream",
+    ],
+)
 @pytest.mark.parametrize("step", STEPS)
 def test_a_step_does_to_one_block_what_it_does_to_that_block_in_the_whole(kind: str, step: str) -> None:
     if not preserves(kind, step) and step == "refactor_factored_attn_matrices":
@@ -326,6 +401,22 @@ def test_a_step_works_on_what_is_outside_the_blocks(step: str) -> None:
     _, processed = process(model.cfg, part, [step])
     assert set(processed) == {name for name in whole if not name.startswith("blocks.")}
     assert all(torch.equal(value, whole[name]) for name, value in processed.items())
+
+
+# What is read off the weights of layers that differ
+
+
+def test_dense_layers_among_mixtures_do_not_stack_and_say_where_to_look() -> None:
+    model = model_of("shared expert")
+    shapes = r"\(4, 12, 10\), \(12, 48\)"
+    with pytest.raises(ValueError, match=rf"W_in does not stack: its shapes are {shapes}.*blocks\[layer\]\.mlp\.W_in"):
+        _ = model.W_in
+    for name in ("W_gate", "W_out", "b_in", "b_gate", "b_out"):
+        with pytest.raises(ValueError, match=f"{name} does not stack"):
+            getattr(model, name)
+    assert model.W_Q.shape == (2, 3, 12, 4)
+    alike = model_of("experts with a limit")
+    assert torch.equal(alike.W_out, torch.stack([block.mlp.W_out for block in alike.blocks]))
 
 
 # What is planned
@@ -387,6 +478,10 @@ PROCESSED_KINDS = [
     "solu_ln rms",
     "rotary",
     "final rms",
+    "tied, scaled",
+    "norms on the stream",
+    "attention sinks",
+    "shared expert",
 ]
 
 

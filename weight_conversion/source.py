@@ -163,6 +163,9 @@ class SafetensorFiles(TensorSource):
         # The pages that were read stay in memory as long as the file is mapped.
         self._open.clear()
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._paths
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._paths)
 
@@ -184,6 +187,9 @@ class TensorsInMemory(TensorSource):
 
     def dtype(self, name: str) -> torch.dtype:
         return self._tensors[name].dtype
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
