@@ -39,7 +39,7 @@ class Homes:
             plan: the processing steps.
             keep_views: what is read may be kept rather than copied.
         """
-        rewritten = re.compile("|".join(processing.STEPS[step].writes for step in plan) or "(?!)")
+        rewritten = re.compile("|".join(processing.STEPS[step].writes(cfg) for step in plan) or "(?!)")
         # What is processed reads also what is not: all of it in one precision.
         keep_views = keep_views and (not plan or self.dtype == self._precise)
         placed, kept = {}, set[int]()

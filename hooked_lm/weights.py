@@ -80,7 +80,8 @@ def _purely(name: str, cfg: HookedTransformerConfig, weights: Weights) -> Proces
     step = STEPS[name]
     if step.unties:
         cfg, weights = untie(cfg, weights)
-    owned = {key: value.clone() if re.fullmatch(step.writes, key) else value for key, value in weights.items()}
+    written = step.writes(cfg)
+    owned = {key: value.clone() if re.fullmatch(written, key) else value for key, value in weights.items()}
     return step.rewrite(cfg, owned), owned
 
 
@@ -215,29 +216,40 @@ class Step:
 
     Attributes:
         rewrite: does it in place and returns the config that results.
-        writes: a regular expression of the tensors it writes to.
+        writes: a regular expression of the tensors it writes to, given the config.
         obstacle: why it would change what a model computes, or None.
         default: it is done unless asked not to be.
         unties: it treats embedding and unembedding differently, so that they cannot stay one tensor.
     """
 
     rewrite: Callable[[HookedTransformerConfig, Weights], HookedTransformerConfig]
-    writes: str
+    writes: Callable[[HookedTransformerConfig], str]
     obstacle: Callable[[HookedTransformerConfig], str | None]
     default: bool = True
     unties: bool = False
 
 
-_READERS = r"unembed\.[Wb]_U|blocks\.\d+\.(attn\.[Wb]_[QKV]|mlp\.(shared\.)?[Wb]_(in|gate|out|router|shared_gate))"
+def _readers(cfg: HookedTransformerConfig) -> str:
+    """What reads from a norm: the unembedding, attention, the MLP; and after SoLU's norm, its output."""
+    out = r"|blocks\.\d+\.mlp\.[Wb]_out" if cfg.is_layer_norm_activation() else ""
+    mlp = r"mlp\.((shared\.)?[Wb]_(in|gate)|[Wb]_(router|shared_gate))"
+    return rf"unembed\.[Wb]_U|blocks\.\d+\.(attn\.[Wb]_[QKV]|{mlp}){out}"
+
+
+def _always(pattern: str) -> Callable[[HookedTransformerConfig], str]:
+    return lambda cfg: pattern
+
 
 # In this order: folding the norms makes the biases that later steps move.
 STEPS: dict[str, Step] = {
-    "fold_ln": Step(_fold_norms_, _READERS, _folding_obstacle, unties=True),
-    "center_writing_weights": Step(_center_writing_, rf"{_WRITERS}|pos_embed\.W_pos", _writing_obstacle, unties=True),
-    "center_unembed": Step(_center_unembed_, r"unembed\.[Wb]_U", _unembed_obstacle, unties=True),
-    "fold_value_biases": Step(_fold_value_biases_, r"blocks\.\d+\.attn\.(b_V|b_O)", _value_bias_obstacle),
+    "fold_ln": Step(_fold_norms_, _readers, _folding_obstacle, unties=True),
+    "center_writing_weights": Step(
+        _center_writing_, _always(rf"{_WRITERS}|pos_embed\.W_pos"), _writing_obstacle, unties=True
+    ),
+    "center_unembed": Step(_center_unembed_, _always(r"unembed\.[Wb]_U"), _unembed_obstacle, unties=True),
+    "fold_value_biases": Step(_fold_value_biases_, _always(r"blocks\.\d+\.attn\.(b_V|b_O)"), _value_bias_obstacle),
     "refactor_factored_attn_matrices": Step(
-        _refactor_, r"blocks\.\d+\.attn\.[Wb]_[QKVO]", _refactoring_obstacle, default=False
+        _refactor_, _always(r"blocks\.\d+\.attn\.[Wb]_[QKVO]"), _refactoring_obstacle, default=False
     ),
 }
 

@@ -293,9 +293,11 @@ def _short_name(name_or_path: str | Path) -> str:
 
 
 def _tokenizer_in(folder: Path, trust_remote_code: bool) -> Any:
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    return load_tokenizer(str(folder), trust_remote_code)
+    return load_tokenizer(str(folder), trust_remote_code) if _has_tokenizer(folder) else None
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> Any:
@@ -304,6 +306,9 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> Any:
     Raises:
         CheckpointError: there is none to be had.
     """
+    # transformers makes one that knows no words where a folder has none.
+    if Path(name_or_path).is_dir() and not _has_tokenizer(Path(name_or_path)):
+        raise CheckpointError(f"no tokenizer: the folder {name_or_path} has none of {', '.join(_TOKENIZER_FILES)}")
     # Only reading text needs transformers, whose import takes seconds.
     from transformers import AutoTokenizer
 

@@ -67,7 +67,7 @@ def export(
 
     (architecture,) = origin["architectures"]
     family = family_of(architecture)
-    fields = {**origin, "tie_word_embeddings": cfg.tie_word_embeddings} if _unties(cfg, origin) else dict(origin)
+    fields = dict(origin)
     original, table = read_family(family, fields, architecture)
     _check_whole(cfg, original)
     tensors = inverted(table, cfg, weights)
@@ -114,11 +114,6 @@ def _one_by_one(entry: Entry, cfg: HookedTransformerConfig, weights: Mapping[str
         names = stacked_names(source, cfg)
         parted |= {source: tensor} if names == [source] else dict(zip(names, tensor, strict=True))
     return parted
-
-
-def _unties(cfg: HookedTransformerConfig, origin: Mapping[str, Any]) -> bool:
-    """Whether embeddings that the origin says are tied have come to differ."""
-    return bool(origin.get("tie_word_embeddings", False)) and not cfg.tie_word_embeddings
 
 
 def _check_whole(cfg: HookedTransformerConfig, original: HookedTransformerConfig) -> None:
