@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_lm.circuits.full_circuits import top1_accuracy
 from hooked_lm.circuits.induction import (
     Head,
     induction_scores,
@@ -19,7 +20,6 @@ from hooked_lm.circuits.induction import (
     previous_token_scores,
     repeated_random_tokens,
     strongest_head,
-    top1_accuracy,
 )
 from hooked_lm.hooks import HookPoint
 from hooked_lm.transformer import HookedTransformer
@@ -154,7 +154,7 @@ def run_demo(
     done(STEPS[2])
 
     k_composition = model.all_composition_scores("K")[0, :, 1]
-    circuit_accuracy = top1_accuracy(k_composition_qk_circuit(model, previous, induction))
+    circuit_accuracy = top1_accuracy(k_composition_qk_circuit(model, previous, induction), verbose=False)
     done(STEPS[3])
 
     ablations = _ablations(model, tokens, previous, induction, previous_scores, ind_scores)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hooked_lm import ActivationCache, FactoredMatrix
+from hooked_lm import ActivationCache
 from hooked_lm.circuits.induction import (
     NextTokenScores,
     induction_scores,
@@ -14,7 +14,6 @@ from hooked_lm.circuits.induction import (
     previous_token_scores,
     repeated_random_tokens,
     strongest_head,
-    top1_accuracy,
 )
 from tests.helpers import tiny_model, tiny_tokens
 
@@ -160,31 +159,6 @@ def test_a_writer_that_does_not_come_before_its_reader_raises(writer: tuple[int,
 def test_a_head_that_does_not_exist_raises(writer: tuple[int, int], reader: tuple[int, int], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         k_composition_qk_circuit(tiny_model(), writer, reader)
-
-
-@pytest.mark.parametrize("block", [1, 3, 7, 1000])
-def test_top1_accuracy_is_the_same_in_blocks_of_any_size(block: int) -> None:
-    left, right = (torch.randn(7, 3, generator=generator(seed)) for seed in (0, 1))
-    right = torch.cat((left[:4], right[4:]))  # some rows find themselves, some do not
-    circuit = FactoredMatrix(left, right.T)
-    expected = (circuit.AB.argmax(-1) == torch.arange(7)).float().mean()
-    assert 0.0 < float(expected) < 1.0
-    assert top1_accuracy(circuit, block) == pytest.approx(float(expected))
-
-
-def test_top1_accuracy_goes_along_rows_not_columns() -> None:
-    # Rows 0 and 1 are largest on the diagonal; only column 1 is.
-    circuit = FactoredMatrix(torch.eye(3), torch.tensor([[2.0, 1.0, 0.0], [3.0, 4.0, 0.0], [5.0, 0.0, 1.0]]))
-    assert top1_accuracy(circuit) == pytest.approx(2 / 3)
-
-
-def test_top1_accuracy_of_what_is_not_one_square_matrix_raises() -> None:
-    with pytest.raises(ValueError, match="one square matrix"):
-        top1_accuracy(FactoredMatrix(torch.ones(3, 2), torch.ones(2, 4)))
-    with pytest.raises(ValueError, match="one square matrix"):
-        top1_accuracy(FactoredMatrix(torch.ones(5, 3, 2), torch.ones(5, 2, 3)))
-    with pytest.raises(ValueError, match="at least one row"):
-        top1_accuracy(FactoredMatrix(torch.ones(3, 2), torch.ones(2, 3)), block=0)
 
 
 def test_the_scores_of_a_real_run_come_from_its_patterns() -> None:

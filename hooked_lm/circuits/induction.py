@@ -177,25 +177,3 @@ def k_composition_qk_circuit(model: Any, writer: Head, reader: Head) -> Factored
     if writer[0] >= reader[0]:
         raise ValueError(f"the writer is in an earlier layer than the reader; got layers {writer[0]} and {reader[0]}")
     return model.W_E @ model.QK[reader] @ model.OV[writer].T @ model.W_E.T
-
-
-def top1_accuracy(circuit: FactoredMatrix, block: int = 1024) -> float:
-    """Return the share of rows whose largest entry is on the diagonal.
-
-    Args:
-        circuit: square, without leading axes.
-        block: rows multiplied out at a time: the memory is `block * vocab` numbers, never `vocab * vocab`.
-
-    Raises:
-        ValueError: the circuit is not one square matrix, or a block has no rows.
-    """
-    if circuit.ndim != 2 or circuit.ldim != circuit.rdim:
-        raise ValueError(f"top1_accuracy is about one square matrix, got shape {tuple(circuit.shape)}")
-    if block < 1:
-        raise ValueError(f"a block has at least one row; got block={block}")
-    hits = 0
-    for start in range(0, circuit.ldim, block):
-        rows = circuit.A[start : start + block] @ circuit.B  # [block vocab]
-        diagonal = torch.arange(start, start + len(rows), device=rows.device)
-        hits += int((rows.argmax(-1) == diagonal).sum())
-    return hits / circuit.ldim
