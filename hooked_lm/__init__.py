@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hooked_lm import components as components
+    from hooked_lm import head_detector as head_detector
+    from hooked_lm import metrics as metrics
     from hooked_lm import utils as utils
     from hooked_lm import weights as weights
     from hooked_lm.activation_cache import ActivationCache as ActivationCache
@@ -45,7 +47,7 @@ _HOMES = {
     "UnknownHookError": "hooked_lm.names",
     "verify": "hooked_lm.certificate",
 }
-_MODULES = ("components", "utils", "weights")
+_MODULES = ("components", "head_detector", "metrics", "utils", "weights")
 
 __all__ = [*_HOMES, *_MODULES]  # noqa: PLE0604
 

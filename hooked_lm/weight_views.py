@@ -147,11 +147,12 @@ class WeightViews(nn.Module):
         """
         if mode not in ("Q", "K", "V"):
             raise ValueError(f"composition is by 'Q', 'K' or 'V', not {mode!r}")
-        reads = self.OV if mode == "V" else self.QK if mode == "Q" else self.QK.T
-        scores = composition_scores(self.OV, reads)
-        layer = torch.arange(self.cfg.n_layers, device=scores.device)
-        earlier = layer[:, None, None, None] < layer[None, None, :, None]
-        return scores.where(earlier, 0.0)
+        writes, reads = self.OV, self.OV if mode == "V" else self.QK if mode == "Q" else self.QK.T
+        scores = writes.A.new_zeros(self.cfg.n_layers, self.cfg.n_heads, self.cfg.n_layers, self.cfg.n_heads)
+        for layer in range(self.cfg.n_layers - 1):
+            # All layers at once would need the products of every head with every other in memory.
+            scores[layer, :, layer + 1 :] = composition_scores(writes[layer], reads[layer + 1 :])
+        return scores
 
     @property
     def all_head_labels(self) -> HeadLabels:

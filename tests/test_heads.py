@@ -1,0 +1,546 @@
+"""Head scores are shares of attention and sums of eigenvalues, as the definitions write them out."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hooked_lm import ActivationCache, FactoredMatrix, HookedTransformer, UnknownHookError, plotting
+from hooked_lm.circuits.full_circuits import full_ov_circuit, full_qk_circuit
+from hooked_lm.circuits.heads import (
+    DETECTION_PATTERNS,
+    HeadScores,
+    attention_scores,
+    copying_scores,
+    eigenvalue_score,
+    folded_ov,
+    folded_qk,
+    matching_scores,
+    read_patterns,
+    repeated_token_scores,
+)
+from hooked_lm.circuits.induction import (
+    induction_scores,
+    next_token_scores,
+    previous_token_scores,
+    repeated_random_tokens,
+)
+from tests.helpers import CORPUS, VOCAB, randomise_, tiny_config, tiny_model, tiny_tokenizer, tiny_tokens
+
+# Few different tokens, so that they come again.
+TOKENS = tiny_tokens(batch=5, pos=9, vocab=4)
+DEMO = HookedTransformer.from_pretrained("demo-induction-2l")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def assert_same(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def run(model: HookedTransformer, tokens: Tensor, **how: Any) -> ActivationCache:
+    return model.run_with_cache(tokens, **how)[1]
+
+
+def is_a_key(kind: str, tokens: list[int], query: int, key: int) -> bool:
+    """The three kinds in words: previous position; earlier copy; right after an earlier copy."""
+    if kind == "previous_token":
+        return key == query - 1
+    if kind == "duplicate_token":
+        return key < query and tokens[key] == tokens[query]
+    return 1 <= key <= query and tokens[key - 1] == tokens[query]
+
+
+def written_out(model: HookedTransformer, tokens: Tensor, kind: str) -> Tensor:
+    """Mean attention to the keys, over prompts and over queries that have one, in plain loops."""
+    cache = run(model, tokens)
+    scores = torch.zeros(model.cfg.n_layers, model.cfg.n_heads, dtype=torch.float64)
+    for layer in range(model.cfg.n_layers):
+        for head in range(model.cfg.n_heads):
+            attended = []
+            for row, prompt in enumerate(tokens.tolist()):
+                for query in range(len(prompt)):
+                    keys = [key for key in range(len(prompt)) if is_a_key(kind, prompt, query, key)]
+                    if keys:
+                        attended.append(float(cache["pattern", layer][row, head, query, keys].sum()))
+            scores[layer, head] = sum(attended) / len(attended)
+    return scores
+
+
+def attending(model: HookedTransformer, patterns: Tensor) -> Any:
+    """Every head of layer `l` attends as `patterns[l]` [head query key] says, as long as the context lasts."""
+
+    def attend(attention: Tensor, hook: Any) -> Tensor:
+        return patterns[hook.layer()].to(attention).expand_as(attention)
+
+    return model.hooks(fwd_hooks=[("blocks.*.attn.hook_pattern", attend)])
+
+
+# Where a head of a kind looks
+
+
+@pytest.mark.parametrize("kind", DETECTION_PATTERNS)
+def test_a_detection_pattern_is_what_its_name_says(kind: str) -> None:
+    pattern = DETECTION_PATTERNS[kind](TOKENS)
+    for row, prompt in enumerate(TOKENS.tolist()):
+        for query in range(9):
+            for key in range(9):
+                assert float(pattern[row, query, key]) == float(is_a_key(kind, prompt, query, key))
+
+
+@pytest.mark.parametrize("kind", DETECTION_PATTERNS)
+def test_a_single_token_gives_nothing_to_look_for(kind: str) -> None:
+    assert DETECTION_PATTERNS[kind](torch.tensor([[3]])).tolist() == [[[0.0]]]
+
+
+# Scores of attention
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"n_heads": 4, "n_key_value_heads": 2}, {"window_size": 3}, {"attention_sinks": True}], ids=str
+)
+@pytest.mark.parametrize("kind", DETECTION_PATTERNS)
+def test_a_score_is_the_mean_attention_to_the_keys_of_the_pattern(kind: str, changes: dict[str, Any]) -> None:
+    model = tiny_model(**changes)
+    found = attention_scores(model, TOKENS, kind, verbose=False)
+    assert found.kind == kind
+    assert_same(found.scores, written_out(model, TOKENS, kind))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
+def test_the_number_of_prompts_at_a_time_changes_nothing(batch_size: int) -> None:
+    model = tiny_model()
+    found = attention_scores(model, TOKENS, "induction", batch_size=batch_size, verbose=False)
+    assert_same(found.scores, written_out(model, TOKENS, "induction"))
+
+
+@pytest.mark.parametrize("kind", DETECTION_PATTERNS)
+def test_a_head_that_attends_as_the_pattern_says_scores_one_and_one_that_never_does_scores_zero(kind: str) -> None:
+    model, tokens = tiny_model(), repeated_random_tokens(1, 6, 20, generator())
+    shows = {name: make(tokens)[0] for name, make in DETECTION_PATTERNS.items()}
+    names = list(shows)
+    with attending(model, torch.stack([torch.stack(list(shows.values()))] * 2)):
+        found = attention_scores(model, tokens, kind, verbose=False)
+    assert found.scores.tolist() == [[float(name == kind) for name in names]] * 2
+    assert [one.head for one in found.top(2)] == [names.index(kind)] * 2
+
+
+def test_on_repeated_random_tokens_the_scores_are_those_of_the_induction_module() -> None:
+    model = tiny_model()
+    tokens = repeated_random_tokens(4, 6, 20, generator(3), start_token=0)
+    cache = run(model, tokens)
+    how: dict[str, Any] = {"batch": 4, "length": 6, "verbose": False}
+    induction = repeated_token_scores(model, generator=generator(3), **how)
+    assert_same(induction.scores, induction_scores(cache, 6))
+    previous = repeated_token_scores(model, "previous_token", generator=generator(3), **how)
+    assert_same(previous.scores, previous_token_scores(cache))
+    other = repeated_token_scores(model, generator=generator(4), **how)
+    assert not torch.allclose(other.scores, induction.scores)
+
+
+def test_repeated_tokens_start_with_bos_even_where_that_is_the_padding_token() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.bos_token
+    # Without BOS of its own in front, a model with such a tokenizer takes the one that is there for padding.
+    cfg = tiny_config(d_vocab=VOCAB, default_padding_side="left", default_prepend_bos=False)
+    model = randomise_(HookedTransformer(cfg, tokenizer))
+    tokens = repeated_random_tokens(8, 5, VOCAB, generator(), start_token=tokenizer.bos_token_id)
+    cache = run(model, tokens, attention_mask=torch.ones_like(tokens))
+    found = repeated_token_scores(model, "previous_token", length=5, verbose=False)
+    assert_same(found.scores, previous_token_scores(cache))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_counts_neither_as_query_nor_as_key(side: str) -> None:
+    cfg = tiny_config(d_vocab=VOCAB + 2, n_ctx=64, default_padding_side=side)
+    model = randomise_(HookedTransformer(cfg, tiny_tokenizer()))
+    texts = [CORPUS[0], "Mary Mary Mary", CORPUS[2]]
+    together = attention_scores(model, texts, "duplicate_token", verbose=False).scores
+    alone, queries = [], []
+    for text in texts:
+        tokens = model.to_tokens(text)
+        alone.append(attention_scores(model, tokens, "duplicate_token", verbose=False).scores)
+        queries.append(sum(token in tokens[0, :q].tolist() for q, token in enumerate(tokens[0].tolist())))
+    expected = sum(score * n for score, n in zip(alone, queries, strict=True)) / sum(queries)
+    torch.testing.assert_close(together, expected, rtol=0, atol=1e-10)
+    assert len({model.to_tokens(text).shape[1] for text in texts}) == 3
+
+
+def test_a_pattern_may_be_given_as_a_tensor_or_a_function_of_the_tokens() -> None:
+    model = tiny_model()
+    made = DETECTION_PATTERNS["induction"](TOKENS)
+    expected = attention_scores(model, TOKENS, "induction", verbose=False).scores
+
+    def after_a_copy(tokens: Tensor) -> Tensor:
+        assert torch.equal(tokens, TOKENS)
+        return made.bool()
+
+    for pattern in (made, after_a_copy):
+        assert_same(attention_scores(model, TOKENS, pattern, verbose=False).scores, expected)
+    assert attention_scores(model, TOKENS, after_a_copy, verbose=False).kind == "after_a_copy"
+
+
+def test_a_pattern_for_all_prompts_weighs_the_attention() -> None:
+    model, first = tiny_model(), torch.zeros(9, 9)
+    first[4:, 0], first[6, 2] = 0.5, 1.0
+    cache = run(model, TOKENS)
+    attention = torch.stack([cache["pattern", layer] for layer in range(2)])  # [layer batch head query key]
+    queries = 0.5 * attention[..., 4:, 0].sum(-1) + attention[..., 6, 2]
+    found = attention_scores(model, TOKENS, first, verbose=False)
+    assert found.kind == "custom pattern"
+    assert_same(found.scores, queries.mean(1) / 5)
+
+
+def test_hooks_in_place_act_in_the_run() -> None:
+    model = tiny_model()
+    free = attention_scores(model, TOKENS, "previous_token", verbose=False).scores
+    with model.hooks(fwd_hooks=[("blocks.0.hook_attn_out", lambda x, hook: x * 0)]):
+        edited = attention_scores(model, TOKENS, "previous_token", verbose=False).scores
+    assert_same(edited[0], free[0])
+    assert not torch.allclose(edited[1], free[1])
+
+
+def test_nothing_runs_after_the_last_layer_that_is_read_and_nothing_is_left_behind() -> None:
+    model, ran, read = tiny_model(n_layers=3), [], []
+    with model.hooks(fwd_hooks=[("blocks.*.hook_resid_pre", lambda x, hook: ran.append(hook.layer()))]):
+        read_patterns(model, TOKENS, lambda layer, attention: read.append((layer, attention.shape)), layers=[1, 0])
+    assert ran == [0, 1]
+    assert read == [(0, (5, 3, 9, 9)), (1, (5, 3, 9, 9))]
+    assert not any(point.has_hooks() for point in model.hook_points())
+
+
+def test_a_pattern_that_points_ahead_is_for_bidirectional_models() -> None:
+    ahead = torch.ones(8).diag(1)
+    both_ways = tiny_model(attention_dir="bidirectional")
+    cache = run(both_ways, TOKENS)
+    expected = torch.stack([cache["pattern", layer].diagonal(1, 2, 3).mean((0, 2)) for layer in range(2)])
+    assert_same(attention_scores(both_ways, TOKENS, ahead, verbose=False).scores, expected)
+    with pytest.raises(ValueError, match="points from queries to later keys, which causal attention never sees"):
+        attention_scores(tiny_model(), TOKENS, ahead, verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("inductoin", "no pattern 'inductoin': there are 'previous_token', 'duplicate_token', 'induction'"),
+        (torch.ones(8, 8).tril(), r"batch 5 and 9 positions; got shape \(8, 8\)"),
+        (torch.ones(2, 9, 9).tril(), r"got shape \(2, 9, 9\)"),
+        (2 * torch.eye(9), "between 0 and 1, like attention; got 0 to 2"),
+        (torch.eye(9) - 0.5 * torch.ones(9, 9).tril(), "got -0.5 to 0.5"),
+        (torch.full((9, 9), torch.nan).tril(), "got nan to nan"),
+        (torch.zeros(9, 9), "the pattern gives no query of these tokens a key"),
+    ],
+    ids=["typo", "short", "batch", "above one", "below zero", "nan", "empty"],
+)
+def test_a_pattern_that_does_not_fit_raises(pattern: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        attention_scores(tiny_model(), TOKENS, pattern, verbose=False)
+
+
+def test_tokens_that_do_not_repeat_have_no_induction_score() -> None:
+    with pytest.raises(ValueError, match=r"'induction' gives no query .* \(see repeated_token_scores\)"):
+        attention_scores(tiny_model(), torch.arange(9), "induction", verbose=False)
+
+
+def test_a_function_that_makes_no_tensor_raises() -> None:
+    with pytest.raises(TypeError, match=r"a pattern is a name, a tensor .* function from tokens to one; got list"):
+        attention_scores(tiny_model(), TOKENS, lambda tokens: [[1.0]], verbose=False)  # type: ignore[arg-type]
+
+
+def test_attention_that_is_not_finite_raises_and_names_the_layer() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.blocks[1].attn.W_Q[0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="the attention of layer 1 is NaN or infinite"):
+        attention_scores(model, TOKENS, "previous_token", verbose=False)
+    read_patterns(model, TOKENS, lambda layer, attention: None, layers=[0])
+    with pytest.raises(UnknownHookError, match=r"layers run 0-1"):
+        read_patterns(model, TOKENS, lambda layer, attention: None, layers=[2])
+    with pytest.raises(UnknownHookError, match="empty"):
+        read_patterns(model, TOKENS, lambda layer, attention: None, layers=[])
+
+
+def test_a_batch_size_of_zero_and_a_model_without_heads_raise() -> None:
+    with pytest.raises(ValueError, match="batch_size is at least 1, got 0"):
+        attention_scores(tiny_model(), TOKENS, "induction", batch_size=0, verbose=False)
+    empty = tiny_model(n_layers=0)
+    with pytest.raises(ValueError, match="no heads to score"):
+        attention_scores(empty, TOKENS, "induction", verbose=False)
+    with pytest.raises(ValueError, match="no heads to score"):
+        copying_scores(empty, verbose=False)
+
+
+# What comes back
+
+
+def test_top_gives_the_highest_first_under_the_labels_of_the_model() -> None:
+    model = tiny_model(n_heads=4, n_layers=3, d_model=8)
+    found = HeadScores("made up", torch.arange(12.0).reshape(3, 4).flip(0) / 12)
+    best = found.top(3)
+    assert [(one.layer, one.head) for one in best] == [(0, 3), (0, 2), (0, 1)]
+    assert [one.score for one in best] == pytest.approx([11 / 12, 10 / 12, 9 / 12])
+    assert [one.label for one in best] == ["L0H3", "L0H2", "L0H1"]
+    assert found.labels == list(model.all_head_labels)
+    lines = str(found).splitlines()
+    assert lines[0] == "made up, the highest of 12 heads:"
+    assert lines[1].split() == ["L0H3", "0.917"]
+    assert len(lines) == 6
+
+
+@pytest.mark.parametrize("k", [0, -1, 7])
+def test_asking_for_more_heads_than_there_are_raises(k: int) -> None:
+    with pytest.raises(ValueError, match=rf"top\({k}\): there are 6 heads"):
+        HeadScores("made up", torch.zeros(2, 3)).top(k)
+
+
+def test_attention_scores_draw_as_a_map_of_heads() -> None:
+    found = attention_scores(tiny_model(), TOKENS, "induction", verbose=False)
+    heat = plotting.head_scores(found.scores, found.kind).data[0]
+    assert heat.z.tolist() == found.scores.tolist()
+
+
+# The bundled model, causally
+
+
+def second_half_log_prob(silent: tuple[int, int] | None) -> float:
+    """How well the repeat is predicted while a head writes nothing."""
+
+    def silence(z: Tensor, hook: Any) -> Tensor:
+        z[:, :, silent[1]] = 0.0
+        return z
+
+    tokens = repeated_random_tokens(8, 24, DEMO.cfg.d_vocab, generator(5))
+    hooks = [] if silent is None else [(f"blocks.{silent[0]}.attn.hook_z", silence)]
+    with torch.no_grad():
+        logits = DEMO.run_with_hooks(tokens, fwd_hooks=hooks)
+    return next_token_scores(logits, tokens).second_half().mean_log_prob()
+
+
+def test_the_heads_found_in_the_bundled_model_are_those_without_which_it_predicts_worst() -> None:
+    previous = repeated_token_scores(DEMO, "previous_token", verbose=False).top(1)[0]
+    induction = repeated_token_scores(DEMO, "induction", verbose=False).top(1)[0]
+    assert (previous.label, induction.label) == ("L0H0", "L1H1")
+    assert min(previous.score, induction.score) > 0.95
+    for found in (previous, induction):
+        silenced = [second_half_log_prob((found.layer, head)) for head in range(4)]
+        assert min(range(4), key=silenced.__getitem__) == found.head
+    assert second_half_log_prob((0, 0)) < second_half_log_prob(None) - 1
+
+
+def test_the_induction_head_of_the_bundled_model_is_the_one_that_copies() -> None:
+    copying = copying_scores(DEMO, verbose=False)
+    assert copying.kind == "copying"
+    assert copying.top(1)[0].label == "L1H1"
+    assert copying.top(1)[0].score > 0.99
+
+
+# Scores of circuits
+
+
+@pytest.mark.parametrize(
+    ("matrix", "expected"),
+    [
+        (torch.eye(2), 1.0),
+        (-3 * torch.eye(2), -1.0),
+        (torch.tensor([[2.0, 5.0], [0.0, -1.0]]), 1 / 3),
+        (torch.tensor([[0.0, -1.0], [1.0, 0.0]]), 0.0),
+        (torch.tensor([[0.5, -(0.75**0.5)], [0.75**0.5, 0.5]]), 0.5),  # turns by 60 degrees
+        (torch.zeros(2, 2), 0.0),
+    ],
+    ids=["identity", "negation", "triangular", "quarter turn", "sixth of a turn", "zero"],
+)
+def test_the_eigenvalue_score_of_a_matrix_with_known_eigenvalues(matrix: Tensor, expected: float) -> None:
+    # In a corner of a larger matrix: the rest adds eigenvalues that are zero.
+    left, right = torch.zeros(5, 2), torch.zeros(2, 5)
+    left[1:3], right[:, 1:3] = torch.eye(2), matrix
+    assert float(eigenvalue_score(FactoredMatrix(left, right))) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_stack_of_circuits_has_a_score_for_each_and_a_circuit_that_is_not_square_none() -> None:
+    stack = FactoredMatrix(torch.eye(3), torch.stack((torch.eye(3), -torch.eye(3))))
+    assert eigenvalue_score(stack).tolist() == [1.0, -1.0]
+    with pytest.raises(ValueError, match="square"):
+        eigenvalue_score(FactoredMatrix(torch.ones(3, 2), torch.ones(2, 4)))
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "no norms": {"normalization_type": None},
+    "layer norm": {},
+    "folded": {"normalization_type": "LNPre"},
+    "rms": {"normalization_type": "RMS"},
+    "grouped queries": {"n_heads": 4, "n_key_value_heads": 2},
+    "norms around": {"norm_placement": "before_and_after"},
+    "norms after": {"norm_placement": "after"},
+    "no final norm": {"final_norm": False},
+    "rms at the end": {"final_rms": True},
+    "scaled embedding": {"embedding_scale": 3.0, "logit_scale": 0.3},
+    "norm after the embedding": {"post_embedding_ln": True},
+    "tied": {"tie_word_embeddings": True},
+    "parallel": {"parallel_attn_mlp": True},
+    "gated": {"gated_mlp": True, "act_fn": "silu"},
+    "experts": {"num_experts": 4, "experts_per_token": 2},
+    "attention only": {"attn_only": True},
+    "wide heads": {"d_head": 16},
+    "query-key norm": {"use_qk_norm": True},
+    "layer norm of queries and keys": {"use_qk_norm": True, "qk_norm_type": "LN", "qk_norm_per_head_gains": True},
+    "query-key norm across heads": {
+        "use_qk_norm": True,
+        "qk_norm_across_heads": True,
+        "n_heads": 4,
+        "n_key_value_heads": 2,
+    },
+}
+
+
+def centring(norm: Any, size: int) -> Tensor:
+    """The matrix of what a norm does before its scale: take out the mean, or nothing."""
+    eye = torch.eye(size, dtype=torch.float64)
+    return eye - 1 / size if getattr(norm, "centred", False) else eye
+
+
+def gain(norm: Any, size: int) -> Tensor:
+    w = getattr(norm, "w", None)
+    return torch.eye(size, dtype=torch.float64) if w is None else w.diag()
+
+
+def dense_head(model: HookedTransformer, layer: int, head: int) -> tuple[Tensor, Tensor]:
+    """OV and QK of a head [d_model d_model], the matrices of its norms multiplied in one by one."""
+    cfg, block = model.cfg, model.blocks[layer]
+    d, kv = cfg.d_model, head // (cfg.n_heads // cfg.n_kv_heads)
+    read = centring(block.ln1, d) @ gain(block.ln1, d)
+    write = centring(block.ln1_post, d) @ gain(block.ln1_post, d)
+
+    def own(norm: Any, index: int) -> Tensor:
+        w = getattr(norm, "w", None)
+        w = w if w is None or w.ndim == 1 else w[index]
+        scaled = torch.eye(cfg.d_head, dtype=torch.float64) if w is None else w.diag()
+        return centring(norm, cfg.d_head) @ scaled
+
+    attn = block.attn
+    OV = read @ attn.W_V[kv] @ attn.W_O[head] @ write
+    queries = read @ attn.W_Q[head] @ own(attn.q_norm, head)
+    keys = read @ attn.W_K[kv] @ own(attn.k_norm, kv)
+    return OV, queries @ keys.T
+
+
+def share_of_positive(matrix: Tensor) -> float:
+    """Sum of all eigenvalues, the many zeros too, over the sum of their absolute values."""
+    eigenvalues = torch.linalg.eigvals(matrix.detach())
+    return float(eigenvalues.sum().real / eigenvalues.abs().sum())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+def test_copying_and_matching_are_the_eigenvalues_of_the_circuits_multiplied_out(changes: dict[str, Any]) -> None:
+    model = tiny_model(**changes)
+    d = model.cfg.d_model
+    embedded = model.embed(torch.arange(20)[None])[0]
+    final = centring(model.ln_final, d) @ gain(model.ln_final, d)
+    copying, matching = (score(model, verbose=False).scores for score in (copying_scores, matching_scores))
+    for layer in range(2):
+        for head in range(model.cfg.n_heads):
+            OV, QK = dense_head(model, layer, head)
+            whole = embedded @ OV @ final @ model.W_U
+            assert float(copying[layer, head]) == pytest.approx(share_of_positive(whole), abs=1e-7)
+            assert float(matching[layer, head]) == pytest.approx(
+                share_of_positive(embedded @ QK @ embedded.T), abs=1e-7
+            )
+            assert_same(folded_ov(model, layer)[head].AB, OV)
+            assert_same(folded_qk(model, layer)[head].AB, QK)
+
+
+def test_a_head_that_hands_on_what_it_reads_copies_and_one_that_turns_it_round_does_the_opposite() -> None:
+    model = tiny_model(n_heads=3, attn_only=True, normalization_type=None, d_vocab=12)
+    with torch.no_grad():
+        model.embed.W_E.copy_(torch.eye(12))
+        model.unembed.W_U.copy_(torch.eye(12))
+        values = model.blocks[1].attn.W_V
+        for head, sign in enumerate((1.0, -1.0)):
+            model.blocks[1].attn.W_O[head].copy_(sign * values[head].T)
+            model.blocks[1].attn.W_K[head].copy_(sign * model.blocks[1].attn.W_Q[head])
+    for found in (copying_scores(model, verbose=False), matching_scores(model, verbose=False)):
+        assert found.scores[1, :2].tolist() == pytest.approx([1.0, -1.0])
+        assert abs(float(found.scores[1, 2])) < 0.9
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_heads": 4, "n_key_value_heads": 2}], ids=str)
+def test_folding_the_norms_changes_no_score(changes: dict[str, Any]) -> None:
+    raw = tiny_model(**changes)
+    folded = copy.deepcopy(raw)
+    folded.process_weights_(center_unembed=False)
+    assert folded.ln_final.w is None
+    for score in (copying_scores, matching_scores):
+        assert_same(score(raw, verbose=False).scores, score(folded, verbose=False).scores)
+    assert_same(folded_ov(folded, 1).AB, folded.OV[1].AB)
+    assert_same(folded_qk(folded, 1).AB, folded.QK[1].AB)
+
+
+def test_the_effective_embedding_is_for_the_heads_that_read_after_the_first_mlp() -> None:
+    model = tiny_model(n_layers=3)
+    for score, circuit in ((copying_scores, full_ov_circuit), (matching_scores, full_qk_circuit)):
+        plain = score(model, verbose=False).scores
+        effective = score(model, effective_embedding=True, verbose=False).scores
+        assert_same(effective[0], plain[0])
+        assert not torch.allclose(effective[1:], plain[1:])
+        for layer, head in ((1, 0), (2, 2)):
+            expected = eigenvalue_score(circuit(model, layer, head, effective_embedding=True))
+            assert_same(effective[layer, head], expected)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many numbers the largest tensor made under it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(one, Tensor):
+                self.numbers = max(self.numbers, one.numel())
+        return out
+
+
+@pytest.mark.parametrize("score", [copying_scores, matching_scores])
+def test_no_matrix_over_pairs_of_tokens_is_formed(score: Any) -> None:
+    model = tiny_model(d_vocab=500)
+    with LargestTensor() as seen:
+        score(model, verbose=False)
+    assert seen.numbers <= 500 * model.cfg.d_model
+
+
+def test_scores_of_half_precision_weights_are_computed_in_single() -> None:
+    precise = tiny_model(dtype=torch.float32)
+    half = copy.deepcopy(precise).to(torch.bfloat16)
+    rounded = copy.deepcopy(half).to(torch.float32)
+    for score in (copying_scores, matching_scores):
+        torch.testing.assert_close(score(half, verbose=False).scores, score(rounded, verbose=False).scores)
+    found = attention_scores(half, TOKENS, "induction", verbose=False)
+    assert found.scores.dtype == torch.float32
+    expected = attention_scores(precise, TOKENS, "induction", verbose=False).scores
+    torch.testing.assert_close(found.scores, expected, rtol=0, atol=0.02)
+
+
+def test_models_in_which_a_head_is_no_product_of_its_matrices_raise() -> None:
+    residual = tiny_model(norm_placement="residual")
+    rotary = {"use_qk_norm": True, "positional_embedding_type": "rotary", "qk_norm_after_rotary": True}
+    after = tiny_model(**rotary)
+    for score in (copying_scores, matching_scores):
+        with pytest.raises(ValueError, match="normalises the residual stream itself"):
+            score(residual, verbose=False)
+    with pytest.raises(ValueError, match="no product of its own matrices"):
+        matching_scores(after, verbose=False)
+    assert copying_scores(after, verbose=False).scores.shape == (2, 3)
+    with pytest.raises(ValueError, match="20 in and 15 out"):
+        copying_scores(tiny_model(d_vocab_out=15), verbose=False)
+    with pytest.raises(ValueError, match="no layer 2: this model has layers 0-1"):
+        folded_ov(tiny_model(), 2)
