@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 
 from hooked_lm import HookedTransformer
 from tests.family_rows.experts import PHIMOE_LONGROPE, ROWS, Row
+from tests.helpers import tiny_model, tiny_tokens
 from weight_conversion import checkpoint
 from weight_conversion.errors import CheckpointError
 from weight_conversion.registry import family_of
@@ -128,3 +129,12 @@ def quantise(model: GptOssForCausalLM, folder: Path) -> None:
     kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
     config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_zeroing_every_expert_s_weight_leaves_a_token_with_nothing_from_them() -> None:
+    model = tiny_model(num_experts=4, experts_per_token=2, gated_mlp=True, act_fn="silu")
+    tokens = tiny_tokens()
+    silent = [(f"blocks.{layer}.mlp.hook_expert_weights", lambda weights, hook: 0 * weights) for layer in range(2)]
+    without_mlps = [(f"blocks.{layer}.hook_mlp_out", lambda out, hook: 0 * out) for layer in range(2)]
+    logits = model.run_with_hooks(tokens, fwd_hooks=silent)
+    assert torch.equal(logits, model.run_with_hooks(tokens, fwd_hooks=without_mlps))

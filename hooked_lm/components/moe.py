@@ -55,7 +55,8 @@ class MoE(nn.Module):
         indices = self.hook_expert_indices(probabilities.topk(self.chosen, dim=-1).indices)
         weights = probabilities.gather(-1, indices)
         if self.rescale:
-            weights = weights / weights.sum(-1, keepdim=True)
+            # A token whose every weight a hook has made zero gets nothing, rather than 0 / 0.
+            weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
         weights = weights.to(x.dtype)
         out = torch.zeros_like(x) if self.shared is None else self.shared_output(x)
         for expert in indices.unique().tolist():
