@@ -153,8 +153,8 @@ class ModelWeights(nn.Module):
         for chunk in loaded.weights:
             if parted and "embed.W_E" in chunk:
                 chunk["unembed.W_U"] = chunk["embed.W_E"].T
-            homes.take_in(chunk, before, plan, keep_views=loaded.weights.mapped)
-            if plan:
+            if not homes.take_in(chunk, before, plan, keep_views=loaded.weights.mapped) or plan:
+                # Views hold on to the mapped file; without any, its pages can go.
                 loaded.weights.release()
         model.cfg.device = str(torch.device(device or "cpu"))
         model.processed, model.origin = (*loaded.processed, *plan), loaded.origin
