@@ -291,7 +291,7 @@ class ModelWeights(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model to a folder: `config.json`, `model.safetensors` and the tokenizer, if it has one.
 
-        `from_pretrained(folder)` gives the same model, bit for bit; processing it has been through is not done twice.
+        `from_pretrained(folder)` gives the same weights, bit for bit; processing it has been through is not done twice.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
