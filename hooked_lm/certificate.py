@@ -174,6 +174,7 @@ def verify(
             ).eval()
         except Exception as error:  # transformers raises many kinds
             raise CheckpointError(f"transformers does not load {name_or_path}: {error}") from error
+        architecture = type(theirs).__name__
         obstacle = _obstacle(theirs, tokens) if precision == "float64" else None
         if obstacle is not None:
             not_compared["float64"] = f"the reference does not run in it: {obstacle}"
@@ -181,9 +182,11 @@ def verify(
         pair = _Pair(ours, theirs, sites, precision)
         comparisons += pair.comparisons(tokens)
         not_compared |= pair.not_compared
+        # One precision's models go before the next one's come.
+        del ours, theirs, pair
     return Certificate(
         name=str(name_or_path),
-        architecture=type(theirs).__name__,
+        architecture=architecture,
         torch=torch.__version__,
         transformers=transformers.__version__,
         tokens=shape,

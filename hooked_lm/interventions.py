@@ -31,6 +31,8 @@ _AXIS_OF = {
 
 _PLURAL = {"pos": "positions", "head": "heads", "feature": "features", "batch": "prompts"}
 
+_COUNTED = {"batch": "in the batch", "pos": "positions", "query": "positions", "key": "positions"}
+
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
@@ -92,13 +94,50 @@ class Intervention:
         axes = (axes_by_site[self.site] or "").split()
         for name, selection in self.selections().items():
             axis = axes[self._axis(name, axes)]
-            size = _fixed_size(cfg, axis)
+            size = _fixed_size(cfg, self.site, axis)
             for one in selection if isinstance(selection, tuple) else (selection,):
                 if size is not None and not -size <= one < size:
                     raise ValueError(
                         f"{self.operation} at {self.site!r} {name} {one}: "
                         f"this model has {_PLURAL[name]} 0-{size - 1} there"
                     )
+
+    def check_fit(
+        self, cfg: HookedTransformerConfig, axes_by_site: Mapping[str, str | None], batch: int, n_positions: int
+    ) -> None:
+        """Check the intervention, which `check` has passed, against prompts that are read in one pass.
+
+        Args:
+            cfg: the model's config.
+            axes_by_site: its hook names -> the axes of their activations.
+            batch: the number of prompts.
+            n_positions: their length.
+
+        Raises:
+            ValueError: a prompt, position or key that they lack, or a value that does not fit what is selected.
+        """
+        axes = (axes_by_site[self.site] or "").split()
+        lengths = {"batch": batch, "pos": n_positions, "query": n_positions, "key": n_positions, "1": 1}
+        sizes = [lengths.get(axis) or _fixed_size(cfg, self.site, axis) for axis in axes]
+        shape: list[int | None] = list(sizes)
+        for name, selection in self.selections().items():
+            axis = self._axis(name, axes)
+            size = sizes[axis]
+            for one in selection if isinstance(selection, tuple) else (selection,):
+                if size is not None and not -size <= one < size:
+                    there = f"the prompts have {size} {_COUNTED[axes[axis]]}"
+                    raise ValueError(f"{self.operation} at {self.site!r} {name} {one}: {there}")
+            shape[axis] = len(selection) if isinstance(selection, tuple) else -1
+        selected = [size for size in shape if size != -1]
+        if not isinstance(self.value, Tensor) or None in selected:
+            return
+        try:
+            torch.empty(self.value.shape, device="meta").expand(selected)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            raise ValueError(
+                f"{self.operation} at {self.site!r}: a value with shape {tuple(self.value.shape)} does not fit what is "
+                f"selected, {tuple(selected)}"
+            ) from error
 
     def _axis(self, name: str, axes: Sequence[str]) -> int:
         found = [index for index, axis in enumerate(axes) if axis in _AXIS_OF[name]]
@@ -167,16 +206,17 @@ class Intervention:
         return selected * value if self.operation == "scale" else value
 
 
-def _fixed_size(cfg: HookedTransformerConfig, axis: str) -> int | None:
+def _fixed_size(cfg: HookedTransformerConfig, site: str, axis: str) -> int | None:
     """The length of an axis, where the architecture fixes it."""
     return {
         "head": cfg.n_heads,
         "kv_head": cfg.n_kv_heads,
         "d_model": cfg.d_model,
         "d_head": cfg.d_head,
-        "d_mlp": cfg.d_mlp,
+        "d_mlp": cfg.d_shared_expert if ".mlp.shared." in site else cfg.d_mlp,
         "vocab": cfg.d_vocab_out,
         "expert": cfg.num_experts,
+        "chosen": cfg.experts_per_token,
         "pos": cfg.n_ctx,
         "query": cfg.n_ctx,
     }.get(axis)

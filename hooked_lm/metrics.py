@@ -26,12 +26,16 @@ class Metric:
         pos: the position whose logits are read; negative counts from the end.
         tokens: the vocabulary entries that are read, [batch_or_1 token]; None for all of them.
         score: logits of those entries [... batch token] -> [... batch].
+        answers: the tokens that have to be in the vocabulary, [batch_or_1 token]; by default those that are read.
+        n_prompts: for how many prompts it is made; 1 for any number.
     """
 
     name: str
     pos: int
     tokens: Tensor | None
     score: Callable[[Tensor], Tensor]
+    answers: Tensor | None = None
+    n_prompts: int = 1
 
     def per_prompt(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
         """Return each prompt's score.
@@ -39,14 +43,25 @@ class Metric:
         Raises:
             ValueError: there is no such position, or prompts and answers differ in number.
         """
-        if not -logits.shape[1] <= self.pos < logits.shape[1]:
-            raise ValueError(f"{self.name} reads position {self.pos}, and the logits have {logits.shape[1]} positions")
+        self.check(logits.shape[0], logits.shape[1], logits.shape[2])
         read = logits[:, self.pos]
         if self.tokens is not None:
-            self.check_batch(logits.shape[0])
             tokens = self.tokens.to(logits.device)
             read = read.gather(-1, tokens.expand(logits.shape[0], -1))
         return self.score(read)
+
+    def check(self, batch: int, n_positions: int, d_vocab: int) -> None:
+        """Check the metric against logits of this shape, which need not be there yet.
+
+        Raises:
+            ValueError: it reads a position or a token that they lack, or is made for another number of prompts.
+        """
+        if not -n_positions <= self.pos < n_positions:
+            raise ValueError(f"{self.name} reads position {self.pos}, and the logits have {n_positions} positions")
+        answers = self.tokens if self.answers is None else self.answers
+        if answers is not None and not 0 <= int(answers.min()) <= int(answers.max()) < d_vocab:
+            raise ValueError(f"{self.name} reads tokens {answers.tolist()}; the vocabulary is 0-{d_vocab - 1}")
+        self.check_batch(batch)
 
     def check_batch(self, batch: int) -> None:
         """Check that there is an answer for every prompt, or one for all.
@@ -54,8 +69,10 @@ class Metric:
         Raises:
             ValueError: there is neither.
         """
-        if self.tokens is not None and self.tokens.shape[0] not in (1, batch):
-            raise ValueError(f"{self.name} has answers for {self.tokens.shape[0]} prompts; there are {batch}")
+        answers = self.tokens if self.answers is None else self.answers
+        n_prompts = self.n_prompts if answers is None else answers.shape[0]
+        if n_prompts not in (1, batch):
+            raise ValueError(f"{self.name} has answers for {n_prompts} prompts; there are {batch}")
 
     def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, ""]:
         return self.per_prompt(logits).mean()
@@ -84,19 +101,27 @@ def logit_diff(answer: Tokens, wrong: Tokens, pos: int = -1) -> Metric:
 def log_prob(answer: Tokens, pos: int = -1) -> Metric:
     """Return the metric "log-probability of the answer", in nats."""
     column = _column(answer, "answer")
-    return Metric("log-probability", pos, None, lambda read: _pick(read.log_softmax(-1), column))
+    return Metric("log-probability", pos, None, lambda read: _pick(read.log_softmax(-1), column), column)
 
 
 def rank(answer: Tokens, pos: int = -1) -> Metric:
     """Return the metric "rank of the answer": 0 where no token has a larger logit."""
     column = _column(answer, "answer")
-    return Metric("rank", pos, None, lambda read: (read > _pick(read, column)[..., None]).sum(-1).to(read.dtype))
+
+    def score(read: Tensor) -> Tensor:
+        return (read > _pick(read, column)[..., None]).sum(-1).to(read.dtype)
+
+    return Metric("rank", pos, None, score, column)
 
 
 def accuracy(answer: Tokens, pos: int = -1) -> Metric:
     """Return the metric "the answer has the largest logit": 1 or 0 per prompt."""
     column = _column(answer, "answer")
-    return Metric("accuracy", pos, None, lambda read: (read.argmax(-1) == column.to(read.device)[:, 0]).to(read.dtype))
+
+    def score(read: Tensor) -> Tensor:
+        return (read.argmax(-1) == column.to(read.device)[:, 0]).to(read.dtype)
+
+    return Metric("accuracy", pos, None, score, column)
 
 
 def kl_to(reference: Float[Tensor, "batch pos vocab"], pos: int = -1) -> Metric:
@@ -108,13 +133,15 @@ def kl_to(reference: Float[Tensor, "batch pos vocab"], pos: int = -1) -> Metric:
     """
     if reference.ndim != 3:
         raise ValueError(f"kl_to takes logits [batch pos vocab], got shape {tuple(reference.shape)}")
+    if not -reference.shape[1] <= pos < reference.shape[1]:
+        raise ValueError(f"kl_to compares position {pos}, and the reference has {reference.shape[1]} positions")
     target = reference[:, pos].log_softmax(-1)
 
     def score(read: Tensor) -> Tensor:
         wanted = target.to(read)
         return (wanted.exp() * (wanted - read.log_softmax(-1))).sum(-1)
 
-    return Metric("KL divergence", pos, None, score)
+    return Metric("KL divergence", pos, None, score, n_prompts=reference.shape[0])
 
 
 def _column(tokens: Any, what: str) -> Tensor:

@@ -169,7 +169,7 @@ def sites_of(model: HookedTransformer) -> dict[str, tuple[int, ...]]:
             axes = 2 if cfg.qk_norm_across_heads else 1
             block |= norm("attn.q_norm", (b, p, h, dh), axes) | norm("attn.k_norm", (b, p, kv, dh), axes)
         if cfg.norm_placement in ("before_and_after", "after"):
-            block |= norm("ln1_post") | norm("ln2_post")
+            block |= norm("ln1_post") | ({} if cfg.attn_only else norm("ln2_post"))
         if not cfg.attn_only:
             block |= {"hook_mlp_in": stream, "hook_mlp_out": stream}
             block |= norm("ln2") if cfg.norm_placement != "after" else {}

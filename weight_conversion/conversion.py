@@ -154,7 +154,7 @@ def _without_prefix(names: Iterable[str], prefix: str) -> dict[str, str]:
 
 
 def _check_table(entries: Sequence[Entry]) -> None:
-    """Each source is used once (or once more as `tied`), each target made once."""
+    """Each source is used once (or once more as `again`), each target made once."""
     sources = Counter(chain.from_iterable(entry.source_names for entry in entries))
     targets = Counter(chain.from_iterable(entry.target_names for entry in entries))
     for what, counter in (("uses", sources), ("makes", targets)):

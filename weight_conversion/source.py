@@ -42,11 +42,12 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     hub_id = ALIASES.get(name, name)
-    wanted = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    # Repositories may hold their weights a second time, under other names.
+    wanted = ["*.json", "*.txt", "*.model", "model*.safetensors"]
     try:
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
-        if not any(folder.glob("*.safetensors")):
-            snapshot_download(hub_id, revision=revision, allow_patterns=["*.bin"], ignore_patterns=["*/*"])
+        if not any(folder.glob("model*.safetensors")):
+            snapshot_download(hub_id, revision=revision, allow_patterns=["pytorch_model*.bin"], ignore_patterns=["*/*"])
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         short = hub_id.rsplit("/", maxsplit=1)[-1]
         at = "" if revision is None else f" --revision {revision}"

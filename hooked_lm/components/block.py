@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -75,7 +77,9 @@ class TransformerBlock(nn.Module):
         """Return the stream after the block, given what the MLP reads of it."""
         return self.hook_resid_post(self.joined(resid_mid, self.mlp_output(resid_mid), self.ln2))
 
-    def joined(self, stream: Tensor, written: Tensor, norm: nn.Module) -> Float[Tensor, "batch pos d_model"]:
+    def joined(
+        self, stream: Tensor, written: Tensor, norm: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "batch pos d_model"]:
         """Return the stream with what has been written to it, normalised where the norms are on the stream."""
         return norm(stream + written) if self.norms_stream else stream + written
 

@@ -52,14 +52,18 @@ class SequenceLayout:
     def _make_mask(self, causal: bool, window: int | None) -> Tensor | None:
         if causal and self.n_queries == 1 and self.valid is None and (window is None or window >= self.n_keys):
             return None  # the newest position sees everything: a step of generation
-        slots, distance = self._slot_distance(), self._distance()
-        allowed = (slots >= 0)[None] if causal else torch.ones_like(distance, dtype=torch.bool)
+        # Comparisons rather than a matrix of distances, which would take eight bytes for each of its entries.
+        queries = torch.arange(self.n_past, self.n_keys, device=self.device)[:, None]
+        keys = torch.arange(self.n_keys, device=self.device)[None]
+        allowed = (keys <= queries if causal else torch.ones_like(keys <= queries))[None]
         if window is not None:
-            allowed = allowed & (distance.abs() < window)
+            places = self._key_positions()
+            here, there = places[:, self.n_past :, None], places[:, None, :]
+            allowed = allowed & (there > here - window) & (there < here + window)
         allowed = allowed[:, None]
         if self.valid is not None:
             # A padded query has nothing real to look at; its own position keeps its softmax defined.
-            allowed = (allowed & self.valid[:, None, None, :]) | (slots == 0)
+            allowed = (allowed & self.valid[:, None, None, :]) | (keys == queries)
         return None if bool(allowed.all()) else allowed
 
     def _distance(self) -> Int[Tensor, "batch_or_1 query key"]:

@@ -67,8 +67,11 @@ def sweep(
     if per_prompt and not isinstance(metric, Metric):
         raise ValueError("per_prompt needs a metric of hooked_lm.metrics, which scores every prompt")
     tokens, attention_mask = model.tokens_and_mask(tokens, attention_mask)
+    if attention_mask is None:
+        # The tokens of a string may start with what passes for padding: say that nothing is.
+        attention_mask = torch.ones_like(tokens)
     if isinstance(metric, Metric):
-        metric.check_batch(tokens.shape[0])
+        metric.check(tokens.shape[0], tokens.shape[1], model.cfg.d_vocab_out)
     _check(model, [*plans, tuple(always)], tokens)
     engine = _Engine(model, tokens, attention_mask, metric, tuple(always), memory_budget)
     with tqdm(total=len(plans), disable=not verbose, desc="sweep", leave=False) as bar:
@@ -117,6 +120,8 @@ class _Engine:
             return "earlier positions see later ones"
         if any(point.live for point in self.model.hook_points()):
             return "the model has hooks, which may do anything"
+        if any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules()):
+            return "modules of the model have hooks of torch's, which may do anything"
         if any(one.site.startswith(("blocks.", "ln_final.", "unembed.")) for one in self.always):
             return "something in the blocks is changed in every run"
         if (
@@ -170,17 +175,16 @@ class _Engine:
         names.add(get_act_name("resid_post", self.cfg.n_layers - 1) if layers else "hook_embed")
         for cell in cells:
             names |= self.joined_with(cell)
+        if self.cfg.positional_embedding_type == "shortformer":
+            names.add("hook_pos_embed")
         with self.model.intervening(self.always):
             logits, cache = self.model.run_with_cache(
                 self.tokens, names_filter=sorted(names), attention_mask=self.attention_mask, return_cache_object=False
             )
-        n_positions = self.tokens.shape[1]
         mask = self.attention_mask
         valid = None if mask is None or bool(mask.all()) else mask.bool()
-        layout = SequenceLayout(n_positions, 0, self.model.W_E.device, valid)
-        shortformer = None
-        if self.cfg.positional_embedding_type == "shortformer":
-            shortformer = self.model.pos_embed(layout, self.tokens.shape[0])
+        layout = SequenceLayout(self.tokens.shape[1], 0, self.model.W_E.device, valid)
+        shortformer = cache.get("hook_pos_embed") if self.cfg.positional_embedding_type == "shortformer" else None
         return Base(cache, layout, shortformer), logits
 
     def joined_with(self, cell: Cell) -> set[str]:
@@ -245,17 +249,12 @@ class _Engine:
 def _check(model: Any, plans: Iterable[Sequence[Intervention]], tokens: Tensor) -> None:
     """Check every intervention against the model and the prompts, before anything runs."""
     axes = {name: point.axes for name, point in model.hook_dict.items()}
-    n_positions = tokens.shape[1]
     for plan in plans:
         for one in plan:
             if not isinstance(one, Intervention):
                 raise TypeError(f"a cell is an Intervention or several, got {one!r}")
             one.check(model.cfg, axes)
-            for pos in () if one.pos is None else one.pos if isinstance(one.pos, tuple) else (one.pos,):
-                if not -n_positions <= pos < n_positions:
-                    raise ValueError(
-                        f"{one.operation} at {one.site!r} pos {pos}: the prompts have {n_positions} positions"
-                    )
+            one.check_fit(model.cfg, axes, *tokens.shape)
 
 
 def _check_numbers(results: Tensor, plans: Sequence[Any]) -> None:

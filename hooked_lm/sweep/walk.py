@@ -316,10 +316,11 @@ class Walk:
         return parts
 
 
-class _PackedPositions:
-    """The positions of packed rows, in the place of a `SequenceLayout`."""
+class _PackedPositions(SequenceLayout):
+    """The positions of packed rows: they only serve to rotate queries and keys."""
 
     def __init__(self, base: Base, groups: Sequence[tuple[int, int]]) -> None:
+        super().__init__(0, 0, base.layout.device)
         self._base, self._groups = base, groups
         pos = base.shortformer_pos
         self.shortformer = None if pos is None else self._packed(pos)
