@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hooked_lm import components as components
     from hooked_lm import head_detector as head_detector
     from hooked_lm import metrics as metrics
+    from hooked_lm import patching as patching
     from hooked_lm import utils as utils
     from hooked_lm import weights as weights
     from hooked_lm.activation_cache import ActivationCache as ActivationCache
@@ -47,7 +48,7 @@ _HOMES = {
     "UnknownHookError": "hooked_lm.names",
     "verify": "hooked_lm.certificate",
 }
-_MODULES = ("components", "head_detector", "metrics", "utils", "weights")
+_MODULES = ("components", "head_detector", "metrics", "patching", "utils", "weights")
 
 __all__ = [*_HOMES, *_MODULES]  # noqa: PLE0604
 

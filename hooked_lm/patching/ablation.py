@@ -1,0 +1,330 @@
+"""Ablation: take a head, an MLP, a neuron or a position out of a run, and see what the answer loses.
+
+What stands in for the activation matters. Zero is a value that the model may never see; the mean over other prompts
+takes away what tells prompts apart and keeps the rest (Wang et al. 2022, "Interpretability in the Wild"); an activation
+of another prompt keeps the model on inputs it knows, and averages over them (Chan et al. 2022, "Causal Scrubbing").
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_lm.interventions import Intervention
+from hooked_lm.metrics import Metric
+from hooked_lm.names import UnknownHookError, describe_unknown, get_act_name
+from hooked_lm.sweep import AnyMetric, sweep
+
+Unit = Literal["heads", "attention", "mlps", "neurons", "positions"]
+Method = Literal["zero", "mean", "resample"]
+
+# What is ablated -> where, and the axis of its units and the Intervention's field that selects one.
+_UNITS: dict[str, tuple[str, str | None, str | None]] = {
+    "heads": ("z", "head", "head"),
+    "attention": ("attn_out", None, None),
+    "mlps": ("mlp_out", None, None),
+    "neurons": ("post", "neuron", "feature"),
+    "positions": ("resid_pre", None, None),
+}
+_METHODS = ("zero", "mean", "resample")
+
+
+@dataclass(frozen=True, eq=False)
+class AblationScores:
+    """The metric without each of the model's parts.
+
+    The prompt axis has length 1 where the metric is a function of one's own, which scores all prompts together.
+
+    Attributes:
+        unit, method: what was ablated, and how.
+        axes: of the grid.
+        layers, positions, neurons: what the entries along the grid's axes are; `positions` and `neurons` are None
+            where the grid has no such axis.
+        intact: the metric of the whole model, [prompt].
+        scores: of the ablated one, [*axes prompt]; over several draws their mean.
+    """
+
+    unit: Unit
+    method: Method
+    axes: tuple[str, ...]
+    layers: tuple[int, ...]
+    positions: tuple[int, ...] | None
+    neurons: tuple[int, ...] | None
+    intact: Float[Tensor, " prompt"]
+    scores: Float[Tensor, "*axes prompt"]
+
+    @property
+    def per_prompt(self) -> Float[Tensor, "*axes prompt"]:
+        """How each prompt's metric changes: ablated less intact."""
+        return self.scores - self.intact
+
+    @property
+    def effect(self) -> Float[Tensor, "*axes"]:
+        """How the metric changes, averaged over prompts: ablated less intact."""
+        return self.per_prompt.mean(-1)
+
+    def __repr__(self) -> str:
+        shape = ", ".join(f"{axis} {size}" for axis, size in zip(self.axes, self.effect.shape, strict=True))
+        return f"AblationScores({self.unit!r}, {self.method!r}, {shape}, intact {float(self.intact.mean()):.4g})"
+
+
+@torch.no_grad()
+def ablate(
+    model: Any,
+    tokens: Int[Tensor, "batch pos"] | Any,
+    metric: AnyMetric,
+    unit: Unit = "heads",
+    method: Method = "zero",
+    *,
+    by_pos: bool | Sequence[int] = False,
+    layers: Sequence[int] | None = None,
+    neurons: Sequence[int] | None = None,
+    reference: Int[Tensor, "reference_batch reference_pos"] | Any = None,
+    per_position: bool = False,
+    n_draws: int = 1,
+    seed: int = 0,
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    reference_mask: Int[Tensor, "reference_batch reference_pos"] | None = None,
+    memory_budget: int = 2**29,
+    verbose: bool = True,
+) -> AblationScores:
+    """Return the metric of the model without each of its parts, one at a time.
+
+    Args:
+        model: a `HookedTransformer`.
+        tokens: the prompts, as the model takes them.
+        metric: one of `hooked_lm.metrics`, or a function from logits [batch pos vocab] to a scalar.
+        unit: `"heads"` (z) [layer head], `"attention"` (what a layer's attention writes) and `"mlps"` [layer],
+            `"neurons"` (after the activation function, and the gate if there is one) [layer neuron], `"positions"`
+            (the residual stream that enters a layer at one position) [layer pos].
+        method: what takes the activation's place: `"zero"`; the `"mean"` over `reference`; or `"resample"`, what it is
+            in another prompt.
+        by_pos: True ablates at one position at a time, [layer pos ...], a list of positions at these only. Positions
+            are always apart for `"positions"`.
+        layers, neurons: those to ablate; all by default. Neurons are the same in each layer.
+        reference: the prompts that means and other activations are taken from; by default `tokens`, where a prompt
+            never stands in for itself.
+        per_position: take means at each position; the reference is then as long as the prompts. Otherwise over all
+            positions, padding apart.
+        n_draws: over how many draws of other prompts the scores are averaged, for `"resample"`.
+        seed: of the draws.
+        attention_mask, reference_mask: [batch pos], 0 at padding.
+        memory_budget, verbose: as for `sweep`.
+
+    Raises:
+        UnknownHookError: the model has no such part: no MLPs, or no neurons in a mixture of experts.
+        ValueError: an unknown unit or method, a layer, neuron or position out of range, a reference that does not fit,
+            an option that this method would not use, or a metric that is no number.
+    """
+    tokens, mask = model.tokens_and_mask(tokens, attention_mask)
+    _check_options(unit, method, neurons, reference, reference_mask, per_position, n_draws)
+    grid = _Grid.of(model, unit, tokens.shape[1], by_pos, layers, neurons)
+    if method == "zero":
+        draws: list[dict[str, Tensor]] = [{}]
+    else:
+        source = _Reference(model, grid.sites, tokens, mask, reference, reference_mask)
+        means = method == "mean"
+        draws = [source.means(per_position)] if means else source.draws(n_draws, torch.Generator().manual_seed(seed))
+    cells = [cell for values in draws for cell in grid.cells(values)]
+    scores = sweep(
+        model,
+        tokens,
+        [(), *cells],
+        metric,
+        attention_mask=mask,
+        per_prompt=isinstance(metric, Metric),
+        memory_budget=memory_budget,
+        verbose=verbose,
+    ).reshape(len(cells) + 1, -1)
+    ablated = scores[1:].unflatten(0, (len(draws), *grid.shape)).mean(0)
+    return AblationScores(
+        unit, method, grid.axes, grid.layers, grid.positions, grid.neurons, intact=scores[0], scores=ablated
+    )
+
+
+def _check_options(
+    unit: str,
+    method: str,
+    neurons: Sequence[int] | None,
+    reference: Any,
+    reference_mask: Tensor | None,
+    per_position: bool,
+    n_draws: int,
+) -> None:
+    if unit not in _UNITS:
+        raise ValueError(f"unit is one of {', '.join(_UNITS)}; got {unit!r}")
+    if method not in _METHODS:
+        raise ValueError(f"method is one of {', '.join(_METHODS)}; got {method!r}")
+    if neurons is not None and unit != "neurons":
+        raise ValueError(f"neurons are chosen among neurons; the unit is {unit!r}")
+    if method == "zero" and reference is not None:
+        raise ValueError("method 'zero' takes nothing from a reference: use 'mean' or 'resample'")
+    if reference is None and reference_mask is not None:
+        raise ValueError("reference_mask belongs to a reference, and there is none")
+    if per_position and method != "mean":
+        raise ValueError(f"per_position is about means; the method is {method!r}")
+    if n_draws < 1 or (n_draws > 1 and method != "resample"):
+        raise ValueError(f"n_draws is 1 or more, and 1 unless the method is 'resample'; got {n_draws} for {method!r}")
+
+
+# What is ablated
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The parts that are ablated, one at a time."""
+
+    model: Any
+    unit: str
+    layers: tuple[int, ...]
+    positions: tuple[int, ...] | None
+    units: tuple[int, ...] | None
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        unit: str,
+        n_positions: int,
+        by_pos: bool | Sequence[int],
+        layers: Sequence[int] | None,
+        neurons: Sequence[int] | None,
+    ) -> _Grid:
+        cfg = model.cfg
+        chosen = _chosen("layer", layers, cfg.n_layers)
+        for layer in chosen:
+            site = get_act_name(_UNITS[unit][0], layer)
+            if site not in model.hook_dict:
+                lacking = f"this model has no {unit} in layer {layer}: "
+                raise UnknownHookError(lacking + describe_unknown(site, list(model.hook_dict)))
+        positions = None
+        if unit == "positions" or by_pos is not False:
+            positions = _chosen("position", None if isinstance(by_pos, bool) else by_pos, n_positions)
+        units = tuple(range(cfg.n_heads)) if unit == "heads" else None
+        if unit == "neurons":
+            units = _chosen("neuron", neurons, cfg.d_mlp)
+        return cls(model, unit, chosen, positions, units)
+
+    @property
+    def sites(self) -> list[str]:
+        return [get_act_name(_UNITS[self.unit][0], layer) for layer in self.layers]
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        names = ("layer", "pos" if self.positions is not None else None, _UNITS[self.unit][1])
+        return tuple(name for name in names if name is not None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(len(entries) for entries in (self.layers, self.positions, self.units) if entries is not None)
+
+    @property
+    def neurons(self) -> tuple[int, ...] | None:
+        return self.units if self.unit == "neurons" else None
+
+    def cells(self, values: dict[str, Tensor]) -> list[Intervention]:
+        """The interventions, in the order of the axes.
+
+        Args:
+            values: hook name -> what takes the activation's place, [(batch) (pos) ...]; empty for zero.
+        """
+        field = _UNITS[self.unit][2]
+        cells = []
+        for site, pos, unit in itertools.product(self.sites, self.positions or (None,), self.units or (None,)):
+            selections: dict[str, Any] = {"pos": pos} | ({field: unit} if field else {})
+            if not values:
+                cells.append(Intervention(site, "zero", **selections))
+                continue
+            cells.append(Intervention(site, "replace", self._part(site, values[site], pos, unit), **selections))
+        return cells
+
+    def _part(self, site: str, value: Tensor, pos: int | None, unit: int | None) -> Tensor:
+        inner = (self.model.hook_dict[site].axes or "").split()[2:]  # the axes after batch and pos
+        has_pos = value.ndim > len(inner)
+        if unit is not None:
+            value = value.select(value.ndim - len(inner), unit)
+        if pos is not None and has_pos:
+            value = value.select(value.ndim - len(inner) - 1 + (unit is not None), pos)
+        return value
+
+
+def _chosen(what: str, given: Sequence[int] | None, size: int) -> tuple[int, ...]:
+    """The chosen entries along an axis, counted from 0; all of them by default."""
+    chosen = range(size) if given is None else given
+    for one in chosen:
+        if isinstance(one, bool) or not isinstance(one, int) or not -size <= one < size:
+            raise ValueError(f"no {what} {one!r}: there are {what}s 0-{size - 1}")
+    if not len(chosen):
+        raise ValueError(f"there is no {what} to ablate")
+    return tuple(one % size for one in chosen)
+
+
+# What takes its place
+
+
+class _Reference:
+    """The activations of the reference prompts."""
+
+    def __init__(
+        self,
+        model: Any,
+        sites: Sequence[str],
+        tokens: Tensor,
+        mask: Tensor | None,
+        reference: Any,
+        reference_mask: Tensor | None,
+    ) -> None:
+        self.tokens, self.is_other = tokens, reference is not None
+        self.padded = mask is not None and not bool(mask.all())
+        if self.is_other:
+            reference, mask = model.tokens_and_mask(reference, reference_mask)
+        else:
+            reference = tokens
+        self.mask = torch.ones_like(reference, dtype=torch.bool) if mask is None else mask.bool()
+        self.padded = self.padded or not bool(self.mask.all())
+        options: dict[str, Any] = {"return_type": None, "return_cache_object": False}
+        _, self.cache = model.run_with_cache(reference, names_filter=sites, attention_mask=mask, **options)
+
+    def means(self, per_position: bool) -> dict[str, Tensor]:
+        """Means over prompts, [pos ...], or over prompts and positions, [...]. Padding counts for nothing."""
+        if per_position:
+            self._check_positions("means per position")
+        return {
+            site: _exact(value).mean(0) if per_position else _exact(value[self.mask]).mean(0)
+            for site, value in self.cache.items()
+        }
+
+    def draws(self, n_draws: int, generator: torch.Generator) -> list[dict[str, Tensor]]:
+        """What the activations are in other prompts, [batch pos ...], drawn for each prompt on its own."""
+        self._check_positions("activations of other prompts")
+        batch, others = self.tokens.shape[0], self.mask.shape[0]
+        if not self.is_other and others < 2:
+            raise ValueError("a single prompt has no other to be resampled from: give several, or a reference")
+        found = []
+        for _ in range(n_draws):
+            if self.is_other:
+                rows = torch.randint(others, (batch,), generator=generator)
+            else:
+                rows = torch.randint(others - 1, (batch,), generator=generator)
+                rows += rows >= torch.arange(batch)  # any but its own
+            found.append({site: value[rows.to(value.device)] for site, value in self.cache.items()})
+        return found
+
+    def _check_positions(self, what: str) -> None:
+        n_positions, n_reference = self.tokens.shape[1], self.mask.shape[1]
+        if n_positions != n_reference:
+            raise ValueError(
+                f"{what} go position by position: the prompts have {n_positions} positions, the reference {n_reference}"
+            )
+        if self.padded:
+            raise ValueError(f"{what} go position by position, and padding shifts positions: take equally long prompts")
+
+
+def _exact(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -1,0 +1,181 @@
+"""Causal tracing: hide the subject in noise, restore one state, and see whether the answer comes back.
+
+Meng et al. 2022, "Locating and Editing Factual Associations in GPT", section 2.1. Three kinds of run: the clean one;
+the corrupted one, with noise on the embeddings of the subject's tokens; and the corrupted one in which one hidden
+state, or one in each of several neighbouring layers, is what it was in the clean run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_lm.interventions import Intervention
+from hooked_lm.metrics import Metric
+from hooked_lm.patching.activation import Patch, clean_activations, layer_pos_patch_setter, patch_sites
+from hooked_lm.sweep import AnyMetric, sweep
+
+_EMBEDDINGS = "hook_embed"
+
+
+@dataclass(frozen=True, eq=False)
+class CausalTrace:
+    """What restoring each state brings back.
+
+    The prompt axis has length 1 where the metric is a function of one's own, which scores all prompts together.
+
+    Attributes:
+        site: short name of the restored state.
+        window: how many layers were restored together.
+        noise: standard deviation of the noise.
+        clean: the metric without noise, [prompt].
+        corrupted: with noise, [sample prompt].
+        restored: with noise and the state restored, [layer pos sample prompt].
+    """
+
+    site: str
+    window: int
+    noise: float
+    clean: Float[Tensor, " prompt"]
+    corrupted: Float[Tensor, "sample prompt"]
+    restored: Float[Tensor, "layer pos sample prompt"]
+
+    @property
+    def total_effect(self) -> Float[Tensor, ""]:
+        """What the noise takes away: clean less corrupted, averaged over samples and prompts."""
+        return self.clean.mean() - self.corrupted.mean()
+
+    @property
+    def indirect_effect(self) -> Float[Tensor, "layer pos"]:
+        """What restoring a state brings back: restored less corrupted, averaged over samples and prompts."""
+        return (self.restored - self.corrupted).mean((-2, -1))
+
+    @property
+    def per_prompt(self) -> Float[Tensor, "layer pos prompt"]:
+        """The indirect effect of each prompt, averaged over samples."""
+        return (self.restored - self.corrupted).mean(-2)
+
+    def __repr__(self) -> str:
+        layers, positions, samples, prompts = self.restored.shape
+        return (
+            f"CausalTrace({self.site!r}, window {self.window}, {layers} layers, {positions} positions, "
+            f"{samples} samples of {prompts} prompts, total effect {float(self.total_effect):.4g})"
+        )
+
+
+@torch.no_grad()
+def causal_trace(
+    model: Any,
+    tokens: Int[Tensor, "batch pos"] | Any,
+    subject: Sequence[int] | Sequence[Sequence[int]],
+    metric: AnyMetric,
+    *,
+    site: str = "resid_post",
+    window: int = 1,
+    noise: float | None = None,
+    n_samples: int = 10,
+    seed: int = 0,
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    memory_budget: int = 2**29,
+    verbose: bool = True,
+) -> CausalTrace:
+    """Return what restoring a state at each layer and position does for the answer when the subject is hidden.
+
+    Args:
+        model: a `HookedTransformer`.
+        tokens: the prompts, as the model takes them.
+        subject: positions of the subject's tokens, the same in all prompts, or a list of them for each.
+        metric: one of `hooked_lm.metrics`, such as `log_prob(answer)`, or a function from logits [batch pos vocab] to a
+            scalar. The paper uses the answer's probability.
+        site: short name of the state that is restored: `"resid_post"` (the paper's hidden state), `"mlp_out"`,
+            `"attn_out"`, or another with axes [batch pos ...].
+        window: restore so many neighbouring layers together, those from `layer - window // 2` on; fewer at the ends.
+            The paper takes 10 for MLPs and attention.
+        noise: standard deviation of the normal noise; None for the paper's 3 times that of the embeddings, measured
+            over all entries of the subjects' embeddings.
+        n_samples: how many draws of the noise.
+        seed: of the noise. Draws do not depend on the device.
+        attention_mask: [batch pos], 0 at padding.
+        memory_budget, verbose: as for `sweep`.
+
+    Raises:
+        UnknownHookError: the model has no such site.
+        ValueError: a position that is not in the prompt, a window, noise or number of samples out of range, or a metric
+            that is no number.
+    """
+    tokens, mask = model.tokens_and_mask(tokens, attention_mask)
+    sites = patch_sites(model, Patch(site, layer_pos_patch_setter, ("layer", "pos")))
+    where = _subject_mask(subject, tokens, mask)
+    _check_settings(window, noise, n_samples, len(sites))
+    names = [*sites, _EMBEDDINGS]
+    cache = model.run_with_cache(tokens, names_filter=names, attention_mask=mask, return_type=None)[1]
+    clean = clean_activations(model, cache, sites, tokens)
+    embeddings = cache[_EMBEDDINGS]
+    scale = 3 * float(embeddings[where].double().std()) if noise is None else float(noise)
+    options: dict[str, Any] = {"attention_mask": mask, "per_prompt": isinstance(metric, Metric)}
+    unchanged = sweep(model, tokens, [()], metric, verbose=False, **options).reshape(-1)
+    cells = [(), *_restorations(sites, clean, window, tokens.shape[1])]
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for _ in range(n_samples):
+        drawn = torch.randn(embeddings.shape, generator=generator).to(embeddings) * scale * where[..., None]
+        hidden = Intervention(_EMBEDDINGS, "add", drawn)
+        scores = sweep(
+            model, tokens, cells, metric, always=[hidden], memory_budget=memory_budget, verbose=verbose, **options
+        )
+        samples.append(scores.reshape(len(cells), -1))
+    scored = torch.stack(samples, 1)  # [cell sample prompt]
+    restored = scored[1:].unflatten(0, (len(sites), tokens.shape[1]))
+    return CausalTrace(site, window, scale, unchanged, scored[0], restored)
+
+
+def _restorations(
+    sites: Sequence[str], clean: dict[str, Tensor], window: int, n_positions: int
+) -> list[tuple[Intervention, ...]]:
+    """The cells [layer pos]: each puts back the clean states of a window of layers at one position."""
+    cells = []
+    for layer in range(len(sites)):
+        first = layer - window // 2
+        layers = range(max(first, 0), min(first + window, len(sites)))
+        for pos in range(n_positions):
+            cells.append(
+                tuple(Intervention(sites[one], "replace", clean[sites[one]][:, pos], pos=pos) for one in layers)
+            )
+    return cells
+
+
+def _subject_mask(
+    subject: Sequence[int] | Sequence[Sequence[int]], tokens: Int[Tensor, "batch pos"], mask: Tensor | None
+) -> Tensor:
+    """Which tokens are the subject's, as booleans [batch pos]."""
+    batch, n_positions = tokens.shape
+    given = list(subject)
+    rows = [given] * batch if all(isinstance(one, int) for one in given) else given
+    if len(rows) != batch:
+        raise ValueError(f"there are positions of {len(rows)} subjects, and {batch} prompts")
+    where = torch.zeros(batch, n_positions, dtype=torch.bool, device=tokens.device)
+    for prompt, row in enumerate(rows):
+        positions = list(row) if isinstance(row, Sequence) else []
+        if not positions or not all(isinstance(pos, int) and not isinstance(pos, bool) for pos in positions):
+            raise ValueError(f"the subject of prompt {prompt} is a list of one or more positions, got {row!r}")
+        for pos in positions:
+            if not -n_positions <= pos < n_positions:
+                raise ValueError(f"the subject of prompt {prompt} has position {pos}; there are {n_positions}")
+            if mask is not None and not mask[prompt, pos]:
+                raise ValueError(f"position {pos}, of the subject of prompt {prompt}, is padding")
+            where[prompt, pos] = True
+    return where
+
+
+def _check_settings(window: int, noise: float | None, n_samples: int, n_layers: int) -> None:
+    if not 1 <= window <= n_layers:
+        raise ValueError(f"a window is of 1-{n_layers} layers, got {window}")
+    if noise is not None and not 0 < noise < float("inf"):
+        raise ValueError(f"noise is a standard deviation above 0, got {noise}")
+    if n_samples < 1:
+        raise ValueError(f"n_samples is 1 or more, got {n_samples}")
