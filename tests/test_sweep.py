@@ -518,8 +518,8 @@ def test_an_intervention_at_fault_is_named_before_anything_runs(
     for metric in (logit(3), logit(3, pos=0), reads_everything):
         with pytest.raises(error, match=message):
             sweep(model_named("gpt2"), TOKENS, [GOOD, cell], metric, verbose=False)
+        always = cell if isinstance(cell, str) else [cell]
         with pytest.raises(error, match=message):
-            always = cell if isinstance(cell, str) else [cell]
             sweep(model_named("gpt2"), TOKENS, [GOOD], metric, always=always, verbose=False)
     assert not ran
 
@@ -587,7 +587,7 @@ def test_the_cell_whose_score_is_not_a_number_is_named() -> None:
 
 
 def test_prompts_apart_need_a_metric_that_scores_each() -> None:
-    with pytest.raises(ValueError, match="per_prompt needs a metric of hooked_lm.metrics"):
+    with pytest.raises(ValueError, match=r"per_prompt needs a metric of hooked_lm\.metrics"):
         sweep(model_named("gpt2"), TOKENS, [GOOD], reads_everything, per_prompt=True, verbose=False)
 
 
