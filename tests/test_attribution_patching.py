@@ -22,6 +22,7 @@ from hooked_lm.patching.attribution import (
     AuditedCell,
     attribution_patch,
     choose_cells,
+    replacement,
     spearman,
 )
 from tests.helpers import tiny_model, tiny_tokens
@@ -306,13 +307,22 @@ def test_spearman_is_one_for_any_rising_curve_and_shares_the_ranks_of_equals() -
         spearman(x, x[:2])
 
 
-def test_rounding_has_no_sign() -> None:
-    cells = tuple(
-        AuditedCell((index,), *pair, chosen="top")
-        for index, pair in enumerate([(0.5, -0.4), (0.5, -1e-9), (-1e-9, 0.3), (0.2, 0.1)])
-    )
-    audit = Audit("resid_pre", ("layer",), cells, 0.5, resolution=1e-6)
-    assert [one.cell for one in audit.sign_flips] == [(0,)]
+def test_rounding_has_neither_sign_nor_rank() -> None:
+    pairs = [(0.5, -0.4), (0.5, -1e-9), (-1e-9, 0.3), (0.2, 0.1)]
+    cells = [AuditedCell((index, 0), *pair, chosen="top") for index, pair in enumerate(pairs)]
+    assert [one.cell for one in Audit.of("resid_pre", cells, 1e-6).sign_flips] == [(0, 0)]
+    small = [AuditedCell((index, 0), 0.0, index * 1e-9, chosen="random") for index in range(9)]
+    assert Audit.of("resid_pre", [*small, cells[3]], 1e-6).rank_correlation == pytest.approx(1)
+    assert Audit.of("resid_pre", [*small, cells[3]], 1e-12).rank_correlation < 0.9
+
+
+def test_a_replaced_part_does_not_keep_the_whole_activation_alive() -> None:
+    z = torch.randn(1, 7, 3, 4)
+    for how in ({"pos": 2}, {"head": 1}, {"pos": 2, "head": (0, 2)}, {"feature": 3}):
+        value = replacement(tiny_model(), "blocks.0.attn.hook_z", z, **how).value
+        assert isinstance(value, Tensor)
+        assert value.untyped_storage().nbytes() == value.nbytes < z.nbytes
+    assert replacement(tiny_model(), "blocks.0.attn.hook_z", z).value is z
 
 
 def test_the_result_prints_its_audits_and_its_strongest_cells() -> None:

@@ -97,6 +97,13 @@ class Audit:
     rank_correlation: float
     resolution: float
 
+    @classmethod
+    def of(cls, grid: str, cells: Sequence[AuditedCell], resolution: float) -> Audit:
+        """Return the audit that some cells of a grid make; what is below the resolution counts as zero."""
+        pairs = torch.tensor([_pair(one) for one in cells], dtype=torch.float64)
+        pairs = torch.where(pairs.abs() > resolution, pairs, 0.0)
+        return cls(grid, GRIDS[grid].axes, tuple(cells), spearman(pairs[:, 0], pairs[:, 1]), resolution)
+
     @property
     def sign_flips(self) -> tuple[AuditedCell, ...]:
         """The cells whose effect has the other sign than its estimate."""
@@ -286,7 +293,9 @@ def activations_of(
 
 
 def _is_text(prompts: Any) -> bool:
-    return isinstance(prompts, str) or (isinstance(prompts, (list, tuple)) and isinstance(prompts[0], str))
+    return isinstance(prompts, str) or (
+        isinstance(prompts, (list, tuple)) and any(isinstance(one, str) for one in prompts)
+    )
 
 
 def _cached(cache: Mapping[Any, Tensor], site: str, run: str) -> Tensor:
@@ -344,8 +353,9 @@ def replacement(
         else:
             value = value.select(where, selection)
             kept.remove(axis)
-    # A part must not keep the whole alive.
-    return Intervention(site, "replace", value.contiguous(), pos=pos, head=head, feature=feature)
+    if (pos, head, feature) != (None, None, None):
+        value = value.clone()  # a part must not keep the whole alive
+    return Intervention(site, "replace", value, pos=pos, head=head, feature=feature)
 
 
 # The corrupted run and its gradients
@@ -540,11 +550,13 @@ class _Exact:
             verbose=self.verbose,
         )
         exact = iter((scores.double() - attribution.corrupted).tolist())
+        size = max(abs(attribution.corrupted), float(scores.abs().max()))
+        resolution = 100 * torch.finfo(scores.dtype).eps * size
         audits = {}
         for name, places in chosen.items():
             effects = attribution[name]
             audited = [AuditedCell(cell, float(effects[cell]), next(exact), how) for cell, how in places]
-            audits[name] = _audit(name, audited, scores, attribution.corrupted)
+            audits[name] = Audit.of(name, audited, resolution)
         return audits
 
     def cell(self, name: str, cell: Cell) -> Intervention:
@@ -554,14 +566,6 @@ class _Exact:
             _SELECTS[axis]: index for axis, index in zip(grid.axes[1:], cell[1:], strict=True)
         }
         return replacement(self.model, site, self.clean[site], **selections)
-
-
-def _audit(name: str, cells: list[AuditedCell], scores: Tensor, corrupted: float) -> Audit:
-    pairs = torch.tensor([_pair(one) for one in cells], dtype=torch.float64)
-    size = max(abs(corrupted), float(scores.abs().max()))
-    resolution = 100 * torch.finfo(scores.dtype).eps * size
-    pairs = torch.where(pairs.abs() > resolution, pairs, 0.0)  # rounding has no rank either
-    return Audit(name, GRIDS[name].axes, tuple(cells), spearman(pairs[:, 0], pairs[:, 1]), resolution)
 
 
 def choose_cells(effects: Tensor, n: int, generator: torch.Generator) -> list[tuple[Cell, Literal["top", "random"]]]:
