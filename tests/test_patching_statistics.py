@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from hooked_lm import HookedTransformer, UnknownHookError, metrics
 from hooked_lm.circuits.induction import repeated_random_tokens
 from hooked_lm.patching import bootstrap_interval, normalize_scores, patch_pairs, share_of_same_sign
-from tests.helpers import tiny_model, tiny_tokens
+from tests.helpers import VOCAB, tiny_config, tiny_model, tiny_tokens
 
 N_PAIRS = 4
 CLEAN, CORRUPTED = tiny_tokens(N_PAIRS, 5, seed=1), tiny_tokens(N_PAIRS, 5, seed=2)
@@ -195,6 +196,15 @@ def test_the_result_cannot_be_changed_and_says_what_it_is() -> None:
 def test_pairs_and_settings_that_do_not_fit_raise(clean: Tensor, corrupted: Tensor, how: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         patch_pairs(tiny_model(), clean, corrupted, **{"metric": METRIC, **how}, **QUIET)
+
+
+def test_a_pair_of_unequal_length_raises_though_both_batches_are_padded_to_the_same_length(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    model = HookedTransformer(tiny_config(d_vocab=VOCAB), tokenizer=tokenizer)
+    long, short = "When John and Mary", "John"
+    with pytest.raises(ValueError, match="clean and corrupted prompt of pair 1 are padded differently"):
+        patch_pairs(model, [long, short, long], [long, long, short], metrics.logit(3), **QUIET)
 
 
 def test_pairs_that_cannot_be_compared_are_fine_without_a_scale() -> None:

@@ -5,7 +5,9 @@ The oracle is a plain loop: one run of the whole model per cell, under hooks tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -16,11 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hooked_lm import HookedTransformer, Intervention
+from hooked_lm import HookedTransformer, Intervention, UnknownHookError
+from hooked_lm.components.attention import Attention
+from hooked_lm.components.mlp import MLP
 from hooked_lm.interventions import Operation
-from hooked_lm.metrics import logit_diff
+from hooked_lm.metrics import accuracy, kl_to, log_prob, logit, logit_diff, rank
 from hooked_lm.sweep import sweep
-from tests.helpers import tiny_model
+from hooked_lm.sweep.walk import Walk
+from tests.helpers import VOCAB, randomise_, tiny_config, tiny_model
 from tests.test_hook_sites import ARCHITECTURES, BATCH, POS, TOKENS, model_of, sites_of
 
 # Three layers, so that there is one between the first and the last.
@@ -69,7 +74,9 @@ def model_named(name: str) -> HookedTransformer:
 
 @cache
 def sites_named(name: str) -> tuple[str, ...]:
-    return tuple(sites_of(model_named(name)))
+    model = model_named(name)
+    # The table of sites gives every block an `ln2_post`, those without an MLP too.
+    return tuple(site for site in sites_of(model) if not (model.cfg.attn_only and ".ln2_post." in site))
 
 
 @dataclass(frozen=True)
@@ -180,24 +187,20 @@ def reads_everything(logits: Tensor) -> Tensor:
 
 
 def assert_equal_to_the_loop(
-    name: str, cells: Sequence[Sequence[Edit]], mask: Tensor | None = None, **options: Any
+    name: str, cells: Sequence[Sequence[Edit]], mask: Tensor | None, metric: Callable[[Tensor], Tensor]
 ) -> None:
-    """The sweep and hooked runs agree, for a metric that reads every logit and for one that reads two in mid-prompt."""
+    """The sweep and hooked runs of the whole model agree on every cell."""
     model = model_named(name)
-    logits = run_all_by_hand(model, cells, mask)
-    for metric in (reads_everything, logit_diff([3, 5], 7, pos=-2)):
-        expected = torch.stack([metric(one) for one in logits])
-        options = {"verbose": False, "attention_mask": mask, **options}
-        got = sweep(model, TOKENS, as_data(cells), metric, **options)
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+    expected = torch.stack([metric(one) for one in run_all_by_hand(model, cells, mask)])
+    got = sweep(model, TOKENS, as_data(cells), metric, verbose=False, attention_mask=mask)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
 
 
 # Every site
 
 
-@pytest.mark.parametrize("mask", [None, PADDED], ids=["", "padded on the left"])
 @pytest.mark.parametrize("name", CAUSAL)
-def test_the_sweep_equals_the_loop_at_every_site(name: str, mask: Tensor | None) -> None:
+def test_the_sweep_equals_the_loop_at_every_site(name: str) -> None:
     selections: list[dict[str, Selection]] = [
         {"pos": 3},
         {"pos": (-1, 2), "head": 0},
@@ -208,71 +211,404 @@ def test_the_sweep_equals_the_loop_at_every_site(name: str, mask: Tensor | None)
     ]
     operations: list[Operation] = ["replace", "scale", "add", "zero"]
     cells = []
-    for index, site in enumerate(sites_named(name)):
-        for offset in (0, 1) if mask is None else (2,):
-            choice = 2 * index + offset
-            # Nothing but finite logits: a score of minus infinity times nothing, or a norm by nothing, is NaN.
-            operation = operations[choice % (3 if site.endswith(("hook_scale", "scores")) else 4)]
-            cells.append([make_edit(name, site, operation, choice, **selections[choice % len(selections)])])
-    assert_equal_to_the_loop(name, cells, mask)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "deep parallel grouped rotary", "deep norms on the stream"])
-def test_every_head_and_position_of_a_grid_equals_the_loop(name: str) -> None:
-    cells = [
-        [make_edit(name, site, "replace", layer, pos=pos, head=head)]
-        for layer in range(model_named(name).cfg.n_layers)
-        for site in (f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.attn.hook_result")
-        for pos in range(POS)
-        for head in range(2)
-    ]
-    assert_equal_to_the_loop(name, cells)
-
-
-# Several edits in one cell
+    for index, site in enumerate(sites_named(name), start=CAUSAL.index(name)):
+        # Nothing but finite logits: a score of minus infinity times nothing, or a norm by nothing, is NaN.
+        operation = operations[index % (3 if site.endswith(("hook_scale", "scores")) else 4)]
+        cells.append([make_edit(name, site, operation, index, **selections[index % len(selections)])])
+    assert_equal_to_the_loop(name, cells, padding_for(name), reads_everything)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_any_pair_of_sites_of_a_layer_equals_the_loop(name: str) -> None:
     layer = model_named(name).cfg.n_layers - 1
     sites = [site for site in sites_named(name) if site.startswith((f"blocks.{layer}.", "ln_final"))]
-    per_head = ("attn_in", "q_input", "k_input", "v_input")
     cells = []
     for index, site in enumerate(sites):
         other = sites[(7 * index + 3) % len(sites)]
-        if all(not one.endswith(per_head) or ".ln1." not in two for one, two in ((site, other), (other, site))):
-            cells.append([make_edit(name, site, "scale", 1, pos=(2, 4)), make_edit(name, other, "add", 2, pos=3)])
-    assert_equal_to_the_loop(name, cells)
+        cell = [make_edit(name, site, "scale", 1, pos=(2, 4)), make_edit(name, other, "add", 2, pos=3)]
+        if not edits_a_norm_that_heads_do_not_read(cell):
+            cells.append(cell)
+    padded = None if padding_for(name) is not None else PADDED
+    assert_equal_to_the_loop(name, cells, padded, logit_diff([3, 5], 7, pos=-2))
+
+
+def padding_for(name: str) -> Tensor | None:
+    """Every other architecture is padded where it is swept at every site, and the others where pairs are."""
+    return PADDED if CAUSAL.index(name) % 2 else None
+
+
+def edits_a_norm_that_heads_do_not_read(cell: Sequence[Edit]) -> bool:
+    per_head = any(edit.site.endswith(("attn_in", "q_input", "k_input", "v_input")) for edit in cell)
+    return per_head and any(".ln1." in edit.site for edit in cell)
+
+
+def test_runs_one_by_one_say_the_same_as_the_repeated_prompts_of_these_tests() -> None:
+    cells = [[make_edit("gpt2", site, "scale", 4, pos=(2, -1))] for site in sites_named("gpt2")[1:]]
+    one_by_one = torch.stack([run_by_hand(model_named("gpt2"), cell, PADDED) for cell in cells])
+    together = run_all_by_hand(model_named("gpt2"), cells, PADDED)
+    torch.testing.assert_close(together, one_by_one, rtol=0, atol=1e-11)
+
+
+# Several edits in one cell
 
 
 @st.composite
-def cells_of(draw: st.DrawFn) -> tuple[str, bool, list[list[Edit]]]:
+def sweeps(draw: st.DrawFn) -> tuple[str, bool, list[list[Edit]]]:
+    """An architecture, whether to pad, and cells of two to five edits each, often at one site."""
     name = draw(st.sampled_from(CAUSAL))
-    sites = [site for site in sites_named(name) if ".ln1." not in site and not site.endswith("hook_attn_scores")]
-    # A few sites only, so that edits meet at one.
-    few = draw(st.lists(st.sampled_from(sites), min_size=1, max_size=4))
-    positions = (
-        st.none()
-        | st.integers(-POS, POS - 1)
-        | st.lists(st.integers(0, POS - 1), min_size=1, max_size=3, unique=True).map(tuple)
-    )
+    # Edits of scores meet minus infinity; the pairs above have them.
+    sites = [site for site in sites_named(name) if not site.endswith("hook_attn_scores")]
+    few = draw(st.lists(st.sampled_from(sites), min_size=1, max_size=3))
+    several = st.lists(st.integers(-POS, -1), min_size=1, max_size=3, unique=True).map(tuple)
     edits = st.builds(
-        lambda site, operation, seed, pos, head, batch: make_edit(
-            name, site, operation, seed, pos=pos, head=head, batch=batch
-        ),
+        partial(make_edit, name),
         st.sampled_from(few),
         st.sampled_from(["replace", "add", "scale"]),
         st.integers(0, 9),
-        positions,
-        st.sampled_from([None, 0, (0,)]),
-        st.sampled_from([None, 1, (1, 0)]),
+        pos=st.none() | st.integers(-POS, POS - 1) | several,
+        head=st.sampled_from([None, 0, (0,)]),
+        batch=st.sampled_from([None, 1, (1, 0)]),
     )
-    cells = draw(st.lists(st.lists(edits, min_size=2, max_size=5), min_size=1, max_size=4))
-    return name, draw(st.booleans()), cells
+    cells = draw(st.lists(st.lists(edits, min_size=2, max_size=5), min_size=1, max_size=3))
+    return name, draw(st.booleans()), [cell for cell in cells if not edits_a_norm_that_heads_do_not_read(cell)]
 
 
 @settings(max_examples=60, deadline=None)
-@given(cells_of())
-def test_any_combination_of_edits_equals_the_loop(drawn: tuple[str, bool, list[list[Edit]]]) -> None:
+@given(sweeps(), st.integers(-POS, POS - 1))
+def test_any_combination_of_edits_equals_the_loop(drawn: tuple[str, bool, list[list[Edit]]], pos: int) -> None:
     name, padded, cells = drawn
-    assert_equal_to_the_loop(name, cells, PADDED if padded else None)
+    if cells:
+        assert_equal_to_the_loop(name, cells, PADDED if padded else None, log_prob(4, pos=pos))
+
+
+def test_an_edit_of_a_norm_and_of_the_heads_inputs_in_one_cell_equals_the_loop() -> None:
+    norm = make_edit("gpt2", "blocks.1.ln1.hook_normalized", "scale", 0, pos=2)
+    queries = make_edit("gpt2", "blocks.1.hook_q_input", "add", 1, pos=3)
+    other = make_edit("gpt2", "blocks.1.hook_v_input", "zero", 1, head=1)
+    model, cells = model_named("gpt2"), [[norm, queries], [other], [norm]]
+    expected = torch.stack([reads_everything(run_by_hand(model, cell)) for cell in cells])
+    got = sweep(model, TOKENS, as_data(cells), reads_everything, verbose=False)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+
+
+# Cells, and the order of results
+
+
+def grid(name: str = "deep", site: str = "hook_resid_pre") -> list[list[Edit]]:
+    layers = range(model_named(name).cfg.n_layers)
+    return [[make_edit(name, f"blocks.{i}.{site}", "scale", pos, pos=pos)] for i in layers for pos in range(POS)]
+
+
+def test_results_are_in_the_order_of_the_cells_whatever_that_is() -> None:
+    model, cells = model_named("deep"), as_data([*grid(), *grid(site="attn.hook_z"), []])
+    results = sweep(model, TOKENS, cells, reads_everything, verbose=False)
+    assert len(set(results.tolist())) == len(cells)
+    order = torch.randperm(len(cells), generator=torch.Generator().manual_seed(0)).tolist()
+    shuffled = sweep(model, TOKENS, (cells[index] for index in order), reads_everything, verbose=False)
+    torch.testing.assert_close(shuffled, results[order], rtol=0, atol=1e-10)
+
+
+def test_a_cell_of_no_interventions_is_the_run_itself_and_no_cells_have_no_results() -> None:
+    model = model_named("deep")
+    clean = logit(3)(model(TOKENS).detach())
+    torch.testing.assert_close(sweep(model, TOKENS, [()], logit(3), verbose=False), clean[None], rtol=0, atol=1e-12)
+    assert sweep(model, TOKENS, [], logit(3), verbose=False).shape == (0,)
+    assert sweep(model, TOKENS, [], logit(3), verbose=False, per_prompt=True).shape == (0, BATCH)
+
+
+def test_one_intervention_is_a_cell_by_itself() -> None:
+    model, cells = model_named("deep"), as_data(grid())
+    alone = sweep(model, TOKENS, [cell[0] for cell in cells], logit(3), verbose=False)
+    assert torch.equal(alone, sweep(model, TOKENS, cells, logit(3), verbose=False))
+
+
+@pytest.mark.parametrize("name", ["deep", "deep grouped alibi windows"])
+def test_a_tiny_memory_budget_gives_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = [*grid(name), *grid(name, "attn.hook_z")[::3], *grid(name, "hook_q_input")[::3]]
+    walks = counted(monkeypatch, Walk, "run")
+    whole = sweep(model_named(name), TOKENS, as_data(cells), logit(3), verbose=False)
+    assert len(walks) == 2  # cells that give heads their own inputs are kept apart
+    for memory_budget, least, most in ((1, len(cells), len(cells)), (60_000, 3, len(cells) - 1)):
+        walks.clear()
+        got = sweep(model_named(name), TOKENS, as_data(cells), logit(3), memory_budget=memory_budget, verbose=False)
+        torch.testing.assert_close(got, whole, rtol=0, atol=1e-12)
+        assert least <= len(walks) <= most
+
+
+# Metrics
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        logit([3, 4], pos=2),
+        logit_diff(3, [5, 6]),
+        log_prob([3, 4], pos=-3),
+        rank(3),
+        accuracy(3, pos=4),
+        kl_to(torch.linspace(-1, 1, BATCH * POS * 20).reshape(BATCH, POS, 20), pos=3),
+    ],
+    ids=lambda metric: metric.name,
+)
+def test_every_metric_scores_each_prompt_as_the_loop_does(metric: Any) -> None:
+    model, cells = model_named("soft caps"), [*grid("soft caps"), *grid("soft caps", "hook_attn_out")]
+    expected = torch.stack([metric.per_prompt(one) for one in run_all_by_hand(model, cells)])
+    got = sweep(model, TOKENS, as_data(cells), metric, per_prompt=True, verbose=False)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+    mean = sweep(model, TOKENS, as_data(cells), metric, verbose=False)
+    torch.testing.assert_close(mean, expected.mean(1), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("returned", [float, lambda x: x, lambda x: x.reshape(1, 1)])
+def test_any_function_that_returns_one_number_is_a_metric(returned: Callable[[Tensor], Any]) -> None:
+    model, cells = model_named("deep"), grid()
+    expected = torch.stack([one[1, 2, 3:6].prod() for one in run_all_by_hand(model, cells)])
+    got = sweep(model, TOKENS, as_data(cells), lambda logits: returned(logits[1, 2, 3:6].prod()), verbose=False)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+
+
+# Interventions that are always made
+
+
+@pytest.mark.parametrize(
+    ("name", "site"),
+    [
+        ("gpt2", "hook_tokens"),
+        ("gpt2", "hook_pos_embed"),
+        ("shortformer", "hook_pos_embed"),
+        ("alibi", "hook_embed"),
+        ("alibi", "embed.ln.hook_normalized"),
+        ("deep norms on the stream", "hook_embed"),
+        ("deep norms on the stream", "blocks.0.hook_resid_mid"),
+    ],
+)
+def test_what_is_always_made_is_made_in_every_cell(name: str, site: str) -> None:
+    model, always = model_named(name), make_edit(name, site, "scale", 8, pos=(1, 3))
+    cells = [*grid(name), *grid(name, "attn.hook_z")]
+    expected = torch.stack([logit(3)(one) for one in run_all_by_hand(model, [[always, *cell] for cell in cells])])
+    got = sweep(model, TOKENS, as_data(cells), logit(3), always=[always.intervention()], verbose=False)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+
+
+# What cannot be walked
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, owner: type, method: str) -> list[tuple[Any, ...]]:
+    """The arguments of every call of a method from now on."""
+    calls: list[tuple[Any, ...]] = []
+    original = getattr(owner, method)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, method, counting)
+    return calls
+
+
+def stretched(module: Any, args: Any, output: Tensor) -> Tensor:
+    return output * torch.linspace(1, 2, output.shape[-1], dtype=output.dtype)
+
+
+@pytest.mark.parametrize("kind", ["bidirectional", "a hook", "a hook of torch's"])
+def test_what_cannot_be_walked_is_run_the_plain_way(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "folded, bidirectional" if kind == "bidirectional" else "gpt2"
+    model, cells = model_of(name), grid(name)
+    if kind == "a hook":
+        model.add_hook("blocks.0.hook_mlp_out", lambda x, hook: stretched(None, None, x))
+    elif kind == "a hook of torch's":
+        model.blocks[0].register_forward_hook(stretched)
+    expected = torch.stack([logit(3)(run_by_hand(model, cell)) for cell in cells])
+    walks = counted(monkeypatch, Walk, "run")
+    got = sweep(model, TOKENS, as_data(cells), logit(3), verbose=False)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    assert not walks
+
+
+def test_the_plain_way_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cells, walks = model_named("deep"), as_data(grid()), counted(monkeypatch, Walk, "run")
+    plain = sweep(model, TOKENS, cells, logit(3), incremental=False, verbose=False)
+    assert not walks
+    torch.testing.assert_close(plain, sweep(model, TOKENS, cells, logit(3), verbose=False), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("text", ["<|endoftext|><|endoftext|>When John", ["When John and", "<|endoftext|>When John"]])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_strings_are_swept_as_they_are_run(text: Any, side: str, tokenizer: Any) -> None:
+    model: Any = randomise_(HookedTransformer(tiny_config(d_vocab=VOCAB), tokenizer=copy.deepcopy(tokenizer)))
+    model.tokenizer.padding_side = side
+    cells = [
+        Intervention("blocks.0.hook_resid_pre", "scale", 1.5, pos=4),
+        Intervention("blocks.1.attn.hook_z", "zero", head=0),
+    ]
+    expected = torch.stack([logit(3)(model.run(text, interventions=[cell]).detach()) for cell in cells])
+    torch.testing.assert_close(sweep(model, text, cells, logit(3), verbose=False), expected, rtol=0, atol=1e-10)
+
+
+# Work
+
+
+def positions_projected(calls: list[tuple[Any, ...]]) -> int:
+    """Over all layers, the positions of the rows for which attention has formed queries."""
+    return sum(x.shape[0] * x.shape[1] for _, x, which in calls if which == "Q")
+
+
+def test_only_the_rows_positions_and_layers_that_a_cell_can_change_are_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, cells = model_named("deep"), as_data(grid())
+    n_layers = model.cfg.n_layers
+    projections, hidden = counted(monkeypatch, Attention, "project"), counted(monkeypatch, MLP, "forward")
+    sweep(model, TOKENS, cells, reads_everything, verbose=False)
+    once = BATCH * POS * n_layers
+    # The cell (layer, pos) has positions pos and after, from its layer on.
+    rows = sum(BATCH * (POS - pos) * (n_layers - layer) for layer in range(n_layers) for pos in range(POS))
+    assert positions_projected(projections) == once + rows
+    assert sum(x.shape[0] * x.shape[1] for _, x in hidden) == once + rows
+    # The loop, by the same count, does `once` for every cell.
+    projections.clear()
+    sweep(model, TOKENS, cells, reads_everything, incremental=False, verbose=False)
+    assert positions_projected(projections) == once * len(cells) > 2 * (once + rows)
+
+
+def test_the_last_layer_goes_on_with_the_position_that_the_metric_reads_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cells = model_named("deep"), as_data(grid()[-POS:])  # those in the last layer
+    hidden, unembedded = counted(monkeypatch, MLP, "forward"), counted(monkeypatch, type(model.unembed), "forward")
+    sweep(model, TOKENS, cells, logit(3), verbose=False)
+    assert sum(x.shape[0] * x.shape[1] for _, x in hidden) == BATCH * POS * 3 + BATCH * len(cells)
+    assert len(unembedded) == 1  # the base run
+
+
+@pytest.mark.parametrize(
+    ("site", "attentions", "mlps"), [("attn.hook_z", 1, 2), ("hook_resid_mid", 1, 2), ("hook_mlp_out", 1, 1)]
+)
+def test_rows_that_join_late_in_a_block_leave_out_what_comes_before(
+    site: str, attentions: int, mlps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    projections, hidden = counted(monkeypatch, Attention, "project"), counted(monkeypatch, MLP, "forward")
+    cell = make_edit("deep", f"blocks.1.{site}", "scale", 0)
+    sweep(model_named("deep"), TOKENS, as_data([[cell]]), reads_everything, verbose=False)
+    assert positions_projected(projections) == BATCH * POS * (3 + attentions)
+    assert sum(x.shape[0] * x.shape[1] for _, x in hidden) == BATCH * POS * (3 + mlps)
+
+
+# Errors
+
+
+GOOD = Intervention("blocks.0.hook_resid_pre", "zero", pos=1)
+
+
+@pytest.mark.parametrize(
+    ("cell", "error", "message"),
+    [
+        (Intervention("blocks.7.attn.hook_z", "zero"), UnknownHookError, "layers run 0-1"),
+        (Intervention("blocks.0.hook_resid_pree", "zero"), UnknownHookError, "did you mean"),
+        (Intervention("blocks.0.attn.hook_z", "zero", head=3), ValueError, "head 3: this model has heads 0-2"),
+        (Intervention("blocks.0.hook_resid_pre", "zero", pos=6), ValueError, "pos 6: the prompts have 6 positions"),
+        (Intervention("blocks.0.hook_resid_pre", "zero", pos=(0, -7)), ValueError, "pos -7: the prompts have 6 pos"),
+        (Intervention("blocks.0.attn.hook_pattern", "zero", feature=6), ValueError, "feature 6: the prompts have 6"),
+        (Intervention("blocks.0.hook_resid_pre", "zero", batch=2), ValueError, "batch 2: the prompts have 2 in the"),
+        (Intervention("blocks.1.hook_mlp_out", "add", torch.zeros(5)), ValueError, r"shape \(5,\) does not fit what"),
+        (
+            Intervention("blocks.0.attn.hook_z", "add", torch.zeros(3, 4), pos=(0, 5), head=1),
+            ValueError,
+            r"shape \(3, 4\) .* selected, \(2, 2, 4\)",
+        ),
+        ("hook_embed", TypeError, "a cell is an Intervention or several, got 'h"),
+    ],
+)
+def test_an_intervention_at_fault_is_named_before_anything_runs(
+    cell: Any, error: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = counted(monkeypatch, Attention, "project")
+    for metric in (logit(3), logit(3, pos=0), reads_everything):
+        for cells, always in (([GOOD, cell], []), ([GOOD], [cell])):
+            with pytest.raises(error, match=message):
+                sweep(model_named("gpt2"), TOKENS, cells, metric, always=always, verbose=False)
+    assert not ran
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (logit(3, pos=6), "logit reads position 6, and the logits have 6 positions"),
+        (log_prob(3, pos=-7), "log-probability reads position -7"),
+        (logit(20), "logit reads tokens .*20.*; the vocabulary is 0-19"),
+        (logit_diff(2, -1), "logit difference reads tokens .*-1.*; the vocabulary is 0-19"),
+        (rank(20), "rank reads tokens"),
+        (logit([1, 2, 3]), "logit has answers for 3 prompts; there are 2"),
+        (log_prob([1, 2, 3]), "log-probability has answers for 3 prompts; there are 2"),
+        (accuracy([1, 2, 3]), "accuracy has answers for 3 prompts; there are 2"),
+        (kl_to(torch.zeros(3, POS, 20)), "KL divergence has answers for 3 prompts; there are 2"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_metric_that_does_not_fit_the_prompts_is_named_before_anything_runs(
+    metric: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = counted(monkeypatch, Attention, "project")
+    with pytest.raises(ValueError, match=message):
+        sweep(model_named("gpt2"), TOKENS, [GOOD], metric, verbose=False)
+    assert not ran
+
+
+def fails(logits: Tensor) -> Tensor:
+    raise ZeroDivisionError("of the metric's own")
+
+
+@pytest.mark.parametrize(
+    ("metric", "error", "message"),
+    [
+        (lambda logits: logits[:, -1, 3], ValueError, r"returns a scalar; it returned shape \(2,\)"),
+        (
+            lambda logits: logits.sum() * float("nan"),
+            ValueError,
+            "not a number for 2 of 2 cells, first for .*resid_pre",
+        ),
+        (fails, ZeroDivisionError, "of the metric's own"),
+    ],
+)
+@pytest.mark.parametrize("incremental", [True, False])
+def test_a_metric_that_fails_is_named_and_leaves_nothing_behind(
+    metric: Any, error: Any, message: str, incremental: bool
+) -> None:
+    model = model_named("gpt2")
+    cells = [GOOD, Intervention("blocks.1.attn.hook_pattern", "zero", head=1)]
+    clean = model(TOKENS)
+    always = [Intervention("hook_embed", "scale", 2.0)]
+    with pytest.raises(error, match=message):
+        sweep(model, TOKENS, cells, metric, always=always, incremental=incremental, verbose=False)
+    assert torch.is_grad_enabled()
+    assert not any(point.live for point in model.hook_points())
+    assert model.context_level == 0
+    assert torch.equal(model(TOKENS), clean)
+
+
+def test_the_cell_whose_score_is_not_a_number_is_named() -> None:
+    nan = Intervention("blocks.1.attn.hook_z", "replace", float("nan"), pos=2, head=1)
+    with pytest.raises(ValueError, match=r"not a number for 1 of 2 cells, first for .*hook_z.*pos=2"):
+        sweep(model_named("gpt2"), TOKENS, [GOOD, nan], reads_everything, verbose=False)
+
+
+def test_prompts_apart_need_a_metric_that_scores_each() -> None:
+    with pytest.raises(ValueError, match="per_prompt needs a metric of"):
+        sweep(model_named("gpt2"), TOKENS, [GOOD], reads_everything, per_prompt=True, verbose=False)
+
+
+def test_the_features_of_a_shared_expert_are_its_own() -> None:
+    fields = {**ARCHITECTURES["dense layer, then mixture with a shared gated expert"], "d_shared_expert": 60}
+    model = tiny_model(**fields)
+    assert model.cfg.d_mlp == 48
+    last = Intervention("blocks.1.mlp.shared.hook_post", "add", 3.0, feature=59)
+    assert sweep(model, TOKENS, [last], logit(3), verbose=False) != logit(3)(model(TOKENS))
+    with pytest.raises(ValueError, match="feature 60: this model has features 0-59"):
+        sweep(model, TOKENS, [dataclasses.replace(last, feature=60)], logit(3), verbose=False)
+
+
+def test_a_sweep_changes_neither_prompts_nor_values() -> None:
+    tokens, cells = TOKENS.clone(), as_data([*grid(), *grid(site="attn.hook_q")])
+    before = [torch.as_tensor(cell[0].value).clone() for cell in cells]
+    sweep(model_named("deep"), tokens, cells, logit(3), verbose=False)
+    assert torch.equal(tokens, TOKENS)
+    for cell, value in zip(cells, before, strict=True):
+        assert torch.equal(torch.as_tensor(cell[0].value), value)

@@ -143,7 +143,9 @@ class _Engine:
         """Return the metric's scores of one run, one per prompt or one in all."""
         if isinstance(self.metric, Metric):
             return self.metric.per_prompt(logits)
-        score = torch.as_tensor(self.metric(logits))
+        score = self.metric(logits)
+        if not isinstance(score, Tensor):  # in the model's precision, which may be double
+            score = torch.as_tensor(score, dtype=logits.dtype)
         if score.numel() != 1:
             raise ValueError(f"the metric returns a scalar; it returned shape {tuple(score.shape)}")
         return score.reshape(1)
