@@ -23,6 +23,7 @@ from hooked_lm.components.attention import Attention
 from hooked_lm.components.mlp import MLP
 from hooked_lm.interventions import Operation
 from hooked_lm.metrics import accuracy, kl_to, log_prob, logit, logit_diff, rank
+from hooked_lm.names import get_act_name
 from hooked_lm.sweep import sweep
 from hooked_lm.sweep.walk import Walk
 from tests.helpers import VOCAB, randomise_, tiny_config, tiny_model
@@ -477,6 +478,59 @@ def test_the_last_layer_goes_on_with_the_position_that_the_metric_reads_only(mon
     sweep(model, TOKENS, cells, logit(3), verbose=False)
     assert sum(x.shape[0] * x.shape[1] for _, x in hidden) == BATCH * POS * 3 + BATCH * len(cells)
     assert len(unembedded) == 1  # the base run
+
+
+def patches_of_a_pair(model: HookedTransformer, parts_at: int) -> tuple[Tensor, list[Intervention]]:
+    """Corrupted prompts that leave the clean ones at a position, and patches at every kind of site from a full cache."""
+    corrupted = TOKENS.clone()
+    corrupted[:, parts_at] = (corrupted[:, parts_at] + 1) % 20
+    _, clean = model.run_with_cache(TOKENS)
+    layers = range(model.cfg.n_layers)
+    cells = [
+        Intervention(f"blocks.{layer}.hook_resid_pre", "replace", clean["resid_pre", layer][:, pos], pos=pos)
+        for layer in layers
+        for pos in range(POS)
+    ]
+    for site in ("q", "v", "z", "pattern"):
+        of_head = (slice(None), 0) if site == "pattern" else (slice(None), slice(None), 0)
+        cells += [
+            Intervention(get_act_name(site, layer), "replace", clean[site, layer][of_head], head=0) for layer in layers
+        ]
+    return corrupted, cells
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_clean_and_corrupted_prompts_share_is_not_computed_again(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, parts_at = tiny_model(n_layers=3, dtype=dtype), POS - 2
+    corrupted, cells = patches_of_a_pair(model, parts_at)
+    looped = sweep(model, corrupted, cells, reads_everything, incremental=False, verbose=False)
+    projections = counted(monkeypatch, Attention, "project")
+    swept = sweep(model, corrupted, cells, reads_everything, verbose=False)
+    torch.testing.assert_close(swept, looped, rtol=0, atol=1e-10 if dtype == torch.float64 else 1e-4)
+    in_layers = [3, 2, 1]
+    # Residual patches before the prompts part change nothing, nor does one of the first layer at the last token, which
+    # they share. Heads differ from where the prompts part; patterns are not compared.
+    residual = sum(in_layers) * 2 + sum(in_layers) * 1 - 3
+    heads = sum(in_layers) * 2 * 2 + sum(one - 1 for one in in_layers) * 2
+    patterns = sum(in_layers) * POS
+    assert positions_projected(projections) == BATCH * (3 * POS + residual + heads + patterns)
+
+
+def test_a_small_change_is_made_where_it_is_one_and_not_where_it_is_rounding() -> None:
+    model = tiny_model(dtype=torch.float32)
+    _, cache = model.run_with_cache(TOKENS)
+    same, small = cache["resid_pre", 1], 1e-3 * torch.arange(model.cfg.d_model)
+    cells = [
+        Intervention("blocks.1.hook_resid_pre", "replace", same),
+        Intervention("blocks.1.hook_resid_pre", "replace", same + small),
+        Intervention("blocks.1.hook_resid_pre", "add", small),
+        Intervention("blocks.1.hook_resid_pre", "add", 0 * small),
+    ]
+    base, *others = sweep(model, TOKENS, [[], *cells], reads_everything, verbose=False)
+    assert others[0] == base == others[3]
+    assert others[1] != base != others[2]
 
 
 @pytest.mark.parametrize(

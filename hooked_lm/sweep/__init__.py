@@ -20,6 +20,7 @@ from hooked_lm.interventions import Intervention
 from hooked_lm.metrics import Metric
 from hooked_lm.names import get_act_name
 from hooked_lm.sweep.cells import Cell, Stage, plan_cell, reads_per_head
+from hooked_lm.sweep.first_change import from_first_change, is_compared
 from hooked_lm.sweep.walk import Base, Group, Walk, key_site
 
 AnyMetric = Metric | Callable[[Tensor], Any]
@@ -156,14 +157,16 @@ class _Engine:
         base, logits = self.base_run(cells)
         last = self.tokens.shape[1] - 1
         last_read = self.metric.pos % (last + 1) if isinstance(self.metric, Metric) else 0
-        # What comes after the last position that is read changes nothing.
-        without_effect = [cell for cell in cells if cell.first > last_read] if isinstance(self.metric, Metric) else []
-        for cell in without_effect:
-            results[cell.index] = self.scores(logits)
-        advance(len(without_effect))
-        for chunk in self.chunks(
-            [cell for cell in cells if cell.first <= last_read or not isinstance(self.metric, Metric)]
-        ):
+        changing = [from_first_change(cell, base.cache, self.model.hook_dict) for cell in cells]
+        # What comes after the last position that is read has no effect either.
+        walked = [
+            cell for cell in changing if cell and (cell.first <= last_read or not isinstance(self.metric, Metric))
+        ]
+        without_effect = sorted({cell.index for cell in cells} - {cell.index for cell in walked})
+        if without_effect:
+            results[without_effect] = self.scores(logits).to(results.dtype)
+            advance(len(without_effect))
+        for chunk in self.chunks(walked):
             final = Walk(self.model, base, chunk, last_read).run(lambda: None)
             for group, normalized in final:
                 self.judge(group, normalized, logits, results)
@@ -177,6 +180,8 @@ class _Engine:
         names.add(get_act_name("resid_post", self.cfg.n_layers - 1) if layers else "hook_embed")
         for cell in cells:
             names |= self.joined_with(cell)
+            sites = {one.site for one in (*cell.at_entry, *cell.on_the_way)}
+            names |= {site for site in sites if is_compared(self.model.hook_dict[site])}
         if self.cfg.positional_embedding_type == "shortformer":
             names.add("hook_pos_embed")
         with self.model.intervening(self.always):

@@ -1,0 +1,58 @@
+"""From which position on a cell changes the run, as its values show; its selections only say from where it may.
+
+Clean and corrupted prompts mostly share a beginning. A patch there replaces an activation by the same one, and changes
+nothing; a patch of a whole head changes nothing before the prompts part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hooked_lm.hook_point import HookPoint
+from hooked_lm.interventions import Intervention
+from hooked_lm.sweep.cells import Cell
+
+# Two ways of computing one activation (attention fused or not) differ by some ten roundings of its largest entry.
+_ROUNDINGS = 32
+
+
+def is_compared(point: HookPoint) -> bool:
+    """Return whether an edit there is compared with the base run: not where recording costs more than it may save."""
+    axes = (point.axes or "").split()
+    return "pos" in axes and not point.on_demand
+
+
+def from_first_change(cell: Cell, base: Mapping[str, Tensor], points: Mapping[str, HookPoint]) -> Cell | None:
+    """Return the cell with the first position that it changes, or None if it changes nothing.
+
+    As long as no edit changes a position, all activations there are the base run's; so it is enough to make each edit
+    on the base run's activation.
+
+    Args:
+        cell: planned from its selections.
+        base: the base run's activations [batch pos ...].
+        points: the model's hook points by name.
+    """
+    firsts = []
+    for one in (*cell.at_entry, *cell.on_the_way):
+        if not is_compared(points[one.site]):
+            return cell
+        first = _first_change(one, base[one.site], (points[one.site].axes or "").split())
+        if first is not None:
+            firsts.append(first)
+    return replace(cell, first=min(firsts)) if firsts else None
+
+
+def _first_change(one: Intervention, activation: Tensor, axes: list[str]) -> int | None:
+    edited = one.apply(activation, axes)[0]
+    difference = (edited != activation).flatten(2).any(-1)
+    if one.operation == "replace" and activation.dtype in (torch.float32, torch.float64):
+        largest = activation.abs().flatten(2).amax(-1)
+        within = (edited - activation).abs().flatten(2).amax(-1) <= _ROUNDINGS * torch.finfo(edited.dtype).eps * largest
+        difference = difference & ~within
+    changed = difference.any(0).nonzero()
+    return int(changed[0]) if len(changed) else None
