@@ -51,8 +51,22 @@ class Intervening(HookedRootModule):
             UnknownHookError: a site that the model does not have.
             ValueError: a position, head or feature that is out of range. Nothing has been added then.
         """
-        with self.hooks(fwd_hooks=[(acting.intervention.site, acting) for acting in self._acting(interventions)]):
+        with self.hooks(fwd_hooks=self.as_hooks(interventions)):
             yield self
+
+    def as_hooks(self, interventions: Sequence[Intervention]) -> list[tuple[str, Acting]]:
+        """Return the interventions as plain hooks, `(name, function)`, for `fwd_hooks=` of `run_with_hooks` or `hooks`.
+
+        Raises:
+            UnknownHookError: a site that the model does not have.
+            ValueError: a position, head or feature that is out of range.
+        """
+        axes = {name: point.axes for name, point in self.hook_dict.items()}
+        for intervention in interventions:
+            if not isinstance(intervention, Intervention):
+                raise TypeError(f"an intervention is an Intervention, got {intervention!r}")
+            intervention.check(self.cfg, axes)
+        return [(one.site, Acting(one, self)) for one in interventions]
 
     def run(self, *args: Any, interventions: Sequence[Intervention] = (), **kwargs: Any) -> Any:
         """Run the model once under interventions; arguments and result are those of the model.
@@ -66,21 +80,13 @@ class Intervening(HookedRootModule):
     @contextmanager
     def _all_acting(self, interventions: Sequence[Intervention]) -> Generator[None, None, None]:
         """The same as `intervening`, and an error at the end if one of them never acted."""
-        acting = self._acting(interventions)
-        with self.hooks(fwd_hooks=[(one.intervention.site, one) for one in acting]):
+        hooks = self.as_hooks(interventions)
+        with self.hooks(fwd_hooks=hooks):
             yield
-        for one in acting:
+        for _, one in hooks:
             idle = one.idle_positions()
             if idle:
                 where = "" if idle == [None] else f" at positions {idle}"
                 raise RuntimeError(
                     f"this never acted{where}: {one.intervention}. Site or positions were not part of what was run"
                 )
-
-    def _acting(self, interventions: Sequence[Intervention]) -> list[Acting]:
-        axes = {name: point.axes for name, point in self.hook_dict.items()}
-        for intervention in interventions:
-            if not isinstance(intervention, Intervention):
-                raise TypeError(f"an intervention is an Intervention, got {intervention!r}")
-            intervention.check(self.cfg, axes)
-        return [Acting(intervention, self) for intervention in interventions]

@@ -1,14 +1,15 @@
 """Interventions as data: at a site, on chosen positions, heads, features and prompts, replace, add, scale or zero.
 
 The same object acts on a forward pass and on every step of a generation. It can be checked before anything runs, since
-it says what it will touch.
+it says what it will touch; and written to a file, since it holds its value. `Intervention.from_cache`, `.mean` and
+`.resample` take that value from a cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -32,6 +33,17 @@ _AXIS_OF = {
 _PLURAL = {"pos": "positions", "head": "heads", "feature": "features", "batch": "prompts"}
 
 _COUNTED = {"batch": "in the batch", "pos": "positions", "query": "positions", "key": "positions"}
+
+
+class Recorded(Protocol):
+    """What values are taken from: an `ActivationCache`."""
+
+    has_batch_dim: bool
+    model: Any
+
+    def full_name(self, key: Any) -> str: ...
+
+    def __getitem__(self, key: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +85,123 @@ class Intervention:
             if not several or any(isinstance(one, bool) or not isinstance(one, int) for one in several):
                 raise ValueError(f"{name}={selection!r} at {self.site!r} is not an int or a tuple of ints")
 
+    # Values that come from a cache. Selections say both what is taken and where it goes.
+
+    @classmethod
+    def from_cache(
+        cls,
+        site: Any,
+        cache: Recorded,
+        *,
+        pos: Selection = None,
+        head: Selection = None,
+        feature: Selection = None,
+        batch: Selection = None,
+    ) -> Self:
+        """Return "replace by what the cache has there": activation patching.
+
+        Args:
+            site: a hook name or a short key, `("z", 3)`.
+            cache: of a run with as many positions, and as many prompts or one.
+            pos, head, feature, batch: the part that is taken, and replaced.
+
+        Raises:
+            KeyError: the cache has no such activation.
+            ValueError: the cache has no batch axis, or nothing at what is selected.
+        """
+        fields = {"pos": pos, "head": head, "feature": feature, "batch": batch}
+        return cls._replacing(site, cache, cache[site], (), fields)
+
+    @classmethod
+    def mean(
+        cls,
+        site: Any,
+        cache: Recorded,
+        *,
+        per_position: bool = False,
+        attention_mask: Tensor | None = None,
+        pos: Selection = None,
+        head: Selection = None,
+        feature: Selection = None,
+        batch: Selection = None,
+    ) -> Self:
+        """Return "replace by the mean over the cache": mean ablation (Wang et al. 2022).
+
+        Args:
+            site: a hook name or a short key, `("z", 3)`.
+            cache: of the prompts that the mean is over.
+            per_position: take the mean over prompts at each position, not over positions too.
+            attention_mask: [batch pos] of the cache's prompts, 0 at padding, which then counts for nothing.
+            pos, head, feature, batch: the part that is replaced.
+
+        Raises:
+            KeyError: the cache has no such activation.
+            ValueError: the cache has no batch axis, the mask does not fit or belongs to a mean per position, or there
+                is nothing at what is selected.
+        """
+        value, name = cache[site], cache.full_name(site)
+        averaged = (0,) if per_position else (0, _find_axis(name, _axes(name, cache), "pos"))
+        weights = _mask_weights(name, value, averaged, attention_mask)
+        exact = value.to(torch.promote_types(value.dtype, torch.float32))
+        mean = exact.mean(averaged, keepdim=True)
+        if weights is not None:
+            mean = (exact * weights).sum(averaged, keepdim=True) / weights.sum()
+        fields = {"pos": pos, "head": head, "feature": feature, "batch": batch}
+        return cls._replacing(site, cache, mean.to(value.dtype), averaged, fields)
+
+    @classmethod
+    def resample(
+        cls,
+        site: Any,
+        cache: Recorded,
+        *,
+        n_prompts: int | None = None,
+        seed: int = 0,
+        pos: Selection = None,
+        head: Selection = None,
+        feature: Selection = None,
+    ) -> Self:
+        """Return "replace by what it is in another prompt, drawn at random": resampling ablation (Chan et al. 2022).
+
+        Args:
+            site: a hook name or a short key, `("z", 3)`.
+            cache: of a run with as many positions.
+            n_prompts: how many prompts will be run, each of which gets that of any of the cache's. By default the run
+                is of the cache's own prompts, and none gets its own.
+            seed: of the draw.
+            pos, head, feature: the part that is taken, and replaced.
+
+        Raises:
+            KeyError: the cache has no such activation.
+            ValueError: the cache has no batch axis, one prompt and no other, or nothing at what is selected.
+        """
+        value = cache[site]
+        generator = torch.Generator().manual_seed(seed)
+        drawn = draw_prompts(value.shape[0], n_prompts, generator).to(value.device)
+        return cls._replacing(site, cache, value[drawn], (), {"pos": pos, "head": head, "feature": feature})
+
+    @classmethod
+    def _replacing(
+        cls, site: Any, cache: Recorded, value: Tensor, averaged: Sequence[int], fields: dict[str, Any]
+    ) -> Self:
+        name = cache.full_name(site)
+        axes = _axes(name, cache)
+        # A placeholder value: what is selected is known before what is put there.
+        made = cls(name, "replace", 0.0, **fields)
+        chosen = {_find_axis(name, axes, field): selection for field, selection in made.selections().items()}
+        for axis, selection in sorted(chosen.items(), reverse=True):
+            size = value.shape[axis]
+            if axis in averaged:
+                index: Any = 0 if isinstance(selection, int) else slice(None)
+            elif all(-size <= one < size for one in (selection if isinstance(selection, tuple) else (selection,))):
+                index = selection if isinstance(selection, int) else list(selection)
+            else:
+                raise ValueError(
+                    f"the cache has {name!r} with shape {tuple(value.shape)}: there is no {axes[axis]} {selection}"
+                )
+            value = value[(slice(None),) * axis + (index,)]
+        return cls(name, "replace", value.detach(), **fields)
+
     def selections(self) -> dict[str, int | tuple[int, ...]]:
         """Return the selections that were made, by the name of their field."""
         made = {"pos": self.pos, "head": self.head, "feature": self.feature, "batch": self.batch}
@@ -93,7 +222,7 @@ class Intervention:
             raise UnknownHookError(describe_unknown(self.site, list(axes_by_site)))
         axes = (axes_by_site[self.site] or "").split()
         for name, selection in self.selections().items():
-            axis = axes[self._axis(name, axes)]
+            axis = axes[_find_axis(self.site, axes, name)]
             size = _fixed_size(cfg, self.site, axis)
             for one in selection if isinstance(selection, tuple) else (selection,):
                 if size is not None and not -size <= one < size:
@@ -121,7 +250,7 @@ class Intervention:
         sizes = [lengths.get(axis) or _fixed_size(cfg, self.site, axis) for axis in axes]
         shape: list[int | None] = list(sizes)
         for name, selection in self.selections().items():
-            axis = self._axis(name, axes)
+            axis = _find_axis(self.site, axes, name)
             size = sizes[axis]
             for one in selection if isinstance(selection, tuple) else (selection,):
                 if size is not None and not -size <= one < size:
@@ -138,12 +267,6 @@ class Intervention:
                 f"{self.operation} at {self.site!r}: a value with shape {tuple(self.value.shape)} does not fit what is "
                 f"selected, {tuple(selected)}"
             ) from error
-
-    def _axis(self, name: str, axes: Sequence[str]) -> int:
-        found = [index for index, axis in enumerate(axes) if axis in _AXIS_OF[name]]
-        if not found or (name == "feature" and found[-1] != len(axes) - 1):
-            raise ValueError(f"{self.site!r} has axes {' '.join(axes)!r}: there is no {name} to select")
-        return found[-1]
 
     def apply(self, x: Tensor, axes: Sequence[str], n_past: int = 0) -> tuple[Tensor, tuple[int, ...]]:
         """Return an activation with the edit made, and which of the selected positions it was made at.
@@ -165,7 +288,7 @@ class Intervention:
         here: tuple[int, ...] = (0,)
         pos_axis: int | None = None
         for name, selection in self.selections().items():
-            axis = self._axis(name, axes)
+            axis = _find_axis(self.site, axes, name)
             chosen = selection if isinstance(selection, tuple) else (selection,)
             if name == "pos":
                 local = [one + x.shape[axis] if one < 0 else one - n_past for one in chosen]
@@ -204,6 +327,52 @@ class Intervention:
         if self.operation == "add":
             return selected + value
         return selected * value if self.operation == "scale" else value
+
+
+def draw_prompts(n_cached: int, n_prompts: int | None, generator: torch.Generator) -> Tensor:
+    """Return, for each prompt that will be run, the prompt of a cache that stands in for it, [batch].
+
+    Args:
+        n_cached: how many prompts the cache has.
+        n_prompts: how many will be run, each of which may get any; None if they are the cache's own, and get another.
+        generator: of the draw.
+
+    Raises:
+        ValueError: there is no other prompt.
+    """
+    if n_prompts is not None:
+        return torch.randint(n_cached, (n_prompts,), generator=generator)
+    if n_cached < 2:
+        raise ValueError("a single prompt has no other to be resampled from: give several, or prompts of another run")
+    drawn = torch.randint(n_cached - 1, (n_cached,), generator=generator)
+    return drawn + (drawn >= torch.arange(n_cached))  # any but its own
+
+
+def _find_axis(site: str, axes: Sequence[str], selection: str) -> int:
+    """The axis of a site that a selection is along."""
+    found = [index for index, axis in enumerate(axes) if axis in _AXIS_OF[selection]]
+    if not found or (selection == "feature" and found[-1] != len(axes) - 1):
+        raise ValueError(f"{site!r} has axes {' '.join(axes)!r}: there is no {selection} to select")
+    return found[-1]
+
+
+def _axes(site: str, cache: Recorded) -> list[str]:
+    """The axes of a cached activation."""
+    if not cache.has_batch_dim:
+        raise ValueError(f"the cache has no batch axis, and {site!r} is taken by prompt: leave out remove_batch_dim")
+    return (cache.model.hook_dict[site].axes or "").split()
+
+
+def _mask_weights(site: str, value: Tensor, averaged: Sequence[int], mask: Tensor | None) -> Tensor | None:
+    """1 at what counts for a mean and 0 at padding, shaped like the activation's averaged axes; None if all counts."""
+    if mask is None:
+        return None
+    wanted = tuple(value.shape[axis] for axis in averaged)
+    if len(averaged) < 2:
+        raise ValueError("a mean per position has no use for attention_mask: padding shifts positions")
+    if tuple(mask.shape) != wanted:
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; the cache has {site!r} for {wanted}")
+    return mask.to(value).reshape([value.shape[axis] if axis in averaged else 1 for axis in range(value.ndim)])
 
 
 def _fixed_size(cfg: HookedTransformerConfig, site: str, axis: str) -> int | None:

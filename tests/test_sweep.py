@@ -481,7 +481,7 @@ def test_the_last_layer_goes_on_with_the_position_that_the_metric_reads_only(mon
 
 
 def patches_of_a_pair(model: HookedTransformer, parts_at: int) -> tuple[Tensor, list[Intervention]]:
-    """Corrupted prompts that leave the clean ones at a position, and patches at every kind of site from a full cache."""
+    """Corrupted prompts that leave the clean ones at a position, and patches at several sites from a full cache."""
     corrupted = TOKENS.clone()
     corrupted[:, parts_at] = (corrupted[:, parts_at] + 1) % 20
     _, clean = model.run_with_cache(TOKENS)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_lm.interventions import Intervention
+from hooked_lm.interventions import Intervention, draw_prompts
 from hooked_lm.metrics import Metric
 from hooked_lm.names import UnknownHookError, describe_unknown, get_act_name
 from hooked_lm.sweep import AnyMetric, sweep
@@ -303,17 +303,11 @@ class _Reference:
     def draws(self, n_draws: int, generator: torch.Generator) -> list[dict[str, Tensor]]:
         """What the activations are in other prompts, [batch pos ...], drawn for each prompt on its own."""
         self._check_positions("activations of other prompts")
-        batch, others = self.tokens.shape[0], self.mask.shape[0]
-        if not self.is_other and others < 2:
-            raise ValueError("a single prompt has no other to be resampled from: give several, or a reference")
+        n_prompts = self.tokens.shape[0] if self.is_other else None
         found = []
         for _ in range(n_draws):
-            if self.is_other:
-                rows = torch.randint(others, (batch,), generator=generator)
-            else:
-                rows = torch.randint(others - 1, (batch,), generator=generator)
-                rows += rows >= torch.arange(batch)  # any but its own
-            found.append({site: value[rows.to(value.device)] for site, value in self.cache.items()})
+            drawn = draw_prompts(self.mask.shape[0], n_prompts, generator)
+            found.append({site: value[drawn.to(value.device)] for site, value in self.cache.items()})
         return found
 
     def _check_positions(self, what: str) -> None:
