@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.names import UnknownHookError, describe_unknown
+from hooked_lm.precision import at_least_single
 
 Operation = Literal["replace", "add", "scale", "zero"]
 # Which entries along an axis: None for all, one (the axis is then dropped from the value's shape), or several.
@@ -142,7 +143,7 @@ class Intervention:
         value, name = cache[site], cache.full_name(site)
         averaged = (0,) if per_position else (0, _find_axis(name, _axes(name, cache), "pos"))
         weights = _mask_weights(name, value, averaged, attention_mask)
-        exact = value.to(torch.promote_types(value.dtype, torch.float32))
+        exact = at_least_single(value)
         mean = exact.mean(averaged, keepdim=True)
         if weights is not None:
             mean = (exact * weights).sum(averaged, keepdim=True) / weights.sum()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hooked_lm import ActivationCache, FactoredMatrix, HookedTransformer, UnknownHookError, plotting
+from hooked_lm.circuits.folded import folded_ov, folded_qk
 from hooked_lm.circuits.full_circuits import full_ov_circuit, full_qk_circuit
 from hooked_lm.circuits.heads import (
     DETECTION_PATTERNS,
@@ -18,8 +19,6 @@ from hooked_lm.circuits.heads import (
     attention_scores,
     copying_scores,
     eigenvalue_score,
-    folded_ov,
-    folded_qk,
     matching_scores,
     read_patterns,
     repeated_token_scores,

@@ -14,7 +14,7 @@ ROOT = Path(hooked_lm.__file__).parents[1]
 
 # From the first room to the last. `__init__` stands for `import hooked_lm`, which gives out every name.
 ORDER = (
-    *("config", "names", "slicing", "bundled", "interventions", "intervention_files", "factored_matrix"),
+    *("config", "names", "slicing", "precision", "bundled", "interventions", "intervention_files", "factored_matrix"),
     *("hook_point", "hooks", "hook_points", "kv_cache", "components", "cached_activations", "activation_cache"),
     *("weights", "weight_conversion", "tokenization", "losses", "generation", "text_interface", "intervening"),
     *("text_generation", "initialization", "weight_views", "homes", "model_weights", "transformer"),

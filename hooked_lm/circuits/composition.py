@@ -31,7 +31,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hooked_lm.circuits.heads import folded_ov, folded_qk
+from hooked_lm.circuits.folded import folded_ov, folded_qk
 from hooked_lm.components.norm import Norm
 from hooked_lm.factored_matrix import FactoredMatrix
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from einops import einsum
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from hooked_lm.circuits.folded import head_norm_linear_part, linear_part, require_additive, require_scores_by_head
 from hooked_lm.components.norm import Norm
 from hooked_lm.factored_matrix import FactoredMatrix
 
@@ -51,7 +52,7 @@ def token_embeddings(
     if not effective:
         plain = model.cfg.embedding_scale == 1.0 and not isinstance(model.embed.ln, Norm)
         return model.W_E.detach() if plain else model.embed(rows[None])[0]
-    _require_additive(model)
+    require_additive(model)
     if model.cfg.attn_only or model.cfg.n_layers == 0:
         raise ValueError("an effective embedding is the one after the first MLP, and this model has no MLP")
     pieces = []
@@ -80,16 +81,12 @@ def full_qk_circuit(
         ValueError: no such head; or norms stand where the circuit is no product of matrices.
     """
     _check_head(model, layer, head)
-    if model.cfg.qk_norm_after_rotary or (model.cfg.qk_norm_across_heads and model.cfg.qk_norm_type == "LN"):
-        raise ValueError(
-            "this model's norm of queries and keys comes after their rotation or centres over all heads at once: a "
-            "head's scores are no product of its own matrices"
-        )
+    require_scores_by_head(model)
     attn = model.blocks[layer].attn
     source = head // (model.cfg.n_heads // model.cfg.n_kv_heads)
     embedded = _read_embeddings(model, layer, effective_embedding, normalize)
-    queries = _through_head_norm(embedded @ attn.W_Q[head], attn.q_norm, head)
-    keys = _through_head_norm(embedded @ attn.W_K[source], attn.k_norm, source)
+    queries = head_norm_linear_part(attn.q_norm, embedded @ attn.W_Q[head], head)
+    keys = head_norm_linear_part(attn.k_norm, embedded @ attn.W_K[source], source)
     return FactoredMatrix(queries, keys.mT)
 
 
@@ -126,46 +123,20 @@ def full_ov_circuit(
     values = torch.cat([embedded @ block.attn.W_V[one // group] for one in heads], dim=-1)
     written = torch.cat([block.attn.W_O[one] for one in heads])
     for norm in (block.ln1_post, model.ln_final):
-        written = _linear_part(norm, written)
+        written = linear_part(norm, written)
     return FactoredMatrix(values, written @ model.W_U)
 
 
 def _read_embeddings(model: Any, layer: int, effective: bool, normalize: bool) -> Float[Tensor, "vocab d_model"]:
     """What the heads of a layer read of each token."""
-    _require_additive(model)
+    require_additive(model)
     if effective and layer == 0:
         raise ValueError("the heads of layer 0 read before the first MLP: the effective embedding is for later layers")
     embedded, norm = token_embeddings(model, effective=effective), model.blocks[layer].ln1
     if not (normalize and isinstance(norm, Norm)):
-        return _linear_part(norm, embedded)
+        return linear_part(norm, embedded)
     read = norm.without_hooks(embedded)
     return read if norm.b is None else read - norm.b
-
-
-def _linear_part(norm: nn.Module, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
-    """What a norm does to every row alike: centre it and multiply by the gain."""
-    if not isinstance(norm, Norm):
-        return x
-    x = x - x.mean(-1, keepdim=True) if norm.centred else x
-    return x if norm.w is None else x * norm.w
-
-
-def _through_head_norm(x: Float[Tensor, "vocab d_head"], norm: nn.Module, head: int) -> Float[Tensor, "vocab d_head"]:
-    """The linear part of a norm on queries or keys, for one head of theirs."""
-    if not isinstance(norm, Norm):
-        return x
-    x = x - x.mean(-1, keepdim=True) if norm.centred else x
-    if norm.w is None:
-        return x
-    return x * (norm.w if norm.w.ndim == 1 else norm.w[head])
-
-
-def _require_additive(model: Any) -> None:
-    if model.cfg.norm_placement == "residual":
-        raise ValueError(
-            "this model normalises the residual stream itself after each layer has written to it, so no product of "
-            "weights says what of a token's embedding reaches a head"
-        )
 
 
 def _check_head(model: Any, layer: int, head: int) -> None:

@@ -22,13 +22,14 @@ import torch
 import torch.nn.functional as F
 from einops import einsum
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from hooked_lm.circuits.folded import folded_ov, folded_qk, read_through
 from hooked_lm.circuits.full_circuits import token_embeddings
 from hooked_lm.circuits.induction import repeated_random_tokens
-from hooked_lm.components.norm import Norm
 from hooked_lm.factored_matrix import FactoredMatrix
+from hooked_lm.precision import at_least_single
 
 # A name of `DETECTION_PATTERNS`, a tensor, or a function from tokens [batch pos] to one.
 Pattern = str | Tensor | Callable[[Tensor], Tensor]
@@ -302,90 +303,6 @@ def check_pattern_entries(pattern: Float[Tensor, "*batch query key"], causal: bo
         )
 
 
-# Circuits of all heads of a layer
-
-
-def folded_ov(model: Any, layer: int) -> FactoredMatrix:
-    """Return `W_V W_O` of each head of a layer, [head d_model d_model], with the norms on the way folded in.
-
-    The gain and the centring of the norm that the heads read through, and of that on what they write, where there are
-    such; not their scales and biases. Of weights that were folded when they were loaded it is `model.OV[layer]`.
-
-    Raises:
-        ValueError: no such layer, or norms on the residual stream itself.
-    """
-    block = _block(model, layer)
-    W_V = _per_query_head(model.cfg, _read_through(block.ln1, _exact(block.attn.W_V)))
-    return FactoredMatrix(W_V, _written_through(block.ln1_post, _exact(block.attn.W_O)))
-
-
-def folded_qk(model: Any, layer: int) -> FactoredMatrix:
-    """Return `W_Q W_K^T` of each head of a layer, [head d_model d_model], with the norms on the way folded in.
-
-    The gain and the centring of the norm that the heads read through, and of norms on queries and keys; not their
-    scales and biases. Of weights that were folded when they were loaded, without such norms, it is `model.QK[layer]`.
-
-    Raises:
-        ValueError: no such layer; or norms stand where the circuit is no product of matrices.
-    """
-    block, cfg = _block(model, layer), model.cfg
-    if cfg.qk_norm_after_rotary or (cfg.qk_norm_across_heads and cfg.qk_norm_type == "LN"):
-        raise ValueError(
-            "this model's norm of queries and keys comes after their rotation or centres over all heads at once: a "
-            "head's scores are no product of its own matrices"
-        )
-    attn = block.attn
-    W_Q = _through_head_norms(attn.q_norm, _read_through(block.ln1, _exact(attn.W_Q)))
-    W_K = _through_head_norms(attn.k_norm, _read_through(block.ln1, _exact(attn.W_K)))
-    return FactoredMatrix(W_Q, _per_query_head(cfg, W_K).mT)
-
-
-def _block(model: Any, layer: int) -> Any:
-    if not 0 <= layer < model.cfg.n_layers:
-        raise ValueError(f"no layer {layer}: this model has layers 0-{model.cfg.n_layers - 1}")
-    if model.cfg.norm_placement == "residual":
-        raise ValueError(
-            "this model normalises the residual stream itself after each layer has written to it, so no product of "
-            "weights says what of a head's output reaches the next"
-        )
-    return model.blocks[layer]
-
-
-def _read_through(norm: nn.Module, W: Float[Tensor, "*head d_model column"]) -> Float[Tensor, "*head d_model column"]:
-    """What is read from the stream before a norm: gain first, then centring, as seen from the weights."""
-    if not isinstance(norm, Norm):
-        return W
-    W = W if norm.w is None else W * _exact(norm.w)[:, None]
-    return W - W.mean(-2, keepdim=True) if norm.centred else W
-
-
-def _written_through(norm: nn.Module, W: Float[Tensor, "*head row d_model"]) -> Float[Tensor, "*head row d_model"]:
-    """What is written to the stream after a norm: centring first, then gain."""
-    if not isinstance(norm, Norm):
-        return W
-    W = W - W.mean(-1, keepdim=True) if norm.centred else W
-    return W if norm.w is None else W * _exact(norm.w)
-
-
-def _through_head_norms(
-    norm: nn.Module, W: Float[Tensor, "head d_model d_head"]
-) -> Float[Tensor, "head d_model d_head"]:
-    """Queries or keys after their norm; its gain is [d_head], or [head d_head] where each head has its own."""
-    if not isinstance(norm, Norm):
-        return W
-    W = W - W.mean(-1, keepdim=True) if norm.centred else W
-    return W if norm.w is None else W * _exact(norm.w)[..., None, :]
-
-
-def _per_query_head(cfg: Any, W: Float[Tensor, "kv_head d_model d_head"]) -> Float[Tensor, "head d_model d_head"]:
-    return W.repeat_interleave(cfg.n_heads // cfg.n_kv_heads, dim=0)
-
-
-def _exact(weights: Tensor) -> Tensor:
-    """Half precision as float32: there are no eigenvalues and singular values of it."""
-    return weights.detach().to(torch.promote_types(weights.dtype, torch.float32))
-
-
 # Scores of circuits
 
 
@@ -431,8 +348,8 @@ def copying_scores(model: Any, *, effective_embedding: bool = False, verbose: bo
         )
 
     def summed(embedded: Float[Tensor, "vocab d_model"]) -> Float[Tensor, "d_model d_model"]:
-        through = einsum(_exact(model.W_U), embedded, "written vocab, vocab read -> written read")
-        return _read_through(model.ln_final, through)
+        through = einsum(at_least_single(model.W_U), embedded, "written vocab, vocab read -> written read")
+        return read_through(model.ln_final, through)
 
     return _circuit_scores(model, "copying", folded_ov, summed, effective_embedding, verbose)
 
@@ -467,8 +384,8 @@ def _circuit_scores(
 ) -> HeadScores:
     """Score `circuits(model, layer)` times what `summed` makes of the embeddings, layer by layer."""
     _require_layers(model.cfg)
-    middle = summed(_exact(token_embeddings(model)))
-    later = summed(_exact(token_embeddings(model, effective=True, verbose=verbose))) if effective else middle
+    middle = summed(at_least_single(token_embeddings(model)))
+    later = summed(at_least_single(token_embeddings(model, effective=True, verbose=verbose))) if effective else middle
     scores = []
     for layer in tqdm(range(model.cfg.n_layers), disable=not verbose, desc=kind, leave=False):
         # The heads of layer 0 read before the first MLP.

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from hooked_lm.components.activations import soft_cap
 from hooked_lm.components.norm import Norm
 from hooked_lm.names import get_act_name
+from hooked_lm.precision import at_least_single
 from hooked_lm.slicing import Slice
 
 SITES = ("resid_pre", "resid_mid", "resid_post")
@@ -225,7 +226,7 @@ class _Readings:
     ) -> None:
         self.shape, self.final = logits.shape[:2], logits.flatten(0, 1)
         self.targets, n_targets = targets.flatten(0, 1), targets.shape[-1]
-        n_rows, like = len(self.final), _exact(logits[:0])
+        n_rows, like = len(self.final), at_least_single(logits[:0])
         self.entropy, self.kl = like.new_empty(n_sites, n_rows), like.new_empty(n_sites, n_rows)
         self.top_log_probs = like.new_empty(n_sites, n_rows, top_k)
         self.top_tokens = self.targets.new_empty(n_sites, n_rows, top_k)
@@ -243,12 +244,13 @@ class _Readings:
         with tqdm(total=len(starts) * (last + 1), disable=not verbose, desc="logit lens", leave=False) as bar:
             for start in starts:
                 rows = slice(start, start + size)
-                final = _exact(self.final[rows]).log_softmax(-1)
+                final = at_least_single(self.final[rows]).log_softmax(-1)
                 for site, stream in enumerate(streams[:-1]):
                     if repeats[site]:
                         self._repeat(site, rows)
                     else:
-                        here = _exact(read_out(model, stream.to(final.device).flatten(0, 1)[rows])).log_softmax(-1)
+                        read = read_out(model, stream.to(final.device).flatten(0, 1)[rows])
+                        here = at_least_single(read).log_softmax(-1)
                         self._take(site, rows, here, final)
                     bar.update()
                 self._take(last, rows, final, final)
@@ -304,11 +306,6 @@ class _Readings:
             target_log_probs=unflat(self.target_log_probs),
             strings=_strings(model, tokens, self.top_tokens, self.targets),
         )
-
-
-def _exact(logits: Tensor) -> Tensor:
-    """Half precision as float32: a softmax over a vocabulary needs it."""
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def _strings(model: Any, *tokens: Tensor) -> dict[int, str] | None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from hooked_lm.interventions import Intervention, draw_prompts
 from hooked_lm.metrics import Metric
 from hooked_lm.names import UnknownHookError, describe_unknown, get_act_name
+from hooked_lm.precision import at_least_single
 from hooked_lm.sweep import AnyMetric, sweep
 
 Unit = Literal["heads", "attention", "mlps", "neurons", "positions"]
@@ -296,7 +297,7 @@ class _Reference:
         if per_position:
             self._check_positions("means per position")
         return {
-            site: _exact(value).mean(0) if per_position else _exact(value[self.mask]).mean(0)
+            site: at_least_single(value).mean(0) if per_position else at_least_single(value[self.mask]).mean(0)
             for site, value in self.cache.items()
         }
 
@@ -318,7 +319,3 @@ class _Reference:
             )
         if self.padded:
             raise ValueError(f"{what} go position by position, and padding shifts positions: take equally long prompts")
-
-
-def _exact(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))

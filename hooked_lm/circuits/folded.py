@@ -1,0 +1,113 @@
+"""The circuits of heads with the norms on their way folded in: the linear part of what reaches and leaves them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooked_lm.components.norm import Norm
+from hooked_lm.factored_matrix import FactoredMatrix
+from hooked_lm.precision import at_least_single
+
+
+def folded_ov(model: Any, layer: int) -> FactoredMatrix:
+    """Return `W_V W_O` of each head of a layer, [head d_model d_model], with the norms on the way folded in.
+
+    The gain and the centring of the norm that the heads read through, and of that on what they write, where there are
+    such; not their scales and biases. Of weights that were folded when they were loaded it is `model.OV[layer]`.
+
+    Raises:
+        ValueError: no such layer, or norms on the residual stream itself.
+    """
+    require_additive(model)
+    block = _block(model, layer)
+    W_V = _per_query_head(model.cfg, read_through(block.ln1, _exact(block.attn.W_V)))
+    return FactoredMatrix(W_V, linear_part(block.ln1_post, _exact(block.attn.W_O)))
+
+
+def folded_qk(model: Any, layer: int) -> FactoredMatrix:
+    """Return `W_Q W_K^T` of each head of a layer, [head d_model d_model], with the norms on the way folded in.
+
+    The gain and the centring of the norm that the heads read through, and of norms on queries and keys; not their
+    scales and biases. Of weights that were folded when they were loaded, without such norms, it is `model.QK[layer]`.
+
+    Raises:
+        ValueError: no such layer; or norms stand where the circuit is no product of matrices.
+    """
+    require_additive(model)
+    require_scores_by_head(model)
+    block = _block(model, layer)
+    attn = block.attn
+    W_Q = head_norm_linear_part(attn.q_norm, read_through(block.ln1, _exact(attn.W_Q)))
+    W_K = head_norm_linear_part(attn.k_norm, read_through(block.ln1, _exact(attn.W_K)))
+    return FactoredMatrix(W_Q, _per_query_head(model.cfg, W_K).mT)
+
+
+def linear_part(norm: nn.Module, rows: Float[Tensor, "*leading d_model"]) -> Float[Tensor, "*leading d_model"]:
+    """Return what a norm does to every row alike: centring, then the gain. What is no norm does nothing."""
+    if not isinstance(norm, Norm):
+        return rows
+    rows = rows - rows.mean(-1, keepdim=True) if norm.centred else rows
+    return rows if norm.w is None else rows * norm.w.to(rows.dtype)
+
+
+def read_through(norm: nn.Module, W: Float[Tensor, "*head d_model column"]) -> Float[Tensor, "*head d_model column"]:
+    """Return weights that read from the stream before a norm what `W` reads after it, scale and bias apart."""
+    if not isinstance(norm, Norm):
+        return W
+    W = W if norm.w is None else W * _exact(norm.w)[:, None]
+    return W - W.mean(-2, keepdim=True) if norm.centred else W
+
+
+def head_norm_linear_part(
+    norm: nn.Module, rows: Float[Tensor, "*head row d_head"], head: int | None = None
+) -> Float[Tensor, "*head row d_head"]:
+    """Return the linear part of a norm on queries or keys.
+
+    Args:
+        norm: its gain is [d_head], or [head d_head] where each head has its own.
+        rows: of every head, or of one.
+        head: which, if of one.
+    """
+    if not isinstance(norm, Norm):
+        return rows
+    rows = rows - rows.mean(-1, keepdim=True) if norm.centred else rows
+    if norm.w is None:
+        return rows
+    gain = norm.w if head is None or norm.w.ndim == 1 else norm.w[head]
+    return rows * gain.to(rows.dtype)[..., None, :]
+
+
+def require_additive(model: Any) -> None:
+    """Raise a ValueError for a model in which a product of weights says nothing of what reaches a head."""
+    if model.cfg.norm_placement == "residual":
+        raise ValueError(
+            "this model normalises the residual stream itself after each layer has written to it, so no product of "
+            "weights says what of a token's embedding or a head's output reaches a head"
+        )
+
+
+def require_scores_by_head(model: Any) -> None:
+    """Raise a ValueError for a model in which scores are not made by each head's own matrices."""
+    if model.cfg.qk_norm_after_rotary or (model.cfg.qk_norm_across_heads and model.cfg.qk_norm_type == "LN"):
+        raise ValueError(
+            "this model's norm of queries and keys comes after their rotation or centres over all heads at once: a "
+            "head's scores are no product of its own matrices"
+        )
+
+
+def _block(model: Any, layer: int) -> Any:
+    if not 0 <= layer < model.cfg.n_layers:
+        raise ValueError(f"no layer {layer}: this model has layers 0-{model.cfg.n_layers - 1}")
+    return model.blocks[layer]
+
+
+def _per_query_head(cfg: Any, W: Float[Tensor, "kv_head d_model d_head"]) -> Float[Tensor, "head d_model d_head"]:
+    return W.repeat_interleave(cfg.n_heads // cfg.n_kv_heads, dim=0)
+
+
+def _exact(weights: Tensor) -> Tensor:
+    """There are no eigenvalues and singular values of half precision."""
+    return at_least_single(weights.detach())
