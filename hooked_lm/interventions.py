@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -34,6 +34,15 @@ _AXIS_OF = {
 _PLURAL = {"pos": "positions", "head": "heads", "feature": "features", "batch": "prompts"}
 
 _COUNTED = {"batch": "in the batch", "pos": "positions", "query": "positions", "key": "positions"}
+
+
+class Selections(TypedDict, total=False):
+    """The selections of an intervention, as keyword arguments."""
+
+    pos: Selection
+    head: Selection
+    feature: Selection
+    batch: Selection
 
 
 class Recorded(Protocol):
@@ -93,25 +102,20 @@ class Intervention:
         cls,
         site: Any,
         cache: Recorded,
-        *,
-        pos: Selection = None,
-        head: Selection = None,
-        feature: Selection = None,
-        batch: Selection = None,
+        **selections: Unpack[Selections],
     ) -> Self:
         """Return "replace by what the cache has there": activation patching.
 
         Args:
             site: a hook name or a short key, `("z", 3)`.
             cache: of a run with as many positions, and as many prompts or one.
-            pos, head, feature, batch: the part that is taken, and replaced.
+            selections: `pos`, `head`, `feature`, `batch`: the part that is taken, and replaced.
 
         Raises:
             KeyError: the cache has no such activation.
             ValueError: the cache has no batch axis, or nothing at what is selected.
         """
-        fields = {"pos": pos, "head": head, "feature": feature, "batch": batch}
-        return cls._replacing(site, cache, cache[site], (), fields)
+        return cls._replacing(site, cache, cache[site], (), selections)
 
     @classmethod
     def mean(
@@ -121,10 +125,7 @@ class Intervention:
         *,
         per_position: bool = False,
         attention_mask: Tensor | None = None,
-        pos: Selection = None,
-        head: Selection = None,
-        feature: Selection = None,
-        batch: Selection = None,
+        **selections: Unpack[Selections],
     ) -> Self:
         """Return "replace by the mean over the cache": mean ablation (Wang et al. 2022).
 
@@ -133,7 +134,7 @@ class Intervention:
             cache: of the prompts that the mean is over.
             per_position: take the mean over prompts at each position, not over positions too.
             attention_mask: [batch pos] of the cache's prompts, 0 at padding, which then counts for nothing.
-            pos, head, feature, batch: the part that is replaced.
+            selections: `pos`, `head`, `feature`, `batch`: the part that is replaced.
 
         Raises:
             KeyError: the cache has no such activation.
@@ -147,8 +148,7 @@ class Intervention:
         mean = exact.mean(averaged, keepdim=True)
         if weights is not None:
             mean = (exact * weights).sum(averaged, keepdim=True) / weights.sum()
-        fields = {"pos": pos, "head": head, "feature": feature, "batch": batch}
-        return cls._replacing(site, cache, mean.to(value.dtype), averaged, fields)
+        return cls._replacing(site, cache, mean.to(value.dtype), averaged, selections)
 
     @classmethod
     def resample(
@@ -158,9 +158,7 @@ class Intervention:
         *,
         n_prompts: int | None = None,
         seed: int = 0,
-        pos: Selection = None,
-        head: Selection = None,
-        feature: Selection = None,
+        **selections: Unpack[Selections],
     ) -> Self:
         """Return "replace by what it is in another prompt, drawn at random": resampling ablation (Chan et al. 2022).
 
@@ -170,7 +168,7 @@ class Intervention:
             n_prompts: how many prompts will be run, each of which gets that of any of the cache's. By default the run
                 is of the cache's own prompts, and none gets its own.
             seed: of the draw.
-            pos, head, feature: the part that is taken, and replaced.
+            selections: `pos`, `head`, `feature`: the part that is taken, and replaced.
 
         Raises:
             KeyError: the cache has no such activation.
@@ -179,12 +177,12 @@ class Intervention:
         value = cache[site]
         generator = torch.Generator().manual_seed(seed)
         drawn = draw_prompts(value.shape[0], n_prompts, generator).to(value.device)
-        return cls._replacing(site, cache, value[drawn], (), {"pos": pos, "head": head, "feature": feature})
+        if "batch" in selections:
+            raise ValueError("resample draws for every prompt: there is no batch to select")
+        return cls._replacing(site, cache, value[drawn], (), selections)
 
     @classmethod
-    def _replacing(
-        cls, site: Any, cache: Recorded, value: Tensor, averaged: Sequence[int], fields: dict[str, Any]
-    ) -> Self:
+    def _replacing(cls, site: Any, cache: Recorded, value: Tensor, averaged: Sequence[int], fields: Selections) -> Self:
         name = cache.full_name(site)
         axes = _axes(name, cache)
         # A placeholder value: what is selected is known before what is put there.

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_lm.precision import at_least_single
+
 Tokens = int | Tensor | list[int]
 
 
@@ -25,9 +27,10 @@ class Metric:
         name: for messages and axis titles.
         pos: the position whose logits are read; negative counts from the end.
         tokens: the vocabulary entries that are read, [batch_or_1 token]; None for all of them.
-        score: logits of those entries [... batch token] -> [... batch].
+        score: logits of those entries [... batch token], in float32 or float64 -> [... batch].
         answers: the tokens that have to be in the vocabulary, [batch_or_1 token]; by default those that are read.
         n_prompts: for how many prompts it is made; 1 for any number.
+        d_vocab: for logits of how many tokens it is made; None for any number.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Metric:
     score: Callable[[Tensor], Tensor]
     answers: Tensor | None = None
     n_prompts: int = 1
+    d_vocab: int | None = None
 
     def per_prompt(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
         """Return each prompt's score.
@@ -48,7 +52,11 @@ class Metric:
         if self.tokens is not None:
             tokens = self.tokens.to(logits.device)
             read = read.gather(-1, tokens.expand(logits.shape[0], -1))
-        return self.score(read)
+        return self.scores(read)
+
+    def scores(self, read: Float[Tensor, "*leading batch token"]) -> Float[Tensor, "*leading batch"]:
+        """Return the scores, given the logits of what it reads; those of half precision are judged in float32."""
+        return self.score(at_least_single(read))
 
     def check(self, batch: int, n_positions: int, d_vocab: int) -> None:
         """Check the metric against logits of this shape, which need not be there yet.
@@ -58,6 +66,8 @@ class Metric:
         """
         if not -n_positions <= self.pos < n_positions:
             raise ValueError(f"{self.name} reads position {self.pos}, and the logits have {n_positions} positions")
+        if self.d_vocab not in (None, d_vocab):
+            raise ValueError(f"{self.name} is made for logits of {self.d_vocab} tokens; these are of {d_vocab}")
         answers = self.tokens if self.answers is None else self.answers
         if answers is not None and not 0 <= int(answers.min()) <= int(answers.max()) < d_vocab:
             raise ValueError(f"{self.name} reads tokens {answers.tolist()}; the vocabulary is 0-{d_vocab - 1}")
@@ -98,6 +108,12 @@ def logit_diff(answer: Tokens, wrong: Tokens, pos: int = -1) -> Metric:
     return Metric("logit difference", pos, tokens, lambda read: read[..., 0] - read[..., 1])
 
 
+def prob(answer: Tokens, pos: int = -1) -> Metric:
+    """Return the metric "probability of the answer"."""
+    column = _column(answer, "answer")
+    return Metric("probability", pos, None, lambda read: _pick(read.log_softmax(-1), column).exp(), column)
+
+
 def log_prob(answer: Tokens, pos: int = -1) -> Metric:
     """Return the metric "log-probability of the answer", in nats."""
     column = _column(answer, "answer")
@@ -135,13 +151,14 @@ def kl_to(reference: Float[Tensor, "batch pos vocab"], pos: int = -1) -> Metric:
         raise ValueError(f"kl_to takes logits [batch pos vocab], got shape {tuple(reference.shape)}")
     if not -reference.shape[1] <= pos < reference.shape[1]:
         raise ValueError(f"kl_to compares position {pos}, and the reference has {reference.shape[1]} positions")
-    target = reference[:, pos].log_softmax(-1)
+    target = at_least_single(reference[:, pos]).log_softmax(-1)
 
     def score(read: Tensor) -> Tensor:
         wanted = target.to(read)
-        return (wanted.exp() * (wanted - read.log_softmax(-1))).sum(-1)
+        terms = wanted.exp() * (wanted - read.log_softmax(-1))
+        return terms.masked_fill(wanted == -torch.inf, 0.0).sum(-1)  # what cannot happen adds nothing
 
-    return Metric("KL divergence", pos, None, score, n_prompts=reference.shape[0])
+    return Metric("KL divergence", pos, None, score, n_prompts=reference.shape[0], d_vocab=reference.shape[2])
 
 
 def _column(tokens: Any, what: str) -> Tensor:

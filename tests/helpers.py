@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from hooked_lm import HookedTransformer, HookedTransformerConfig
@@ -84,3 +85,18 @@ def tiny_gpt2(**changes: Any) -> GPT2LMHeadModel:
         "eos_token_id": 0,
     }
     return randomise_(GPT2LMHeadModel(GPT2Config(**{**fields, **changes})).eval())  # type: ignore[return-value]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many numbers the largest tensor made under it has memory for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(one, torch.Tensor):
+                self.numbers = max(self.numbers, one.untyped_storage().nbytes() // one.element_size())
+        return out

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hooked_lm import FactoredMatrix, HookedTransformer, plotting
 from hooked_lm.circuits.composition import CompositionScores, chance_of_square, head_composition, pairs_table
 from hooked_lm.circuits.heads import repeated_token_scores
 from hooked_lm.factored_matrix import composition_scores
-from tests.helpers import tiny_model
+from tests.helpers import LargestTensor, tiny_model
 
 MODES = ("Q", "K", "V")
 DEMO = HookedTransformer.from_pretrained("demo-induction-2l")
@@ -303,21 +302,6 @@ def test_the_scores_draw_as_a_map_of_writers_and_readers() -> None:
     labels = DEMO.all_head_labels
     heat = plotting.composition_matrix(found.scores[0, :, 1], labels[:4], labels[4:]).data[0]
     assert heat.z.tolist() == found.scores[0, :, 1].tolist()
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers how many numbers the largest tensor made under it has."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for one in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(one, Tensor):
-                self.numbers = max(self.numbers, one.numel())
-        return out
 
 
 def test_one_pair_of_layers_is_in_memory_at_a_time() -> None:

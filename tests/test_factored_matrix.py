@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hooked_lm import FactoredMatrix
 from hooked_lm.utils import composition_scores
+from tests.helpers import LargestTensor
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -350,21 +351,6 @@ def test_composition_of_matrices_that_do_not_fit_raises() -> None:
         composition_scores(factored(), factored())
 
 
-class LargestTensor(torch.overrides.TorchFunctionMode):
-    """Remembers the size of the largest tensor that any operation has returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple) else (result,):
-            if isinstance(tensor, Tensor):
-                self.largest = max(self.largest, tensor.numel())
-        return result
-
-
 @pytest.mark.parametrize("broadcast_dims", [True, False])
 def test_no_product_is_multiplied_out_on_the_way(broadcast_dims: bool) -> None:
     size, narrow = 200, 2
@@ -384,10 +370,10 @@ def test_no_product_is_multiplied_out_on_the_way(broadcast_dims: bool) -> None:
         with LargestTensor() as spy:
             operation()
         # The factors' own size is fine, size * size is not.
-        assert 0 < spy.largest <= 2 * size * narrow
+        assert 0 < spy.numbers <= 2 * size * narrow
     with LargestTensor() as spy:
         _ = left.AB
-    assert spy.largest == size * size
+    assert spy.numbers == size * size
 
 
 @pytest.mark.parametrize("index", [torch.tensor(2), np.int64(2)])

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hooked_lm import ActivationCache, FactoredMatrix, HookedTransformer
 from hooked_lm.circuits.full_circuits import (
@@ -17,24 +16,9 @@ from hooked_lm.circuits.full_circuits import (
     top1_accuracy,
     top_entries,
 )
-from tests.helpers import tiny_config, tiny_model
+from tests.helpers import LargestTensor, tiny_config, tiny_model
 
 VOCAB = 20
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers how many numbers the largest tensor made under it has memory for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for one in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(one, torch.Tensor):
-                self.numbers = max(self.numbers, one.untyped_storage().nbytes() // one.element_size())
-        return out
 
 
 def bare_model(silent_attention: bool = False, **changes: Any) -> HookedTransformer:

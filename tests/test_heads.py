@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hooked_lm import ActivationCache, FactoredMatrix, HookedTransformer, UnknownHookError, plotting
 from hooked_lm.circuits.folded import folded_ov, folded_qk
@@ -29,7 +28,7 @@ from hooked_lm.circuits.induction import (
     previous_token_scores,
     repeated_random_tokens,
 )
-from tests.helpers import CORPUS, VOCAB, randomise_, tiny_config, tiny_model, tiny_tokenizer, tiny_tokens
+from tests.helpers import CORPUS, VOCAB, LargestTensor, randomise_, tiny_config, tiny_model, tiny_tokenizer, tiny_tokens
 
 # Few different tokens, so that they come again.
 TOKENS = tiny_tokens(batch=5, pos=9, vocab=4)
@@ -492,21 +491,6 @@ def test_the_effective_embedding_is_for_the_heads_that_read_after_the_first_mlp(
         for layer, head in ((1, 0), (2, 2)):
             expected = eigenvalue_score(circuit(model, layer, head, effective_embedding=True))
             assert_same(effective[layer, head], expected)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers how many numbers the largest tensor made under it has."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for one in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(one, Tensor):
-                self.numbers = max(self.numbers, one.numel())
-        return out
 
 
 @pytest.mark.parametrize("score", [copying_scores, matching_scores])

@@ -101,7 +101,8 @@ class _Engine:
         self, plans: Sequence[tuple[Intervention, ...]], *, incremental: bool, advance: Callable[[int], object]
     ) -> Float[Tensor, "cell batch"]:
         n_scores = self.tokens.shape[0] if isinstance(self.metric, Metric) else 1
-        results = torch.zeros(len(plans), n_scores, dtype=self.model.W_E.dtype, device=self.model.W_E.device)
+        precise = torch.promote_types(self.model.W_E.dtype, torch.float32)
+        results = torch.zeros(len(plans), n_scores, dtype=precise, device=self.model.W_E.device)
         planned = [
             plan_cell(index, plan, self.cfg, self.tokens.shape[1]) if plan else None for index, plan in enumerate(plans)
         ]
@@ -154,9 +155,8 @@ class _Engine:
     # The incremental way
 
     def walk(self, cells: list[Cell], results: Tensor, advance: Callable[[int], object]) -> None:
-        base, logits = self.base_run(cells)
-        last = self.tokens.shape[1] - 1
-        last_read = self.metric.pos % (last + 1) if isinstance(self.metric, Metric) else 0
+        base, out = self.base_run(cells)
+        last_read = self.metric.pos % self.tokens.shape[1] if isinstance(self.metric, Metric) else 0
         changing = [from_first_change(cell, base.cache, self.model.hook_dict) for cell in cells]
         # What comes after the last position that is read has no effect either.
         walked = [
@@ -164,16 +164,19 @@ class _Engine:
         ]
         without_effect = sorted({cell.index for cell in cells} - {cell.index for cell in walked})
         if without_effect:
-            results[without_effect] = self.scores(logits).to(results.dtype)
+            results[without_effect] = self.base_scores(out).to(results.dtype)
             advance(len(without_effect))
         for chunk in self.chunks(walked):
             final = Walk(self.model, base, chunk, last_read).run(lambda: None)
             for group, normalized in final:
-                self.judge(group, normalized, logits, results)
+                self.judge(group, normalized, out, results)
             advance(len(chunk))
 
-    def base_run(self, cells: Sequence[Cell]) -> tuple[Base, Float[Tensor, "batch pos vocab"]]:
-        """Run the prompts once, and keep what rows join with and read."""
+    def base_run(self, cells: Sequence[Cell]) -> tuple[Base, Float[Tensor, "batch pos out"]]:
+        """Run the prompts once, and keep what rows join with and read.
+
+        With it comes the stream after the last layer if the metric says what it reads, and the logits if it does not.
+        """
         layers = range(self.cfg.n_layers)
         names = {key_site(self.cfg, layer) for layer in layers} | {get_act_name("v", layer) for layer in layers}
         names |= {get_act_name("resid_pre", layer) for layer in layers}
@@ -185,14 +188,25 @@ class _Engine:
         if self.cfg.positional_embedding_type == "shortformer":
             names.add("hook_pos_embed")
         with self.model.intervening(self.always):
-            logits, cache = self.model.run_with_cache(
-                self.tokens, names_filter=sorted(names), attention_mask=self.attention_mask, return_cache_object=False
+            out, cache = self.model.run_with_cache(
+                self.tokens,
+                names_filter=sorted(names),
+                attention_mask=self.attention_mask,
+                return_cache_object=False,
+                stop_at_layer=self.cfg.n_layers if isinstance(self.metric, Metric) else None,
             )
         mask = self.attention_mask
         valid = None if mask is None or bool(mask.all()) else mask.bool()
         layout = SequenceLayout(self.tokens.shape[1], 0, self.model.W_E.device, valid)
         shortformer = cache.get("hook_pos_embed") if self.cfg.positional_embedding_type == "shortformer" else None
-        return Base(cache, layout, shortformer), logits
+        return Base(cache, layout, shortformer), out
+
+    def base_scores(self, out: Float[Tensor, "batch pos out"]) -> Float[Tensor, " score"]:
+        """Return the scores of the base run, from what `base_run` returns."""
+        if not isinstance(self.metric, Metric):
+            return self.scores(out)
+        read = self.model.ln_final(out[:, self.metric.pos, None])
+        return self.metric.scores(self.read_logits(read.transpose(0, 1)))[0]
 
     def joined_with(self, cell: Cell) -> set[str]:
         """The names of the base run's activations that a cell's rows are made of."""
@@ -214,12 +228,15 @@ class _Engine:
         cfg, (batch, n_positions) = self.cfg, self.tokens.shape
         width = 12 * cfg.d_model + 4 * (cfg.d_mlp or 0) + 3 * cfg.n_heads * n_positions + 6 * cfg.n_heads * cfg.d_head
         per_position = batch * width * self.model.W_E.element_size()
+        # All logits of the positions that are read, and what the metric makes of them.
+        n_read, n_tokens = (1, self.metric.tokens) if isinstance(self.metric, Metric) else (n_positions, None)
+        per_cell = 2 * batch * n_read * cfg.d_vocab_out * self.model.W_E.element_size() if n_tokens is None else 0
         chunk: list[Cell] = []
         used = 0
         # Where one cell gives heads inputs of their own, all rows have such: cells that do are kept apart.
         apart = {cell.index: reads_per_head(cell.on_the_way) for cell in cells}
         for cell in sorted(cells, key=lambda cell: (apart[cell.index], cell.layer, cell.stage, cell.first)):
-            needed = (n_positions - cell.first) * per_position
+            needed = (n_positions - cell.first) * per_position + per_cell
             if chunk and (used + needed > self.memory_budget or apart[cell.index] != apart[chunk[-1].index]):
                 yield chunk
                 chunk, used = [], 0
@@ -228,17 +245,17 @@ class _Engine:
         if chunk:
             yield chunk
 
-    def judge(self, group: Group, normalized: Tensor, base_logits: Tensor, results: Tensor) -> None:
+    def judge(self, group: Group, normalized: Tensor, base_out: Tensor, results: Tensor) -> None:
         """Put down the scores of a group's cells, given their final stream [row pos d_model]."""
         batch = self.tokens.shape[0]
         if isinstance(self.metric, Metric):
             read = normalized[:, self.metric.pos % self.tokens.shape[1] - group.start]
-            scores = self.metric.score(self.read_logits(read.unflatten(0, (-1, batch))))
+            scores = self.metric.scores(self.read_logits(read.unflatten(0, (-1, batch))))
             results[[cell.index for cell in group.cells]] = scores.to(results.dtype)
             return
         for index, cell in enumerate(group.cells):
             logits = self.model.unembed(normalized[index * batch : (index + 1) * batch])
-            whole = torch.cat((base_logits[:, : group.start], logits), 1)
+            whole = torch.cat((base_out[:, : group.start], logits), 1)
             results[cell.index] = self.scores(whole)
 
     def read_logits(self, read: Float[Tensor, "cell batch d_model"]) -> Float[Tensor, "cell batch token"]:

@@ -21,9 +21,12 @@ _ROUNDINGS = 32
 
 
 def is_compared(point: HookPoint) -> bool:
-    """Return whether an edit there is compared with the base run: not where recording costs more than it may save."""
+    """Return whether an edit there is compared with the base run: not where recording costs more than it may save.
+
+    Nor behind the last block, where the base run need not go.
+    """
     axes = (point.axes or "").split()
-    return "pos" in axes and not point.on_demand
+    return "pos" in axes and not point.on_demand and str(point.name).startswith("blocks.")
 
 
 def from_first_change(cell: Cell, base: Mapping[str, Tensor], points: Mapping[str, HookPoint]) -> Cell | None:
