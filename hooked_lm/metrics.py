@@ -41,12 +41,19 @@ class Metric:
     n_prompts: int = 1
     d_vocab: int | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.pos, bool) or not isinstance(self.pos, int):
+            raise ValueError(f"{self.name} reads one position, an int; got {self.pos!r}")
+
     def per_prompt(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
         """Return each prompt's score.
 
         Raises:
-            ValueError: there is no such position, or prompts and answers differ in number.
+            ValueError: these are no logits [batch pos vocab], there is no such position, or prompts and answers differ
+                in number.
         """
+        if logits.ndim != 3:
+            raise ValueError(f"{self.name} reads logits [batch pos vocab], got shape {tuple(logits.shape)}")
         self.check(logits.shape[0], logits.shape[1], logits.shape[2])
         read = logits[:, self.pos]
         if self.tokens is not None:
@@ -86,6 +93,20 @@ class Metric:
 
     def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, ""]:
         return self.per_prompt(logits).mean()
+
+
+def one_number(metric: Callable[[Tensor], Any], logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, ""]:
+    """Return what a metric makes of the logits, checked to be one number, in the logits' precision if a Python number.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    score = metric(logits)
+    if not isinstance(score, Tensor):
+        score = torch.as_tensor(score, dtype=logits.dtype, device=logits.device)
+    if score.numel() != 1:
+        raise ValueError(f"the metric returns a scalar; it returned shape {tuple(score.shape)}")
+    return score.reshape(())
 
 
 def logit(answer: Tokens, pos: int = -1) -> Metric:
@@ -131,7 +152,7 @@ def rank(answer: Tokens, pos: int = -1) -> Metric:
 
 
 def accuracy(answer: Tokens, pos: int = -1) -> Metric:
-    """Return the metric "the answer has the largest logit": 1 or 0 per prompt."""
+    """Return the metric "the answer has the largest logit": 1 or 0 per prompt; of equal ones the first token has it."""
     column = _column(answer, "answer")
 
     def score(read: Tensor) -> Tensor:
@@ -163,6 +184,10 @@ def kl_to(reference: Float[Tensor, "batch pos vocab"], pos: int = -1) -> Metric:
 
 def _column(tokens: Any, what: str) -> Tensor:
     """Tokens as [batch_or_1 1]."""
+    if isinstance(tokens, str) or (isinstance(tokens, list) and any(isinstance(one, str) for one in tokens)):
+        raise ValueError(
+            f"{what} is a token, or one for each prompt: model.to_single_token turns {tokens!r} into one"
+        )
     column = torch.as_tensor(tokens)
     if column.is_floating_point() or column.dtype == torch.bool or column.ndim > 1 or column.numel() == 0:
         raise ValueError(f"{what} is a token, or one for each prompt; got {tokens!r}")

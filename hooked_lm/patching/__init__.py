@@ -54,7 +54,10 @@ if TYPE_CHECKING:
     from hooked_lm.patching.activation import layer_head_vector_patch_setter as layer_head_vector_patch_setter
     from hooked_lm.patching.activation import layer_pos_head_vector_patch_setter as layer_pos_head_vector_patch_setter
     from hooked_lm.patching.activation import layer_pos_patch_setter as layer_pos_patch_setter
+    from hooked_lm.patching.attribution import GRIDS as GRIDS
     from hooked_lm.patching.attribution import Attribution as Attribution
+    from hooked_lm.patching.attribution import Audit as Audit
+    from hooked_lm.patching.attribution import AuditedCell as AuditedCell
     from hooked_lm.patching.attribution import attribution_patch as attribution_patch
     from hooked_lm.patching.path import Node as Node
     from hooked_lm.patching.path import get_act_patch_direct_path as get_act_patch_direct_path
@@ -103,7 +106,7 @@ _NAMES = {
         "layer_pos_head_vector_patch_setter",
         "layer_pos_patch_setter",
     ),
-    "attribution": ("Attribution", "attribution_patch"),
+    "attribution": ("GRIDS", "Attribution", "Audit", "AuditedCell", "attribution_patch"),
     "path": (
         "Node",
         "get_act_patch_direct_path",

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from hooked_lm.hooks import HookPoint
 from hooked_lm.interventions import Intervention
+from hooked_lm.metrics import one_number
 from hooked_lm.names import UnknownHookError, describe_unknown, get_act_name
 from hooked_lm.sweep import AnyMetric, sweep
 
@@ -237,19 +238,18 @@ def _one_by_one(
     verbose: bool,
 ) -> Float[Tensor, " cell"]:
     """Run the model once per cell, with a setter that may do anything."""
-    scores = torch.zeros(len(indices), dtype=model.W_E.dtype, device=model.W_E.device)
+    precise = torch.promote_types(model.W_E.dtype, torch.float32)
+    scores = torch.zeros(len(indices), dtype=precise, device=model.W_E.device)
     for place, (site, index) in enumerate(zip(sites, tqdm(indices, disable=not verbose, leave=False), strict=True)):
 
         def patch(activation: Tensor, hook: HookPoint, site: str = site, index: list[Any] = index) -> Tensor | None:
             return setter(activation, index, clean[site])
 
         logits = model.run_with_hooks(tokens, fwd_hooks=[(site, patch)], attention_mask=mask)
-        score = torch.as_tensor(metric(logits))
-        if score.numel() != 1:
-            raise ValueError(f"the metric returns a scalar; it returned shape {tuple(score.shape)}")
+        score = one_number(metric, logits)
         if bool(score.isnan()):
             raise ValueError(f"the metric is not a number where {site!r} is patched at {index}")
-        scores[place] = score.reshape(())
+        scores[place] = score
     return scores
 
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from hooked_lm.components.activations import soft_cap
 from hooked_lm.components.layout import SequenceLayout
 from hooked_lm.interventions import Intervention
-from hooked_lm.metrics import Metric
+from hooked_lm.metrics import Metric, one_number
 from hooked_lm.names import get_act_name
 from hooked_lm.sweep.cells import Cell, Stage, plan_cell, reads_per_head
 from hooked_lm.sweep.first_change import from_first_change, is_compared
@@ -145,12 +145,7 @@ class _Engine:
         """Return the metric's scores of one run, one per prompt or one in all."""
         if isinstance(self.metric, Metric):
             return self.metric.per_prompt(logits)
-        score = self.metric(logits)
-        if not isinstance(score, Tensor):  # in the model's precision, which may be double
-            score = torch.as_tensor(score, dtype=logits.dtype)
-        if score.numel() != 1:
-            raise ValueError(f"the metric returns a scalar; it returned shape {tuple(score.shape)}")
-        return score.reshape(1)
+        return one_number(self.metric, logits).reshape(1)
 
     # The incremental way
 
