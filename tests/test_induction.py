@@ -135,7 +135,7 @@ def test_an_induction_score_for_another_length_raises() -> None:
 def test_the_circuit_is_the_score_between_a_query_token_and_a_token_moved_by_the_writer(
     n_key_value_heads: int | None,
 ) -> None:
-    model = tiny_model(attn_only=True, n_key_value_heads=n_key_value_heads)
+    model = tiny_model(attn_only=True, normalization_type=None, n_key_value_heads=n_key_value_heads)
     writer, reader = (0, 2), (1, 1)
     circuit = k_composition_qk_circuit(model, writer, reader)
     assert circuit.shape == (20, 20)
@@ -145,6 +145,20 @@ def test_the_circuit_is_the_score_between_a_query_token_and_a_token_moved_by_the
     moved = model.W_E @ first.W_V[kv(2)] @ first.W_O[2]  # what the writer puts down for each token
     queries, keys = model.W_E @ second.W_Q[1], moved @ second.W_K[kv(1)]
     torch.testing.assert_close(circuit.AB, queries @ keys.T)
+
+
+@pytest.mark.parametrize("normalization_type", ["LN", "RMS"])
+def test_folding_the_norms_first_changes_no_composed_circuit(normalization_type: str) -> None:
+    model = tiny_model(normalization_type=normalization_type)
+    before = k_composition_qk_circuit(model, (0, 2), (1, 1)).AB
+    model.fold_layer_norm()
+    torch.testing.assert_close(k_composition_qk_circuit(model, (0, 2), (1, 1)).AB, before)
+    assert not torch.allclose(before, (model.W_E @ model.QK[1, 1] @ model.W_E.T).AB)
+
+
+def test_no_circuit_is_composed_through_a_norm_on_the_stream() -> None:
+    with pytest.raises(ValueError, match="normalises the residual stream itself"):
+        k_composition_qk_circuit(tiny_model(norm_placement="residual"), (0, 0), (1, 0))
 
 
 @pytest.mark.parametrize(("writer", "reader"), [((1, 0), (1, 1)), ((1, 0), (0, 0))])

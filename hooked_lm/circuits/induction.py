@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_lm.activation_cache import ActivationCache
+from hooked_lm.circuits.folded import folded_ov, folded_qk
 from hooked_lm.factored_matrix import FactoredMatrix
 
 Head = tuple[int, int]
@@ -159,14 +160,16 @@ def k_composition_qk_circuit(model: Any, writer: Head, reader: Head) -> Factored
     `W_E W_Q (W_E W_OV W_K)^T`, with the reader's `W_Q`, `W_K` and the writer's `W_OV = W_V W_O`. Row: the token at the
     reader's destination. Column: the token that the writer copied *into* the reader's source. Where a previous-token
     head writes and an induction head reads, each row is largest on the diagonal: look for the position whose previous
-    token is this one. Norms are left out, so load the model with its norms folded; so are positions and biases.
+    token is this one. The linear part of the norms on the way is folded in; their scales, positions and biases are left
+    out.
 
     Args:
         model: a `HookedTransformer`.
         writer, reader: (layer, head), the writer's in an earlier layer.
 
     Raises:
-        ValueError: no such head, or the writer does not come before the reader.
+        ValueError: no such head, or the writer does not come before the reader; or norms stand where the circuit is no
+            product of matrices.
     """
     for role, (layer, head) in (("writer", writer), ("reader", reader)):
         if not (0 <= layer < model.cfg.n_layers and 0 <= head < model.cfg.n_heads):
@@ -176,4 +179,5 @@ def k_composition_qk_circuit(model: Any, writer: Head, reader: Head) -> Factored
             )
     if writer[0] >= reader[0]:
         raise ValueError(f"the writer is in an earlier layer than the reader; got layers {writer[0]} and {reader[0]}")
-    return model.W_E @ model.QK[reader] @ model.OV[writer].T @ model.W_E.T
+    QK, OV = folded_qk(model, reader[0])[reader[1]], folded_ov(model, writer[0])[writer[1]]
+    return model.W_E @ QK @ OV.T @ model.W_E.T
