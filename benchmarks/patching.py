@@ -152,7 +152,7 @@ def write_weights(folder: Path, config: GPT2Config) -> HookedTransformer:
     theirs = GPT2LMHeadModel(config)
     for parameter in theirs.parameters():
         if parameter.ndim == 1:  # biases would be zero, and gains one
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            parameter.add_(theirs.config.initializer_range * torch.randn_like(parameter))
     theirs.save_pretrained(folder / "huggingface")
     ours = HookedTransformer.from_pretrained_no_processing(str(folder / "huggingface"))
     weights = ours.state_dict() | {"unembed.W_U": ours.W_U}
