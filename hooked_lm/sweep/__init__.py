@@ -118,6 +118,8 @@ class _Engine:
 
     def obstacle(self) -> str | None:
         """Why nothing can be walked, or None."""
+        if self.cfg.n_layers == 0:
+            return "there are no layers to spare"
         if self.cfg.attention_dir == "bidirectional":
             return "earlier positions see later ones"
         if any(point.live for point in self.model.hook_points()):
@@ -175,7 +177,7 @@ class _Engine:
         layers = range(self.cfg.n_layers)
         names = {key_site(self.cfg, layer) for layer in layers} | {get_act_name("v", layer) for layer in layers}
         names |= {get_act_name("resid_pre", layer) for layer in layers}
-        names.add(get_act_name("resid_post", self.cfg.n_layers - 1) if layers else "hook_embed")
+        names.add(get_act_name("resid_post", self.cfg.n_layers - 1))
         for cell in cells:
             names |= self.joined_with(cell)
             sites = {one.site for one in (*cell.at_entry, *cell.on_the_way)}
@@ -224,8 +226,8 @@ class _Engine:
         width = 12 * cfg.d_model + 4 * (cfg.d_mlp or 0) + 3 * cfg.n_heads * n_positions + 6 * cfg.n_heads * cfg.d_head
         per_position = batch * width * self.model.W_E.element_size()
         # All logits of the positions that are read, and what the metric makes of them.
-        n_read, n_tokens = (1, self.metric.tokens) if isinstance(self.metric, Metric) else (n_positions, None)
-        per_cell = 2 * batch * n_read * cfg.d_vocab_out * self.model.W_E.element_size() if n_tokens is None else 0
+        n_read, tokens = (1, self.metric.tokens) if isinstance(self.metric, Metric) else (n_positions, None)
+        per_cell = 2 * batch * n_read * cfg.d_vocab_out * self.model.W_E.element_size() if tokens is None else 0
         chunk: list[Cell] = []
         used = 0
         # Where one cell gives heads inputs of their own, all rows have such: cells that do are kept apart.
@@ -254,7 +256,7 @@ class _Engine:
             results[cell.index] = self.scores(whole)
 
     def read_logits(self, read: Float[Tensor, "cell batch d_model"]) -> Float[Tensor, "cell batch token"]:
-        """Return the logits that the metric reads; only those, unless something edits the unembedding."""
+        """Return the logits that the metric reads, and no others. (No cell in a walk edits the unembedding.)"""
         unembed, tokens = self.model.unembed, getattr(self.metric, "tokens", None)
         if tokens is None:
             logits: Tensor = unembed(read)

@@ -16,8 +16,9 @@ from hooked_lm.hook_point import HookPoint
 from hooked_lm.interventions import Intervention
 from hooked_lm.sweep.cells import Cell
 
-# Two ways of computing one activation (attention fused or not) differ by some ten roundings of its largest entry.
-_ROUNDINGS = 32
+# Two ways of computing one activation (attention fused or not) differ by some forty roundings of an entry, or of one of
+# middling size at its position.
+_ROUNDINGS = 48
 
 
 def is_compared(point: HookPoint) -> bool:
@@ -52,10 +53,11 @@ def from_first_change(cell: Cell, base: Mapping[str, Tensor], points: Mapping[st
 
 def _first_change(one: Intervention, activation: Tensor, axes: list[str]) -> int | None:
     edited = one.apply(activation, axes)[0]
-    difference = (edited != activation).flatten(2).any(-1)
+    different = edited != activation
     if one.operation == "replace" and activation.dtype in (torch.float32, torch.float64):
-        largest = activation.abs().flatten(2).amax(-1)
-        within = (edited - activation).abs().flatten(2).amax(-1) <= _ROUNDINGS * torch.finfo(edited.dtype).eps * largest
-        difference = difference & ~within
-    changed = difference.any(0).nonzero()
+        sizes = activation.abs()
+        middling = sizes.flatten(2).median(-1).values.reshape(*sizes.shape[:2], *(1,) * (sizes.ndim - 2))
+        rounding = _ROUNDINGS * torch.finfo(activation.dtype).eps * torch.maximum(sizes, middling)
+        different &= ~((edited - activation).abs() <= rounding)
+    changed = different.flatten(2).any(-1).any(0).nonzero()
     return int(changed[0]) if len(changed) else None

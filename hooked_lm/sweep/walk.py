@@ -222,7 +222,8 @@ class Walk:
         """The stream of a cell where it joins at the start of a block, or in its middle, every position of it."""
         layer, site = cell.layer, cell.at_entry[0].site.rpartition("hook_")[2] if cell.at_entry else None
         if cell.stage is Stage.START:
-            name = get_act_name("resid_pre", layer) if layer < self.model.cfg.n_layers else self._last_stream()
+            n_layers = self.model.cfg.n_layers
+            name = get_act_name("resid_pre", layer) if layer < n_layers else get_act_name("resid_post", n_layers - 1)
             return self._edited(cell, name)
         block = self.model.blocks[layer]
         if cell.stage is Stage.MID:
@@ -255,10 +256,6 @@ class Walk:
             if one.site == name:
                 activation = self._apply(one, activation, name, 0)
         return activation
-
-    def _last_stream(self) -> str:
-        last = self.model.cfg.n_layers - 1
-        return get_act_name("resid_post", last) if last >= 0 else "hook_embed"
 
     def _base(self, site: str, layer: int) -> Tensor:
         return self.base.cache[get_act_name(site, layer)]
@@ -301,7 +298,7 @@ class Walk:
     def _pack(self, parts: Sequence[Tensor]) -> Tensor:
         """Rows of every group, [row pos ...] each, as one tensor [1 token ...]."""
         if not parts:
-            like = self.base.cache[self._last_stream()]
+            like = self._base("resid_post", self.model.cfg.n_layers - 1)
             return like.new_zeros(1, 0, like.shape[-1])
         return torch.cat([part.flatten(0, 1) for part in parts])[None]
 
