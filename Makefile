@@ -29,6 +29,7 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-viz
 	$(BIN)/python -m benchmarks.forward
 	$(BIN)/python -m benchmarks.loading
+	$(BIN)/python -m benchmarks.patching
 
 certificates: $(VENV)/.installed-dev
 	$(BIN)/python -m scripts.certify_families

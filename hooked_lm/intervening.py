@@ -61,6 +61,8 @@ class Intervening(HookedRootModule):
             UnknownHookError: a site that the model does not have.
             ValueError: a position, head or feature that is out of range.
         """
+        if isinstance(interventions, Intervention):
+            raise TypeError("interventions are a list; put the one there is into a list")
         axes = {name: point.axes for name, point in self.hook_dict.items()}
         for intervention in interventions:
             if not isinstance(intervention, Intervention):

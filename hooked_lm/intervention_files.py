@@ -90,17 +90,22 @@ def interventions_from_json(text: str, tensors: Mapping[str, Tensor]) -> list[An
     Raises:
         ValueError: the text is not such a description, or tensors are missing or left over.
     """
-    document = json.loads(text)
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"this is not a description of interventions, which are JSON: {error}") from error
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         raise ValueError(f"this is not a description of interventions: its format is not {_FORMAT!r}")
     if document.get("version") != _VERSION:
         raise ValueError(f"interventions of version {document.get('version')!r}; this reads version {_VERSION}")
+    if not isinstance(document.get("interventions"), list):
+        raise ValueError("the description has no list of interventions")
     used: set[str] = set()
 
     def read(one: Any) -> Any:
         return [read(each) for each in one] if isinstance(one, list) else _read(one, tensors, used)
 
-    interventions = [read(one) for one in document.get("interventions", [])]
+    interventions = [read(one) for one in document["interventions"]]
     if set(tensors) - used:
         raise ValueError(f"tensors that no intervention uses: {sorted(set(tensors) - used)}. Are they another file's?")
     return interventions

@@ -7,6 +7,7 @@ it says what it will touch; and written to a file, since it holds its value. `In
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self, TypedDict, Unpack
@@ -30,6 +31,9 @@ _AXIS_OF = {
     "head": ("head", "kv_head"),
     "feature": ("d_model", "d_head", "d_mlp", "vocab", "key", "expert"),
 }
+
+# Sites whose activations are whole numbers.
+_INTEGER_SITES = ("hook_tokens", "hook_expert_indices")
 
 _PLURAL = {"pos": "positions", "head": "heads", "feature": "features", "batch": "prompts"}
 
@@ -85,15 +89,20 @@ class Intervention:
     batch: Selection = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.site, str):
+            raise ValueError(f"site is a full hook name, such as get_act_name('z', 0) gives; got {self.site!r}")
         if self.operation not in OPERATIONS:
             raise ValueError(f"operation {self.operation!r} is none of {OPERATIONS}")
         if (self.operation == "zero") != (self.value is None):
             needs = "takes no value" if self.operation == "zero" else "needs a value"
             raise ValueError(f"{self.operation!r} at {self.site!r} {needs}")
+        if not _is_value(self.value):
+            raise ValueError(f"value at {self.site!r} is a real tensor or a number, not {type(self.value).__name__}")
         for name, selection in self.selections().items():
             several = selection if isinstance(selection, tuple) else (selection,)
             if not several or any(isinstance(one, bool) or not isinstance(one, int) for one in several):
                 raise ValueError(f"{name}={selection!r} at {self.site!r} is not an int or a tuple of ints")
+            _refuse_repeats(self.site, name, selection, None)
 
     # Values that come from a cache. Selections say both what is taken and where it goes.
 
@@ -138,10 +147,12 @@ class Intervention:
 
         Raises:
             KeyError: the cache has no such activation.
-            ValueError: the cache has no batch axis, the mask does not fit or belongs to a mean per position, or there
-                is nothing at what is selected.
+            ValueError: the cache has no batch axis or holds whole numbers there, the mask does not fit, counts nothing
+                or belongs to a mean per position, or there is nothing at what is selected.
         """
         value, name = cache[site], cache.full_name(site)
+        if not value.is_floating_point():
+            raise ValueError(f"{name!r} holds whole numbers, whose mean stands for nothing")
         averaged = (0,) if per_position else (0, _find_axis(name, _axes(name, cache), "pos"))
         weights = _mask_weights(name, value, averaged, attention_mask)
         exact = at_least_single(value)
@@ -229,6 +240,10 @@ class Intervention:
                         f"{self.operation} at {self.site!r} {name} {one}: "
                         f"this model has {_PLURAL[name]} 0-{size - 1} there"
                     )
+            if axis not in _COUNTED:
+                _refuse_repeats(self.site, name, selection, size)
+        if self.site.endswith(_INTEGER_SITES) and not _is_whole(self.value):
+            raise ValueError(f"{self.site!r} holds whole numbers, and the value is none")
 
     def check_fit(
         self, cfg: HookedTransformerConfig, axes_by_site: Mapping[str, str | None], batch: int, n_positions: int
@@ -255,6 +270,7 @@ class Intervention:
                 if size is not None and not -size <= one < size:
                     there = f"the prompts have {size} {_COUNTED[axes[axis]]}"
                     raise ValueError(f"{self.operation} at {self.site!r} {name} {one}: {there}")
+            _refuse_repeats(self.site, name, selection, size)
             shape[axis] = len(selection) if isinstance(selection, tuple) else -1
         selected = [size for size in shape if size != -1]
         if not isinstance(self.value, Tensor) or None in selected:
@@ -282,27 +298,27 @@ class Intervention:
         Raises:
             ValueError: a prompt that is not there, or a value that does not broadcast to what is selected.
         """
-        indices = [torch.arange(size, device=x.device) for size in x.shape]
+        chosen: dict[int, tuple[int, ...]] = {}
         dropped: list[int] = []
         here: tuple[int, ...] = (0,)
         pos_axis: int | None = None
         for name, selection in self.selections().items():
             axis = _find_axis(self.site, axes, name)
-            chosen = selection if isinstance(selection, tuple) else (selection,)
+            entries = selection if isinstance(selection, tuple) else (selection,)
             if name == "pos":
-                local = [one + x.shape[axis] if one < 0 else one - n_past for one in chosen]
+                local = [one + x.shape[axis] if one < 0 else one - n_past for one in entries]
                 here = tuple(index for index, one in enumerate(local) if 0 <= one < x.shape[axis])
-                chosen, pos_axis = tuple(local[index] for index in here), axis
+                entries, pos_axis = tuple(local[index] for index in here), axis
                 if not here:
                     return x, here
-            elif not all(-x.shape[axis] <= one < x.shape[axis] for one in chosen):
+            elif not all(-x.shape[axis] <= one < x.shape[axis] for one in entries):
                 raise ValueError(f"{self.site!r} has shape {tuple(x.shape)}: there is no {name} {selection}")
-            indices[axis] = indices[axis][list(chosen)]
+            chosen[axis] = entries
             if not isinstance(selection, tuple):
                 dropped.append(axis)
-        mesh = torch.meshgrid(*indices, indexing="ij")
+        where = _where(x, chosen)
         edited = x.clone()
-        edited[mesh] = self._edit(x[mesh], dropped, pos_axis, here)
+        edited[where] = self._edit(x[where], dropped, pos_axis, here)
         return edited, here
 
     def _edit(self, selected: Tensor, dropped: Sequence[int], pos_axis: int | None, here: tuple[int, ...]) -> Tensor:
@@ -337,14 +353,57 @@ def draw_prompts(n_cached: int, n_prompts: int | None, generator: torch.Generato
         generator: of the draw.
 
     Raises:
-        ValueError: there is no other prompt.
+        ValueError: there is no other prompt, or none to be run.
     """
+    if n_prompts is not None and n_prompts < 1:
+        raise ValueError(f"n_prompts is how many prompts will be run, 1 or more; got {n_prompts}")
     if n_prompts is not None:
         return torch.randint(n_cached, (n_prompts,), generator=generator)
     if n_cached < 2:
         raise ValueError("a single prompt has no other to be resampled from: give several, or prompts of another run")
     drawn = torch.randint(n_cached - 1, (n_cached,), generator=generator)
     return drawn + (drawn >= torch.arange(n_cached))  # any but its own
+
+
+def _where(x: Tensor, chosen: Mapping[int, tuple[int, ...]]) -> tuple[Any, ...]:
+    """An index of the chosen entries along some axes, which keeps every axis: slices where that is possible."""
+    by_axis = [[one % x.shape[axis] for one in chosen[axis]] if axis in chosen else None for axis in range(x.ndim)]
+    slices = [slice(None) if entries is None else _as_slice(entries) for entries in by_axis]
+    if all(one is not None for one in slices):
+        return tuple(slices)
+    # Index tensors that broadcast against each other pick out a box.
+    indices = [
+        torch.arange(size, device=x.device) if entries is None else torch.tensor(entries, device=x.device)
+        for size, entries in zip(x.shape, by_axis, strict=True)
+    ]
+    return tuple(index.reshape([-1 if i == axis else 1 for i in range(x.ndim)]) for axis, index in enumerate(indices))
+
+
+def _as_slice(entries: Sequence[int]) -> slice | None:
+    """The slice that selects these entries, or None if none does."""
+    step = entries[1] - entries[0] if len(entries) > 1 else 1
+    spaced = all(later - earlier == step for earlier, later in itertools.pairwise(entries))
+    return slice(entries[0], entries[-1] + 1, step) if step > 0 and spaced else None
+
+
+def _is_value(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return not value.is_complex()
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def _is_whole(value: Tensor | float | None) -> bool:
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool((value == value.round()).all())
+    return value is None or float(value).is_integer()
+
+
+def _refuse_repeats(site: str, name: str, selection: Selection, size: int | None) -> None:
+    """An entry that is selected twice would be edited once, by either value."""
+    entries = selection if isinstance(selection, tuple) else ()
+    counted = [one % size if size else one for one in entries]
+    if len(set(counted)) < len(counted):
+        raise ValueError(f"{name}={selection!r} at {site!r} selects an entry twice")
 
 
 def _find_axis(site: str, axes: Sequence[str], selection: str) -> int:
@@ -371,6 +430,8 @@ def _mask_weights(site: str, value: Tensor, averaged: Sequence[int], mask: Tenso
         raise ValueError("a mean per position has no use for attention_mask: padding shifts positions")
     if tuple(mask.shape) != wanted:
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; the cache has {site!r} for {wanted}")
+    if not bool(mask.any()):
+        raise ValueError("attention_mask is 0 everywhere: there is nothing to take the mean of")
     return mask.to(value).reshape([value.shape[axis] if axis in averaged else 1 for axis in range(value.ndim)])
 
 

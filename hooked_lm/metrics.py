@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_lm.precision import at_least_single
@@ -79,6 +79,33 @@ class Metric:
         if answers is not None and not 0 <= int(answers.min()) <= int(answers.max()) < d_vocab:
             raise ValueError(f"{self.name} reads tokens {answers.tolist()}; the vocabulary is 0-{d_vocab - 1}")
         self.check_batch(batch)
+
+    def check_run(
+        self, tokens: Int[Tensor, "batch pos"], d_vocab: int, attention_mask: Int[Tensor, "batch pos"] | None
+    ) -> None:
+        """Check the metric against prompts that will be run, padding included.
+
+        Raises:
+            ValueError: as `check`, or it reads padding.
+        """
+        self.check(tokens.shape[0], tokens.shape[1], d_vocab)
+        self.check_mask(attention_mask)
+
+    def check_mask(self, attention_mask: Int[Tensor, "batch pos"] | None) -> None:
+        """Check that what is read is no padding.
+
+        Args:
+            attention_mask: [batch pos], 0 at padding; None where there is none.
+
+        Raises:
+            ValueError: it is, for some prompt.
+        """
+        padded = [] if attention_mask is None else torch.where(attention_mask[:, self.pos] == 0)[0].tolist()
+        if padded:
+            raise ValueError(
+                f"{self.name} reads position {self.pos}, which is padding in prompt {padded[0]}: pad on the left "
+                "(padding_side='left'), or take prompts of one length"
+            )
 
     def check_batch(self, batch: int) -> None:
         """Check that there is an answer for every prompt, or one for all.
@@ -185,9 +212,7 @@ def kl_to(reference: Float[Tensor, "batch pos vocab"], pos: int = -1) -> Metric:
 def _column(tokens: Any, what: str) -> Tensor:
     """Tokens as [batch_or_1 1]."""
     if isinstance(tokens, str) or (isinstance(tokens, list) and any(isinstance(one, str) for one in tokens)):
-        raise ValueError(
-            f"{what} is a token, or one for each prompt: model.to_single_token turns {tokens!r} into one"
-        )
+        raise ValueError(f"{what} is a token, or one for each prompt: model.to_single_token turns {tokens!r} into one")
     column = torch.as_tensor(tokens)
     if column.is_floating_point() or column.dtype == torch.bool or column.ndim > 1 or column.numel() == 0:
         raise ValueError(f"{what} is a token, or one for each prompt; got {tokens!r}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from jaxtyping import config as jaxtyping_config
 from transformers import PreTrainedTokenizerFast
 
 from tests.helpers import tiny_gpt2, tiny_tokenizer
@@ -25,3 +26,9 @@ def gpt2_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedT
     tiny_gpt2().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def no_type_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values that the annotations exclude reach the code, as they do outside the tests."""
+    monkeypatch.setattr(jaxtyping_config, "jaxtyping_disable", True)

@@ -214,6 +214,14 @@ def test_interventions_are_plain_hooks_for_those_who_want_them() -> None:
             ValueError,
             "padding shifts positions",
         ),
+        (
+            lambda: Intervention.mean(Z, cached(), attention_mask=torch.zeros(3, 7)),
+            ValueError,
+            "attention_mask is 0 everywhere",
+        ),
+        (lambda: Intervention.mean("hook_tokens", cached()), ValueError, "holds whole numbers"),
+        (lambda: Intervention.resample(Z, cached(), n_prompts=0), ValueError, "n_prompts is how many"),
+        (lambda: Intervention.resample(Z, cached(), batch=0), ValueError, "no batch to select"),
         (lambda: Intervention.resample(Z, cached(CLEAN[:1])), ValueError, "a single prompt has no other"),
     ],
 )
@@ -293,6 +301,13 @@ def changed(change: Callable[[Any], object]) -> str:
 @pytest.mark.parametrize(
     ("text", "tensors", "message"),
     [
+        ("not json", TENSORS, "which are JSON"),
+        (changed(lambda doc: doc.pop("interventions")), TENSORS, "has no list of interventions"),
+        (
+            changed(lambda doc: doc["interventions"][1][0].update(value=[1])),
+            TENSORS,
+            "a real tensor or a number, not list",
+        ),
         ("[]", TENSORS, "its format is not"),
         (changed(lambda doc: doc.update(format="other")), TENSORS, "its format is not"),
         (changed(lambda doc: doc.update(version=2)), TENSORS, "version 2; this reads version 1"),

@@ -37,6 +37,7 @@ SELECTIONS = [
     ({"head": 1, "pos": 5}, (slice(None), 5, 1)),
     ({"feature": 0}, (..., 0)),
     ({"batch": 1, "head": 0, "feature": (0, 2)}, (1, slice(None), 0, slice(0, 3, 2))),
+    ({"pos": (5, 0, 3), "feature": (1, 0)}, (slice(None), [[5], [0], [3]], slice(None), [[1, 0]])),
 ]
 
 
@@ -124,6 +125,8 @@ def test_positions_are_query_positions_for_patterns() -> None:
         (Intervention(Z, "zero", feature=4), ValueError, "features 0-3"),
         (Intervention(Z, "zero", pos=16), ValueError, "pos 16: this model has positions 0-15"),
         (Intervention(RESID, "zero", head=0), ValueError, "no head to select"),
+        (Intervention(Z, "zero", head=(0, -3)), ValueError, "selects an entry twice"),
+        (Intervention("hook_tokens", "replace", 3.7), ValueError, "holds whole numbers"),
         (Intervention(Z, "zero", batch=2), ValueError, "no batch 2"),
         (Intervention(Z, "replace", torch.zeros(5)), ValueError, "does not fit"),
         (Intervention(Z, "zero", pos=12), RuntimeError, "never acted"),
@@ -147,11 +150,30 @@ def test_what_cannot_be_done_is_named_and_the_model_is_as_before(intervention: A
         ({"operation": "zero", "pos": ()}, "not an int or a tuple"),
         ({"operation": "zero", "pos": 1.5}, "not an int or a tuple"),
         ({"operation": "zero", "head": True}, "not an int or a tuple"),
+        ({"operation": "zero", "pos": (1, 1)}, "selects an entry twice"),
+        ({"operation": "zero", "site": ("z", 0)}, r"get_act_name\('z', 0\)"),
+        ({"operation": "add", "value": "1"}, "a real tensor or a number, not str"),
+        ({"operation": "add", "value": [1.0]}, "a real tensor or a number, not list"),
+        ({"operation": "add", "value": True}, "a real tensor or a number, not bool"),
+        ({"operation": "add", "value": torch.ones(1, dtype=torch.complex64)}, "a real tensor or a number"),
     ],
 )
 def test_an_intervention_that_makes_no_sense_cannot_be_made(fields: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Intervention(Z, **fields)
+        Intervention(**{"site": Z, **fields})
+
+
+def test_positions_that_are_one_and_the_same_in_the_prompts_are_refused_where_they_are_known() -> None:
+    edit, model = Intervention(Z, "zero", pos=(6, -1)), tiny_model()
+    axes = {name: point.axes for name, point in model.hook_dict.items()}
+    edit.check_fit(model.cfg, axes, 2, 8)
+    with pytest.raises(ValueError, match="selects an entry twice"):
+        edit.check_fit(model.cfg, axes, 2, 7)
+
+
+def test_a_single_intervention_in_place_of_a_list_is_refused() -> None:
+    with pytest.raises(TypeError, match="interventions are a list"):
+        tiny_model().as_hooks(Intervention(Z, "zero"))  # type: ignore[arg-type]
 
 
 def test_something_else_than_an_intervention_is_refused() -> None:

@@ -472,3 +472,10 @@ def test_patching_finds_the_two_heads_of_the_induction_circuit() -> None:
     every = restored(patching.get_act_patch_attn_head_by_pos_every(model, corrupted, cache, metric, **QUIET))
     assert every[2, 1, earlier + 1, 1] > 0.99
     assert every[4, 1, -1, 1] > 0.99
+
+
+def test_the_data_frame_of_a_grid_counts_its_last_column_fastest() -> None:
+    frame = patching.make_df_from_ranges([2, 3], ["layer", "pos"])
+    assert frame.to_dict("list") == {"layer": [0, 0, 0, 1, 1, 1], "pos": [0, 1, 2, 0, 1, 2]}
+    with pytest.raises(ValueError, match="2 ranges for 1 columns"):
+        patching.make_df_from_ranges([2, 3], ["layer"])

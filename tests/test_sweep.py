@@ -24,6 +24,7 @@ from hooked_lm.components.mlp import MLP
 from hooked_lm.interventions import Operation
 from hooked_lm.metrics import accuracy, kl_to, log_prob, logit, logit_diff, rank
 from hooked_lm.names import get_act_name
+from hooked_lm.patching import attribution_patch, patch_pairs, path_patch
 from hooked_lm.sweep import sweep
 from hooked_lm.sweep.walk import Walk
 from tests.helpers import VOCAB, randomise_, tiny_config, tiny_model
@@ -133,6 +134,8 @@ def make_edit(name: str, site: str, operation: Operation, seed: int, **selection
         full = torch.rand(sites_of(model)[site], generator=generator, dtype=torch.float64) + 0.5
     operation = operation if full.is_floating_point() else "replace"
     made = {key: chosen for key, chosen in selections.items() if set(_AXES[key]) & set(axes)}
+    if full.shape[-2] == 1 and isinstance(made.get("head"), tuple):  # the only key-value head, once
+        made["head"] = (0,)
     if axes[-1] not in _AXES["feature"]:
         made.pop("feature", None)
     if axes == ("batch", "pos"):
@@ -278,6 +281,7 @@ def sweeps(draw: st.DrawFn) -> tuple[str, bool, list[list[Edit]]]:
 @given(sweeps(), st.integers(-POS, POS - 1))
 def test_any_combination_of_edits_equals_the_loop(drawn: tuple[str, bool, list[list[Edit]]], pos: int) -> None:
     name, padded, cells = drawn
+    pos = 2 if padded and pos % POS < 2 else pos  # what is read is no padding
     if cells:
         assert_equal_to_the_loop(name, cells, PADDED if padded else None, log_prob(4, pos=pos))
 
@@ -446,6 +450,35 @@ def test_strings_are_swept_as_they_are_run(text: Any, side: str, tokenizer: Any)
     torch.testing.assert_close(sweep(model, text, cells, logit(3), verbose=False), expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("changes", [{}, {"normalization_type": None}])
+def test_a_model_without_layers_is_run_the_plain_way(changes: dict[str, Any]) -> None:
+    model = tiny_model(n_layers=0, **changes)
+    site = "ln_final.hook_normalized" if not changes else "unembed.hook_in"
+    cell = Intervention(site, "scale", 2.0, pos=-1)
+    expected = logit(3)(model.run(TOKENS, interventions=[cell])).detach()
+    torch.testing.assert_close(sweep(model, TOKENS, [cell], logit(3), verbose=False)[0], expected, rtol=0, atol=1e-12)
+
+
+def test_a_metric_that_would_read_padding_is_refused() -> None:
+    model, right = model_named("deep"), torch.tensor([[1] * POS, [1] * (POS - 2) + [0, 0]])
+    for run in (
+        lambda: sweep(model, TOKENS, [[]], logit(3), attention_mask=right, verbose=False),
+        lambda: patch_pairs(model, TOKENS, TOKENS.flip(0), logit(3), attention_mask=right, verbose=False),
+        lambda: attribution_patch(model, TOKENS, TOKENS.flip(0), logit(3), attention_mask=right),
+        lambda: path_patch(model, TOKENS, TOKENS.flip(0), logit(3), [("z", 0)], "logits", attention_mask=right),
+    ):
+        with pytest.raises(ValueError, match="logit reads position -1, which is padding in prompt 1"):
+            run()
+    sweep(model, TOKENS, [[]], logit(3, pos=3), attention_mask=right, verbose=False)
+
+
+def test_why_cells_are_run_one_by_one_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    model = model_of("gpt2")
+    with model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", lambda x, hook: None)]):
+        sweep(model, TOKENS, as_data(grid("gpt2"))[:1], logit(3))
+    assert "one run per cell (the model has hooks" in capsys.readouterr().err
+
+
 # Work
 
 
@@ -516,6 +549,26 @@ def test_what_clean_and_corrupted_prompts_share_is_not_computed_again(
     heads = sum(in_layers) * 2 * 2 + sum(one - 1 for one in in_layers) * 2
     patterns = sum(in_layers) * POS
     assert positions_projected(projections) == BATCH * (3 * POS + residual + heads + patterns)
+
+
+@pytest.mark.parametrize("operation", ["replace", "add"])
+def test_a_change_that_is_small_beside_an_outlier_is_made(operation: Operation) -> None:
+    """Massive activations are a thousand times their neighbours, whose changes count all the same."""
+    model = tiny_model(dtype=torch.float32, normalization_type=None)
+    outlier = torch.zeros(model.cfg.d_model)
+    outlier[3] = 3000.0
+    model.W_pos.data[4] += outlier
+    with torch.no_grad():
+        _, cache = model.run_with_cache(TOKENS)
+    small = torch.zeros(model.cfg.d_model)
+    small[5] = 200 * torch.finfo(torch.float32).eps * float(cache["resid_pre", 0][0, 4].abs().median())
+    value = small if operation == "add" else cache["resid_pre", 0][:, 4] + small
+    with pytest.MonkeyPatch.context() as patched:
+        projections = counted(patched, Attention, "project")
+        sweep(
+            model, TOKENS, [Intervention("blocks.0.hook_resid_pre", operation, value, pos=4)], logit(3), verbose=False
+        )
+    assert positions_projected(projections) > BATCH * POS * 2
 
 
 def test_a_small_change_is_made_where_it_is_one_and_not_where_it_is_rounding() -> None:
@@ -636,6 +689,22 @@ def test_a_metric_that_fails_is_named_and_leaves_nothing_behind(
     assert not any(point.live for point in model.hook_points())
     assert model.context_level == 0
     assert torch.equal(model(TOKENS), clean)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"cells": GOOD}, TypeError, "cells and always are lists"),
+        ({"always": GOOD}, TypeError, "cells and always are lists"),
+        ({"metric": 3}, TypeError, "metric is one of hooked_lm.metrics or a function"),
+        ({"memory_budget": 0}, ValueError, "memory_budget is a number of bytes"),
+    ],
+)
+@pytest.mark.usefixtures("no_type_checks")
+def test_arguments_of_the_wrong_kind_are_refused(arguments: dict[str, Any], error: Any, message: str) -> None:
+    given = {"cells": [GOOD], "metric": logit(3), **arguments}
+    with pytest.raises(error, match=message):
+        sweep(model_named("deep"), TOKENS, verbose=False, **given)
 
 
 def test_the_cell_whose_score_is_not_a_number_is_named() -> None:

@@ -10,19 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from jaxtyping import config as jaxtyping_config
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hooked_lm import FactoredMatrix, HookedTransformer, SVDInterpreter
+from hooked_lm.circuits.svd import circuit_vectors
 from tests.helpers import tiny_config, tiny_model, tiny_tokens
-
-
-@pytest.fixture
-def no_type_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values that the annotations exclude reach the code, as they do outside the tests."""
-    monkeypatch.setattr(jaxtyping_config, "jaxtyping_disable", True)
-
 
 GROUPED = {"n_heads": 6, "d_head": 4, "n_key_value_heads": 2}
 
@@ -261,6 +254,54 @@ def test_the_singular_vectors_of_ov_are_those_of_the_dense_product(changes: dict
         found = SVDInterpreter(model).get_singular_vectors("OV", layer_index=1, num_vectors=4, head_index=head)
         assert found.shape == (20, 1, 4)
         assert up_to_sign(found, model.W_U.T @ Vh[:4].T)
+
+
+@pytest.mark.parametrize("circuit", ["OV", "QK"])
+def test_both_sides_of_a_heads_singular_vectors_are_shown_as_tokens(circuit: Any) -> None:
+    model = tiny_model(normalization_type="RMS", n_heads=4, n_key_value_heads=2, d_head=3)
+    found = circuit_vectors(model, 1, 3, circuit, n_vectors=3)
+    attn, gain = model.blocks[1].attn, model.blocks[1].ln1.w[:, None]
+    if circuit == "OV":
+        matrix, unembed = (gain * attn.W_V[1]) @ attn.W_O[3], (model.ln_final.w[:, None] * model.W_U).T
+    else:
+        matrix, unembed = (gain * attn.W_Q[3]) @ (gain * attn.W_K[1]).T, model.W_E
+    U, S, Vh = torch.linalg.svd(matrix.detach())
+    torch.testing.assert_close(found.values, S[:3])
+    assert up_to_sign(found.left[:, None], model.W_E @ U[:, :3])
+    assert up_to_sign(found.right[:, None], unembed @ Vh[:3].T)
+    # Together they give the matrix back, so that their signs belong together.
+    torch.testing.assert_close((found.left * found.values) @ found.right.T, (model.W_E @ matrix @ unembed.T).detach())
+    assert (found.right.gather(0, found.right.abs().argmax(0, keepdim=True)) > 0).all()
+    left, right = found.top_tokens(0, k=2)
+    assert left[0] == found.left[:, 0].argmax()
+    assert right == found.right[:, 0].topk(2).indices.tolist()
+
+
+def test_half_precision_is_decomposed_in_single() -> None:
+    half = tiny_model(dtype=torch.float32).to(torch.bfloat16)
+    for circuit in ("OV", "QK"):
+        assert circuit_vectors(half, 0, 1, circuit, n_vectors=2).left.dtype == torch.float32  # type: ignore[arg-type]
+    for vector_type in ("w_in", "w_out"):
+        found = SVDInterpreter(half).get_singular_vectors(vector_type, layer_index=0, num_vectors=2)  # type: ignore[arg-type]
+        assert found.dtype == torch.float32
+    assert SVDInterpreter(half).get_singular_vectors("OV", 0, 2, head_index=1).dtype == torch.float32
+
+
+@pytest.mark.usefixtures("no_type_checks")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"circuit": "VO"}, "circuit is 'OV' or 'QK'"),
+        ({"head": 3}, "no head 3"),
+        ({"layer": 2}, "no layer 2"),
+        ({"n_vectors": 5}, "n_vectors is in 1-4"),
+    ],
+)
+def test_a_circuit_that_is_not_there_is_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        circuit_vectors(tiny_model(), **{"layer": 0, "head": 0, "n_vectors": 2, **arguments})
+    with pytest.raises(ValueError, match="vectors are 0-1 and k is in 1-20"):
+        circuit_vectors(tiny_model(), 0, 0, n_vectors=2).top_tokens(2)
 
 
 def test_the_singular_vectors_of_w_out_are_those_of_what_it_writes() -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from hooked_lm.activation_cache import ActivationCache
 from hooked_lm.circuits.folded import folded_ov, folded_qk
 from hooked_lm.factored_matrix import FactoredMatrix
+from hooked_lm.precision import at_least_single
 
 Head = tuple[int, int]
 
@@ -100,7 +101,7 @@ def next_token_scores(logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tens
         tokens: as `repeated_random_tokens` gives them, if halves are to be taken.
     """
     target = tokens[:, 1:]
-    log_prob = logits[:, :-1].log_softmax(-1).gather(-1, target[..., None])[..., 0]
+    log_prob = at_least_single(logits[:, :-1]).log_softmax(-1).gather(-1, target[..., None])[..., 0]
     return NextTokenScores(log_prob, logits[:, :-1].argmax(-1) == target)
 
 

@@ -1,20 +1,96 @@
-"""Singular vectors of a model's matrices, read as tokens (Millidge and Black 2022)."""
+"""Singular vectors of a model's matrices, read as tokens.
+
+Source: Millidge and Black 2022, "The Singular Value Decompositions of Transformer Weight Matrices are Highly
+Interpretable".
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_lm.circuits.folded import folded_ov, folded_qk, read_through
+from hooked_lm.circuits.full_circuits import token_embeddings
 from hooked_lm.factored_matrix import FactoredMatrix
+from hooked_lm.precision import at_least_single
 
 VectorType = Literal["OV", "w_in", "w_out"]
+Circuit = Literal["OV", "QK"]
+
+
+@dataclass(frozen=True, eq=False)
+class CircuitVectors:
+    """The leading singular vectors of a head's circuit, both sides of each as tokens.
+
+    A vector and its partner may change sign together: here the partner's largest entry is positive.
+
+    Attributes:
+        circuit: `"OV"`: what the head reads (left) and what it then writes (right). `"QK"`: from which token it looks
+            (left) and at which (right).
+        values: the singular values, the largest first, [vector].
+        left: `W_E` times the left vectors, [vocab vector].
+        right: for `"OV"`, what the right vectors add to each logit by the direct path, the final norm's scale apart,
+            [vocab_out vector]; for `"QK"`, `W_E` times the right vectors, [vocab vector].
+    """
+
+    circuit: Circuit
+    values: Float[Tensor, " vector"]
+    left: Float[Tensor, "vocab vector"]
+    right: Float[Tensor, "vocab_out vector"]
+
+    def top_tokens(self, vector: int, k: int = 5) -> tuple[list[int], list[int]]:
+        """Return the tokens with the largest entries in a vector, on the left and on the right.
+
+        Raises:
+            ValueError: there is no such vector, or fewer tokens.
+        """
+        n_vectors, n_tokens = len(self.values), min(len(self.left), len(self.right))
+        if not 0 <= vector < n_vectors or not 1 <= k <= n_tokens:
+            raise ValueError(f"vectors are 0-{n_vectors - 1} and k is in 1-{n_tokens}; got vector {vector} and k {k}")
+        left, right = (side[:, vector].topk(k).indices.tolist() for side in (self.left, self.right))
+        return left, right
+
+
+@torch.no_grad()
+def circuit_vectors(model: Any, layer: int, head: int, circuit: Circuit = "OV", n_vectors: int = 10) -> CircuitVectors:
+    """Return the leading singular vectors of a head's OV or QK circuit in vocabulary space.
+
+    The linear part of the norms on the way is folded in; half precision is decomposed in float32.
+
+    Args:
+        model: a `HookedTransformer`.
+        layer, head: whose circuit.
+        circuit: which.
+        n_vectors: how many, from the largest singular value down.
+
+    Raises:
+        ValueError: no such head or circuit, more vectors than the head has dimensions; or norms stand where the circuit
+            is no product of matrices.
+    """
+    if circuit not in ("OV", "QK"):
+        raise ValueError(f"circuit is 'OV' or 'QK', not {circuit!r}")
+    if not 0 <= head < model.cfg.n_heads:
+        raise ValueError(f"no head {head}: this model has heads 0-{model.cfg.n_heads - 1}")
+    if not 1 <= n_vectors <= min(model.cfg.d_head, model.cfg.d_model):
+        raise ValueError(f"n_vectors is in 1-{min(model.cfg.d_head, model.cfg.d_model)}; got {n_vectors}")
+    U, S, V = (folded_ov if circuit == "OV" else folded_qk)(model, layer)[head].svd()
+    embeddings = at_least_single(token_embeddings(model))
+    unembed = read_through(model.ln_final, at_least_single(model.W_U)).T if circuit == "OV" else embeddings
+    left = einsum(embeddings, U[:, :n_vectors], "vocab d_model, d_model vector -> vocab vector")
+    right = einsum(unembed, V[:, :n_vectors], "vocab d_model, d_model vector -> vocab vector")
+    sign = right.gather(0, right.abs().argmax(0, keepdim=True)).sign()
+    return CircuitVectors(circuit, S[:n_vectors], left * sign, right * sign)
 
 
 class SVDInterpreter:
-    """Projects the residual-stream side of singular vectors on the vocabulary.
+    """The classic interface: projects the residual-stream side of singular vectors on the vocabulary.
+
+    `circuit_vectors` shows both sides of a head's circuits, QK too.
 
     Args:
         model: a `HookedTransformer`.
@@ -46,7 +122,7 @@ class SVDInterpreter:
         V = self._right_singular_vectors(vector_type, layer_index, head_index)
         if not 1 <= num_vectors <= V.shape[-1]:
             raise ValueError(f"num_vectors {num_vectors} is not in 1-{V.shape[-1]}, the singular vectors there are")
-        return (self.model.W_U.T @ V[:, :num_vectors])[:, None].detach()
+        return (at_least_single(self.model.W_U).T @ V[:, :num_vectors])[:, None].detach()
 
     def _right_singular_vectors(self, vector_type: str, layer: int, head: int | None) -> Tensor:
         """[d_model rank], the largest singular value first."""
@@ -57,13 +133,14 @@ class SVDInterpreter:
             if head is None or not 0 <= head < self.cfg.n_heads:
                 raise ValueError(f"'OV' needs head_index in 0-{self.cfg.n_heads - 1}, got {head}")
             group = self.cfg.n_heads // self.cfg.n_kv_heads
-            return FactoredMatrix(block.attn.W_V[head // group], block.attn.W_O[head]).svd()[2]
+            W_V, W_O = (at_least_single(W) for W in (block.attn.W_V[head // group], block.attn.W_O[head]))
+            return FactoredMatrix(W_V, W_O).svd()[2]
         if head is not None:
             raise ValueError(f"{vector_type!r} belongs to a whole MLP: give no head_index")
         if self.cfg.attn_only or self.cfg.num_experts is not None:
             raise ValueError("this model has no plain MLP to take the matrices of")
         if vector_type == "w_out":
-            return torch.linalg.svd(block.mlp.W_out, full_matrices=False).Vh.mT
+            return torch.linalg.svd(at_least_single(block.mlp.W_out), full_matrices=False).Vh.mT
         gain = getattr(block.ln2, "w", None)
         reads = block.mlp.W_in if gain is None else gain[:, None] * block.mlp.W_in
-        return torch.linalg.svd(reads.mT, full_matrices=False).Vh.mT
+        return torch.linalg.svd(at_least_single(reads).mT, full_matrices=False).Vh.mT

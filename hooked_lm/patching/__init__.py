@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from hooked_lm.patching.activation import layer_head_vector_patch_setter as layer_head_vector_patch_setter
     from hooked_lm.patching.activation import layer_pos_head_vector_patch_setter as layer_pos_head_vector_patch_setter
     from hooked_lm.patching.activation import layer_pos_patch_setter as layer_pos_patch_setter
+    from hooked_lm.patching.activation import make_df_from_ranges as make_df_from_ranges
     from hooked_lm.patching.attribution import GRIDS as GRIDS
     from hooked_lm.patching.attribution import Attribution as Attribution
     from hooked_lm.patching.attribution import Audit as Audit
@@ -105,6 +106,7 @@ _NAMES = {
         "layer_head_vector_patch_setter",
         "layer_pos_head_vector_patch_setter",
         "layer_pos_patch_setter",
+        "make_df_from_ranges",
     ),
     "attribution": ("GRIDS", "Attribution", "Audit", "AuditedCell", "attribution_patch"),
     "path": (
@@ -138,4 +140,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted({*globals(), *_HOMES})

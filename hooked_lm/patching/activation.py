@@ -280,10 +280,25 @@ def _rows(index_df: Any) -> list[list[Any]]:
     return rows
 
 
-def _data_frame(indices: Sequence[list[int]], names: Sequence[str]) -> Any:
+def _data_frame(indices: Sequence[Sequence[int]], names: Sequence[str]) -> Any:
     import pandas
 
     return pandas.DataFrame(indices, columns=list(names))
+
+
+def make_df_from_ranges(column_max_ranges: Sequence[int], column_names: Sequence[str]) -> Any:
+    """Return a data frame with a row for every cell of a grid, the last column counting fastest. Needs pandas.
+
+    Args:
+        column_max_ranges: how many entries each axis has.
+        column_names: the axes.
+
+    Raises:
+        ValueError: the two are not equally many.
+    """
+    if len(column_max_ranges) != len(column_names):
+        raise ValueError(f"{len(column_max_ranges)} ranges for {len(column_names)} columns")
+    return _data_frame(list(itertools.product(*map(range, column_max_ranges))), column_names)
 
 
 # What is shared by everything that patches

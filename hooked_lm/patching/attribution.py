@@ -205,7 +205,7 @@ def attribution_patch(
         raise ValueError(f"audit is a number of cells, 0 or more; got {audit!r}")
     tokens, mask = model.tokens_and_mask(corrupted_tokens, attention_mask)
     if isinstance(metric, Metric):
-        metric.check_batch(tokens.shape[0])
+        metric.check_run(tokens, model.cfg.d_vocab_out, mask)
     sites = list(dict.fromkeys(site for name in names for site in grid_sites(model, GRIDS[name])))
     fixed = [name for name in names if qk_fix and GRIDS[name].activation in ("q", "k")]
     extra = [get_act_name(one, layer) for one in "qkvz" for layer in range(model.cfg.n_layers)] if fixed else []

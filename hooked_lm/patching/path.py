@@ -354,7 +354,7 @@ class _Paths:
     ) -> Float[Tensor, "sender receiver *batch"]:
         """Return the metric for every set of senders and every set of receivers."""
         if isinstance(metric, Metric):
-            metric.check_batch(self.tokens.shape[0])
+            metric.check_run(self.tokens, self.cfg.d_vocab_out, self.mask)
         elif per_prompt:
             raise ValueError("per_prompt needs a metric of hooked_lm.metrics, which scores every prompt")
         everyone = list(dict.fromkeys(node for nodes in receivers for node in nodes))

@@ -110,6 +110,7 @@ def patch_pairs(
     what = _checked_patch(patch, direction, normalize, metric)
     _check_bootstrap(confidence, n_resamples)
     clean, corrupted, mask = _matching(model, clean_tokens, corrupted_tokens, attention_mask)
+    metric.check_run(clean, model.cfg.d_vocab_out, mask)
     tokens, source = (corrupted, clean) if direction == "denoising" else (clean, corrupted)
     sites = patch_sites(model, what)
     logits, cache = model.run_with_cache(source, names_filter=sites, attention_mask=mask)

@@ -43,8 +43,9 @@ def sweep(
     """Return the metric of every cell: what the model's logits score when a cell's interventions are made.
 
     Equal to running the model once per cell, up to the order of floating-point sums. Cells of any sites, layers and
-    positions mix. What cannot be walked is run the plain way: bidirectional models, models with hooks of their own, and
-    cells that change the embeddings.
+    positions mix. What cannot be walked is run the plain way, and the progress bar says why: bidirectional models,
+    models with hooks of their own, cells that change tokens, embeddings or the unembedding, and whatever is `always`
+    changed in the blocks. Cells that change nothing the metric reads get the score of the run as it is.
 
     Args:
         model: a `HookedTransformer`.
@@ -64,7 +65,13 @@ def sweep(
         ValueError: a position, head or feature out of range, a value that does not fit, or a metric that returns
             something else than a number (a NaN too). Nothing has run when an intervention is at fault.
     """
+    if isinstance(cells, Intervention) or isinstance(always, Intervention):
+        raise TypeError("cells and always are lists of interventions; put the one there is into a list")
     plans = [(cell,) if isinstance(cell, Intervention) else tuple(cell) for cell in cells]
+    if not callable(metric) or isinstance(metric, type):
+        raise TypeError(f"metric is one of hooked_lm.metrics or a function of logits, got {metric!r}")
+    if memory_budget <= 0:
+        raise ValueError(f"memory_budget is a number of bytes, more than 0; got {memory_budget}")
     if per_prompt and not isinstance(metric, Metric):
         raise ValueError("per_prompt needs a metric of hooked_lm.metrics, which scores every prompt")
     tokens, attention_mask = model.tokens_and_mask(tokens, attention_mask)
@@ -72,11 +79,13 @@ def sweep(
         # The tokens of a string may start with what passes for padding: say that nothing is.
         attention_mask = torch.ones_like(tokens)
     if isinstance(metric, Metric):
-        metric.check(tokens.shape[0], tokens.shape[1], model.cfg.d_vocab_out)
+        metric.check_run(tokens, model.cfg.d_vocab_out, attention_mask)
     _check(model, [*plans, tuple(always)], tokens)
     engine = _Engine(model, tokens, attention_mask, metric, tuple(always), memory_budget)
-    with tqdm(total=len(plans), disable=not verbose, desc="sweep", leave=False) as bar:
-        results = engine.run(plans, incremental=incremental, advance=bar.update)
+    obstacle = engine.obstacle() if incremental else "asked for"
+    described = "sweep" if obstacle is None else f"one run per cell ({obstacle})"
+    with tqdm(total=len(plans), disable=not verbose, desc=described, leave=False) as bar:
+        results = engine.run(plans, incremental=obstacle is None, advance=bar.update)
     _check_numbers(results, plans)
     return results if per_prompt else results.mean(-1)
 
@@ -106,8 +115,7 @@ class _Engine:
         planned = [
             plan_cell(index, plan, self.cfg, self.tokens.shape[1]) if plan else None for index, plan in enumerate(plans)
         ]
-        walkable = incremental and self.obstacle() is None
-        walked = [cell for cell in planned if cell is not None] if walkable else []
+        walked = [cell for cell in planned if cell is not None] if incremental else []
         left = sorted(set(range(len(plans))) - {cell.index for cell in walked})
         if walked:
             self.walk(walked, results, advance)
