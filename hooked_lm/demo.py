@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +121,7 @@ class DemoResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data that JSON can hold."""
-        return {name: _plain(getattr(self, name)) for name in (*self.__dataclass_fields__, *_DERIVED)}
+        return {name: plain_data(getattr(self, name)) for name in (*self.__dataclass_fields__, *_DERIVED)}
 
 
 _DERIVED = ("previous_token_score", "induction_score", "pair_composition", "pair_composes_most")
@@ -233,13 +234,14 @@ def label(head: Head) -> str:
     return f"L{head[0]}H{head[1]}"
 
 
-def _plain(value: Any) -> Any:
+def plain_data(value: Any) -> Any:
+    """Return dataclasses, tensors, tuples and dictionaries of such as lists and dictionaries that JSON can hold."""
     if isinstance(value, Tensor):
         return value.tolist()
-    if isinstance(value, (Half, Ablation)):
-        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain_data(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(entry) for entry in value]
+        return {str(key): plain_data(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_data(entry) for entry in value]
     return value
