@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hooked_lm.files import write_whole
 from hooked_lm.interventions import Intervention
 
 _FORMAT, _VERSION = "hooked_lm interventions", 1
@@ -40,10 +40,10 @@ def save_interventions(path: str | Path, interventions: Cells) -> None:
     text, tensors = interventions_to_json(interventions)
     beside = path.with_suffix(".safetensors")
     if tensors:
-        _replace(beside, lambda unfinished: save_file(tensors, unfinished))
+        write_whole(beside, lambda unfinished: save_file(tensors, unfinished))
     else:
         beside.unlink(missing_ok=True)
-    _replace(path, lambda unfinished: unfinished.write_text(text + "\n"))
+    write_whole(path, text + "\n")
 
 
 def load_interventions(path: str | Path) -> list[Any]:
@@ -142,13 +142,3 @@ def _checked(path: str | Path) -> Path:
     if path.suffix != ".json":
         raise ValueError(f"interventions are written to a .json file, got {path.name!r}")
     return path
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Write a file whole or not at all."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
-        write(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

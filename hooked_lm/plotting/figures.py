@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,8 @@ def attention_pattern(pattern: Any, labels: Sequence[str] | None = None, title: 
     """
     values = _matrix(pattern, "an attention pattern", "query key")
     n_query, n_key = values.shape
-    names = [str(position) for position in range(n_key)] if labels is None else list(labels)
+    # Plotly reads markup: a token may look like some.
+    names = [escape(name) for name in (map(str, range(n_key)) if labels is None else labels)]
     if len(names) != n_key or n_query > n_key:
         raise ValueError(f"{len(names)} labels for a pattern of {n_query} queries and {n_key} keys")
     keys, queries = list(range(n_key)), list(range(n_key - n_query, n_key))

@@ -10,6 +10,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from hooked_lm.files import write_whole
 from hooked_lm.plotting.figures import FONT
 
 
@@ -64,11 +65,8 @@ def write_page(
     facts: Sequence[tuple[str, str]] = (),
     footer: str = "",
 ) -> Path:
-    """Write `page_html` of the same arguments to a file and return its path; missing folders are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page_html(title, introduction, sections, facts, footer), encoding="utf-8")
-    return path
+    """Write `page_html` of the same arguments to a file, whole or not at all, and return its path."""
+    return write_whole(path, page_html(title, introduction, sections, facts, footer))
 
 
 def _section(section: PageFigure, number: int) -> str:

@@ -1,38 +1,26 @@
-"""The command `hooked-lm`."""
+"""`hooked-lm demo`: the induction circuit of the bundled model, found and tested."""
 
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from tqdm import tqdm
 
-import hooked_lm
+from hooked_lm.cli.outputs import VIZ_REMEDY, has_plotly
+from hooked_lm.files import write_whole
 
 if TYPE_CHECKING:
     from hooked_lm.demo import DemoResult
 
-app = typer.Typer(
-    help="Look inside language models.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
-)
 
-
-@app.command()
-def version() -> None:
-    """Print the version."""
-    typer.echo(hooked_lm.__version__)
-
-
-@app.command()
 def demo(
     html: Annotated[Path, typer.Option(help="Where to write the page of figures.")] = Path("demo.html"),
     json_path: Annotated[Path | None, typer.Option("--json", help="Where to write the numbers as JSON.")] = None,
 ) -> None:
     """Find the induction circuit of a small trained model, and show what happens without it."""
-    # PyTorch takes seconds to import; --help and version do without.
     from hooked_lm.demo import STEPS, run_demo
 
     with tqdm(total=len(STEPS), desc="demo", disable=None, leave=False) as bar:
@@ -44,37 +32,14 @@ def demo(
         result = run_demo(on_step=advance)
     typer.echo(report(result))
     if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+        write_whole(json_path, json.dumps(result.to_dict(), indent=2) + "\n")
         typer.echo(f"The numbers are in {json_path}.")
-    if find_spec("plotly") is None:
-        typer.echo("The page of figures was left out: it needs plotly. To have it: pip install 'hooked-lm[viz]'")
+    if not has_plotly():
+        typer.echo(f"The page of figures was left out: it needs plotly. To have it: {VIZ_REMEDY}")
         return
     from hooked_lm.demo_page import write_demo_page
 
     typer.echo(f"The figures are in {write_demo_page(result, html)}: open it in a browser.")
-
-
-@app.command()
-def verify(
-    path: Annotated[str, typer.Argument(help="A folder in HuggingFace's format, an alias, or a hub id.")],
-    json_path: Annotated[Path | None, typer.Option("--json", help="Where to write the report as JSON.")] = None,
-    positions: Annotated[int | None, typer.Option(min=1, help="Tokens in a prompt; 64 by default.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-    float64: Annotated[bool, typer.Option(help="Compare in float64 too, which takes twice the memory.")] = True,
-) -> None:
-    """Compare a model with that of transformers, site by site. Exit code 1 if they differ, 2 if it cannot be loaded."""
-    try:
-        certificate = hooked_lm.verify(path, positions=positions, revision=revision, float64=float64)
-    except ValueError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from error
-    typer.echo(str(certificate))
-    if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        certificate.save(json_path)
-        typer.echo(f"The report is in {json_path}.")
-    raise typer.Exit(0 if certificate.passed else 1)
 
 
 def report(result: DemoResult) -> str:
@@ -112,12 +77,3 @@ It reads {result.length} random tokens, then the same {result.length} again ({re
 4. What happens without them (second half)
 {ablations}
 """
-
-
-def main() -> None:
-    """Run the command line."""
-    app()
-
-
-if __name__ == "__main__":
-    main()
