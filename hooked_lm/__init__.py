@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from hooked_lm import head_detector as head_detector
     from hooked_lm import metrics as metrics
     from hooked_lm import patching as patching
+    from hooked_lm import tasks as tasks
+    from hooked_lm import training as training
     from hooked_lm import utils as utils
     from hooked_lm import weights as weights
     from hooked_lm.activation_cache import ActivationCache as ActivationCache
@@ -52,7 +54,7 @@ _HOMES = {
     "save_interventions": "hooked_lm.intervention_files",
     "verify": "hooked_lm.certificate",
 }
-_MODULES = ("components", "head_detector", "metrics", "patching", "utils", "weights")
+_MODULES = ("components", "head_detector", "metrics", "patching", "tasks", "training", "utils", "weights")
 
 __all__ = [*_HOMES, *_MODULES]  # noqa: PLE0604
 

@@ -1,0 +1,26 @@
+"""The field's introductory experiments, as functions: each returns its numbers, on any model that can do the task.
+
+`decode_early` asks when an answer appears, `patch_ioi` where the names are told apart, `continue_repeats` how a repeat
+is recognised, `transplant_task` what carries a task from its examples, `find_name_movers` which heads give the name.
+"""
+
+from __future__ import annotations
+
+from hooked_lm.experiments.early_decoding import EarlyDecoding, decode_early
+from hooked_lm.experiments.name_movers import NameMovers, find_name_movers
+from hooked_lm.experiments.repeats import Repeats, continue_repeats
+from hooked_lm.experiments.residual_patching import IOIPatching, patch_ioi
+from hooked_lm.experiments.task_vectors import TaskVectors, transplant_task
+
+__all__ = [
+    "EarlyDecoding",
+    "IOIPatching",
+    "NameMovers",
+    "Repeats",
+    "TaskVectors",
+    "continue_repeats",
+    "decode_early",
+    "find_name_movers",
+    "patch_ioi",
+    "transplant_task",
+]

@@ -1,0 +1,115 @@
+"""Repeated random tokens: how much better the second half is predicted, by which heads, and whether MLPs matter.
+
+Random tokens that come twice can only be predicted by looking back. An induction head attends to the token after the
+earlier copy of the one at hand, and finds it by what a previous-token head has left there (Olsson et al. 2022,
+"In-context Learning and Induction Heads").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_lm.circuits.full_circuits import top1_accuracy
+from hooked_lm.circuits.induction import (
+    Head,
+    induction_scores,
+    k_composition_qk_circuit,
+    next_token_scores,
+    previous_token_scores,
+    repeated_random_tokens,
+)
+from hooked_lm.interventions import Intervention
+from hooked_lm.names import get_act_name
+
+
+@dataclass(frozen=True, eq=False)
+class Repeats:
+    """What a model makes of random tokens that come twice. Log-probabilities are means, in nats.
+
+    Attributes:
+        length, n_prompts: tokens in a half, and how many sequences.
+        first_log_prob, first_accuracy, second_log_prob, second_accuracy: of the two halves.
+        induction_scores, previous_token_scores: [layer head].
+        induction_head: the highest by its score.
+        previous_token_head: the highest of the layers below it; None if it is in layer 0.
+        log_prob_without_mlp, accuracy_without_mlp: of the second half, when one layer's MLP writes there what it wrote
+            at the same place of the first, [layer].
+        circuit_accuracy: top-1 accuracy of the two heads' full QK circuit over the vocabulary: the share of tokens for
+            which the key it likes best is the one that follows that same token. None without a pair.
+    """
+
+    length: int
+    n_prompts: int
+    first_log_prob: float
+    first_accuracy: float
+    second_log_prob: float
+    second_accuracy: float
+    induction_scores: Float[Tensor, "layer head"]
+    previous_token_scores: Float[Tensor, "layer head"]
+    induction_head: Head
+    previous_token_head: Head | None
+    log_prob_without_mlp: Float[Tensor, " layer"]
+    accuracy_without_mlp: Float[Tensor, " layer"]
+    circuit_accuracy: float | None
+
+
+@torch.no_grad()
+def continue_repeats(
+    model: Any, *, n_prompts: int = 30, length: int = 50, seed: int = 0, verbose: bool = True
+) -> Repeats:
+    """Run a model on repeated random tokens, and find the heads that continue the repeat.
+
+    Args:
+        model: a `HookedTransformer`.
+        n_prompts, length: how many sequences, of how many tokens in each half.
+        seed: of the tokens.
+        verbose: show progress bars.
+
+    Raises:
+        ValueError: `2 * length + 1` positions are more than the model takes, or it has no layers.
+    """
+    bos = getattr(model.tokenizer, "bos_token_id", None)
+    tokens = repeated_random_tokens(
+        n_prompts, length, model.cfg.d_vocab, torch.Generator().manual_seed(seed), 0 if bos is None else int(bos)
+    )
+    mask = torch.ones_like(tokens)  # BOS is often the padding token too, and this one is read
+    writes = [] if model.cfg.attn_only else [get_act_name("mlp_out", layer) for layer in range(model.cfg.n_layers)]
+    wanted = ["blocks.*.attn.hook_pattern", *writes]
+    logits, cache = model.run_with_cache(tokens, names_filter=wanted, attention_mask=mask)
+    scores = next_token_scores(logits, tokens)
+    induction, previous = induction_scores(cache, length), previous_token_scores(cache)
+    head = divmod(int(induction.argmax()), model.cfg.n_heads)
+    below = previous[: head[0]]
+    writer = divmod(int(below.argmax()), model.cfg.n_heads) if len(below) else None
+    without = [_second_half_without(model, tokens, mask, site, cache[site], length) for site in writes]
+    circuit = None if writer is None else k_composition_qk_circuit(model, writer, head)
+    return Repeats(
+        length=length,
+        n_prompts=n_prompts,
+        first_log_prob=scores.first_half().mean_log_prob(),
+        first_accuracy=scores.first_half().accuracy(),
+        second_log_prob=scores.second_half().mean_log_prob(),
+        second_accuracy=scores.second_half().accuracy(),
+        induction_scores=induction,
+        previous_token_scores=previous,
+        induction_head=head,
+        previous_token_head=writer,
+        log_prob_without_mlp=torch.tensor([one[0] for one in without]),
+        accuracy_without_mlp=torch.tensor([one[1] for one in without]),
+        circuit_accuracy=None if circuit is None else top1_accuracy(circuit, verbose=verbose),
+    )
+
+
+def _second_half_without(
+    model: Any, tokens: Tensor, mask: Tensor, site: str, written: Tensor, length: int
+) -> tuple[float, float]:
+    """Log-probability and accuracy when an MLP writes in the repeat what it wrote the first time."""
+    repeat = tuple(range(length + 1, 2 * length + 1))
+    frozen = Intervention(site, "replace", written[:, 1 : length + 1], pos=repeat)
+    scores = next_token_scores(model.run(tokens, interventions=[frozen], attention_mask=mask), tokens).second_half()
+    return scores.mean_log_prob(), scores.accuracy()

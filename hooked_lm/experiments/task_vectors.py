@@ -1,0 +1,116 @@
+"""Function vectors: what carries a task from its examples can be added to a prompt that has none.
+
+The mean state at the last token of prompts with five examples, or the summed mean outputs of the few heads that carry
+the task, is added to a prompt with no example at all (Todd et al. 2024, "Function Vectors in Large Language Models";
+Hendel et al. 2023, "In-Context Learning Creates Task Vectors"). Two controls say what chance would do: a random vector
+of the same length, and the same heads' outputs on prompts whose answers are shuffled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_lm.circuits.function_vectors import (
+    FunctionVector,
+    HeadEffects,
+    SteeringEffect,
+    function_vector,
+    head_effects,
+    mean_head_outputs,
+    mean_state,
+    steering_effect,
+)
+from hooked_lm.tasks import get_task
+
+VECTORS = ("state", "heads", "shuffled")
+
+
+@dataclass(frozen=True, eq=False)
+class TaskVectors:
+    """How prompts without examples fare with and without a task's vector.
+
+    Attributes:
+        relation: the task.
+        with_examples: accuracy on prompts with examples, what there is to win.
+        effects: each head's indirect effect on prompts with shuffled answers.
+        vector: the sum of the best heads' mean outputs.
+        steering: accuracy and log-probability by layer, for the vectors of `VECTORS`: the mean `"state"`, the best
+            `"heads"`, and the same heads on `"shuffled"` examples.
+    """
+
+    relation: str
+    with_examples: float
+    effects: HeadEffects
+    vector: FunctionVector
+    steering: SteeringEffect
+
+    @property
+    def accuracy(self) -> Float[Tensor, "vector layer"]:
+        """By vector and layer."""
+        return self.steering.accuracy
+
+    @property
+    def random_accuracy(self) -> float:
+        """The best that a random vector does at any layer."""
+        return float(self.steering.control_accuracy.max())
+
+    @property
+    def base_accuracy(self) -> float:
+        """Without any vector."""
+        return float(self.steering.base_accuracy)
+
+
+@torch.no_grad()
+def transplant_task(
+    model: Any,
+    relation: str = "opposite",
+    *,
+    shots: int = 5,
+    n: int = 60,
+    n_heads: int = 4,
+    seed: int = 0,
+    verbose: bool = True,
+) -> TaskVectors:
+    """Find a task's vector on prompts with examples, and add it to prompts without.
+
+    Args:
+        model: a `HookedTransformer` with a tokenizer.
+        relation: one of the relations of `get_task("relations")`.
+        shots: examples in a prompt.
+        n: prompts of each kind.
+        n_heads: how many heads the vector sums.
+        seed: of the prompts. Those that are steered have another.
+        verbose: show progress bars.
+
+    Raises:
+        ValueError: an unknown relation, more heads than there are, or a tokenizer that does not suit the task.
+    """
+    task = get_task("relations")
+    shown = task.examples(n, seed, relation=relation, shots=shots, corruption="shuffled")
+    asked = task.examples(n, seed + 1, relation=relation, shots=0)
+    for examples in (shown, asked):
+        examples.check(model.tokenizer)
+    quiet: dict[str, Any] = {"verbose": verbose}
+    states = mean_state(model, shown.clean, **quiet)
+    means = mean_head_outputs(model, shown.clean, **quiet)
+    shuffled = mean_head_outputs(model, shown.corrupted, **quiet)
+    effects = head_effects(model, shown.corrupted, shown.answers, means, **quiet)
+    vector = function_vector(model, means, effects, n_heads=n_heads)
+    vectors: dict[str, FunctionVector | Tensor] = {
+        "state": states,
+        "heads": vector,
+        "shuffled": function_vector(model, shuffled, vector.heads),
+    }
+    steering = steering_effect(model, asked.clean, asked.answers, vectors, seed=seed, **quiet)
+    return TaskVectors(relation, _accuracy(model, shown.clean, shown.answers), effects, vector, steering)
+
+
+def _accuracy(model: Any, prompts: list[str], answers: list[str]) -> float:
+    logits = model(prompts, padding_side="left", logits_to_keep=1)[:, -1]
+    wanted = torch.tensor([model.to_single_token(answer) for answer in answers], device=logits.device)
+    return (logits.argmax(-1) == wanted).double().mean().item()

@@ -1,0 +1,145 @@
+"""A tour of the five experiments on one model, with a headline number for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hooked_lm.demo import label, plain_data
+from hooked_lm.experiments import (
+    EarlyDecoding,
+    IOIPatching,
+    NameMovers,
+    Repeats,
+    TaskVectors,
+    continue_repeats,
+    decode_early,
+    find_name_movers,
+    patch_ioi,
+    transplant_task,
+)
+from hooked_lm.experiments.prompts import aligned
+from hooked_lm.tasks import get_task
+from hooked_lm.transformer import HookedTransformer
+
+# What `take_tour` goes through, for a progress bar.
+STEPS = (
+    "load the model",
+    "read answers early",
+    "patch the stream",
+    "continue repeats",
+    "move a task",
+    "find name movers",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Tour:
+    """What the experiments found on one model.
+
+    Attributes:
+        model_name, n_parameters, n_layers, n_heads: of the model.
+        early: capitals, read layer by layer.
+        patching: indirect objects, the stream patched.
+        repeats: random tokens that come twice.
+        vectors: opposites, moved to prompts without examples.
+        movers: indirect objects, head by head.
+    """
+
+    model_name: str
+    n_parameters: int
+    n_layers: int
+    n_heads: int
+    early: EarlyDecoding
+    patching: IOIPatching
+    repeats: Repeats
+    vectors: TaskVectors
+    movers: NameMovers
+
+    def headlines(self) -> list[tuple[str, str, str]]:
+        """Return each experiment's name, its number, and what the number is."""
+        early, patching, repeats, vectors, movers = (
+            self.early,
+            self.patching,
+            self.repeats,
+            self.vectors,
+            self.movers,
+        )
+        best = vectors.accuracy.max(-1).values
+        return [
+            (
+                "Early decoding",
+                f"layer {early.decisive_mlp}",
+                f"is where the MLP puts the capital: without its update the answer's probability is "
+                f"{float(early.probability_without.min()):.2f}, with it {float(early.probability[-1]):.2f}",
+            ),
+            (
+                "Residual patching",
+                f"{patching.accuracy:.0%}",
+                f"of indirect objects right; logit difference {float(patching.clean.mean()):.2f}, corrupted "
+                f"{float(patching.corrupted.mean()):.2f}",
+            ),
+            (
+                "Repeated tokens",
+                f"{repeats.second_accuracy:.0%}",
+                f"of the second half right, {repeats.first_accuracy:.0%} of the first; {label(repeats.induction_head)} "
+                f"has induction score {float(repeats.induction_scores.max()):.2f}",
+            ),
+            (
+                "Function vectors",
+                f"{float(best[0]):.0%}",
+                f"of opposites right without an example when the mean state is added, {float(best[1]):.0%} with the "
+                f"output of {len(vectors.vector.heads)} heads; {vectors.base_accuracy:.0%} without, "
+                f"{vectors.random_accuracy:.0%} with a random vector",
+            ),
+            (
+                "Name movers",
+                ", ".join(map(label, movers.movers)),
+                f"move the name: without them {movers.accuracy_without:.0%} are right, without as many others "
+                f"{float(movers.accuracy_without_others.mean()):.0%}",
+            ),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain data that JSON can hold."""
+        return plain_data(self)
+
+
+def take_tour(name_or_path: str | Path, *, seed: int = 0, on_step: Callable[[str], None] | None = None) -> Tour:
+    """Run the five experiments on a model.
+
+    Args:
+        name_or_path: a model that can do the tasks, such as `"gpt2"`.
+        seed: of the prompts.
+        on_step: called with the name of each of `STEPS` when it is done.
+
+    Raises:
+        ValueError: the model cannot be loaded, or has no tokenizer that suits the tasks.
+    """
+    done = on_step or (lambda step: None)
+    model = HookedTransformer.from_pretrained(name_or_path)
+    if model.tokenizer is None:
+        raise ValueError(f"{name_or_path} has no tokenizer, and the tasks of the tour are text")
+    done(STEPS[0])
+    ioi = get_task("ioi")
+    both = aligned(ioi.examples(120, seed, template=0), model.tokenizer, 50)
+    one_order = aligned(ioi.examples(120, seed, template=0, order="abba"), model.tokenizer, 50)
+    capitals = aligned(get_task("capitals").examples(70, seed), model.tokenizer, 40)
+
+    def finished(step: int, result: Any) -> Any:
+        done(STEPS[step])
+        return result
+
+    return Tour(
+        model_name=model.cfg.model_name,
+        n_parameters=model.n_params_total,
+        n_layers=model.cfg.n_layers,
+        n_heads=model.cfg.n_heads,
+        early=finished(1, decode_early(model, capitals, verbose=False)),
+        patching=finished(2, patch_ioi(model, one_order, verbose=False)),
+        repeats=finished(3, continue_repeats(model, seed=seed, verbose=False)),
+        vectors=finished(4, transplant_task(model, seed=seed, verbose=False)),
+        movers=finished(5, find_name_movers(model, both, seed=seed, verbose=False)),
+    )
