@@ -189,18 +189,20 @@ def train(
             checkpoint stays.
     """
     run = _Run(model, config, None if folder is None else Path(folder), verbose)
-    run.begin(resume)
     batch_of = row_batches(batches, config.batch, config.seed) if isinstance(batches, Tensor) else batches
     mode = model.training
-    model.train()
-    try:
-        for step in run.remaining():
-            run.take_step(step, batch_of(step), loss_fn or next_token_loss)
-            run.record(step + 1, metrics)
-            if step + 1 == config.steps or (config.checkpoint_every and (step + 1) % config.checkpoint_every == 0):
-                run.save(step + 1)
-    finally:
-        model.train(mode)
+    # The run seeds torch's generator, for dropout and the like; afterwards it is the caller's again.
+    with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
+        run.begin(resume)
+        model.train()
+        try:
+            for step in run.remaining():
+                run.take_step(step, batch_of(step), loss_fn or next_token_loss)
+                run.record(step + 1, metrics)
+                if step + 1 == config.steps or (config.checkpoint_every and (step + 1) % config.checkpoint_every == 0):
+                    run.save(step + 1)
+        finally:
+            model.train(mode)
     return run.records
 
 

@@ -143,6 +143,14 @@ def test_training_lowers_the_loss_and_leaves_the_mode_as_it_was() -> None:
     assert not model.training
 
 
+def test_training_leaves_torchs_generator_as_it_was() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train(fresh_model(), rows(), TrainingConfig(steps=2, warmup=0, batch=4, seed=9), verbose=False)
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_a_step_is_adamw_with_clipping() -> None:
     batch_of = row_batches(rows(), CONFIG.batch, CONFIG.seed)
     trained, expected = fresh_model(), fresh_model()

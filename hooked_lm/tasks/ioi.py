@@ -15,7 +15,7 @@ from hooked_lm.tasks.words import NAMES, OBJECTS, PLACES
 
 NAME = "ioi"
 ONE_IN = 8
-CORRUPTIONS = ("swap", "abc")
+CORRUPTIONS = ("swap", "abc", "unrelated")
 ORDERS = ("abba", "baba")
 
 # Every one starts with a word of its own, so that a name always has a space in front.
@@ -58,7 +58,7 @@ def make_examples(
     Args:
         n, seed: how many, and which.
         corruption: `"swap"`: the other name gives, and the answer is the other way round. `"abc"`: a third name gives,
-            and either name would do.
+            and either name would do. `"unrelated"`: three other names, as in the paper's `p_ABC`.
         order: `"abba"`: the name met second gives; `"baba"`: the name met first; None: each in turn.
         template: an index into `TEMPLATES`; prompts of one template have one length, but for objects of several words.
             None takes each in turn.
@@ -93,11 +93,14 @@ def _example(rng: random.Random, pair: tuple[str, str], template: str, order: st
     third = rng.choice([name for name in NAMES if name not in pair])
     other_giver = answer if corruption == "swap" else third
     scene = _scene(rng)
+    names: tuple[str, ...] = (*pair, other_giver)
+    if corruption == "unrelated":
+        names = tuple(rng.sample([name for name in NAMES if name not in pair], 3))
     return Example(
         prompt=_fill(template, *pair, giver, *scene),
         answer=f" {answer}",
         wrong=f" {giver}",
-        corrupted=_fill(template, *pair, other_giver, *scene),
+        corrupted=_fill(template, names[0], names[1], names[2], *scene),
         corrupted_answer=f" {giver}" if corruption == "swap" else None,
     )
 
