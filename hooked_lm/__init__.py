@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hooked_lm import components as components
+    from hooked_lm import evals as evals
+    from hooked_lm import experiments as experiments
     from hooked_lm import head_detector as head_detector
     from hooked_lm import metrics as metrics
     from hooked_lm import patching as patching
@@ -54,7 +56,18 @@ _HOMES = {
     "save_interventions": "hooked_lm.intervention_files",
     "verify": "hooked_lm.certificate",
 }
-_MODULES = ("components", "head_detector", "metrics", "patching", "tasks", "training", "utils", "weights")
+_MODULES = (
+    "components",
+    "evals",
+    "experiments",
+    "head_detector",
+    "metrics",
+    "patching",
+    "tasks",
+    "training",
+    "utils",
+    "weights",
+)
 
 __all__ = [*_HOMES, *_MODULES]  # noqa: PLE0604
 

@@ -1,22 +1,42 @@
-"""The demo's result as a page of figures. Needs the extra `viz`."""
+"""The demo's results as one page of figures. Needs the extra `viz`."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from hooked_lm import plotting
 from hooked_lm.demo import DemoResult, label
 from hooked_lm.plotting import PageFigure
+from hooked_lm.tour import Tour
+from hooked_lm.tour_page import tour_facts, tour_figures, tour_introduction
 
-TITLE = "An induction circuit, found and tested"
+TITLE = "Two small models, looked inside"
+TOUR = "Five experiments"
+FOOTER = (
+    "Prompts are drawn with a fixed seed. Made by `hooked-lm demo`. This page is one file and asks the network for "
+    "nothing."
+)
 
 
-def write_demo_page(result: DemoResult, path: str | Path) -> Path:
-    """Write the page and return its path."""
-    return plotting.write_page(
-        path, TITLE, _introduction(result), demo_figures(result), facts=_facts(result), footer=_footer(result)
-    )
+def demo_page(result: DemoResult | None, tour: Tour) -> str:
+    """Return the page: the induction circuit, if it was looked for, and the tour."""
+    if result is None:
+        title = f"{TOUR} on {tour.model_name}"
+        return plotting.page_html(title, tour_introduction(tour), tour_figures(tour), tour_facts(tour), FOOTER)
+    sections = [
+        PageFigure("Part one: an induction circuit", _introduction(result), ()),
+        *demo_figures(result),
+        PageFigure(f"Part two: {TOUR.lower()}", tour_introduction(tour), ()),
+        *tour_figures(tour),
+    ]
+    return plotting.page_html(TITLE, _WELCOME, sections, [*_facts(result), *tour_facts(tour)], FOOTER)
+
+
+_WELCOME = (
+    "Language models compute in steps that can be read, changed and tested. Here this is done on two models that are "
+    "small enough to be understood: one that continues repeats, and one that knows capitals, opposites and who was "
+    "given something. Each section asks a question, shows what was measured, and says what to see in it."
+)
 
 
 def demo_figures(result: DemoResult) -> list[PageFigure]:
@@ -112,11 +132,4 @@ def _ablations(result: DemoResult) -> PageFigure:
                 axis="loss on the second half (nats)",
             ),
         ),
-    )
-
-
-def _footer(result: DemoResult) -> str:
-    return (
-        f"{result.model_name}; {result.batch} sequences of {result.length} random tokens, twice, seed {result.seed}. "
-        "Made by `hooked-lm demo`. This page is one file and asks the network for nothing."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,15 @@ from hooked_lm.experiments import (
     decode_early,
     find_name_movers,
     patch_ioi,
+    published,
     transplant_task,
 )
 from hooked_lm.experiments.prompts import aligned
+from hooked_lm.experiments.published import Beside, beside_published
 from hooked_lm.tasks import get_task
 from hooked_lm.transformer import HookedTransformer
 
+MODEL = "demo-tasks-4l"
 # What `take_tour` goes through, for a progress bar.
 STEPS = (
     "load the model",
@@ -46,6 +50,7 @@ class Tour:
         repeats: random tokens that come twice.
         vectors: opposites, moved to prompts without examples.
         movers: indirect objects, head by head.
+        published: for GPT-2 small, numbers beside the published ones; otherwise empty.
     """
 
     model_name: str
@@ -57,6 +62,7 @@ class Tour:
     repeats: Repeats
     vectors: TaskVectors
     movers: NameMovers
+    published: tuple[Beside, ...]
 
     def headlines(self) -> list[tuple[str, str, str]]:
         """Return each experiment's name, its number, and what the number is."""
@@ -97,21 +103,34 @@ class Tour:
             (
                 "Name movers",
                 ", ".join(map(label, movers.movers)),
-                f"move the name: without them {movers.accuracy_without:.0%} are right, without as many others "
-                f"{float(movers.accuracy_without_others.mean()):.0%}",
+                f"move the name: without them {movers.accuracy_without:.0%} of the answers are given, without as many "
+                f"other heads {float(movers.accuracy_without_others.median()):.0%}",
             ),
         ]
+
+    def report(self) -> str:
+        """Return the headlines as text, and the published numbers where there are some."""
+        lines = [
+            f"{self.model_name}: {self.n_layers} layers of {self.n_heads} heads, {self.n_parameters:,} parameters."
+        ]
+        for index, (name, number, meaning) in enumerate(self.headlines(), start=1):
+            text = textwrap.fill(f"{number} {meaning}.", 100, initial_indent="  ", subsequent_indent="  ")
+            lines += ["", f"{index}. {name}", text]
+        if self.published:
+            lines += ["", f"  {'GPT-2 small':42} measured  published"]
+            lines += [f"  {one.what:42} {one.measured:8.3f}   {one.published:8.3f}" for one in self.published]
+        return "\n".join(lines) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data that JSON can hold."""
         return plain_data(self)
 
 
-def take_tour(name_or_path: str | Path, *, seed: int = 0, on_step: Callable[[str], None] | None = None) -> Tour:
+def take_tour(name_or_path: str | Path = MODEL, *, seed: int = 0, on_step: Callable[[str], None] | None = None) -> Tour:
     """Run the five experiments on a model.
 
     Args:
-        name_or_path: a model that can do the tasks, such as `"gpt2"`.
+        name_or_path: a model that can do the tasks: the bundled one, or `"gpt2"` where it can be reached.
         seed: of the prompts.
         on_step: called with the name of each of `STEPS` when it is done.
 
@@ -124,7 +143,7 @@ def take_tour(name_or_path: str | Path, *, seed: int = 0, on_step: Callable[[str
         raise ValueError(f"{name_or_path} has no tokenizer, and the tasks of the tour are text")
     done(STEPS[0])
     ioi = get_task("ioi")
-    both = aligned(ioi.examples(120, seed, template=0), model.tokenizer, 50)
+    unrelated = aligned(ioi.examples(120, seed, template=0, corruption="unrelated"), model.tokenizer, 50)
     one_order = aligned(ioi.examples(120, seed, template=0, order="abba"), model.tokenizer, 50)
     capitals = aligned(get_task("capitals").examples(70, seed), model.tokenizer, 40)
 
@@ -132,14 +151,18 @@ def take_tour(name_or_path: str | Path, *, seed: int = 0, on_step: Callable[[str
         done(STEPS[step])
         return result
 
+    early = finished(1, decode_early(model, capitals, verbose=False))
+    patching = finished(2, patch_ioi(model, one_order, verbose=False))
+    repeats = finished(3, continue_repeats(model, seed=seed, verbose=False))
     return Tour(
         model_name=model.cfg.model_name,
         n_parameters=model.n_params_total,
         n_layers=model.cfg.n_layers,
         n_heads=model.cfg.n_heads,
-        early=finished(1, decode_early(model, capitals, verbose=False)),
-        patching=finished(2, patch_ioi(model, one_order, verbose=False)),
-        repeats=finished(3, continue_repeats(model, seed=seed, verbose=False)),
+        early=early,
+        patching=patching,
+        repeats=repeats,
         vectors=finished(4, transplant_task(model, seed=seed, verbose=False)),
-        movers=finished(5, find_name_movers(model, both, seed=seed, verbose=False)),
+        movers=finished(5, find_name_movers(model, unrelated, seed=seed, verbose=False)),
+        published=beside_published(model, repeats) if model.cfg.model_name == published.MODEL else (),
     )

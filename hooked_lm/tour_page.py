@@ -13,6 +13,20 @@ def tour_figures(tour: Tour) -> list[PageFigure]:
     return [_early(tour), _patching(tour), _repeats(tour), _vectors(tour), _movers(tour)]
 
 
+def tour_introduction(tour: Tour) -> str:
+    """Return what the tour is about."""
+    return (
+        f"{tour.model_name} has {tour.n_layers} layers of {tour.n_heads} heads and {tour.n_parameters:,} parameters. "
+        "Five of the field's introductory experiments are run on it, on prompts that its training never showed. Most "
+        "have a control: what chance, a random direction or another head would do."
+    )
+
+
+def tour_facts(tour: Tour) -> list[tuple[str, str]]:
+    """Return the headline of each experiment."""
+    return [(number, f"{name}: {meaning}") for name, number, meaning in tour.headlines()]
+
+
 def _early(tour: Tour) -> PageFigure:
     early = tour.early
     layers = [f"layer {layer}" for layer in range(tour.n_layers)]
@@ -67,20 +81,26 @@ def _repeats(tour: Tour) -> PageFigure:
 
 def _vectors(tour: Tour) -> PageFigure:
     vectors = tour.vectors
-    state, heads, shuffled = vectors.accuracy
+    state, heads, other, shuffled = vectors.accuracy
     names = ", ".join(label(head) for head in vectors.vector.heads)
     return PageFigure(
         "Function vectors: what carries the task?",
         f"Prompts of one word and a colon do not say which relation is asked for: {vectors.base_accuracy:.0%} are "
-        f"answered with the opposite. Adding, at one layer, the mean state of prompts with examples, or just the "
-        f"summed outputs of {names}, tells the model. The same heads on prompts with shuffled answers, and random "
-        "vectors of the same length, say what chance does.",
+        "answered with the opposite. Adding, at one layer, the mean state of prompts with examples, or just the "
+        f"summed outputs of {names}, tells the model. Random vectors of the same length do not, and the same heads on "
+        "examples of other relations tell it something else. On examples with shuffled answers they still help: what "
+        "kind of word an answer is can be seen from wrong answers too.",
         (
             plotting.layer_curves(
-                {"mean state": state, f"{len(vectors.vector.heads)} heads": heads, "heads, shuffled answers": shuffled},
+                {
+                    "mean state": state,
+                    f"{len(vectors.vector.heads)} heads": heads,
+                    "heads, other relations": other,
+                    "heads, shuffled answers": shuffled,
+                },
                 [f"layer {layer}" for layer in vectors.steering.layers],
                 "accuracy",
-                {"with examples": vectors.with_examples, "best random vector": vectors.random_accuracy},
+                {"with examples": vectors.with_examples, "random vectors": vectors.random_accuracy},
             ),
         ),
     )
@@ -91,11 +111,12 @@ def _movers(tour: Tour) -> PageFigure:
     names = ", ".join(map(label, movers.movers))
     return PageFigure(
         "Name movers: which heads give the name?",
-        "Three measures of each head: what it adds to the logit difference by itself, what its clean output brings "
-        f"back in a corrupted run, and what of that goes straight to the logits. {names} have the largest direct "
-        f"effect. When they write what they write on average in corrupted prompts, {movers.accuracy_without:.0%} of "
-        f"the names are right instead of {movers.accuracy:.0%}; with as many other heads it is "
-        f"{float(movers.accuracy_without_others.mean()):.0%}.",
+        "Three measures of each head: what it adds to the answer's logit by itself, what the logit loses when the head "
+        "writes what it writes in prompts about other people, and what of that goes straight to the logits. "
+        f"{names} have the largest direct effect. When they write their mean over prompts about other people, "
+        f"{movers.accuracy_without:.0%} of the answers are given instead of {movers.accuracy:.0%}; with as many other "
+        f"heads it is {float(movers.accuracy_without_others.median()):.0%} (the median of "
+        f"{len(movers.accuracy_without_others)} draws). Heads that stand out in the middle only act through others.",
         tuple(
             plotting.patching_grid(grid, axis="head", title=title)
             for grid, title in (

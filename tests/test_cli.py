@@ -61,30 +61,49 @@ def test_help_answers_without_importing_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_demo_writes_the_page_and_the_numbers(tmp_path: Path) -> None:
+def test_demo_writes_the_page_and_the_numbers_of_both_bundled_models(tmp_path: Path) -> None:
     page, numbers = tmp_path / "page.html", tmp_path / "numbers.json"
     run = runner.invoke(app, ["demo", "--html", str(page), "--json", str(numbers)])
     assert run.exit_code == 0, run.output
     written = json.loads(numbers.read_text())
-    assert f"accuracy {written['second_half']['accuracy']:6.1%}" in run.output
+    induction, tour = written["induction"], written["tour"]
+    assert f"accuracy {induction['second_half']['accuracy']:6.1%}" in run.output
     assert "lengths it was never trained on" in run.output
+    assert f"{tour['repeats']['second_accuracy']:.0%} of the second half right" in " ".join(run.output.split())
     assert str(page) in run.output
     assert str(numbers) in run.output
     text = page.read_text(encoding="utf-8")
-    assert text.count("<section>") == 5
+    assert text.count("<section>") == 5 + 5 + 2
     for head in ("previous_token_head", "induction_head"):
-        assert label(tuple(written[head])) in text
+        assert label(tuple(induction[head])) in text
+
+
+def test_demo_tours_another_model_by_itself(tmp_path: Path, reader_folder: Path) -> None:
+    page, numbers = tmp_path / "page.html", tmp_path / "numbers.json"
+    run = runner.invoke(app, ["demo", "--model", str(reader_folder), "--html", str(page), "--json", str(numbers)])
+    assert run.exit_code == 0, run.output
+    assert json.loads(numbers.read_text())["induction"] is None
+    assert page.read_text(encoding="utf-8").count("<section>") == 5
+    assert "5. Name movers" in run.output
+
+
+@pytest.mark.parametrize("model", ["demo-induction-2l", "no/such-folder/here"])
+def test_demo_of_a_model_that_cannot_do_the_tasks_says_so_and_writes_nothing(model: str, tmp_path: Path) -> None:
+    run = runner.invoke(app, ["demo", "--model", model, "--html", str(tmp_path / "page.html")])
+    assert run.exit_code == 2
+    assert "Traceback" not in run.output
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_plotly_demo_gives_the_numbers_and_names_the_extra(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reader_folder: Path
 ) -> None:
     find_spec: Callable[..., ModuleSpec | None] = importlib.util.find_spec
     monkeypatch.setattr("hooked_lm.cli.outputs.find_spec", lambda name: None if name == "plotly" else find_spec(name))
     page = tmp_path / "page.html"
-    run = runner.invoke(app, ["demo", "--html", str(page)])
+    run = runner.invoke(app, ["demo", "--model", str(reader_folder), "--html", str(page)])
     assert run.exit_code == 0, run.output
-    assert "second half" in run.output
+    assert "3. Repeated tokens" in run.output
     assert "pip install 'hooked-lm[viz]'" in run.output
     assert not page.exists()
 

@@ -16,7 +16,7 @@ from hooked_lm import HookedTransformer
 from hooked_lm.circuits.induction import k_composition_qk_circuit, repeated_random_tokens
 from hooked_lm.experiments import continue_repeats, decode_early, find_name_movers, patch_ioi, transplant_task
 from hooked_lm.experiments.prompts import aligned
-from hooked_lm.tasks import get_task, lexicon, word_tokenizer
+from hooked_lm.tasks import TaskSet, get_task, lexicon, word_tokenizer
 from tests.helpers import randomise_, tiny_config
 
 QUIET: dict[str, Any] = {"verbose": False}
@@ -166,13 +166,13 @@ def test_a_model_without_mlps_has_none_to_freeze() -> None:
 # Function vectors
 
 
-def test_a_task_is_moved_by_the_mean_state_and_by_heads_beside_two_controls() -> None:
+def test_a_task_is_moved_by_the_mean_state_and_by_heads_beside_controls() -> None:
     model = reader()
     found = transplant_task(model, "plural", n=8, shots=3, n_heads=2, seed=1, **QUIET)
     task = get_task("relations")
-    shown = task.examples(8, 1, relation="plural", shots=3, corruption="shuffled")
+    shown = task.examples(8, 1, relation="plural", shots=3, corruption="relation")
     asked = task.examples(8, 2, relation="plural", shots=0)
-    assert found.accuracy.shape == (3, 3)
+    assert found.accuracy.shape == (4, 3)
     assert len(found.vector.heads) == 2
     with torch.no_grad():
         states = torch.stack([model.run_with_cache(prompt)[1]["resid_post", 1][0, -1] for prompt in shown.clean])
@@ -186,22 +186,39 @@ def test_a_task_is_moved_by_the_mean_state_and_by_heads_beside_two_controls() ->
             last_log_probs(model, prompt, [("blocks.1.hook_resid_post", add)])[model.to_single_token(answer)]
             for prompt, answer in zip(asked.clean, asked.answers, strict=True)
         ]
+        base = [
+            last_log_probs(model, prompt)[model.to_single_token(answer)].exp()
+            for prompt, answer in zip(shown.corrupted, shown.answers, strict=True)
+        ]
     state = found.steering.log_prob[0, 1]
     torch.testing.assert_close(state, torch.stack(found_log_probs).mean(), rtol=0, atol=1e-9)
-    assert not torch.allclose(found.steering.log_prob[1], found.steering.log_prob[2])
+    torch.testing.assert_close(found.effects.base.mean(), torch.stack(base).mean(), rtol=0, atol=1e-9)
+    heads, other, shuffled = found.steering.log_prob[1:]
+    assert not torch.allclose(heads, other)
+    assert not torch.allclose(heads, shuffled)
+    assert not torch.allclose(other, shuffled)
 
 
 # Name movers
 
 
-def test_the_movers_are_removed_by_what_they_write_on_average_in_corrupted_prompts() -> None:
+def unrelated_pairs(model: Any) -> TaskSet:
+    return aligned(get_task("ioi").examples(40, template=0, corruption="unrelated"), model.tokenizer, 6)
+
+
+def test_heads_are_measured_by_what_they_write_about_other_people_and_removed_by_its_mean() -> None:
     model = reader()
-    examples = aligned(get_task("ioi").examples(30, template=0), model.tokenizer, 6)
+    examples = unrelated_pairs(model)
     found = find_name_movers(model, examples, n_heads=2, n_draws=3, **QUIET)
-    tokens = examples.tokens(model)
-    rows = torch.arange(len(examples))
+    tokens, rows = examples.tokens(model), torch.arange(len(examples))
     with torch.no_grad():
         _, cache_ = model.run_with_cache(tokens.corrupted)
+        clean = model(tokens.clean)[:, -1]
+
+        def put(x: Tensor, hook: Any) -> Tensor:
+            x = x.clone()
+            x[:, :, 1] = cache_["z", 1][:, :, 1]
+            return x
 
         def remove(x: Tensor, hook: Any) -> Tensor:
             x = x.clone()
@@ -210,30 +227,30 @@ def test_the_movers_are_removed_by_what_they_write_on_average_in_corrupted_promp
                     x[:, :, head] = cache_["z", layer][:, :, head].mean(0)
             return x
 
-        logits = model.run_with_hooks(tokens.clean, fwd_hooks=[(lambda name: name.endswith("hook_z"), remove)])
-        clean = model(tokens.clean)
-    difference, intact = (one[rows, -1, tokens.answers] - one[rows, -1, tokens.wrong] for one in (logits, clean))
-    assert found.without == pytest.approx(float(difference.mean()))
-    assert found.accuracy_without == pytest.approx(float((difference > 0).double().mean()))
-    assert found.clean == pytest.approx(float(intact.mean()))
+        patched = model.run_with_hooks(tokens.clean, fwd_hooks=[("blocks.1.attn.hook_z", put)])[:, -1]
+        without = model.run_with_hooks(tokens.clean, fwd_hooks=[(lambda name: name.endswith("hook_z"), remove)])[:, -1]
+    assert found.logit == pytest.approx(float(clean[rows, tokens.answers].mean()))
+    loss = (clean - patched)[rows, tokens.answers].mean()
+    torch.testing.assert_close(found.patched[1, 1], loss, rtol=0, atol=1e-9)
+    assert found.accuracy == pytest.approx(float((clean.argmax(-1) == tokens.answers).double().mean()))
+    assert found.accuracy_without == pytest.approx(float((without.argmax(-1) == tokens.answers).double().mean()))
     assert [found.direct[head] for head in found.movers] == sorted(found.direct.flatten(), reverse=True)[:2]
-    assert found.without_others.shape == (3,)
-    assert set(found.agreement()) == {"attribution, patched", "attribution, direct", "patched, direct"}
+    assert found.accuracy_without_others.shape == (3,)
+    assert found.ranks()["direct"] == [0, 1]
+    assert -1 <= found.agreement() <= 1
 
 
-def test_direct_attribution_and_the_direct_path_agree_where_the_final_norm_does_nothing() -> None:
-    """With no norm, what a head adds directly is linear: patching its direct path moves it by its change in output."""
+def test_the_direct_effect_is_the_change_of_what_a_head_adds_where_there_is_no_final_norm() -> None:
     model = reader(normalization_type=None)
-    examples = aligned(get_task("ioi").examples(30, template=0), model.tokenizer, 6)
+    examples = unrelated_pairs(model)
     found = find_name_movers(model, examples, n_heads=2, n_draws=1, **QUIET)
     tokens = examples.tokens(model)
-    rows = torch.arange(len(examples))
     with torch.no_grad():
-        caches = [model.run_with_cache(one)[1] for one in (tokens.clean, tokens.corrupted)]
-        change = (caches[0]["z", 2] - caches[1]["z", 2])[:, -1, 1] @ model.W_O[2, 1]
-        directions = (model.W_U.T[tokens.answers] - model.W_U.T[tokens.wrong])[rows]
-    expected = (change * directions).sum(-1).mean() / (found.clean - found.corrupted)
-    torch.testing.assert_close(found.direct[2, 1], expected)
+        clean, other = (model.run_with_cache(one)[1]["z", 2][:, -1, 1] for one in (tokens.clean, tokens.corrupted))
+        directions = model.W_U.T[tokens.answers]
+        adds = [((z @ model.W_O[2, 1]) * directions).sum(-1).mean() for z in (clean, other)]
+    torch.testing.assert_close(found.attribution[2, 1], adds[0])
+    torch.testing.assert_close(found.direct[2, 1], adds[0] - adds[1])
 
 
 # Bad input
@@ -244,9 +261,8 @@ def test_what_the_experiments_cannot_do_is_named() -> None:
         decode_early(reader(attn_only=True, n_layers=1), get_task("capitals").examples(2), **QUIET)
     with pytest.raises(ValueError, match="use groups"):
         patch_ioi(reader(), get_task("ioi").examples(20), **QUIET)
-    examples = aligned(get_task("ioi").examples(20, template=0), reader().tokenizer, 2)
     with pytest.raises(ValueError, match="n_heads is in 1-4"):
-        find_name_movers(reader(), examples, n_heads=5, **QUIET)
+        find_name_movers(reader(), unrelated_pairs(reader()), n_heads=5, **QUIET)
     with pytest.raises(ValueError, match="unknown relation"):
         transplant_task(reader(), "synonym", **QUIET)
 

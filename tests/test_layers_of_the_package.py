@@ -19,8 +19,20 @@ ORDER = (
     *("hook_point", "hooks", "hook_points", "kv_cache", "components", "cached_activations", "activation_cache"),
     *("weights", "weight_conversion", "tokenization", "losses", "generation", "text_interface", "intervening"),
     *("text_generation", "initialization", "weight_views", "homes", "model_weights", "transformer"),
-    *("certificate", "metrics", "sweep", "patching", "circuits", "utils", "head_detector", "evals"),
-    *("training", "tasks", "experiments", "plotting", "demo", "demo_page", "tour", "tour_page", "__init__", "cli"),
+    *("certificate", "metrics", "sweep", "patching", "circuits", "utils", "head_detector"),
+    *(
+        "training",
+        "tasks",
+        "evals",
+        "experiments",
+        "plotting",
+        "demo",
+        "tour",
+        "tour_page",
+        "demo_page",
+        "__init__",
+        "cli",
+    ),
 )
 RANK = {room: rank for rank, room in enumerate(ORDER)}
 

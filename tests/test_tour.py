@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from hooked_lm import plotting
+from hooked_lm import HookedTransformer, plotting
+from hooked_lm.circuits.induction import k_composition_qk_circuit
+from hooked_lm.experiments import continue_repeats
+from hooked_lm.experiments.published import Beside, beside_published
 from hooked_lm.tasks import lexicon, word_tokenizer
 from hooked_lm.tour import STEPS, Tour, take_tour
 from hooked_lm.tour_page import tour_figures
-from tests.helpers import randomise_, tiny_gpt2
+from tests.helpers import randomise_, tiny_config
 
 
 @pytest.fixture(scope="module")
-def tour(tmp_path_factory: pytest.TempPathFactory) -> Tour:
-    folder, tokenizer = tmp_path_factory.mktemp("reader"), word_tokenizer(lexicon())
-    randomise_(tiny_gpt2(vocab_size=len(tokenizer), n_positions=128)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def tour(reader_folder: Path) -> Tour:
     seen: list[str] = []
-    found = take_tour(folder, on_step=seen.append)
+    found = take_tour(reader_folder, on_step=seen.append)
     assert tuple(seen) == STEPS
     return found
 
@@ -34,6 +37,47 @@ def test_the_headlines_are_the_numbers_of_the_experiments(tour: Tour) -> None:
     assert vectors[1] == f"{float(tour.vectors.accuracy[0].max()):.0%}"
     layer, head = tour.movers.movers[0]
     assert movers[1].startswith(f"L{layer}H{head}, ")
+
+
+def test_the_report_says_every_headline_and_what_was_published(tour: Tour) -> None:
+    text = " ".join(tour.report().split())
+    for name, number, meaning in tour.headlines():
+        assert f"{name} {number} {meaning}." in text
+    assert "published" not in text
+    beside = dataclasses.replace(tour, published=(Beside("accuracy, second half", 0.5, 0.93),))
+    assert "accuracy, second half 0.500 0.930" in " ".join(beside.report().split())
+
+
+def test_what_was_published_stands_beside_what_is_measured() -> None:
+    words = word_tokenizer(lexicon())
+    cfg = tiny_config(n_layers=6, n_heads=12, d_head=2, n_ctx=32, d_vocab=len(words))
+    model: Any = randomise_(HookedTransformer(cfg, tokenizer=words))
+    repeats = continue_repeats(model, n_prompts=2, length=5, verbose=False)
+    found = {one.what: one for one in beside_published(model, repeats)}
+    john, mary = model.to_single_token(" John"), model.to_single_token(" Mary")
+    for giver, published in (("Mary", 4.276), ("John", -2.738)):
+        prompt = f"After John and Mary went to the store, {giver} gave a bottle of milk to"
+        with torch.no_grad():
+            logits = model(prompt)[0, -1]
+        one = found[f"logit of John less that of Mary when {giver} gives"]
+        assert one.measured == pytest.approx(float(logits[john] - logits[mary]))
+        assert one.published == published
+    score = found["induction score of L5H5"]
+    assert (score.measured, score.published) == (pytest.approx(float(repeats.induction_scores[5, 5])), 0.91)
+    circuit = k_composition_qk_circuit(model, (4, 11), (5, 5)).AB
+    own = (circuit.argmax(-1) == torch.arange(len(circuit))).double().mean()
+    assert found["top-1 accuracy of L4H11 into L5H5"].measured == pytest.approx(float(own))
+
+
+@pytest.mark.online
+def test_gpt2_small_gives_the_published_numbers() -> None:
+    tour = take_tour("gpt2")
+    tolerance = {"log-probability, first half": 0.5, "log-probability, second half": 0.15}
+    assert len(tour.published) == 8
+    for one in tour.published:
+        assert one.measured == pytest.approx(one.published, abs=tolerance.get(one.what, 0.05)), one.what
+    assert tour.repeats.induction_head[0] in (5, 6, 7)
+    assert tour.patching.accuracy > 0.9
 
 
 def test_the_tour_is_plain_data(tour: Tour) -> None:

@@ -1,45 +1,57 @@
-"""`hooked-lm demo`: the induction circuit of the bundled model, found and tested."""
+"""`hooked-lm demo`: a guided tour of the bundled models, or of another one."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from tqdm import tqdm
 
-from hooked_lm.cli.outputs import VIZ_REMEDY, has_plotly
-from hooked_lm.files import write_whole
+from hooked_lm.cli.outputs import VIZ_REMEDY, JsonPath, check_outputs, give_out, has_plotly
 
 if TYPE_CHECKING:
     from hooked_lm.demo import DemoResult
 
 
 def demo(
+    model: Annotated[
+        str | None, typer.Option(help="Tour another model that can do the tasks: gpt2, a folder, a hub id.")
+    ] = None,
     html: Annotated[Path, typer.Option(help="Where to write the page of figures.")] = Path("demo.html"),
-    json_path: Annotated[Path | None, typer.Option("--json", help="Where to write the numbers as JSON.")] = None,
+    json_path: JsonPath = None,
 ) -> None:
-    """Find the induction circuit of a small trained model, and show what happens without it."""
+    """Tour two small trained models: an induction circuit, and five experiments of the field, with their figures."""
     from hooked_lm.demo import STEPS, run_demo
+    from hooked_lm.tour import MODEL, take_tour
+    from hooked_lm.tour import STEPS as TOUR_STEPS
 
-    with tqdm(total=len(STEPS), desc="demo", disable=None, leave=False) as bar:
+    page = html if has_plotly() else None
+    try:
+        check_outputs(json_path, page)
+        n_steps = len(TOUR_STEPS) if model else len(STEPS) + len(TOUR_STEPS)
+        with tqdm(total=n_steps, desc="demo", disable=None, leave=False) as bar:
 
-        def advance(step: str) -> None:
-            bar.set_postfix_str(step)
-            bar.update()
+            def advance(step: str) -> None:
+                bar.set_postfix_str(step)
+                bar.update()
 
-        result = run_demo(on_step=advance)
-    typer.echo(report(result))
-    if json_path is not None:
-        write_whole(json_path, json.dumps(result.to_dict(), indent=2) + "\n")
-        typer.echo(f"The numbers are in {json_path}.")
-    if not has_plotly():
-        typer.echo(f"The page of figures was left out: it needs plotly. To have it: {VIZ_REMEDY}")
-        return
-    from hooked_lm.demo_page import write_demo_page
+            induction = None if model else run_demo(on_step=advance)
+            tour = take_tour(model or MODEL, on_step=advance)
+    except (ValueError, OSError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from error
 
-    typer.echo(f"The figures are in {write_demo_page(result, html)}: open it in a browser.")
+    def draw() -> str:
+        from hooked_lm.demo_page import demo_page
+
+        return demo_page(induction, tour)
+
+    text = "\n\n".join([*([report(induction)] if induction else []), tour.report()])
+    data = {"induction": induction.to_dict() if induction else None, "tour": tour.to_dict()}
+    give_out(text, data, json_path, page, draw)
+    if page is None:
+        typer.echo(f"The page of figures was left out: it needs plotly. To have it: {VIZ_REMEDY}", err=True)
 
 
 def report(result: DemoResult) -> str:

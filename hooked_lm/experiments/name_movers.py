@@ -1,8 +1,9 @@
 """Name movers: the heads that copy the right name to the end of an IOI prompt, found in three ways and then removed.
 
-Direct logit attribution asks what each head's output adds to the logit difference; patching what its clean output
-brings back in a corrupted run; path patching what of that goes straight to the logits (Wang et al. 2022). Where they
-agree, removing the heads has to take the behaviour away, and removing as many others must not.
+Direct logit attribution asks what each head's output adds to the answer's logit; patching what the logit loses when the
+head writes what it writes in a prompt about other people; path patching what of that loss goes straight to the logits
+(Wang et al. 2022, "Interpretability in the Wild"). The heads with the largest direct effect are the name movers.
+Removing them has to take the behaviour away, and removing as many others must not.
 """
 
 from __future__ import annotations
@@ -27,42 +28,38 @@ from hooked_lm.tasks import TaskSet
 
 @dataclass(frozen=True, eq=False)
 class NameMovers:
-    """Three measures of every head, and what the heads they name are needed for. Logit differences throughout.
+    """Three measures of every head, and what the heads they name are needed for.
+
+    Logits are the answer's. With the unembedding centred, as `from_pretrained` does, they are over the mean token's.
 
     Attributes:
-        attribution: what each head adds to the clean prompts' logit difference, [layer head].
-        patched: how much of the way from corrupted (0) to clean (1) each head's output brings back, [layer head].
-        direct: the same by its direct path to the logits alone, [layer head].
+        attribution: what each head adds to the logit, [layer head].
+        patched: what the logit loses when a head writes what it writes in the corrupted prompts, [layer head].
+        direct: what of that goes by the direct path, [layer head].
         movers: the heads of the largest direct effect, the largest first.
-        clean, corrupted: mean logit differences.
-        without: the clean prompts' when the movers write their mean over corrupted prompts instead.
-        without_others: the same for as many other heads, for each draw of them, [draw].
-        accuracy, accuracy_without: share of clean prompts in which the answer has the higher logit, intact and without
-            the movers.
-        accuracy_without_others: without others, [draw].
+        logit: in the clean prompts, the mean.
+        accuracy: share of clean prompts whose answer is the likeliest token.
+        accuracy_without: the same when the movers write, at each position, their mean over the corrupted prompts.
+        accuracy_without_others: the same for as many other heads, for each draw of them, [draw].
     """
 
     attribution: Float[Tensor, "layer head"]
     patched: Float[Tensor, "layer head"]
     direct: Float[Tensor, "layer head"]
     movers: tuple[Head, ...]
-    clean: float
-    corrupted: float
-    without: float
-    without_others: Float[Tensor, " draw"]
+    logit: float
     accuracy: float
     accuracy_without: float
     accuracy_without_others: Float[Tensor, " draw"]
 
-    def agreement(self) -> dict[str, float]:
-        """Return how alike two measures are over all heads: their correlations, by name."""
+    def agreement(self) -> float:
+        """Return the correlation of direct attribution and direct path over all heads."""
+        return float(torch.corrcoef(torch.stack([self.attribution.flatten(), self.direct.flatten()]))[0, 1])
+
+    def ranks(self) -> dict[str, list[int]]:
+        """Return where the movers stand among all heads by each measure, 0 for the first."""
         measures = {"attribution": self.attribution, "patched": self.patched, "direct": self.direct}
-        return {
-            f"{one}, {other}": float(
-                torch.corrcoef(torch.stack([measures[one].flatten(), measures[other].flatten()]))[0, 1]
-            )
-            for one, other in itertools.combinations(measures, 2)
-        }
+        return {name: [int((grid > grid[head]).sum()) for head in self.movers] for name, grid in measures.items()}
 
 
 @torch.no_grad()
@@ -73,7 +70,8 @@ def find_name_movers(
 
     Args:
         model: a `HookedTransformer` with a tokenizer.
-        examples: pairs whose prompts have one length, such as `get_task("ioi").examples(50, template=0)`.
+        examples: pairs of one length whose corrupted prompt is about other people, such as
+            `get_task("ioi").examples(50, template=0, corruption="unrelated")`.
         n_heads: how many heads to remove.
         n_draws: how often as many others are drawn for comparison.
         seed: of the draws.
@@ -85,36 +83,31 @@ def find_name_movers(
     cfg, tokens = model.cfg, examples.tokens(model)
     if not 1 <= n_heads <= cfg.n_layers * cfg.n_heads // 2:
         raise ValueError(f"n_heads is in 1-{cfg.n_layers * cfg.n_heads // 2}, half of the heads; got {n_heads}")
-    metric = metrics.logit_diff(tokens.answers, tokens.wrong)
-    wanted = {*hooks_for_attribution(model, "head"), *(get_act_name("z", layer) for layer in range(cfg.n_layers))}
-    logits, cache = model.run_with_cache(tokens.clean, names_filter=sorted(wanted))
-    corrupted_logits, corrupted_cache = model.run_with_cache(tokens.corrupted, names_filter="blocks.*.attn.hook_z")
-    clean, corrupted = float(metric(logits)), float(metric(corrupted_logits))
-    attributed = logit_attribution(cache, tokens.answers, tokens.wrong, split="head")
-    grids = [
-        measure(model, tokens.corrupted, cache, metric, *more, verbose=verbose)
-        for measure, more in ((get_act_patch_attn_head_out_all_pos, ()), (path_patch_heads, ("logits",)))
-    ]
-    patched, direct = ((grid - corrupted) / (clean - corrupted) for grid in grids)
+    metric = metrics.logit(tokens.answers)
+    logits, cache = model.run_with_cache(tokens.clean, names_filter=hooks_for_attribution(model, "head"))
+    sites = [get_act_name("z", layer) for layer in range(cfg.n_layers)]
+    _, corrupted = model.run_with_cache(tokens.corrupted, names_filter=sites)
+    clean = float(metric(logits))
+    # In the direction of noising: the clean run, with what a head writes about other people.
+    options: dict[str, Any] = {"verbose": verbose}
+    patched = clean - get_act_patch_attn_head_out_all_pos(model, tokens.clean, corrupted, metric, **options)
+    direct = clean - path_patch_heads(model, tokens.clean, corrupted, metric, "logits", **options)
     movers = tuple(divmod(index, cfg.n_heads) for index in direct.flatten().topk(n_heads).indices.tolist())
-    sets = [movers, *_others(cfg, movers, n_draws, seed)]
+    sets = [(), movers, *_others(cfg, movers, n_draws, seed)]
     cells = [
-        [Intervention.mean(("z", layer), corrupted_cache, per_position=True, head=head) for layer, head in heads]
+        [Intervention.mean(("z", layer), corrupted, per_position=True, head=head) for layer, head in heads]
         for heads in sets
     ]
-    found = sweep(model, tokens.clean, cells, metric, per_prompt=True, verbose=verbose)
+    accuracies = sweep(model, tokens.clean, cells, metrics.accuracy(tokens.answers), **options)
     return NameMovers(
-        attribution=attributed.grid.mean(-1),
+        attribution=logit_attribution(cache, tokens.answers, split="head").grid.mean(-1),
         patched=patched,
         direct=direct,
         movers=movers,
-        clean=clean,
-        corrupted=corrupted,
-        without=float(found[0].mean()),
-        without_others=found[1:].mean(-1),
-        accuracy=(metric.per_prompt(logits) > 0).double().mean().item(),
-        accuracy_without=(found[0] > 0).double().mean().item(),
-        accuracy_without_others=(found[1:] > 0).double().mean(-1),
+        logit=clean,
+        accuracy=float(accuracies[0]),
+        accuracy_without=float(accuracies[1]),
+        accuracy_without_others=accuracies[2:],
     )
 
 

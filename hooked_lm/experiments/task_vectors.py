@@ -1,9 +1,11 @@
 """Function vectors: what carries a task from its examples can be added to a prompt that has none.
 
-The mean state at the last token of prompts with five examples, or the summed mean outputs of the few heads that carry
-the task, is added to a prompt with no example at all (Todd et al. 2024, "Function Vectors in Large Language Models";
-Hendel et al. 2023, "In-Context Learning Creates Task Vectors"). Two controls say what chance would do: a random vector
-of the same length, and the same heads' outputs on prompts whose answers are shuffled.
+The mean state at the last token of prompts with examples, or the summed mean outputs of the few heads that carry the
+task, is added to a prompt with no example at all (Todd et al. 2024, "Function Vectors in Large Language Models";
+Hendel et al. 2023, "In-Context Learning Creates Task Vectors"). The heads are those that, put into prompts with
+examples of another relation, do most for this one's answer. Controls: random vectors of the same length; the same
+heads' outputs on examples of other relations; and on examples whose answers are shuffled, which still show what kind of
+word an answer is (Min et al. 2022, "Rethinking the Role of Demonstrations").
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from hooked_lm.circuits.function_vectors import (
 )
 from hooked_lm.tasks import get_task
 
-VECTORS = ("state", "heads", "shuffled")
+VECTORS = ("state", "heads", "other relations", "shuffled")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +39,10 @@ class TaskVectors:
     Attributes:
         relation: the task.
         with_examples: accuracy on prompts with examples, what there is to win.
-        effects: each head's indirect effect on prompts with shuffled answers.
+        effects: each head's indirect effect on prompts with examples of another relation.
         vector: the sum of the best heads' mean outputs.
         steering: accuracy and log-probability by layer, for the vectors of `VECTORS`: the mean `"state"`, the best
-            `"heads"`, and the same heads on `"shuffled"` examples.
+            `"heads"`, the same heads on examples of `"other relations"`, and on `"shuffled"` ones.
     """
 
     relation: str
@@ -56,7 +58,7 @@ class TaskVectors:
 
     @property
     def random_accuracy(self) -> float:
-        """The best that a random vector does at any layer."""
+        """Of random vectors, on the average over some, at the best layer."""
         return float(self.steering.control_accuracy.max())
 
     @property
@@ -72,7 +74,8 @@ def transplant_task(
     *,
     shots: int = 5,
     n: int = 60,
-    n_heads: int = 4,
+    n_heads: int = 6,
+    n_controls: int = 5,
     seed: int = 0,
     verbose: bool = True,
 ) -> TaskVectors:
@@ -84,6 +87,7 @@ def transplant_task(
         shots: examples in a prompt.
         n: prompts of each kind.
         n_heads: how many heads the vector sums.
+        n_controls: how many random vectors.
         seed: of the prompts. Those that are steered have another.
         verbose: show progress bars.
 
@@ -91,22 +95,19 @@ def transplant_task(
         ValueError: an unknown relation, more heads than there are, or a tokenizer that does not suit the task.
     """
     task = get_task("relations")
-    shown = task.examples(n, seed, relation=relation, shots=shots, corruption="shuffled")
+    shown = task.examples(n, seed, relation=relation, shots=shots, corruption="relation")
+    shuffled = task.examples(n, seed, relation=relation, shots=shots, corruption="shuffled")
     asked = task.examples(n, seed + 1, relation=relation, shots=0)
-    for examples in (shown, asked):
+    for examples in (shown, shuffled, asked):
         examples.check(model.tokenizer)
     quiet: dict[str, Any] = {"verbose": verbose}
-    states = mean_state(model, shown.clean, **quiet)
     means = mean_head_outputs(model, shown.clean, **quiet)
-    shuffled = mean_head_outputs(model, shown.corrupted, **quiet)
     effects = head_effects(model, shown.corrupted, shown.answers, means, **quiet)
     vector = function_vector(model, means, effects, n_heads=n_heads)
-    vectors: dict[str, FunctionVector | Tensor] = {
-        "state": states,
-        "heads": vector,
-        "shuffled": function_vector(model, shuffled, vector.heads),
-    }
-    steering = steering_effect(model, asked.clean, asked.answers, vectors, seed=seed, **quiet)
+    vectors: dict[str, FunctionVector | Tensor] = {"state": mean_state(model, shown.clean, **quiet), "heads": vector}
+    for name, prompts in zip(VECTORS[2:], (shown.corrupted, shuffled.corrupted), strict=True):
+        vectors[name] = function_vector(model, mean_head_outputs(model, prompts, **quiet), vector.heads)
+    steering = steering_effect(model, asked.clean, asked.answers, vectors, n_controls=n_controls, seed=seed, **quiet)
     return TaskVectors(relation, _accuracy(model, shown.clean, shown.answers), effects, vector, steering)
 
 

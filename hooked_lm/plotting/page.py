@@ -16,7 +16,7 @@ from hooked_lm.plotting.figures import FONT
 
 @dataclass(frozen=True)
 class PageFigure:
-    """One figure of a page, or several side by side.
+    """One figure of a page, several side by side, or a text without any.
 
     Attributes:
         heading: over it.
@@ -80,11 +80,8 @@ def _section(section: PageFigure, number: int) -> str:
         for place, figure in enumerate(section.figures)
     )
     # The columns are fixed beforehand: each figure measures its place as soon as it is reached.
-    columns = f"--columns: {len(section.figures)}"
-    return (
-        f'<section><h2>{escape(section.heading)}</h2><div class="row" style="{columns}">{plots}</div>'
-        f"<p>{escape(section.caption)}</p></section>\n"
-    )
+    row = f'<div class="row" style="--columns: {len(section.figures)}">{plots}</div>' if plots else ""
+    return f"<section><h2>{escape(section.heading)}</h2>{row}<p>{escape(section.caption)}</p></section>\n"
 
 
 _STYLE = (
