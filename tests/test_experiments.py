@@ -148,13 +148,17 @@ def test_the_pair_is_the_strongest_induction_head_and_the_strongest_previous_tok
     assert found.induction_scores[layer, head] == found.induction_scores.max()
     if layer == 0:
         assert found.previous_token_head is None
-        assert found.circuit_accuracy is None
+        assert found.circuit_accuracy is found.effective_accuracy is None
     else:
         assert found.previous_token_head is not None
         assert found.previous_token_scores[found.previous_token_head] == found.previous_token_scores[:layer].max()
         circuit = k_composition_qk_circuit(model, found.previous_token_head, found.induction_head).AB
         own = circuit.argmax(-1) == torch.arange(len(circuit))
         assert found.circuit_accuracy == pytest.approx(float(own.double().mean()))
+        pair = (found.previous_token_head, found.induction_head)
+        effective = k_composition_qk_circuit(model, *pair, effective_embedding=True).AB
+        own = effective.argmax(-1) == torch.arange(len(circuit))
+        assert found.effective_accuracy == pytest.approx(float(own.double().mean()))
 
 
 def test_a_model_without_mlps_has_none_to_freeze() -> None:

@@ -156,6 +156,16 @@ def test_folding_the_norms_first_changes_no_composed_circuit(normalization_type:
     assert not torch.allclose(before, (model.W_E @ model.QK[1, 1] @ model.W_E.T).AB)
 
 
+def test_the_destination_may_be_read_after_the_first_mlp() -> None:
+    model = tiny_model()
+    effective = k_composition_qk_circuit(model, (0, 2), (1, 1), effective_embedding=True).AB
+    plain = k_composition_qk_circuit(model, (0, 2), (1, 1)).AB
+    written = model.embed.W_E + model.blocks[0].mlp_output(model.embed.W_E[None])[0]
+    # The same columns, for other rows: what the plain circuit gives for an embedding that is the effective one.
+    solved = torch.linalg.lstsq(model.W_E.T, written.T).solution.T.detach()
+    torch.testing.assert_close(effective, (solved @ plain), rtol=0, atol=1e-8)
+
+
 def test_no_circuit_is_composed_through_a_norm_on_the_stream() -> None:
     with pytest.raises(ValueError, match="normalises the residual stream itself"):
         k_composition_qk_circuit(tiny_model(norm_placement="residual"), (0, 0), (1, 0))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hooked_lm.activation_cache import ActivationCache
 from hooked_lm.circuits.folded import folded_ov, folded_qk
+from hooked_lm.circuits.full_circuits import token_embeddings
 from hooked_lm.factored_matrix import FactoredMatrix
 from hooked_lm.precision import at_least_single
 
@@ -155,7 +156,9 @@ def strongest_head(scores: Float[Tensor, "layer head"], layer: int) -> Head:
 # The circuit that links them
 
 
-def k_composition_qk_circuit(model: Any, writer: Head, reader: Head) -> FactoredMatrix:
+def k_composition_qk_circuit(
+    model: Any, writer: Head, reader: Head, *, effective_embedding: bool = False
+) -> FactoredMatrix:
     """Return the full QK circuit of two heads that compose through the keys: a factored matrix [vocab vocab].
 
     `W_E W_Q (W_E W_OV W_K)^T`, with the reader's `W_Q`, `W_K` and the writer's `W_OV = W_V W_O`. Row: the token at the
@@ -167,6 +170,8 @@ def k_composition_qk_circuit(model: Any, writer: Head, reader: Head) -> Factored
     Args:
         model: a `HookedTransformer`.
         writer, reader: (layer, head), the writer's in an earlier layer.
+        effective_embedding: at the destination take the token as it is after the first MLP, which is where models with
+            tied embeddings spell it out; see `token_embeddings`.
 
     Raises:
         ValueError: no such head, or the writer does not come before the reader; or norms stand where the circuit is no
@@ -181,4 +186,5 @@ def k_composition_qk_circuit(model: Any, writer: Head, reader: Head) -> Factored
     if writer[0] >= reader[0]:
         raise ValueError(f"the writer is in an earlier layer than the reader; got layers {writer[0]} and {reader[0]}")
     QK, OV = folded_qk(model, reader[0])[reader[1]], folded_ov(model, writer[0])[writer[1]]
-    return model.W_E @ QK @ OV.T @ model.W_E.T
+    destination = token_embeddings(model, effective=effective_embedding, verbose=False)
+    return destination @ QK @ OV.T @ model.W_E.T

@@ -41,6 +41,7 @@ class Repeats:
             at the same place of the first, [layer].
         circuit_accuracy: top-1 accuracy of the two heads' full QK circuit over the vocabulary: the share of tokens for
             which the key it likes best is the one that follows that same token. None without a pair.
+        effective_accuracy: the same with the token at hand as it is after the first MLP; None without MLPs too.
     """
 
     length: int
@@ -56,6 +57,7 @@ class Repeats:
     log_prob_without_mlp: Float[Tensor, " layer"]
     accuracy_without_mlp: Float[Tensor, " layer"]
     circuit_accuracy: float | None
+    effective_accuracy: float | None
 
 
 @torch.no_grad()
@@ -87,7 +89,14 @@ def continue_repeats(
     below = previous[: head[0]]
     writer = divmod(int(below.argmax()), model.cfg.n_heads) if len(below) else None
     without = [_second_half_without(model, tokens, mask, site, cache[site], length) for site in writes]
-    circuit = None if writer is None else k_composition_qk_circuit(model, writer, head)
+    accuracies = [
+        None
+        if writer is None or (effective and not writes)
+        else top1_accuracy(
+            k_composition_qk_circuit(model, writer, head, effective_embedding=effective), verbose=verbose
+        )
+        for effective in (False, True)
+    ]
     return Repeats(
         length=length,
         n_prompts=n_prompts,
@@ -101,7 +110,8 @@ def continue_repeats(
         previous_token_head=writer,
         log_prob_without_mlp=torch.tensor([one[0] for one in without]),
         accuracy_without_mlp=torch.tensor([one[1] for one in without]),
-        circuit_accuracy=None if circuit is None else top1_accuracy(circuit, verbose=verbose),
+        circuit_accuracy=accuracies[0],
+        effective_accuracy=accuracies[1],
     )
 
 
