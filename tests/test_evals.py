@@ -580,7 +580,8 @@ def test_an_empty_dataset_and_an_empty_batch_raise() -> None:
 
 
 @pytest.mark.parametrize(
-    "item", [([5, 6, 7], [8], [6]), ([7], [7], [6]), ([5, 7], [6, 7], [6]), ([5, 7], [7], [5, 6]), ([[5], [7]], [7], [5])]
+    "item",
+    [([5, 6, 7], [8], [6]), ([7], [7], [6]), ([5, 7], [6, 7], [6]), ([5, 7], [7], [5, 6]), ([[5], [7]], [7], [5])],
 )
 def test_an_item_that_is_no_such_sentence_raises_by_number(item: tuple[Any, ...]) -> None:
     bad = dict(zip(("prompt", "IO", "S"), map(torch.tensor, item), strict=True))
