@@ -44,7 +44,7 @@ class Tour:
     """What the experiments found on one model.
 
     Attributes:
-        model_name, n_parameters, n_layers, n_heads: of the model.
+        model_name, n_layers, n_heads: of the model.
         early: capitals, read layer by layer.
         patching: indirect objects, the stream patched.
         repeats: random tokens that come twice.
@@ -54,7 +54,6 @@ class Tour:
     """
 
     model_name: str
-    n_parameters: int
     n_layers: int
     n_heads: int
     early: EarlyDecoding
@@ -78,7 +77,7 @@ class Tour:
             (
                 "Early decoding",
                 f"layer {early.decisive_mlp}",
-                f"is where the MLP puts the capital: without its update the answer's probability is "
+                f"has the MLP that capitals need most: without its update the answer's probability is "
                 f"{float(early.probability_without.min()):.2f}, with it {float(early.probability[-1]):.2f}",
             ),
             (
@@ -91,13 +90,14 @@ class Tour:
                 "Repeated tokens",
                 f"{repeats.second_accuracy:.0%}",
                 f"of the second half right, {repeats.first_accuracy:.0%} of the first; {label(repeats.induction_head)} "
-                f"has induction score {float(repeats.induction_scores.max()):.2f}",
+                f"has induction score {float(repeats.induction_scores.max()):.2f}{_without_mlp(repeats)}",
             ),
             (
                 "Function vectors",
                 f"{float(best[0]):.0%}",
-                f"of opposites right without an example when the mean state is added, {float(best[1]):.0%} with the "
-                f"output of {len(vectors.vector.heads)} heads; {vectors.base_accuracy:.0%} without, "
+                f"of opposites right without an example when the mean state is added at the best layer, "
+                f"{float(best[1]):.0%} with the output of {len(vectors.vector.heads)} heads; "
+                f"{vectors.base_accuracy:.0%} without, "
                 f"{vectors.random_accuracy:.0%} with a random vector",
             ),
             (
@@ -110,9 +110,7 @@ class Tour:
 
     def report(self) -> str:
         """Return the headlines as text, and the published numbers where there are some."""
-        lines = [
-            f"{self.model_name}: {self.n_layers} layers of {self.n_heads} heads, {self.n_parameters:,} parameters."
-        ]
+        lines = [f"{self.model_name}: {self.n_layers} layers of {self.n_heads} heads."]
         for index, (name, number, meaning) in enumerate(self.headlines(), start=1):
             text = textwrap.fill(f"{number} {meaning}.", 100, initial_indent="  ", subsequent_indent="  ")
             lines += ["", f"{index}. {name}", text]
@@ -124,6 +122,14 @@ class Tour:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data that JSON can hold."""
         return plain_data(self)
+
+
+def _without_mlp(repeats: Repeats) -> str:
+    """What becomes of the second half when the MLP that matters most writes what it wrote the first time."""
+    if not len(repeats.accuracy_without_mlp):
+        return ""
+    layer = int(repeats.accuracy_without_mlp.argmin())
+    return f"; with the MLP of layer {layer} as in the first half {float(repeats.accuracy_without_mlp.min()):.0%}"
 
 
 def take_tour(name_or_path: str | Path = MODEL, *, seed: int = 0, on_step: Callable[[str], None] | None = None) -> Tour:
@@ -156,7 +162,6 @@ def take_tour(name_or_path: str | Path = MODEL, *, seed: int = 0, on_step: Calla
     repeats = finished(3, continue_repeats(model, seed=seed, verbose=False))
     return Tour(
         model_name=model.cfg.model_name,
-        n_parameters=model.n_params_total,
         n_layers=model.cfg.n_layers,
         n_heads=model.cfg.n_heads,
         early=early,

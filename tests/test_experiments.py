@@ -17,6 +17,7 @@ from hooked_lm.circuits.induction import k_composition_qk_circuit, repeated_rand
 from hooked_lm.experiments import continue_repeats, decode_early, find_name_movers, patch_ioi, transplant_task
 from hooked_lm.experiments.prompts import aligned
 from hooked_lm.tasks import TaskSet, get_task, lexicon, word_tokenizer
+from hooked_lm.tasks.words import RELATIONS
 from tests.helpers import randomise_, tiny_config
 
 QUIET: dict[str, Any] = {"verbose": False}
@@ -175,7 +176,10 @@ def test_a_task_is_moved_by_the_mean_state_and_by_heads_beside_controls() -> Non
     found = transplant_task(model, "plural", n=8, shots=3, n_heads=2, seed=1, **QUIET)
     task = get_task("relations")
     shown = task.examples(8, 1, relation="plural", shots=3, corruption="relation")
-    asked = task.examples(8, 2, relation="plural", shots=0)
+    asked = found.asked
+    # Queries that are steered are asked once, and not in the prompts that the vectors are made from.
+    assert len({example.prompt for example in asked.examples}) == len(asked) == 8
+    assert not {prompt.rsplit(", ", 1)[-1] for prompt in shown.clean} & set(asked.clean)
     assert found.accuracy.shape == (4, 3)
     assert len(found.vector.heads) == 2
     with torch.no_grad():
@@ -201,6 +205,21 @@ def test_a_task_is_moved_by_the_mean_state_and_by_heads_beside_controls() -> Non
     assert not torch.allclose(heads, other)
     assert not torch.allclose(heads, shuffled)
     assert not torch.allclose(other, shuffled)
+
+
+def test_words_that_a_tokenizer_does_not_know_are_no_answers_and_may_be_spelled_in_examples() -> None:
+    # Like GPT-2's: the opposites are words of it, and the other relations' words are spelled in pieces.
+    tokenizer = word_tokenizer(f" {word}" for word in RELATIONS["opposite"])
+    model = randomise_(HookedTransformer(tiny_config(n_ctx=200, d_vocab=len(tokenizer), n_layers=2), tokenizer))
+    found = transplant_task(model, "opposite", n=6, shots=2, n_heads=1, n_controls=1, **QUIET)
+    assert len(found.asked) == 6
+    with pytest.raises(ValueError, match="an answer has to be one token"):
+        transplant_task(model, "french", n=6, shots=2, n_heads=1, n_controls=1, **QUIET)
+
+
+def test_there_has_to_be_a_query_left_to_steer() -> None:
+    with pytest.raises(ValueError, match="ask for fewer"):
+        transplant_task(reader(), "past", n=400, shots=2, **QUIET)
 
 
 # Name movers

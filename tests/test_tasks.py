@@ -192,6 +192,8 @@ def test_drawn_tokens_are_determined_where_the_pair_came_before() -> None:
         room = rng.randint(8, 120)
         drawn, determined = repeated_tokens.draw_tokens(rng, range(1, 400), room)
         assert len(drawn) == len(determined) <= room
+        again = next(place for place, token in enumerate(drawn) if token in drawn[:place])
+        assert again in repeated_tokens.TRAINED_LENGTHS  # the whole block is what came before its first repeat
         followers: dict[int, int] = {}
         for (before, token), known in zip(itertools.pairwise(drawn), determined[1:], strict=True):
             assert not known or followers[before] == token
@@ -494,7 +496,8 @@ def test_early_random_tokens_are_of_a_small_alphabet(words: Any) -> None:
         early_tokens=70,
     )
     early, late = (batches(step)[0].unique() for step in (0, 1))
-    assert 60 <= len(early) <= 75
+    assert 70 <= len(batches.early_alphabet) <= 75
+    assert set(early.tolist()) <= {words.bos_token_id, *batches.early_alphabet}
     assert len(late) > 400
 
 

@@ -15,9 +15,10 @@ from hooked_lm.circuits.induction import k_composition_qk_circuit
 from hooked_lm.experiments import continue_repeats
 from hooked_lm.experiments.published import Beside, beside_published
 from hooked_lm.tasks import lexicon, word_tokenizer
+from hooked_lm.tasks.words import RELATIONS
 from hooked_lm.tour import STEPS, Tour, take_tour
 from hooked_lm.tour_page import tour_figures
-from tests.helpers import randomise_, tiny_config
+from tests.helpers import randomise_, tiny_config, tiny_gpt2
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,7 @@ def test_the_headlines_are_the_numbers_of_the_experiments(tour: Tour) -> None:
     assert f"{float(tour.early.probability[-1]):.2f}" in early[2]
     assert patching[1] == f"{tour.patching.accuracy:.0%}"
     assert repeats[1] == f"{tour.repeats.second_accuracy:.0%}"
+    assert f"as in the first half {float(tour.repeats.accuracy_without_mlp.min()):.0%}" in repeats[2]
     assert vectors[1] == f"{float(tour.vectors.accuracy[0].max()):.0%}"
     layer, head = tour.movers.movers[0]
     assert movers[1].startswith(f"L{layer}H{head}, ")
@@ -64,6 +66,8 @@ def test_what_was_published_stands_beside_what_is_measured() -> None:
         assert one.published == published
     score = found["induction score of L5H5"]
     assert (score.measured, score.published) == (pytest.approx(float(repeats.induction_scores[5, 5])), 0.91)
+    previous = repeats.previous_token_scores
+    assert found["heads with a higher previous-token score than L4H11"].measured == (previous > previous[4, 11]).sum()
     circuit = k_composition_qk_circuit(model, (4, 11), (5, 5)).AB
     own = (circuit.argmax(-1) == torch.arange(len(circuit))).double().mean()
     assert found["top-1 accuracy of L4H11 into L5H5"].measured == pytest.approx(float(own))
@@ -73,7 +77,7 @@ def test_what_was_published_stands_beside_what_is_measured() -> None:
 def test_gpt2_small_gives_the_published_numbers() -> None:
     tour = take_tour("gpt2")
     tolerance = {"log-probability, first half": 0.5, "log-probability, second half": 0.15}
-    assert len(tour.published) == 8
+    assert len(tour.published) == 9
     for one in tour.published:
         assert one.measured == pytest.approx(one.published, abs=tolerance.get(one.what, 0.05)), one.what
     assert tour.repeats.induction_head[0] in (5, 6, 7)
@@ -91,11 +95,23 @@ def test_every_experiment_has_its_figures_on_the_page(tour: Tour, tmp_path: Path
     sections = tour_figures(tour)
     assert [section.heading.partition(":")[0] for section in sections] == [name for name, _, _ in tour.headlines()]
     page = plotting.write_page(tmp_path / "tour.html", "Five experiments", "Each on one model.", sections).read_text()
-    assert page.count('class="plotly-graph-div"') == sum(len(section.figures) for section in sections) == 9
+    assert page.count('class="plotly-graph-div"') == sum(len(section.figures) for section in sections) == 10
     lens = sections[0].figures[0].data[0]
     assert list(lens.y) == pytest.approx(tour.early.probability.tolist())
     grid = sections[1].figures[0].data[0]
     assert grid.z[1][3] == pytest.approx(float(tour.patching.grid[1, 3]))
+
+
+def test_a_tokenizer_that_knows_only_some_of_the_words_takes_the_tour_too(tmp_path: Path) -> None:
+    # As GPT-2's: a third of the capitals and names, and the French words, are spelled in pieces.
+    known = [text for place, text in enumerate(lexicon()) if text.isascii() and place % 3]
+    words = word_tokenizer([*(f" {word}" for word in RELATIONS["opposite"]), *known])
+    tiny_gpt2(vocab_size=len(words), n_positions=300).save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    found = take_tour(tmp_path)
+    assert len(found.vectors.asked) > 20
+    assert len(found.early.answer.split()) == 1
+    assert tour_figures(found)
 
 
 def test_a_model_without_a_tokenizer_has_no_tour() -> None:

@@ -59,5 +59,11 @@ def beside_published(model: Any, repeats: Repeats) -> tuple[Beside, ...]:
         Beside("accuracy, first half", repeats.first_accuracy, FIRST_ACCURACY),
         Beside("accuracy, second half", repeats.second_accuracy, SECOND_ACCURACY),
         Beside("induction score of L5H5", float(repeats.induction_scores[INDUCTION_HEAD]), INDUCTION_SCORE),
+        Beside("heads with a higher previous-token score than L4H11", float(_above(repeats)), 0.0),
         Beside("top-1 accuracy of L4H11 into L5H5", top1_accuracy(circuit, verbose=False), CIRCUIT_ACCURACY),
     )
+
+
+def _above(repeats: Repeats) -> int:
+    scores = repeats.previous_token_scores
+    return int((scores > scores[PREVIOUS_TOKEN_HEAD]).sum())

@@ -27,9 +27,12 @@ from hooked_lm.circuits.function_vectors import (
     mean_state,
     steering_effect,
 )
-from hooked_lm.tasks import get_task
+from hooked_lm.experiments.prompts import answerable
+from hooked_lm.tasks import TaskSet, get_task
 
 VECTORS = ("state", "heads", "other relations", "shuffled")
+# A tokenizer may know the answers of few examples in so many.
+_SPARE = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +41,7 @@ class TaskVectors:
 
     Attributes:
         relation: the task.
+        asked: the prompts without examples. Their queries are not those of the prompts that the vectors are made from.
         with_examples: accuracy on prompts with examples, what there is to win.
         effects: each head's indirect effect on prompts with examples of another relation.
         vector: the sum of the best heads' mean outputs.
@@ -46,6 +50,7 @@ class TaskVectors:
     """
 
     relation: str
+    asked: TaskSet
     with_examples: float
     effects: HeadEffects
     vector: FunctionVector
@@ -85,21 +90,18 @@ def transplant_task(
         model: a `HookedTransformer` with a tokenizer.
         relation: one of the relations of `get_task("relations")`.
         shots: examples in a prompt.
-        n: prompts of each kind.
+        n: prompts of each kind, at most: those without examples ask each query once.
         n_heads: how many heads the vector sums.
         n_controls: how many random vectors.
-        seed: of the prompts. Those that are steered have another.
+        seed: of the prompts.
         verbose: show progress bars.
 
     Raises:
-        ValueError: an unknown relation, more heads than there are, or a tokenizer that does not suit the task.
+        ValueError: an unknown relation, more heads than there are, a tokenizer that knows none of the answers as one
+            token, or so many prompts that no query is left to steer.
     """
-    task = get_task("relations")
-    shown = task.examples(n, seed, relation=relation, shots=shots, corruption="relation")
-    shuffled = task.examples(n, seed, relation=relation, shots=shots, corruption="shuffled")
-    asked = task.examples(n, seed + 1, relation=relation, shots=0)
-    for examples in (shown, shuffled, asked):
-        examples.check(model.tokenizer)
+    shown, shuffled = (_drawn(model, n, seed, relation, shots, kind) for kind in ("relation", "shuffled"))
+    asked = _asked_elsewhere(model, n, seed + 1, relation, shown)
     quiet: dict[str, Any] = {"verbose": verbose}
     means = mean_head_outputs(model, shown.clean, **quiet)
     effects = head_effects(model, shown.corrupted, shown.answers, means, **quiet)
@@ -108,7 +110,27 @@ def transplant_task(
     for name, prompts in zip(VECTORS[2:], (shown.corrupted, shuffled.corrupted), strict=True):
         vectors[name] = function_vector(model, mean_head_outputs(model, prompts, **quiet), vector.heads)
     steering = steering_effect(model, asked.clean, asked.answers, vectors, n_controls=n_controls, seed=seed, **quiet)
-    return TaskVectors(relation, _accuracy(model, shown.clean, shown.answers), effects, vector, steering)
+    return TaskVectors(relation, asked, _accuracy(model, shown.clean, shown.answers), effects, vector, steering)
+
+
+def _drawn(model: Any, n: int, seed: int, relation: str, shots: int, corruption: str) -> TaskSet:
+    """Prompts with examples whose answers the tokenizer knows."""
+    drawn = get_task("relations").examples(_SPARE * n, seed, relation=relation, shots=shots, corruption=corruption)
+    return answerable(drawn, model.tokenizer, n)
+
+
+def _asked_elsewhere(model: Any, n: int, seed: int, relation: str, shown: TaskSet) -> TaskSet:
+    """Prompts without examples, each query once, none of which is asked in the prompts with examples."""
+    drawn = get_task("relations").examples(_SPARE * n, seed, relation=relation, shots=0)
+    taken = {_query(prompt) for prompt in shown.clean}
+    left = {one.prompt: one for one in drawn.examples if _query(one.prompt) not in taken}
+    if not left:
+        raise ValueError(f"{n} prompts with examples ask for every word that has a {relation}: ask for fewer")
+    return answerable(TaskSet(drawn.task, tuple(left.values())), model.tokenizer, n)
+
+
+def _query(prompt: str) -> str:
+    return prompt.rsplit(", ", 1)[-1]
 
 
 def _accuracy(model: Any, prompts: list[str], answers: list[str]) -> float:

@@ -42,7 +42,7 @@ def document(rng: random.Random) -> str:
 
 
 def make_examples(n: int, seed: int = 0) -> TaskSet:
-    """Return examples that begin in a held-out year, 02 to 97, of which the answer is the next and the wrong the same.
+    """Return examples that begin in a held-out year, 02 to 98, of which the answer is the next and the wrong the same.
 
     Args:
         n, seed: how many, and which.

@@ -1,7 +1,8 @@
 """Indirect object identification: "When John and Mary went to the store, John gave a drink to" -> " Mary".
 
 Source: Wang et al. 2022, "Interpretability in the Wild". Two names are met, one comes again, the other is the answer.
-Pairs of names are held out: no training document has both names of such a pair.
+Pairs of names are held out: no training sentence has both names of such a pair. (Rows of random tokens, which are part
+of the training mixture too, may hold any two tokens.)
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ OPENINGS = ("", "", "Today was fine. ", "It was late, and the house was quiet. "
 
 
 def are_held_out(one: str, other: str) -> bool:
-    """Return whether training never shows these two names in one document. Their order does not matter."""
+    """Return whether training never shows these two names in one sentence. Their order does not matter."""
     return is_held_out(NAME, *sorted((one, other)), one_in=ONE_IN)
 
 

@@ -36,7 +36,7 @@ class TaskBatches:
         seed: of the data.
         shares: how many documents are of which kind, in proportion.
         early_steps, early_shares, early_tokens: the steps at the start that have other shares, and which. In them
-            random tokens are drawn from so many of the vocabulary.
+            random tokens are drawn from `early_alphabet`: every so manieth of the vocabulary, at least so many.
 
     Raises:
         ValueError: a kind of document that there is none of, or rows without room for one.
@@ -63,15 +63,19 @@ class TaskBatches:
                 f"the tokenizer's {len(self.tokenizer) - 1}; not {self.early_tokens}"
             )
 
+    @property
+    def early_alphabet(self) -> range:
+        """What random tokens are drawn from in the early steps, evenly over the vocabulary; BOS, which is 0, is not."""
+        return range(1, len(self.tokenizer), len(self.tokenizer) // self.early_tokens)
+
     def __call__(self, step: int) -> tuple[Int[Tensor, "batch pos"], Float[Tensor, "batch pos"]]:
         """Return a step's tokens [batch pos], and each token's weight in the loss [batch pos].
 
         The weight is 0 for random tokens that nothing before them determines, and for the row's first; otherwise 1.
         """
         rng = random.Random(f"{self.seed} {step}")
-        early, last = step < self.early_steps, len(self.tokenizer)
-        # Any tokens but BOS, which is 0; early on every so manieth.
-        alphabet = range(1, last, max(1, last // self.early_tokens) if early else 1)
+        early = step < self.early_steps
+        alphabet = self.early_alphabet if early else range(1, len(self.tokenizer))
         rows = [self._row(rng, self.early_shares if early else self.shares, alphabet) for _ in range(self.rows)]
         return torch.tensor([tokens for tokens, _ in rows]), torch.tensor([weights for _, weights in rows])
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import cache
 
 from hooked_lm.tasks.split import is_held_out
 from hooked_lm.tasks.task_set import Example, Task, TaskSet, check_choice
@@ -25,6 +26,7 @@ MOST_PAIRS = 12
 _WEIGHTS = {"opposite": 3, "plural": 2, "past": 3, "french": 5, "capital": 2}
 
 
+@cache
 def are_held_out(relation: str, before: str, query: str) -> bool:
     """Return whether training never shows this query right after this word in this relation."""
     return is_held_out(NAME, relation, before, query, one_in=ONE_IN)
@@ -50,7 +52,8 @@ def make_examples(
             whose answer is then right. `"shuffled"`: the shots' answers change places, and nothing is right.
             `"query"`, the default without shots: another query.
 
-    The wrong answer is the query's in another relation; where it has none, that of another query.
+    The wrong answer is the query's own in another relation; with `"query"`, and where it has none, that of another
+    query in the same relation.
 
     Raises:
         ValueError: an unknown relation or corruption, or shots that do not allow it.

@@ -1,7 +1,8 @@
 """Repeated random tokens: what came after a token the first time comes after it again.
 
 As text the tokens are words; as tokens, `circuits.induction.repeated_random_tokens` gives whole rows to evaluate, and
-`draw_tokens` rows to train on. Blocks of certain lengths are held out of training.
+`draw_tokens` rows to train on. Held out of training are blocks of certain lengths: none is ever repeated as a whole.
+(Pieces of a longer block, up to `LONGEST_PIECE` tokens, come again in any length.)
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from hooked_lm.tasks.task_set import Example, Task, TaskSet
 from hooked_lm.tasks.words import CAPITALS, EVENTS, NAMES, PLACES, RELATIONS
 
 NAME = "repeated_tokens"
-# The lengths of a repeated block; that of every example is held out.
+# The lengths of a block; that of every example is held out.
 LENGTHS = range(4, 61)
 HELD_OUT_LENGTHS = tuple(length for length in LENGTHS if length % 5 == 0)
 TRAINED_LENGTHS = tuple(length for length in LENGTHS if length not in HELD_OUT_LENGTHS)
@@ -42,7 +43,7 @@ def draw_tokens(rng: random.Random, tokens: range, room: int) -> tuple[list[int]
         room: 8 at least.
 
     Returns:
-        The tokens, and for each whether those before it determine it.
+        The tokens, and for each whether those before it determine it. Blocks have lengths of `TRAINED_LENGTHS`.
     """
     length = rng.choice([length for length in TRAINED_LENGTHS if 2 * length <= room])
     block = rng.sample(tokens, length)
