@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test format lint types tests bench certificates clean
+.PHONY: demo test format lint types tests bench notebooks docs certificates clean
 
 demo: $(VENV)/.installed-viz
 	$(BIN)/hooked-lm demo --html demo.html
@@ -30,6 +30,12 @@ bench: $(VENV)/.installed-viz
 	$(BIN)/python -m benchmarks.forward
 	$(BIN)/python -m benchmarks.loading
 	$(BIN)/python -m benchmarks.patching
+
+notebooks: $(VENV)/.installed-dev
+	$(BIN)/python -m scripts.run_notebooks
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/mkdocs build --strict
 
 certificates: $(VENV)/.installed-dev
 	$(BIN)/python -m scripts.certify_families

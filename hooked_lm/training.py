@@ -13,6 +13,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,7 @@ def train(
     batch_of = row_batches(batches, config.batch, config.seed) if isinstance(batches, Tensor) else batches
     mode = model.training
     # The run seeds torch's generator, for dropout and the like; afterwards it is the caller's again.
-    with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
+    with run.own_randomness():
         run.begin(resume)
         model.train()
         try:
@@ -256,6 +257,10 @@ class _Run:
         self.losses.append(loss.item())
         self.grad_norm = norm.item()
 
+    def own_randomness(self) -> AbstractContextManager[None]:
+        """Return a context after which torch's generators, of the CPU and of the run's device, are as they were."""
+        return torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
+
     def _require_finite(self, value: Tensor, what: str, step: int) -> None:
         if not bool(torch.isfinite(value)):
             raise FloatingPointError(
@@ -277,7 +282,7 @@ class _Run:
         }
         if evaluate and metrics is not None:
             self.model.eval()
-            with torch.no_grad(), torch.random.fork_rng():
+            with torch.no_grad(), self.own_randomness():
                 record |= {name: float(value) for name, value in metrics(self.model).items()}
             self.model.train()
         self.losses = []
@@ -356,7 +361,8 @@ def _on_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, tuple | list):
-        return type(batch)(_on_device(part, device) for part in batch)
+        parts = [_on_device(part, device) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     if isinstance(batch, Mapping):
         return {name: _on_device(part, device) for name, part in batch.items()}
     return batch

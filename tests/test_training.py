@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -172,14 +172,19 @@ def test_a_step_is_adamw_with_clipping() -> None:
     assert records[-1]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
 
 
+class Labelled(NamedTuple):
+    values: Tensor
+    label: str
+
+
 def test_a_loss_of_ones_own_gets_the_batch_as_it_came() -> None:
     model = nn.Linear(3, 1)
-    batch = {"x": torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), "y": (torch.ones(5, 1), "label")}
+    batch = {"x": torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), "y": Labelled(torch.ones(5, 1), "label")}
     config = TrainingConfig(steps=200, lr=0.05, warmup=1, weight_decay=0.0)
 
     def squared_error(model: nn.Module, batch: Any) -> Tensor:
-        assert batch["y"][1] == "label"
-        return (model(batch["x"]) - batch["y"][0]).square().mean()
+        assert batch["y"].label == "label"
+        return (model(batch["x"]) - batch["y"].values).square().mean()
 
     records = train(model, lambda step: batch, config, loss_fn=squared_error, verbose=False)
     assert records[-1]["loss"] < 1e-3
