@@ -179,7 +179,10 @@ class Labelled(NamedTuple):
 
 def test_a_loss_of_ones_own_gets_the_batch_as_it_came() -> None:
     model = nn.Linear(3, 1)
-    batch = {"x": torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), "y": Labelled(torch.ones(5, 1), "label")}
+    batch = {
+        "x": torch.randn(5, 3, generator=torch.Generator().manual_seed(0)),
+        "y": Labelled(torch.ones(5, 1), "label"),
+    }
     config = TrainingConfig(steps=200, lr=0.05, warmup=1, weight_decay=0.0)
 
     def squared_error(model: nn.Module, batch: Any) -> Tensor:
