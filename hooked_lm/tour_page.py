@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import plotly.graph_objects as go
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from hooked_lm import plotting
@@ -10,6 +11,9 @@ from hooked_lm.demo import label
 from hooked_lm.experiments import Repeats
 from hooked_lm.plotting import PageFigure
 from hooked_lm.tour import Tour
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 
 def tour_figures(tour: Tour) -> list[PageFigure]:
