@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, MutableMapping, ValuesView
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.names import UnknownHookError, describe_unknown, get_act_name
+from hooked_lm.lazy_cache import LazyActivations
+from hooked_lm.names import NamesFilter, UnknownHookError, describe_unknown, get_act_name, select_names
+from hooked_lm.offloaded_cache import Offloading
 from hooked_lm.slicing import Slice
 
 CacheKey = str | tuple[Any, ...]
@@ -36,12 +38,12 @@ class CachedActivations(Mapping[Any, Tensor]):
     """A mapping from names to tensors. Names may be short: `cache["q", 3]`, `cache["scale", 4, "ln1"]`, `cache["k2a"]`.
 
     Attributes:
-        cache_dict: full hook name -> tensor.
+        cache_dict: full hook name -> tensor; `LazyActivations` in a lazy cache.
         model: the model of the run.
         has_batch_dim: whether the tensors have their batch axis.
     """
 
-    def __init__(self, cache_dict: dict[str, Tensor], model: CacheModel, has_batch_dim: bool = True) -> None:
+    def __init__(self, cache_dict: MutableMapping[str, Tensor], model: CacheModel, has_batch_dim: bool = True) -> None:
         self.cache_dict = cache_dict
         self.model = model
         self.has_batch_dim = has_batch_dim
@@ -87,14 +89,50 @@ class CachedActivations(Mapping[Any, Tensor]):
     def __repr__(self) -> str:
         return f"{type(self).__name__} with {len(self)} activations: {list(self.cache_dict)}"
 
+    def items(self) -> ItemsView[str, Tensor]:
+        """Return the names and tensors; of a lazy cache, computed block by block."""
+        return self.cache_dict.items()
+
+    def values(self) -> ValuesView[Tensor]:
+        """Return the tensors; of a lazy cache, computed block by block."""
+        return self.cache_dict.values()
+
+    def prefetch(self, names: NamesFilter | Iterable[CacheKey]) -> Self:
+        """Compute activations of a lazy cache, each block once, and hold them. Returns this cache.
+
+        A full cache holds everything, and is only checked for them.
+
+        Args:
+            names: a name, a glob, a predicate, or several names or short keys such as `("q", 3)`.
+
+        Raises:
+            UnknownHookError: one of them is not in the cache. Nothing has been computed then.
+        """
+        if not isinstance(names, str) and isinstance(names, Iterable):
+            names = [self.full_name(one) if isinstance(one, tuple) else one for one in names]
+        picked = select_names(cast(NamesFilter, names), list(self.cache_dict))
+        if isinstance(self.cache_dict, LazyActivations):
+            self.cache_dict.prefetch(picked)
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the tensors take; of a lazy cache, those that are held."""
+        entries = self.cache_dict
+        tensors = entries.kept() if isinstance(entries, LazyActivations) else entries.values()
+        storages = {StorageWeakRef(one.untyped_storage()): one.untyped_storage().nbytes() for one in tensors}
+        return sum(storages.values())
+
     # Moving and slicing
 
     def to(self, device: torch.device | str, move_model: bool = False) -> Self:
         """Move the tensors (and, if asked, the model) to a device. Returns this cache."""
-        moved: dict[int, Tensor] = {}
-        for name, tensor in self.cache_dict.items():
+        if isinstance(self.cache_dict, LazyActivations):
+            self.cache_dict = self.cache_dict.moved(device)
+        else:
+            moved: dict[int, Tensor] = {}
             # Entries that are one tensor stay one.
-            self.cache_dict[name] = moved.setdefault(id(tensor), tensor.to(device))
+            self._change(lambda name, tensor: moved.setdefault(id(tensor), tensor.to(device)))
         if move_model:
             self.model.to(device)  # type: ignore[attr-defined]
         return self
@@ -106,13 +144,12 @@ class CachedActivations(Mapping[Any, Tensor]):
             ValueError: the batch is not 1; nothing has been changed then.
         """
         if self.has_batch_dim:
-            for name, tensor in self.cache_dict.items():
-                if tensor.shape[0] != 1:
-                    raise ValueError(
-                        f"the batch axis can go only when it is 1; {name!r} has shape {tuple(tensor.shape)}"
-                    )
-            for name, tensor in self.cache_dict.items():
-                self.cache_dict[name] = tensor[0]
+            # In a lazy cache all entries are of one run, and so of one batch.
+            for name in list(self)[:1] if isinstance(self.cache_dict, LazyActivations) else self:
+                shape = tuple(self[name].shape)
+                if shape[0] != 1:
+                    raise ValueError(f"the batch axis can go only when it is 1; {name!r} has shape {shape}")
+            self._change(lambda name, tensor: tensor[0])
             self.has_batch_dim = False
         return self
 
@@ -121,8 +158,16 @@ class CachedActivations(Mapping[Any, Tensor]):
         if not self.has_batch_dim:
             raise ValueError("this cache has no batch axis to slice")
         batch = Slice.unwrap(batch_slice)
-        sliced = {name: batch.apply(tensor, dim=0) for name, tensor in self.cache_dict.items()}
-        return type(self)(sliced, self.model, has_batch_dim=batch.mode != "int")
+        sliced = type(self)(self.cache_dict, self.model, has_batch_dim=batch.mode != "int")
+        sliced._change(lambda name, tensor: batch.apply(tensor, dim=0))
+        return sliced
+
+    def _change(self, change: Callable[[str, Tensor], Tensor]) -> None:
+        """Make a change to every tensor: now, or in a lazy cache when it is read."""
+        if isinstance(self.cache_dict, LazyActivations):
+            self.cache_dict = self.cache_dict.then(change)
+        else:
+            self.cache_dict = {name: change(name, tensor) for name, tensor in self.cache_dict.items()}
 
     def toggle_autodiff(self, mode: bool = False) -> None:
         """Turn gradients on or off for all of torch: caches of long runs with gradients keep whole graphs alive."""
@@ -132,18 +177,9 @@ class CachedActivations(Mapping[Any, Tensor]):
 
     def save(self, path: str | Path) -> None:
         """Write the cache to a safetensors file. An entry that is the same tensor as another is written once."""
-        written: dict[tuple[Any, ...], str] = {}
-        tensors, aliases = {}, {}
-        for name, tensor in self.cache_dict.items():
-            memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            if memory in written:
-                aliases[name] = written[memory]
-            else:
-                written[memory] = name
-                tensors[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
-        order = json.dumps(list(self.cache_dict))
-        about = {"has_batch_dim": str(self.has_batch_dim), "aliases": json.dumps(aliases), "order": order}
-        save_file(tensors, path, metadata=about)
+        with Offloading(path, self, self.has_batch_dim) as file:
+            for name, tensor in self.items():
+                file[name] = tensor
 
     @classmethod
     def load(cls, path: str | Path, model: CacheModel) -> Self:

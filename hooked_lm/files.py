@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_whole(path: str | Path, content: str | Callable[[Path], object]) -> Path:
@@ -24,18 +26,36 @@ def write_whole(path: str | Path, content: str | Callable[[Path], object]) -> Pa
     """
     path = Path(path)
     write = (lambda place: place.write_text(content, encoding="utf-8")) if isinstance(content, str) else content
+    with _whole(path) as place:
+        write(place)
+    return path
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Generator[BinaryIO, None, None]:
+    """Open a file to write bytes to; at the end of the `with` block it is there under its name, unless that failed.
+
+    Raises:
+        ValueError: it cannot be written; what was there before is still there.
+    """
+    with _whole(Path(path)) as place, place.open("wb") as file:
+        yield file
+
+
+@contextmanager
+def _whole(path: Path) -> Generator[Path, None, None]:
+    """Where to write: beside the path, to be renamed to it at the end; or the path itself, if it is no plain file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         target = path.resolve()
         if target.exists() and not target.is_file():
-            write(target)
-            return path
+            yield target
+            return
         unfinished = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
         try:
-            write(unfinished)
+            yield unfinished
             unfinished.replace(target)
         finally:
             unfinished.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
-    return path

@@ -151,6 +151,20 @@ class HookedRootModule(nn.Module):
                 if clear_contexts:
                     self.clear_contexts()
 
+    @contextmanager
+    def only_hooks(self, handles: Iterable[HookHandle]) -> Generator[None, None, None]:
+        """Within a `with` block these hooks run and no others; afterwards the others are back."""
+        kept = {point: (point.fwd_hooks, point.bwd_hooks) for point in self.hook_points()}
+        try:
+            for point in kept:
+                point.fwd_hooks, point.bwd_hooks = [], []
+            for handle in handles:
+                handle.attach()
+            yield
+        finally:
+            for point, (fwd_hooks, bwd_hooks) in kept.items():
+                point.fwd_hooks, point.bwd_hooks = fwd_hooks, bwd_hooks
+
     # Running
 
     def run_with_hooks(
@@ -217,27 +231,21 @@ class HookedRootModule(nn.Module):
             pos_slice: the positions to keep (anything `Slice` takes); query positions for attention patterns.
         """
         store: dict[str, Tensor] = {} if cache is None else cache
-        positions = Slice.unwrap(pos_slice)
-        names = self.list_hooks(names_filter)
-        if names_filter is None:
-            names = [name for name in names if not self.hook_dict[name].on_demand]
+        positions, names = Slice.unwrap(pos_slice), self.names_to_cache(names_filter)
 
         def keep(suffix: str, x: Tensor, hook: HookPoint) -> None:
-            if not positions.is_identity:
-                axis = "query" if hook.axes is not None and "query" in hook.axes.split() else "pos"
-                # A copy of the few positions lets go of the rest.
-                x = positions.apply(x, dim=hook.axis(axis)).clone()
-            if remove_batch_dim:
-                if x.shape[0] != 1:
-                    raise ValueError(f"remove_batch_dim needs a batch of 1; {hook.name!r} has shape {tuple(x.shape)}")
-                x = x[0]
-            store[hook.name + suffix] = x.to(device=device)
+            store[hook.name + suffix] = recorded_part(x, hook, positions, remove_batch_dim).to(device=device)
 
         fwd: list[tuple[str, HookFunction]] = [(name, partial(keep, "")) for name in names]
         bwd: list[tuple[str, HookFunction]] = [
             (name, partial(keep, "_grad")) for name in names if self.hook_dict[name].differentiable
         ]
         return store, fwd, bwd if incl_bwd else []
+
+    def names_to_cache(self, names_filter: NamesFilter = None) -> list[str]:
+        """Return the names a filter picks for caching: by default all but those that are computed on demand."""
+        names = self.list_hooks(names_filter)
+        return names if names_filter is not None else [name for name in names if not self.hook_dict[name].on_demand]
 
     def add_caching_hooks(
         self,
@@ -293,12 +301,13 @@ class HookedRootModule(nn.Module):
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
         pos_slice: object = None,
+        store: dict[str, Tensor] | None = None,
         **model_kwargs: Any,
     ) -> tuple[Any, Any]:
         """Run the model once; return its output and a dictionary of the activations on the way.
 
-        Arguments as for `get_caching_hooks`; the rest goes to the model. With `incl_bwd` the output must be a scalar
-        (`return_type="loss"`), and its backward pass is run too.
+        Arguments as for `get_caching_hooks`, whose `cache` is here `store`; the rest goes to the model. With `incl_bwd`
+        the output must be a scalar (`return_type="loss"`), and its backward pass is run too.
 
         A cached tensor is never changed by a later hook or run. Entries that are one tensor share their memory.
 
@@ -306,7 +315,8 @@ class HookedRootModule(nn.Module):
             UnknownHookError: before the run, if a name or pattern matches nothing.
             RuntimeError: after it, if an activation asked for by name was not computed in this run.
         """
-        store, fwd, bwd = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, pos_slice=pos_slice)
+        given = store
+        store, fwd, bwd = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, given, pos_slice)
         handles = self._recording_handles(fwd, bwd, level=self.context_level + 1)
         with self._attached(handles, reset_hooks_end, clear_contexts):
             output = self(*model_args, **model_kwargs)
@@ -316,11 +326,26 @@ class HookedRootModule(nn.Module):
         self._check_fired(
             names_filter if names_filter is not None else "*", [handle for handle in handles if handle.dir == "fwd"]
         )
+        if given is not None:
+            return output, given
         recorded = dict(store)
         if reset_hooks_end:
             # A graph keeps its backward hooks, and these keep `store`: full, it would keep every tensor in a cycle.
             store.clear()
         return output, recorded
+
+
+def recorded_part(x: Tensor, hook: HookPoint, positions: Slice, remove_batch_dim: bool) -> Tensor:
+    """Return what a cache keeps of an activation: some positions (of queries, for patterns), with or without batch."""
+    if not positions.is_identity:
+        axis = "query" if hook.axes is not None and "query" in hook.axes.split() else "pos"
+        # A copy of the few positions lets go of the rest.
+        x = positions.apply(x, dim=hook.axis(axis)).clone()
+    if not remove_batch_dim:
+        return x
+    if x.shape[0] != 1:
+        raise ValueError(f"remove_batch_dim needs a batch of 1; {hook.name!r} has shape {tuple(x.shape)}")
+    return x[0]
 
 
 def _check_scalar(output: object) -> None:

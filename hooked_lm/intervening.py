@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.hooks import HookedRootModule, HookPoint
+from hooked_lm.hooks import HookedRootModule, HookHandle, HookPoint
 from hooked_lm.interventions import Intervention
 
 
@@ -69,6 +69,16 @@ class Intervening(HookedRootModule):
                 raise TypeError(f"an intervention is an Intervention, got {intervention!r}")
             intervention.check(self.cfg, axes)
         return [(one.site, Acting(one, self)) for one in interventions]
+
+    @contextmanager
+    def only_hooks(self, handles: Iterable[HookHandle]) -> Generator[None, None, None]:
+        """As in `HookedRootModule`; a run within the block does not move the positions of one that is under way."""
+        n_past = self.n_past
+        try:
+            with super().only_hooks(handles):
+                yield
+        finally:
+            self.n_past = n_past
 
     def run(self, *args: Any, interventions: Sequence[Intervention] = (), **kwargs: Any) -> Any:
         """Run the model once under interventions; arguments and result are those of the model.

@@ -12,13 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_lm import tokenization
-from hooked_lm.activation_cache import ActivationCache
+from hooked_lm.caching import Caching
 from hooked_lm.components import Embed, PosEmbed, SequenceLayout, TransformerBlock, Unembed
 from hooked_lm.components.norm import make_norm
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint
 from hooked_lm.initialization import initialize_weights
-from hooked_lm.intervening import Intervening
 from hooked_lm.kv_cache import HookedTransformerKeyValueCache
 from hooked_lm.losses import lm_cross_entropy_loss
 from hooked_lm.model_weights import ModelWeights
@@ -31,7 +30,7 @@ ReturnType = Literal["logits", "loss", "both"] | None
 ModelInput = str | Sequence[str] | Tensor | np.ndarray
 
 
-class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Intervening):
+class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Caching):
     """A transformer with a named hook point at every activation.
 
     Args:
@@ -137,6 +136,10 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Intervening):
                 return None
             logits = self.unembed(_kept(normalized, logits_to_keep))
             return self._output(logits, tokens, mask, return_type, loss_per_token)
+
+    def logits_of(self, residual: Tensor, logits_to_keep: int | slice | Tensor | None = None) -> Tensor:
+        """Return the logits of the stream that leaves the last block [batch pos d_model]: final norm, unembedding."""
+        return self.unembed(_kept(self.ln_final(residual), logits_to_keep))
 
     def _output(
         self, logits: Tensor, tokens: Tensor | None, mask: Tensor | None, return_type: ReturnType, per_token: bool
@@ -349,28 +352,6 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Intervening):
             return False
         lengths = cache.previous_attention_mask.sum(1).tolist()
         return any(self.cfg.rotation_changes(length, length + n_new) for length in lengths)
-
-    # Caching
-
-    def run_with_cache(
-        self,
-        *model_args: Any,
-        return_cache_object: bool = True,
-        remove_batch_dim: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Any, Any]:
-        """Run the model and return its output with an `ActivationCache` of what was computed on the way.
-
-        Args:
-            return_cache_object: False returns a plain dictionary of tensors.
-            remove_batch_dim: drop the batch axis of the cached tensors; the batch must be 1.
-            kwargs: those of `HookedRootModule.run_with_cache` (`names_filter`, `device`, `incl_bwd`, `pos_slice`, ...)
-                and of the model.
-        """
-        output, cache = super().run_with_cache(*model_args, remove_batch_dim=remove_batch_dim, **kwargs)
-        if return_cache_object:
-            cache = ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
-        return output, cache
 
     # Housekeeping
 

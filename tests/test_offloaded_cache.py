@@ -1,0 +1,146 @@
+"""An offloaded cache is the full cache of the same run, on disk: streamed there, mapped back, whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hooked_lm import ActivationCache, HookedTransformer, HookPoint
+from hooked_lm.offloaded_cache import Offloading
+from tests.helpers import tiny_model, tiny_tokens
+from tests.test_hook_sites import ARCHITECTURES
+
+TOKENS = tiny_tokens()
+
+
+def assert_same(found: Any, full: Any) -> None:
+    assert list(found) == list(full)
+    for name, expected in full.items():
+        assert found[name].dtype == expected.dtype
+        assert torch.equal(found[name], expected), name
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "sinks, mixture with a limit", "shortformer"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_it_is_the_full_cache(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = tiny_model(**ARCHITECTURES[architecture], dtype=dtype)
+    tokens = TOKENS[:1, :5]  # odd numbers of small numbers, and integers after them
+    expected, full = model.run_with_cache(tokens)
+    logits, disk = model.run_with_cache(tokens, offload=tmp_path / "cache.safetensors")
+    assert torch.equal(logits, expected)
+    assert_same(disk, full)
+    assert not any(value.requires_grad for value in disk.values())
+    assert_same(ActivationCache.load(tmp_path / "cache.safetensors", model), full)
+    torch.testing.assert_close(disk.decompose_resid(), full.decompose_resid())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"names_filter": "blocks.*.attn.hook_pattern"},
+        {"pos_slice": -1, "device": "cpu"},
+        {"return_type": "loss", "incl_bwd": True},
+        {"return_cache_object": False},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_options_are_those_of_the_full_cache(options: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_model()
+    _, full = model.run_with_cache(TOKENS, **options)
+    _, disk = model.run_with_cache(TOKENS, offload=str(tmp_path / "cache.safetensors"), **options)
+    assert_same(disk, full)
+    assert type(disk) is type(full)
+
+
+def test_without_the_batch_axis(tmp_path: Path) -> None:
+    model = tiny_model()
+    _, full = model.run_with_cache(TOKENS[:1], remove_batch_dim=True)
+    _, disk = model.run_with_cache(TOKENS[:1], remove_batch_dim=True, offload=tmp_path / "cache.safetensors")
+    assert_same(disk, full)
+    assert not disk.has_batch_dim
+    assert not ActivationCache.load(tmp_path / "cache.safetensors", model).has_batch_dim
+
+
+def test_the_file_is_plain_safetensors_and_has_each_tensor_once(tmp_path: Path) -> None:
+    model, path = tiny_model(), tmp_path / "cache.safetensors"
+    _, full = model.run_with_cache(TOKENS)
+    _, disk = model.run_with_cache(TOKENS, offload=path)
+    stored = load_file(path)
+    assert "blocks.1.hook_resid_pre" not in stored  # the same tensor as blocks.0.hook_resid_post
+    assert torch.equal(stored["blocks.0.hook_resid_post"], full["resid_pre", 1])
+    assert disk["resid_pre", 1].data_ptr() == disk["resid_post", 0].data_ptr()
+    different = {value.untyped_storage().data_ptr(): value.nbytes for value in full.values()}
+    assert sum(value.nbytes for value in stored.values()) <= sum(different.values()) + 8 * len(full)
+
+
+def test_nothing_is_held_while_it_runs_and_the_tensors_are_maps_of_the_file(tmp_path: Path) -> None:
+    model, path = tiny_model(), tmp_path / "cache.safetensors"
+    held = []
+
+    def look(x: Tensor, hook: HookPoint) -> None:
+        held.extend(part for part in tmp_path.iterdir() if part.stat().st_size > 0)
+
+    with model.hooks(fwd_hooks=[("ln_final.hook_scale", look)]):
+        _, disk = model.run_with_cache(TOKENS, offload=path)
+    assert held  # the file grows before the run has ended
+    assert held[0] != path
+    assert [part.name for part in tmp_path.iterdir()] == [path.name]
+    before = disk["z", 1].clone()
+    model.run_with_cache(TOKENS + 0, offload=path)  # another file under the same name
+    model.run_with_cache((TOKENS + 1) % 20, offload=path)
+    assert torch.equal(disk["z", 1], before)
+
+
+def test_a_run_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    model, path = tiny_model(), tmp_path / "cache.safetensors"
+    model.run_with_cache(TOKENS, offload=path)
+    content = path.read_bytes()
+
+    def fail(x: Tensor, hook: HookPoint) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), model.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", fail)]):
+        model.run_with_cache(TOKENS, offload=path)
+    assert path.read_bytes() == content
+    assert [part.name for part in tmp_path.iterdir()] == [path.name]
+    assert not any(point.live for point in model.hook_points())
+
+
+def test_a_place_that_cannot_be_written_to_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cache\.safetensors cannot be written"):
+        tiny_model().run_with_cache(TOKENS, offload=tmp_path / "file" / "cache.safetensors")
+
+
+def test_a_name_is_written_once(tmp_path: Path) -> None:
+    with Offloading(tmp_path / "x.safetensors", ["a"]) as file:
+        file["a"] = torch.ones(2)
+        with pytest.raises(ValueError, match=r"'a' has been written to .* already"):
+            file["a"] = torch.zeros(2)
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["a"], torch.ones(2))
+
+
+def test_a_large_file_of_many_names_has_room_for_its_table(tmp_path: Path) -> None:
+    names = [f"blocks.{layer}.a_rather_long_name.hook_something" for layer in range(500)]
+    tensors = {name: torch.full((1, 1, 1, 1, 1), float(place), dtype=torch.float16) for place, name in enumerate(names)}
+    with Offloading(tmp_path / "x.safetensors", names) as file:
+        for name, tensor in tensors.items():
+            file[name] = tensor
+            file[f"{name}_grad"] = torch.ones(3, dtype=torch.int64)
+    found = ActivationCache.load(tmp_path / "x.safetensors", tiny_model()).cache_dict
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert torch.equal(found[f"{names[7]}_grad"], torch.ones(3, dtype=torch.int64))
+
+
+def test_a_saved_cache_is_the_same_kind_of_file(tmp_path: Path) -> None:
+    model: HookedTransformer = tiny_model()
+    _, full = model.run_with_cache(TOKENS)
+    full.save(tmp_path / "saved.safetensors")
+    model.run_with_cache(TOKENS, offload=tmp_path / "streamed.safetensors")
+    saved, streamed = (load_file(tmp_path / f"{name}.safetensors") for name in ("saved", "streamed"))
+    assert saved.keys() == streamed.keys()
