@@ -37,6 +37,9 @@ class HookedRootModule(nn.Module):
         self.hook_dict = {name: module for name, module in self.mod_dict.items() if isinstance(module, HookPoint)}
         for name, point in self.hook_dict.items():
             point.name = name
+            parent, _, attribute = name.rpartition(".")
+            # Found where Python looks first: torch looks for a module in three dictionaries after that.
+            vars(self.get_submodule(parent))[attribute] = point
 
     def hook_points(self) -> Iterable[HookPoint]:
         """Return every hook point, in the order of the module tree."""

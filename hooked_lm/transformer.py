@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hooked_lm import tokenization
 from hooked_lm.caching import Caching
 from hooked_lm.components import Embed, PosEmbed, SequenceLayout, TransformerBlock, Unembed
-from hooked_lm.components.norm import make_norm
+from hooked_lm.components.norm import NoNorm, make_norm
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint
 from hooked_lm.initialization import initialize_weights
@@ -68,7 +68,7 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Caching):
             self.pos_embed = PosEmbed(cfg)
             self.hook_pos_embed = HookPoint("batch pos d_model")
         self.blocks = nn.ModuleList([TransformerBlock(cfg, layer) for layer in range(cfg.n_layers)])
-        self.ln_final = make_norm(cfg, kind=_final_norm_kind(cfg)) if cfg.final_norm else nn.Identity()
+        self.ln_final = make_norm(cfg, kind=_final_norm_kind(cfg)) if cfg.final_norm else NoNorm()
         self.unembed = Unembed(cfg, tied_to=self.embed if cfg.tie_word_embeddings else None)
         device = cfg.device  # asked for; from the next line on the config says where the parameters are
         self.to(cfg.dtype)
@@ -122,7 +122,7 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Caching):
         _check_return(return_type, stop_at_layer, logits_to_keep, loss_per_token)
         if past_kv_cache is not None:
             self._check_cacheable(past_kv_cache, start, stop)
-        with _rewound_on_error(past_kv_cache):
+        with nullcontext() if past_kv_cache is None else _rewound_on_error(past_kv_cache):
             residual, tokens, shortformer_pos, mask, layout = self._enter(
                 input, prepend_bos, padding_side, attention_mask, past_kv_cache, start_at_layer, tokens
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -639,3 +640,23 @@ def test_the_classic_gates_change_nothing(setter: str) -> None:
             (name, tensor.shape) for name, tensor in clean_cache.items()
         ]
         assert list(model.hook_dict) == names
+
+
+def test_torchs_own_hooks_are_refused_at_a_hook_point_where_they_would_never_run() -> None:
+    point = tiny_model().hook_dict["blocks.0.hook_resid_pre"]
+    for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"):
+        with pytest.raises(TypeError, match=r"do not run at 'blocks\.0\.hook_resid_pre': use add_hook"):
+            getattr(point, register)(print)
+
+
+def test_a_copy_of_a_model_has_hook_points_of_its_own() -> None:
+    model = tiny_model()
+    twin = copy.deepcopy(model)
+    called = []
+    twin.add_hook("blocks.0.hook_resid_pre", lambda x, hook: called.append(hook))
+    model(tiny_tokens())
+    assert called == []
+    twin(tiny_tokens())
+    assert called == [twin.blocks[0].hook_resid_pre] == [twin.hook_dict["blocks.0.hook_resid_pre"]]
+    model.blocks[0].hook_resid_pre = HookPoint("batch pos d_model")
+    assert model.blocks[0].hook_resid_pre is not model.hook_dict["blocks.0.hook_resid_pre"]

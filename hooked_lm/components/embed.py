@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_lm.components.activations import soft_cap
-from hooked_lm.components.norm import make_writing_norm
+from hooked_lm.components.norm import NoNorm, make_writing_norm
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint
 
@@ -22,7 +22,7 @@ class Embed(nn.Module):
         super().__init__()
         self.scale = cfg.embedding_scale
         self.W_E = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
-        self.ln = make_writing_norm(cfg) if cfg.post_embedding_ln else nn.Identity()
+        self.ln = make_writing_norm(cfg) if cfg.post_embedding_ln else NoNorm()
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         embedded = F.embedding(tokens, self.W_E)

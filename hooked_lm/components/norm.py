@@ -129,12 +129,19 @@ NORMS: dict[str, type[LayerNorm | LayerNormPre | RMSNorm | RMSNormPre]] = {
 }
 
 
+class NoNorm(nn.Identity):
+    """No norm. Calling it costs next to nothing."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+
 def make_norm(
     cfg: HookedTransformerConfig, length: int | None = None, axes: str = "batch pos d_model", kind: str | None = None
 ) -> nn.Module:
     """Return the norm a config asks for (or another `kind`); the identity where it asks for none."""
     kind = kind or cfg.normalization_type
-    return nn.Identity() if kind is None else NORMS[kind](cfg, length, axes)
+    return NoNorm() if kind is None else NORMS[kind](cfg, length, axes)
 
 
 def make_writing_norm(cfg: HookedTransformerConfig) -> nn.Module:
@@ -149,16 +156,16 @@ def make_block_norm(cfg: HookedTransformerConfig, *, writing: bool = False) -> n
     """
     placement = cfg.norm_placement
     if writing:
-        return make_writing_norm(cfg) if placement in ("before_and_after", "after") else nn.Identity()
+        return make_writing_norm(cfg) if placement in ("before_and_after", "after") else NoNorm()
     if placement == "residual":
         return make_writing_norm(cfg)
-    return nn.Identity() if placement == "after" else make_norm(cfg)
+    return NoNorm() if placement == "after" else make_norm(cfg)
 
 
 def make_qk_norm(cfg: HookedTransformerConfig, heads: int, axes: str) -> nn.Module:
     """Return the norm of the queries or keys of so many heads; the identity where the config asks for none."""
     if not cfg.use_qk_norm:
-        return nn.Identity()
+        return NoNorm()
     every_head = (heads, cfg.d_head)
     return Norm(
         every_head if cfg.qk_norm_across_heads else cfg.d_head,
