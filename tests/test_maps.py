@@ -59,6 +59,24 @@ def test_a_long_prompt_has_fewer_tick_labels_than_positions() -> None:
     assert figure.layout.height < 1200
 
 
+def test_columns_with_the_same_label_are_told_apart_by_their_numbers() -> None:
+    twice = plotting.patching_grid(np.zeros((2, 3)), [" a", " b", " a"]).data[0]
+    assert list(twice.customdata[1]) == ["0 &#x27; a&#x27;", "1 &#x27; b&#x27;", "2 &#x27; a&#x27;"]
+    once = plotting.patching_grid(np.zeros((2, 2)), ["a", "b"]).data[0]
+    assert list(once.customdata[0]) == ["a", "b"]
+
+
+def test_cells_that_were_not_measured_leave_the_scale_alone() -> None:
+    heat = plotting.patching_grid([[0.5, np.nan]]).data[0]
+    assert (heat.zmin, heat.zmax) == (-0.5, 0.5)
+
+
+def test_a_unit_is_no_template() -> None:
+    heat = plotting.patching_grid([[0.5]], unit="%{x} <b>").data[0]
+    assert "&#37;{x} &lt;b&gt; %{z:.3f}" in heat.hovertemplate
+    assert heat.colorbar.title.text == "&#37;{x} &lt;b&gt;"
+
+
 # The lens
 
 
@@ -98,6 +116,7 @@ def test_nothing_of_a_token_is_read_as_part_of_the_page() -> None:
         (lambda: plotting.patching_grid(torch.rand(3)), r"has shape \[layer position\], got \(3,\)"),
         (lambda: plotting.patching_grid(torch.rand(2, 3), ["a"]), "1 labels for 3 positions"),
         (lambda: plotting.patching_grid(torch.rand(2, 3), ["a"], axis="head"), "1 labels for 3 heads"),
+        (lambda: plotting.patching_grid(torch.rand(2, 3), limit=0.0), "above 0, not 0.0"),
         (lambda: plotting.lens_table(TOKENS, torch.rand(3, 2), ["a", "b", "c"]), r"\[site pos top\], got \(3, 2\)"),
         (lambda: plotting.lens_table(TOKENS, PROBABILITIES, ["a"]), "3 sites of tokens and 1 labels"),
         (lambda: plotting.lens_table(TOKENS[:2], PROBABILITIES, ["a", "b", "c"]), "2 sites of tokens"),

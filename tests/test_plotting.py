@@ -68,12 +68,53 @@ def test_ablation_bars_write_their_values_and_colour_what_is_highlighted() -> No
     assert bars.marker.color[0] != bars.marker.color[1]
 
 
+def test_scores_of_both_signs_are_around_zero() -> None:
+    heads = plotting.head_scores([[0.5, -0.25]]).data[0]
+    assert (heads.zmin, heads.zmax) == (-1.0, 1.0)
+    assert dict(heads.colorscale)[0.5] == "#fbfaf6"
+    pairs = plotting.composition_matrix([[0.5, -0.75]], ["L0H0"], ["L1H0", "L1H1"]).data[0]
+    assert (pairs.zmin, pairs.zmax) == (-0.75, 0.75)
+
+
+def test_a_map_of_many_heads_has_a_colour_bar_for_numbers() -> None:
+    few, many = (plotting.head_scores(np.zeros((2, n))) for n in (16, 17))
+    assert (few.data[0].texttemplate, few.data[0].showscale) == ("%{z:.2f}", False)
+    assert (many.data[0].texttemplate, many.data[0].showscale) == (None, True)
+    assert plotting.head_scores(np.zeros((80, 80))).layout.height < 1600
+
+
+def test_tokens_are_escaped_made_visible_and_told_apart_by_their_positions() -> None:
+    figure = plotting.attention_pattern(np.eye(3), [" a", "<b>", " a"])
+    assert list(figure.layout.xaxis.ticktext) == ["&#x27; a&#x27;", "&lt;b&gt;", "&#x27; a&#x27;"]
+    assert list(figure.layout.xaxis.tickvals) == [0, 1, 2]
+    assert figure.data[0].customdata[1][0] == "&lt;b&gt; → &#x27; a&#x27;"
+    # With a format plotly says the number and not the label.
+    assert "from position %{y:d} to %{x:d}" in figure.data[0].hovertemplate
+
+
+def test_a_title_is_shown_as_it_is() -> None:
+    assert plotting.head_scores([[0.5]], "a <b> title").layout.title.text == "a &lt;b&gt; title"
+
+
+def test_conditions_with_the_same_label_have_their_own_bars() -> None:
+    bars = plotting.ablation_bars(["a", "a"], [1.0, 2.0], [True, False]).data[0]
+    assert len(set(bars.y)) == 2
+
+
 @pytest.mark.parametrize(
     ("draw", "said"),
     [
         (lambda: plotting.attention_pattern(torch.rand(1, 3, 3)), r"has shape \[query key\], got \(1, 3, 3\)"),
         (lambda: plotting.attention_pattern(torch.rand(3, 3), ["a"]), "1 labels for a pattern of 3 queries and 3 keys"),
         (lambda: plotting.attention_pattern(torch.rand(3, 2)), "3 queries and 2 keys"),
+        (lambda: plotting.attention_pattern(torch.tensor([[3.0]])), "between 3 and 3: hook_pattern has it"),
+        (lambda: plotting.attention_pattern(torch.tensor([[-0.5]])), "between -0.5 and -0.5"),
+        (lambda: plotting.attention_pattern(torch.tensor([[torch.nan]])), "between nan and nan"),
+        (
+            lambda: plotting.head_scores(torch.tensor([[0.5, 2.5]])),
+            r"furthest is 2.5: patching_grid\(scores, axis='head'\)",
+        ),
+        (lambda: plotting.head_scores(torch.tensor([[torch.nan]])), "furthest is nan"),
         (lambda: plotting.log_prob_curve(torch.rand(2, 3)), r"log-probabilities \[pos\]"),
         (lambda: plotting.head_scores(torch.rand(3)), r"has shape \[layer head\]"),
         (lambda: plotting.composition_matrix(torch.rand(2, 2), ["a"], ["b", "c"]), "1 writers and 2 readers"),

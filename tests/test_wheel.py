@@ -28,6 +28,7 @@ def test_the_wheel_holds_both_packages_the_bundled_model_and_no_tests(wheel: Pat
     assert "hooked_lm/bundled/demo-induction-2l/model.safetensors" in names
     assert "hooked_lm/bundled/demo-tasks-4l/model.safetensors" in names
     assert "hooked_lm/bundled/demo-tasks-4l/tokenizer.json" in names
+    assert "hooked_lm/plotting/widgets/attention.js" in names
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "scripts"))]
 
 

@@ -1,4 +1,10 @@
-"""Figures of what a model does: arrays in, plotly figures out. Needs the extra `viz`."""
+"""Figures of what a model does: arrays and strings in, figures out, each of which saves itself. Needs the extra `viz`.
+
+    figure = plotting.attention_pattern(cache["pattern", 1][0, 3], model.to_str_tokens(prompt))
+    figure.save("pattern.html")
+
+Labels are shown as they are: nothing in a token is read as markup, and spaces at its ends are made visible.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +13,27 @@ from importlib.util import find_spec
 if find_spec("plotly") is None:
     raise ImportError("hooked_lm.plotting draws with plotly, which is not installed: pip install 'hooked-lm[viz]'")
 
-from hooked_lm.plotting.curves import layer_curves
-from hooked_lm.plotting.figures import (
-    ablation_bars,
-    attention_pattern,
-    composition_matrix,
-    head_scores,
-    log_prob_curve,
-)
+from hooked_lm.plotting.attention import attention_heads
+from hooked_lm.plotting.attribution import attribution_bars, attribution_waterfall
+from hooked_lm.plotting.curves import layer_curves, log_prob_curve, training_curves
+from hooked_lm.plotting.figure import Figure, HtmlFigure
+from hooked_lm.plotting.figures import ablation_bars, attention_pattern, composition_matrix, head_scores
+from hooked_lm.plotting.graph import composition_graph
 from hooked_lm.plotting.maps import lens_table, patching_grid
 from hooked_lm.plotting.page import PageFigure, page_html, write_page
+from hooked_lm.plotting.tokens import coloured_tokens
 
 __all__ = [
+    "Figure",
+    "HtmlFigure",
     "PageFigure",
     "ablation_bars",
+    "attention_heads",
     "attention_pattern",
+    "attribution_bars",
+    "attribution_waterfall",
+    "coloured_tokens",
+    "composition_graph",
     "composition_matrix",
     "head_scores",
     "layer_curves",
@@ -29,5 +41,6 @@ __all__ = [
     "log_prob_curve",
     "page_html",
     "patching_grid",
+    "training_curves",
     "write_page",
 ]

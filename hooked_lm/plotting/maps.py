@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from typing import Any, Literal
 
 import numpy as np
 import plotly.graph_objects as go
 
-from hooked_lm.plotting.figures import SEQUENTIAL, _matrix, _styled
+from hooked_lm.plotting.figure import Figure
+from hooked_lm.plotting.style import (
+    DIVERGING,
+    SEQUENTIAL,
+    around,
+    colour_bar,
+    matrix,
+    names_of,
+    shown,
+    styled,
+    text,
+    ticks,
+    visible,
+)
 from hooked_lm.utils import to_numpy
-
-# Paper in the middle: blue is above it, orange below, and both darken with the distance.
-DIVERGING = [
-    [0.0, "#7a3208"],
-    [0.15, "#d9661f"],
-    [0.3, "#efa878"],
-    [0.425, "#f8dfcd"],
-    [0.5, "#fbfaf6"],
-    [0.575, "#dbe8f5"],
-    [0.7, "#92bde6"],
-    [0.85, "#2f7bc8"],
-    [1.0, "#0f3d73"],
-]
 
 # How many letters there is room for across a page.
 _LETTERS = 100
@@ -38,7 +37,7 @@ def patching_grid(
     limit: float | None = None,
     unit: str = "score",
     title: str = "",
-) -> go.Figure:
+) -> Figure:
     """Return a heat map of patched runs, a row for each layer, a column for each position or head.
 
     Args:
@@ -51,14 +50,13 @@ def patching_grid(
         title: over the map.
 
     Raises:
-        ValueError: the scores have no two axes, or the labels are not as many as the columns.
+        ValueError: the scores have no two axes, the labels are not as many as the columns, or the limit is not above 0.
     """
-    values = _matrix(scores, "a grid of patched runs", f"layer {axis}")
+    values = matrix(scores, "a grid of patched runs", f"layer {axis}")
     n_layers, n_columns = values.shape
-    names = _names(labels, n_columns, f"{axis}s")
-    furthest = float(np.nanmax(np.abs(values - centre), initial=0.0)) if limit is None else limit
-    furthest = furthest or 1.0
-    figure = go.Figure(
+    names = names_of(labels, n_columns, f"{axis}s")
+    furthest = around(values, centre, limit)
+    figure = Figure(
         go.Heatmap(
             z=values,
             x=list(range(n_columns)),
@@ -66,20 +64,21 @@ def patching_grid(
             zmin=centre - furthest,
             zmax=centre + furthest,
             colorscale=DIVERGING,
-            colorbar={"thickness": 8, "outlinewidth": 0, "tickvals": [centre - furthest, centre, centre + furthest]},
+            colorbar=colour_bar(unit, tickvals=[centre - furthest, centre, centre + furthest], tickformat=".3~g"),
             xgap=1,
             ygap=1,
             # Of heads the numbers are read one by one; of positions the picture is.
             texttemplate="%{z:.2f}" if axis == "head" and n_columns <= 16 else None,
-            customdata=[[escape(name) for name in names]] * n_layers,
-            hovertemplate=f"layer %{{y}}, {axis} %{{customdata}}<br>{escape(unit)} %{{z:.3f}}<extra></extra>",
+            customdata=[_places(names)] * n_layers,
+            hovertemplate=f"layer %{{y}}, {axis} %{{customdata}}<br>{text(unit)} %{{z:.3f}}<extra></extra>",
         )
     )
-    figure.update_xaxes(title=axis, **_ticks(names, most=48))
+    figure.update_xaxes(title=axis, **ticks(names, most=48))
     figure.update_yaxes(
-        title="layer", autorange="reversed", **_ticks([str(layer) for layer in range(n_layers)], most=24)
+        title="layer", autorange="reversed", **ticks([str(layer) for layer in range(n_layers)], most=24)
     )
-    return _styled(figure, title, height=150 + min(34, max(14, 800 // n_layers)) * n_layers, grid=False)
+    height, width = 150 + min(34, max(14, 640 // n_layers)) * n_layers, 110 + (30 if axis == "head" else 9) * n_columns
+    return styled(figure, title, height, grid=False, least_width=width)
 
 
 def lens_table(
@@ -88,7 +87,7 @@ def lens_table(
     sites: Sequence[str],
     labels: Sequence[str] | None = None,
     title: str = "",
-) -> go.Figure:
+) -> Figure:
     """Return a table of what the residual stream says: a row for each site, the last on top, a column per position.
 
     In each cell stands the likeliest token, in the colour of its probability; the others are shown where one points.
@@ -110,9 +109,9 @@ def lens_table(
     if (len(tokens), shapes, len(sites)) != (values.shape[0], {values.shape[1:]}, values.shape[0]):
         raise ValueError(f"{len(tokens)} sites of tokens and {len(sites)} labels for probabilities {values.shape}")
     n_sites, n_columns = values.shape[:2]
-    names = _names(labels, n_columns, "positions")
+    names = names_of(labels, n_columns, "positions")
     letters = min(16, _LETTERS // n_columns)
-    figure = go.Figure(
+    figure = Figure(
         go.Heatmap(
             z=values[:, :, 0],
             x=list(range(n_columns)),
@@ -120,32 +119,40 @@ def lens_table(
             zmin=0.0,
             zmax=1.0,
             colorscale=SEQUENTIAL,
-            colorbar={"thickness": 8, "outlinewidth": 0, "tickvals": [0, 0.5, 1]},
+            colorbar=colour_bar("probability"),
             xgap=2,
             ygap=2,
-            text=[[_shown(cell[0], letters) for cell in row] for row in tokens],
+            # There is little room: spaces at the ends are for where one points.
+            text=[[shown(cell[0].strip() or cell[0], letters) for cell in row] for row in tokens],
             texttemplate="%{text}" if letters > 2 else None,
             textfont={"size": 11},
-            customdata=_hover(tokens, values, sites, names),
+            customdata=_hover(tokens, values, sites, _places(names)),
             hovertemplate="%{customdata}<extra></extra>",
         )
     )
-    figure.update_xaxes(title="position", **_ticks(names, most=48))
-    figure.update_yaxes(**_ticks(sites, most=n_sites))
-    return _styled(figure, title, height=130 + 26 * n_sites, grid=False)
+    figure.update_xaxes(title="position", **ticks(names, most=48))
+    figure.update_yaxes(**ticks(sites, most=n_sites))
+    longest = max(min(letters, len(cell[0].strip())) for row in tokens for cell in row) if letters > 2 else 2
+    return styled(figure, title, 130 + 26 * n_sites, grid=False, least_width=110 + (8 + 6 * longest) * n_columns)
+
+
+def _places(names: Sequence[str]) -> list[str]:
+    """What is said of each column: its label; with its number, if there are columns with the same label."""
+    twice = len(set(names)) < len(names)
+    return [f"{place} {text(name)}" if twice else text(name) for place, name in enumerate(names)]
 
 
 def _hover(
-    tokens: Sequence[Sequence[Sequence[str]]], values: np.ndarray, sites: Sequence[str], names: Sequence[str]
+    tokens: Sequence[Sequence[Sequence[str]]], values: np.ndarray, sites: Sequence[str], places: Sequence[str]
 ) -> list[list[str]]:
     """What is said of each cell: where it is, then every token and its probability."""
     return [
         [
             "<br>".join(
                 [
-                    f"{escape(sites[site])}, position {escape(names[column])}",
+                    f"{text(sites[site])}, position {places[column]}",
                     *(
-                        f"{escape(token)}  {probability:.1%}"
+                        f"{text(visible(token))}  {probability:.1%}"
                         for token, probability in zip(cell, values[site, column], strict=True)
                     ),
                 ]
@@ -154,21 +161,3 @@ def _hover(
         ]
         for site, row in enumerate(tokens)
     ]
-
-
-def _names(labels: Sequence[str] | None, n_columns: int, what: str) -> list[str]:
-    names = [str(column) for column in range(n_columns)] if labels is None else list(labels)
-    if len(names) != n_columns:
-        raise ValueError(f"{len(names)} labels for {n_columns} {what}")
-    return names
-
-
-def _ticks(names: Sequence[str], most: int) -> dict[str, Any]:
-    """Tick labels for cells 0, 1, ...: all of them, or as many as there is room for."""
-    shown = range(0, len(names), -(-len(names) // most))
-    return {"tickvals": list(shown), "ticktext": [_shown(names[place], 22) for place in shown]}
-
-
-def _shown(text: str, letters: int) -> str:
-    """A text as plotly shows it: not too long, and no part of it read as markup."""
-    return escape(text if len(text) <= letters else text[: letters - 1] + "…")

@@ -8,10 +8,11 @@ from html import escape
 from pathlib import Path
 
 import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
 
 from hooked_lm.files import write_whole
-from hooked_lm.plotting.figures import FONT
+from hooked_lm.plotting.document import plotly_div, plotly_document
+from hooked_lm.plotting.figure import HtmlFigure
+from hooked_lm.plotting.style import FONT
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class PageFigure:
 
     heading: str
     caption: str
-    figures: tuple[go.Figure, ...]
+    figures: tuple[go.Figure | HtmlFigure, ...]
 
 
 def page_html(
@@ -48,12 +49,11 @@ def page_html(
     tiles = "".join(f"<li><b>{escape(number)}</b><span>{escape(meaning)}</span></li>" for number, meaning in facts)
     tiles = f"<ul>{tiles}</ul>" if tiles else ""
     body = "".join(_section(section, number) for number, section in enumerate(sections, start=1))
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n<script>{get_plotlyjs()}</script>\n</head>\n"
-        f"<body>\n<main>\n<header><h1>{escape(title)}</h1><p>{escape(introduction)}</p></header>\n"
-        f"{tiles}\n{body}\n<footer>{escape(footer)}</footer>\n</main>\n</body>\n</html>\n"
+    return plotly_document(
+        title,
+        _STYLE,
+        f"<main>\n<header><h1>{escape(title)}</h1><p>{escape(introduction)}</p></header>\n"
+        f"{tiles}\n{body}\n<footer>{escape(footer)}</footer>\n</main>",
     )
 
 
@@ -71,12 +71,7 @@ def write_page(
 
 def _section(section: PageFigure, number: int) -> str:
     plots = "".join(
-        figure.to_html(
-            full_html=False,
-            include_plotlyjs=False,
-            div_id=f"figure-{number}-{place}",
-            config={"displaylogo": False, "responsive": True, "displayModeBar": False},
-        )
+        figure.frame() if isinstance(figure, HtmlFigure) else plotly_div(figure, f"figure-{number}-{place}")
         for place, figure in enumerate(section.figures)
     )
     # The columns are fixed beforehand: each figure measures its place as soon as it is reached.

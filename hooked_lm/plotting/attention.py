@@ -1,0 +1,124 @@
+"""The attention of many heads at once, to be looked through by pointing."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from base64 import b64encode
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from hooked_lm.plotting.figure import HtmlFigure
+from hooked_lm.plotting.style import SEQUENTIAL, colour_at, ink_on, require_attention
+from hooked_lm.plotting.widgets import ATTENTION_SCRIPT, ATTENTION_STYLE, data_element, legend, on_page
+from hooked_lm.utils import to_numpy
+
+# Attention is kept in whole numbers of this part of 1, two bytes each: four digits are more than one reads.
+_PARTS = 65535
+# The share from which on white letters are read better than black ones.
+_WHITE_FROM = next(step / 100 for step in range(101) if ink_on(colour_at(SEQUENTIAL, step / 100)) == "#ffffff")
+# More heads than these are small, in a box that is scrolled: the tokens stay in sight.
+_FEW = 24
+_PALETTE = b"".join(bytes.fromhex(colour_at(SEQUENTIAL, step / 255)[1:]) for step in range(256))
+
+
+def attention_heads(
+    patterns: Any, tokens: Sequence[str], names: Sequence[str] | None = None, title: str = "", start: int = 0
+) -> HtmlFigure:
+    """Return the attention of several heads over one text: a thumbnail of each, one large, and the tokens.
+
+    Pointing at a head shows that head; pointing at a token, or at a row of the large pattern, shows where the token
+    attends, or, after the switch, which tokens attend to it. A click holds the head or token; a second one, or one
+    beside, lets go, as Escape does. Where no token is pointed at, each token has the mean of what it receives.
+
+    Args:
+        patterns: [head query key], between 0 and 1: one layer's, or those of several as one axis
+            (`patterns.flatten(0, 1)` of [layer head query key]). Fewer queries than keys are the last ones.
+        tokens: of the positions, as the tokenizer gives them.
+        names: of the heads; by default `head 0`, `head 1`, ...
+        title: over the heads.
+        start: the head that is large at first, and in a static picture.
+
+    Raises:
+        ValueError: the patterns are not [head query key] or not between 0 and 1, the tokens or names are not as many
+            as the keys or heads, or there is no such head to start with.
+    """
+    values = to_numpy(patterns)
+    if values.ndim != 3 or values.size == 0:
+        raise ValueError(f"patterns of attention have shape [head query key], got {values.shape}")
+    require_attention(values)
+    n_heads, n_query, n_key = values.shape
+    if len(tokens) != n_key or n_query > n_key:
+        raise ValueError(f"{len(tokens)} tokens for patterns of {n_query} queries and {n_key} keys")
+    labels = [f"head {head}" for head in range(n_heads)] if names is None else list(names)
+    if len(labels) != n_heads:
+        raise ValueError(f"{len(labels)} names for {n_heads} heads")
+    if not 0 <= start < n_heads:
+        raise ValueError(f"start is one of the heads 0-{n_heads - 1}, not {start}")
+    values = np.clip(values.astype(np.float64), 0.0, 1.0)
+    pictures = [_picture(pattern) for pattern in values]
+    data = {
+        "tokens": [repr(token) for token in tokens],
+        "names": labels,
+        "start": start,
+        "queries": n_query,
+        "parts": _PARTS,
+        "patterns": b64encode(np.rint(values * _PARTS).astype("<u2").tobytes()).decode(),
+        "scale": SEQUENTIAL,
+        "white_from": _WHITE_FROM,
+    }
+    heads = "".join(
+        f'<button class="head" data-head="{head}" aria-pressed="false"><img src="{picture}" alt=""><span>{escape(name)}'
+        "</span></button>"
+        for head, (name, picture) in enumerate(zip(labels, pictures, strict=True))
+    )
+    words = "".join(
+        f'<span class="token" role="button" tabindex="0" data-token="{place}" aria-pressed="false">'
+        f"{on_page(token)}</span>"
+        for place, token in enumerate(tokens)
+    )
+    many = " many" if n_heads > _FEW else ""
+    body = _BODY.format(
+        many=many,
+        heads=heads,
+        picture=pictures[start],
+        words=words,
+        scale=legend(SEQUENTIAL, ["0", "0.5", "1"], "attention"),
+    )
+    body += f"\n{data_element('data', data)}\n<script>{ATTENTION_SCRIPT}</script>"
+    above = 300 if many else 92 * -(-n_heads // 12)
+    lines = 1 + sum(map(len, tokens)) // 64 + sum(token.count("\n") for token in tokens)
+    return HtmlFigure(title, body, ATTENTION_STYLE, height=90 + above + max(330, 110 + 30 * lines))
+
+
+_BODY = """<div class="heads{many}">{heads}</div>
+<div class="shown">
+<div class="large"><div class="pattern"><img src="{picture}" alt="" draggable="false"><i class="row"></i></div>
+<small><span>key &rarr;</span><span>query &darr;</span></small></div>
+<div class="reading">
+<div class="bar"><b class="name"></b>
+<div class="switch" role="group" aria-label="what is shown of a token">
+<button data-side="destination" aria-pressed="true" title="the token is the destination: the query">attends to</button>
+<button data-side="source" aria-pressed="false" title="the token is the source: the key">is attended to by</button>
+</div>{scale}</div>
+<p class="said" role="status"></p>
+<p class="tokens">{words}</p>
+</div>
+</div>"""
+
+
+def _picture(pattern: np.ndarray) -> str:
+    """A pattern as a PNG in a `data:` address, a pixel for each entry: it is seen without any script."""
+    n_query, n_key = pattern.shape
+    rows = np.zeros((n_query, n_key + 1), dtype=np.uint8)  # each row of pixels begins with its filter, 0: none
+    rows[:, 1:] = np.rint(pattern * 255)
+    header = struct.pack(">IIBBBBB", n_key, n_query, 8, 3, 0, 0, 0)  # 8 bits, a palette
+    chunks = ((b"IHDR", header), (b"PLTE", _PALETTE), (b"IDAT", zlib.compress(rows.tobytes(), 9)), (b"IEND", b""))
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in chunks
+    )
+    return f"data:image/png;base64,{b64encode(png).decode()}"

@@ -1,0 +1,94 @@
+"""Figures as static images. Needs the extra `png`: kaleido, which drives a Chrome or Chromium on the machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+_NO_KALEIDO = (
+    "a figure becomes an image through kaleido, which is not installed: pip install 'hooked-lm[png]', or save .html"
+)
+_NO_BROWSER = (
+    "kaleido draws with Chrome or Chromium, and found none: install one, or let `kaleido_get_chrome` fetch one, or set "
+    "BROWSER_PATH to it; .html needs none"
+)
+
+
+def plotly_image(figure: dict[str, Any], ending: str, width: int, height: int, scale: float) -> bytes:
+    """Return a plotly figure as an image. It takes about two seconds, most of them the browser's start.
+
+    Args:
+        figure: as a dictionary.
+        ending: `"png"`, `"svg"` or `"pdf"`.
+        width, height: in pixels of the layout.
+        scale: pixels of the image for each of them.
+
+    Raises:
+        ImportError: kaleido is not installed.
+        RuntimeError: there is no browser, or it failed.
+    """
+    try:
+        import kaleido
+        from choreographer.errors import ChromeNotFoundError
+    except ImportError as error:
+        raise ImportError(_NO_KALEIDO) from error
+    try:
+        # Without this kaleido's page asks a content network for the script that sets formulas.
+        return kaleido.calc_fig_sync(
+            figure,
+            opts={"format": ending, "width": width, "height": height, "scale": scale},
+            kopts={"mathjax": False},
+        )
+    except ChromeNotFoundError as error:
+        raise RuntimeError(_NO_BROWSER) from error
+
+
+def page_image(html: str, width: int, scale: float) -> bytes:
+    """Return a picture (PNG) of a whole HTML document, as high as its content.
+
+    Args:
+        html: the document; once it is drawn, `data-height` of its root element is the content's height in pixels.
+        width: of the window, in pixels.
+        scale: pixels of the image for each of them.
+
+    Raises:
+        ImportError: kaleido, which knows where browsers are, is not installed.
+        RuntimeError: there is no browser, or it failed.
+    """
+    browser = _browser()
+    with TemporaryDirectory(prefix="hooked-lm-") as folder:
+        page, picture = Path(folder) / "page.html", Path(folder) / "page.png"
+        page.write_text(html, encoding="utf-8")
+
+        def run(height: int, *options: str) -> str:
+            command = [
+                *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"),
+                *("--disable-background-networking", "--disable-sync", f"--user-data-dir={folder}/profile"),
+                *(f"--force-device-scale-factor={scale}", f"--window-size={width},{height}"),
+                *(*options, page.as_uri()),
+            ]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=90)
+            if done.returncode:
+                raise RuntimeError(f"{browser} failed: {done.stderr.strip()[-500:]}")
+            return done.stdout
+
+        measured = re.search(r'data-height="(\d+)"', run(600, "--dump-dom"))
+        if measured is None:
+            raise RuntimeError(f"{browser} drew the page, and its height is not in it")
+        run(int(measured[1]), f"--screenshot={picture}")
+        return picture.read_bytes()
+
+
+def _browser() -> str:
+    try:
+        from choreographer.browsers.chromium import Chromium
+    except ImportError as error:
+        raise ImportError(_NO_KALEIDO) from error
+    path = os.environ.get("BROWSER_PATH") or Chromium.find_browser(skip_local=False)
+    if path is None or not Path(path).is_file():
+        raise RuntimeError(_NO_BROWSER)
+    return str(path)

@@ -1,0 +1,66 @@
+"""Text with each token on the colour of its value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from hooked_lm.plotting.figure import HtmlFigure
+from hooked_lm.plotting.style import DIVERGING, around, colour_at, ink_on
+from hooked_lm.plotting.widgets import TOKEN_STYLE, TOOLTIP_SCRIPT, legend, on_page
+from hooked_lm.utils import to_numpy
+
+
+def coloured_tokens(
+    tokens: Sequence[str],
+    values: Any,
+    centre: float = 0.0,
+    limit: float | None = None,
+    unit: str = "value",
+    title: str = "",
+) -> HtmlFigure:
+    """Return the text, each token on the colour of its value: blue above the centre, orange below.
+
+    The value is shown where one points, or where the keyboard is.
+
+    Args:
+        tokens: the text, in pieces, as the tokenizer gives them: spaces and line breaks are part of it.
+        values: [pos]; NaN for a token that has none, such as the loss of the first.
+        centre: the value that has no colour.
+        limit: the distance from the centre at which the colour is full; by default the largest there is.
+        unit: what a value is.
+        title: over the text.
+
+    Raises:
+        ValueError: there are no tokens, or not as many as values, or a value is infinite, or the limit is not positive.
+    """
+    numbers = to_numpy(values)
+    if numbers.shape != (len(tokens),) or not len(tokens):
+        raise ValueError(f"{len(tokens)} tokens for values of shape {numbers.shape}: one each, and at least one")
+    if np.isinf(numbers).any():
+        raise ValueError(
+            f"values are finite, or NaN where there is none; {tokens[int(np.argmax(np.isinf(numbers)))]!r} is not"
+        )
+    furthest = around(numbers, centre, limit)
+    pieces = "".join(
+        _piece(place, token, float(value), centre, furthest, unit)
+        for place, (token, value) in enumerate(zip(tokens, numbers, strict=True))
+    )
+    scale = legend(DIVERGING, [f"{place:.3g}" for place in (centre - furthest, centre, centre + furthest)], unit)
+    tip = f'<div id="tip" role="status"></div>\n<script>{TOOLTIP_SCRIPT}</script>'
+    body = f'{scale}\n<p class="tokens">{pieces}</p>\n{tip}'
+    # Some 110 letters stand in a line, and a line break ends one.
+    lines = 1 + sum(map(len, tokens)) // 100 + sum(token.count("\n") for token in tokens)
+    return HtmlFigure(title, body, TOKEN_STYLE, height=110 + 30 * lines)
+
+
+def _piece(place: int, token: str, value: float, centre: float, furthest: float, unit: str) -> str:
+    said = f"position {place}  {token!r}\n" + ("no value" if np.isnan(value) else f"{unit} {value:.4g}")
+    colours = ""
+    if not np.isnan(value):
+        colour = colour_at(DIVERGING, 0.5 + (value - centre) / furthest / 2)
+        colours = f' style="background:{colour};color:{ink_on(colour)}"'
+    return f'<span class="token" tabindex="0" data-tip="{escape(said)}"{colours}>{on_page(token)}</span>'
