@@ -35,7 +35,7 @@ notebooks: $(VENV)/.installed-dev
 	$(BIN)/python -m scripts.run_notebooks
 
 docs: $(VENV)/.installed-dev
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 certificates: $(VENV)/.installed-dev
 	$(BIN)/python -m scripts.certify_families
@@ -48,4 +48,4 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis demo.html
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis demo.html

@@ -48,7 +48,7 @@ class Caching(TextInterface, Intervening):
             offload: a file to write the activations to as they are computed, in safetensors format. The cache then
                 holds no memory of its own: its tensors are maps of that file, without a graph.
                 `ActivationCache.load` opens it again.
-            kwargs: those of `HookedRootModule.run_with_cache` (`names_filter`, `device`, `incl_bwd`, `pos_slice`, ...)
+            model_args, kwargs: those of `HookedRootModule.run_with_cache` (`names_filter`, `device`, `incl_bwd`, `pos_slice`, ...)
                 and of the model.
 
         Raises:

@@ -90,20 +90,24 @@ class HookedTransformerConfig:
         rotary_adjacent_pairs: rotate dimensions (0, 1), (2, 3), ... rather than (0, d/2), (1, d/2 + 1), ...
         rotary_layers: per layer whether it rotates; all by default.
         rotary_scaling_factor: positions are divided by it (linear scaling) in global layers.
-        use_NTK_by_parts_rope, NTK_by_parts_factor, NTK_by_parts_low_freq_factor, NTK_by_parts_high_freq_factor,
-            NTK_original_ctx_len: Llama-3 scaling of the rotary frequencies.
-        use_yarn_rope, yarn_factor, yarn_attention_factor, yarn_beta_fast, yarn_beta_slow,
-            yarn_original_max_position_embeddings, yarn_truncate: YaRN scaling (Peng et al. 2023); `yarn_truncate`
-            rounds the range of pairs it blends, and without an attention factor it is `0.1 ln(factor) + 1`.
+        use_NTK_by_parts_rope: Llama-3 scaling of the rotary frequencies.
+        NTK_by_parts_factor, NTK_by_parts_low_freq_factor, NTK_by_parts_high_freq_factor, NTK_original_ctx_len: its
+            numbers.
+        use_yarn_rope: YaRN scaling of the rotary frequencies (Peng et al. 2023).
+        yarn_factor, yarn_beta_fast, yarn_beta_slow, yarn_original_max_position_embeddings: its numbers.
+        yarn_attention_factor: rotated queries and keys are multiplied by it; `0.1 ln(yarn_factor) + 1` by default.
+        yarn_truncate: round the range of pairs that YaRN blends.
         use_dynamic_rope, dynamic_rope_factor, dynamic_rope_original_ctx_len: NTK scaling that grows with the prompt
             once it is longer than the original context.
-        use_longrope, longrope_short_factors, longrope_long_factors, longrope_attention_factor,
-            longrope_original_ctx_len: a divisor per pair of dimensions, short ones for prompts up to the original
-            context and long ones beyond (Ding et al. 2024, "LongRoPE").
+        use_longrope: a divisor per pair of dimensions, short ones for prompts up to the original context and long ones
+            beyond (Ding et al. 2024, "LongRoPE").
+        longrope_short_factors, longrope_long_factors, longrope_attention_factor, longrope_original_ctx_len: its
+            numbers.
         alibi_scale: ALiBi's slopes are multiplied by it.
         alibi_in_bfloat16: ALiBi's biases are rounded to bfloat16, slope times position of the key.
         attention_dir: `"causal"` or `"bidirectional"`.
         attn_types: per layer `"global"` or `"local"`; a window alone makes every layer local.
+        use_local_attn: there are local layers; follows from `window_size`.
         window_size: a local query sees itself and the `window_size - 1` positions before it.
         use_attn_scale, attn_scale: divide scores by `attn_scale`, by default the square root of `d_head`.
         scale_attn_by_inverse_layer_idx: also divide by layer + 1.
@@ -122,12 +126,14 @@ class HookedTransformerConfig:
             `act(gate) * linear`.
         init_mode, initializer_range, init_weights, seed: how a new model's weights are drawn. An `initializer_range` of
             -1 means `0.8 / sqrt(d_model)` for `"gpt2"` and a gain of 1 for the others.
+        n_params: weights of attention and MLPs, counted whatever is given.
         dtype, device: of a new model's parameters.
         default_prepend_bos, default_padding_side, tokenizer_name, tokenizer_prepends_bos: about text.
         model_name, original_architecture, from_checkpoint, checkpoint_index, checkpoint_label_type, checkpoint_value:
             where the weights come from.
-        use_attn_result, use_split_qkv_input, use_attn_in, use_hook_mlp_in, use_hook_tokens,
-            ungroup_grouped_query_attention: accepted, without effect: every hook point always exists.
+        use_attn_result, use_split_qkv_input, use_attn_in, use_hook_mlp_in, use_hook_tokens: accepted, without effect:
+            every hook point always exists.
+        ungroup_grouped_query_attention: accepted, without effect: keys and values are hooked per key-value head.
 
     Raises:
         ValueError: a value out of range, or fields that contradict each other.

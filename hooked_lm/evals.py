@@ -170,7 +170,7 @@ PLACEHOLDER = re.compile(r"\[(\w+)\]")
 
 
 class IOIDataset(Dataset[dict[str, Tensor]]):
-    """Sentences of indirect object identification, as tokens: whom is something given, when the other gives?
+    """Sentences of indirect object identification, as tokens: one of two gives something, so it is to the other.
 
     An item is `{"prompt": [pos], "IO": [1], "S": [1]}`: the tokens of a whole sentence, whose last is the indirect
     object's name `IO`; and the name `S` of the subject, who is named twice before it. Both with their leading space.

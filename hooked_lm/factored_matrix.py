@@ -61,6 +61,7 @@ class FactoredMatrix:
 
     @property
     def ndim(self) -> int:
+        """How many axes the product would have."""
         return self.A.ndim
 
     @property

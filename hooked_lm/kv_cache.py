@@ -28,10 +28,12 @@ class HookedTransformerKeyValueCacheEntry:
 
     @property
     def past_keys(self) -> Float[Tensor, "batch pos kv_head d_head"]:
+        """The keys stored, [batch pos kv_head d_head]."""
         return self._keys[:, : self._length]
 
     @property
     def past_values(self) -> Float[Tensor, "batch pos kv_head d_head"]:
+        """The values stored, [batch pos kv_head d_head]."""
         return self._values[:, : self._length]
 
     def append(
@@ -110,6 +112,7 @@ class HookedTransformerKeyValueCache:
 
     @property
     def batch_size(self) -> int:
+        """How many prompts."""
         return self.previous_attention_mask.shape[0]
 
     def freeze(self) -> None:

@@ -149,6 +149,7 @@ def select_names(names_filter: NamesFilter, known: Sequence[str]) -> list[str]:
     Args:
         names_filter: None for all; a name or a glob (`"blocks.*.attn.hook_pattern"`); an iterable of those; or a
             predicate on names.
+        known: the names there are.
 
     Raises:
         UnknownHookError: a name, a glob or a predicate matches nothing. One bad entry among good ones raises too.

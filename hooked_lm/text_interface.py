@@ -171,6 +171,7 @@ class TextInterface(nn.Module):
             single_token: a token, or a string that is one.
             input: a string, or tokens [pos] or [1 pos].
             mode: `"first"` or `"last"` occurrence.
+            prepend_bos, padding_side: for a string, as in `to_tokens`.
 
         Raises:
             ValueError: it does not occur.

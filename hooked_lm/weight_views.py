@@ -51,10 +51,12 @@ class WeightViews(nn.Module):
 
     @property
     def W_E(self) -> Float[Tensor, "vocab d_model"]:
+        """Token embeddings, [vocab d_model]."""
         return self.embed.W_E
 
     @property
     def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
+        """Learned positions, [n_ctx d_model]."""
         return self.pos_embed.W_pos
 
     @property
@@ -64,66 +66,82 @@ class WeightViews(nn.Module):
 
     @property
     def W_U(self) -> Float[Tensor, "d_model vocab"]:
+        """The unembedding, [d_model vocab]."""
         return self.unembed.W_U
 
     @property
     def b_U(self) -> Float[Tensor, " vocab"]:
+        """The unembedding's bias, [vocab]."""
         return self.unembed.b_U
 
     @property
     def W_Q(self) -> Float[Tensor, "layer head d_model d_head"]:
+        """From the stream to queries, [layer head d_model d_head]."""
         return self._stack("attn", "W_Q")
 
     @property
     def W_K(self) -> Float[Tensor, "layer kv_head d_model d_head"]:
+        """From the stream to keys, [layer kv_head d_model d_head]."""
         return self._stack("attn", "W_K")
 
     @property
     def W_V(self) -> Float[Tensor, "layer kv_head d_model d_head"]:
+        """From the stream to values, [layer kv_head d_model d_head]."""
         return self._stack("attn", "W_V")
 
     @property
     def W_O(self) -> Float[Tensor, "layer head d_head d_model"]:
+        """From what heads hold to the stream, [layer head d_head d_model]."""
         return self._stack("attn", "W_O")
 
     @property
     def b_Q(self) -> Float[Tensor, "layer head d_head"]:
+        """Biases of the queries, [layer head d_head]."""
         return self._stack("attn", "b_Q")
 
     @property
     def b_K(self) -> Float[Tensor, "layer kv_head d_head"]:
+        """Biases of the keys, [layer kv_head d_head]."""
         return self._stack("attn", "b_K")
 
     @property
     def b_V(self) -> Float[Tensor, "layer kv_head d_head"]:
+        """Biases of the values, [layer kv_head d_head]."""
         return self._stack("attn", "b_V")
 
     @property
     def b_O(self) -> Float[Tensor, "layer d_model"]:
+        """Biases of what attention writes, [layer d_model]."""
         return self._stack("attn", "b_O")
 
     @property
     def W_in(self) -> Float[Tensor, "layer *expert d_model d_mlp"]:
+        """From the stream into the MLPs, [layer d_model d_mlp]; with experts [layer expert d_model d_mlp]."""
         return self._stack("mlp", "W_in")
 
     @property
     def W_gate(self) -> Float[Tensor, "layer *expert d_model d_mlp"]:
+        """The gates of gated MLPs, in the shape of `W_in`."""
         return self._stack("mlp", "W_gate")
 
     @property
     def W_out(self) -> Float[Tensor, "layer *expert d_mlp d_model"]:
+        """From the MLPs to the stream, [layer d_mlp d_model]; with experts [layer expert d_mlp d_model]."""
         return self._stack("mlp", "W_out")
 
     @property
     def b_in(self) -> Float[Tensor, "layer *expert d_mlp"]:
+        """Biases of the MLPs' hidden layer, [layer d_mlp]; with experts [layer expert d_mlp]."""
         return self._stack("mlp", "b_in")
 
     @property
     def b_gate(self) -> Float[Tensor, "layer *expert d_mlp"]:
+        """Biases of the gates, in the shape of `b_in`."""
         return self._stack("mlp", "b_gate")
 
     @property
     def b_out(self) -> Float[Tensor, "layer *expert d_model"]:
+        """Biases of what the MLPs write, [layer d_model]; with experts [layer expert d_model]."""
         return self._stack("mlp", "b_out")
 
     @property

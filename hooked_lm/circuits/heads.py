@@ -327,7 +327,7 @@ def eigenvalue_score(circuit: FactoredMatrix) -> Float[Tensor, "*leading"]:
 
 @torch.no_grad()
 def copying_scores(model: Any, *, effective_embedding: bool = False, verbose: bool = True) -> HeadScores:
-    """Return each head's `eigenvalue_score` of its full OV circuit `W_E W_V W_O W_U`: does it raise what it attends to?
+    """Return each head's `eigenvalue_score` of its OV circuit `W_E W_V W_O W_U`: whether it raises what it attends to.
 
     With the gains and the centring of the norms on the way; biases and scales are left out. Where the unembedding is
     centred (as `from_pretrained` does), nothing that a head adds to all logits alike is in it.
@@ -356,7 +356,7 @@ def copying_scores(model: Any, *, effective_embedding: bool = False, verbose: bo
 
 @torch.no_grad()
 def matching_scores(model: Any, *, effective_embedding: bool = False, verbose: bool = True) -> HeadScores:
-    """Return each head's `eigenvalue_score` of its full QK circuit `W_E W_Q W_K^T W_E^T`: do tokens match themselves?
+    """Return each head's `eigenvalue_score` of its QK circuit `W_E W_Q W_K^T W_E^T`: whether tokens match themselves.
 
     With the gains and the centring of the norms on the way; biases, scales and positions are left out (where positions
     rotate, the circuit is that of two tokens at the same one).

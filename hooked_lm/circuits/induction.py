@@ -72,11 +72,11 @@ class NextTokenScores:
     correct: Bool[Tensor, "batch pos_minus_one"]
 
     def first_half(self) -> NextTokenScores:
-        """The tokens of the block where they come first: nothing predicts them. [batch length]"""
+        """The tokens of the block where they come first, [batch length]: nothing predicts them."""
         return self._columns(slice(None, self._length()))
 
     def second_half(self) -> NextTokenScores:
-        """The tokens of the repeat but its first, which nothing announces. [batch length-1]"""
+        """The tokens of the repeat but its first, which nothing announces, [batch length-1]."""
         return self._columns(slice(self._length() + 1, None))
 
     def mean_log_prob(self) -> float:
