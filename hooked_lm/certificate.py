@@ -351,11 +351,10 @@ class _Pair:
             handle.remove()
         generator = torch.Generator().manual_seed(0)
         weights = torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits)
-        (theirs,) = torch.autograd.grad((logits * weights).sum(), entered)
         with torch.no_grad():
             stream = self.ours(tokens, stop_at_layer=0)
         stream = stream.detach().requires_grad_()
         with torch.enable_grad():
-            logits = self.ours(stream, start_at_layer=0)
-        (ours,) = torch.autograd.grad((logits * weights).sum(), stream)
+            (theirs,) = torch.autograd.grad((logits * weights).sum(), entered)
+            (ours,) = torch.autograd.grad((self.ours(stream, start_at_layer=0) * weights).sum(), stream)
         yield self.compare("gradients", site, ours, theirs, GRADIENT_TOLERANCE)

@@ -91,6 +91,12 @@ def test_a_faithful_model_passes_every_check_in_both_precisions(checkpoint: Call
     assert certificate.tokens == (2, 12)
 
 
+def test_a_certificate_is_made_where_gradients_are_turned_off_too(checkpoint: Callable[[str], Path]) -> None:
+    with torch.no_grad():
+        assert verify(checkpoint(ROWS[0].id)).passed
+
+
+
 @pytest.mark.parametrize(
     ("name", "first"),
     [
