@@ -48,8 +48,8 @@ class Caching(TextInterface, Intervening):
             offload: a file to write the activations to as they are computed, in safetensors format. The cache then
                 holds no memory of its own: its tensors are maps of that file, without a graph.
                 `ActivationCache.load` opens it again.
-            model_args, kwargs: those of `HookedRootModule.run_with_cache` (`names_filter`, `device`, `incl_bwd`, `pos_slice`, ...)
-                and of the model.
+            model_args, kwargs: those of `HookedRootModule.run_with_cache` (`names_filter`, `device`, `incl_bwd`,
+                `pos_slice`, ...) and of the model.
 
         Raises:
             ValueError: options that exclude each other.

@@ -96,7 +96,6 @@ def test_a_certificate_is_made_where_gradients_are_turned_off_too(checkpoint: Ca
         assert verify(checkpoint(ROWS[0].id)).passed
 
 
-
 @pytest.mark.parametrize(
     ("name", "first"),
     [
