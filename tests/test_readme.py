@@ -12,8 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
+
+from scripts.readme_figure import draw
 
 ROOT = Path(__file__).parents[1]
 
@@ -99,9 +102,13 @@ def test_the_python_blocks_of_a_page_run_and_print_what_is_shown(page: str) -> N
         assert block.shown is None or agree(printed, block.shown), f"printed:\n{printed}\nshown:\n{block.shown}"
 
 
-def test_the_example_of_the_readme_shows_what_it_says() -> None:
-    _, _, namespace = next(run("README.md"))
-    assert namespace["ablated"] > namespace["loss"] + 0.5
+def test_the_figure_of_the_readme_shows_what_is_said_of_it() -> None:
+    by_position, by_head = (np.asarray(trace.z) for trace in draw().data)
+    giver = 10  # the position of the second "John"
+    assert by_position[0].argmax() == giver
+    assert by_position[0, giver] == pytest.approx(1.0, abs=1e-4)
+    assert np.unravel_index(by_head.argmax(), by_head.shape) == (0, 4)
+    assert by_head[0, 4] > 2 * np.partition(by_head.flatten(), -2)[-2]
 
 
 def test_the_paths_that_the_readme_names_exist() -> None:
