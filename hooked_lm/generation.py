@@ -20,7 +20,7 @@ class LanguageModel(Protocol):
 
     def __call__(self, input: Tensor, **kwargs: Any) -> Any: ...
 
-    def new_kv_cache(self, batch_size: int) -> HookedTransformerKeyValueCache: ...
+    def new_kv_cache(self, batch_size: int, capacity: int) -> HookedTransformerKeyValueCache: ...
 
     def outgrows(self, cache: HookedTransformerKeyValueCache) -> bool: ...
 
@@ -122,7 +122,9 @@ def decode_steps(
         use_past_kv_cache: read only the new token at each step; False reads everything anew.
         verbose: show a progress bar.
     """
-    cache = model.new_kv_cache(tokens.shape[0]) if use_past_kv_cache else None
+    # The last token is not read again.
+    size = tokens.shape[0], tokens.shape[1] + max(max_new_tokens - 1, 0)
+    cache = model.new_kv_cache(*size) if use_past_kv_cache else None
     if attention_mask is None:
         # Said outright: the model would otherwise look for padding among the tokens.
         attention_mask = torch.ones_like(tokens)
@@ -132,7 +134,7 @@ def decode_steps(
     ends = torch.tensor(eos_token_ids, dtype=tokens.dtype, device=tokens.device)
     for _ in tqdm(range(max_new_tokens), disable=not verbose, desc="generating", leave=False):
         if cache is not None and model.outgrows(cache):
-            cache, unread, unread_mask = model.new_kv_cache(tokens.shape[0]), tokens, attention_mask
+            cache, unread, unread_mask = model.new_kv_cache(*size), tokens, attention_mask
         with torch.no_grad():
             logits = model(
                 unread,

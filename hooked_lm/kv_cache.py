@@ -12,7 +12,7 @@ from hooked_lm.config import HookedTransformerConfig
 
 
 class HookedTransformerKeyValueCacheEntry:
-    """Keys and values of one layer, in a buffer that grows by doubling.
+    """Keys and values of one layer, in a buffer made for as many positions as are expected; beyond, it doubles.
 
     Keys are kept as attention uses them, that is, rotated.
 
@@ -21,9 +21,11 @@ class HookedTransformerKeyValueCacheEntry:
         frozen: `append` then returns the longer keys and values but stores nothing.
     """
 
-    def __init__(self, keys: Float[Tensor, "batch pos kv_head d_head"], values: Tensor) -> None:
+    def __init__(
+        self, keys: Float[Tensor, "batch pos kv_head d_head"], values: Tensor, length: int | None = None
+    ) -> None:
         self._keys, self._values = keys, values
-        self._length = keys.shape[1]
+        self._length = keys.shape[1] if length is None else length
         self.frozen = False
 
     @property
@@ -94,15 +96,15 @@ class HookedTransformerKeyValueCache:
 
     @classmethod
     def init_cache(
-        cls, cfg: HookedTransformerConfig, device: torch.device | str | None, batch_size: int = 1
+        cls, cfg: HookedTransformerConfig, device: torch.device | str | None, batch_size: int = 1, capacity: int = 0
     ) -> HookedTransformerKeyValueCache:
-        """Return an empty cache for a model's config."""
-        shape = (batch_size, 0, cfg.n_kv_heads, cfg.d_head)
+        """Return an empty cache for a model's config, with room for `capacity` positions."""
+        shape = (batch_size, capacity, cfg.n_kv_heads, cfg.d_head)
 
         def empty() -> Tensor:
             return torch.empty(shape, dtype=cfg.dtype, device=device)
 
-        entries = [HookedTransformerKeyValueCacheEntry(empty(), empty()) for _ in range(cfg.n_layers)]
+        entries = [HookedTransformerKeyValueCacheEntry(empty(), empty(), 0) for _ in range(cfg.n_layers)]
         return cls(entries, torch.empty(batch_size, 0, dtype=torch.long, device=device))
 
     @property

@@ -339,9 +339,9 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Caching):
                 raise ValueError("the mask leaves no real token with a real one after it, so there is no mean loss")
         return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
 
-    def new_kv_cache(self, batch_size: int = 1) -> HookedTransformerKeyValueCache:
-        """Return an empty key-value cache for this model."""
-        return HookedTransformerKeyValueCache.init_cache(self.cfg, self.W_E.device, batch_size)
+    def new_kv_cache(self, batch_size: int = 1, capacity: int = 0) -> HookedTransformerKeyValueCache:
+        """Return an empty key-value cache for this model, with room for `capacity` positions; it grows beyond."""
+        return HookedTransformerKeyValueCache.init_cache(self.cfg, self.W_E.device, batch_size, capacity)
 
     def outgrows(self, cache: HookedTransformerKeyValueCache, n_new: int = 1) -> bool:
         """Return whether `n_new` positions more would change what a key-value cache holds of those before.

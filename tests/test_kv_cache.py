@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hooked_lm import HookedTransformer, HookedTransformerKeyValueCache, HookPoint
+from hooked_lm.kv_cache import HookedTransformerKeyValueCacheEntry
 from tests.helpers import tiny_model, tiny_tokens
 
 EXACT: dict[str, float] = {"rtol": 0, "atol": 1e-10}
@@ -158,6 +159,22 @@ def test_a_cache_begun_with_gradients_goes_on_without_them_and_the_other_way_rou
             torch.testing.assert_close(model(TOKENS[:, 5:9], past_kv_cache=cache), expected[:, 5:9], **EXACT)
         with torch.set_grad_enabled(first):
             torch.testing.assert_close(model(TOKENS[:, 9:], past_kv_cache=cache), expected[:, 9:], **EXACT)
+
+
+def test_a_generation_makes_room_for_all_its_positions_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def grow(entry: HookedTransformerKeyValueCacheEntry, capacity: int) -> None:
+        raise AssertionError(f"had to grow to {capacity}")
+
+    monkeypatch.setattr(HookedTransformerKeyValueCacheEntry, "_grow", grow)
+    model = model_of()
+    model.generate(TOKENS, max_new_tokens=5, stop_at_eos=False, verbose=False)
+    cache = model.new_kv_cache(2, capacity=TOKENS.shape[1])
+    assert cache.length == 0
+    assert cache[0].past_keys.shape[1] == 0
+    with torch.no_grad():
+        model(TOKENS, past_kv_cache=cache)
+        with pytest.raises(AssertionError, match="had to grow to"):
+            model(TOKENS[:, :1], past_kv_cache=cache)
 
 
 def test_the_buffers_grow_past_their_first_size() -> None:

@@ -14,6 +14,7 @@ from hooked_lm.components.activations import soft_cap
 from hooked_lm.components.layout import SequenceLayout
 from hooked_lm.components.norm import make_qk_norm
 from hooked_lm.components.positions import AlibiSpec, RotarySpec, rotate
+from hooked_lm.components.products import linear
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint
 from hooked_lm.kv_cache import HookedTransformerKeyValueCacheEntry
@@ -198,7 +199,7 @@ class Attention(nn.Module):
             )
             if on_path:
                 return result.sum(-2) + self.b_O
-        return F.linear(z.flatten(-2), self.W_O.flatten(0, 1).T, self.b_O)
+        return linear(z.flatten(-2), self.W_O.flatten(0, 1).T, self.b_O)
 
 
 def input_projection(heads: int, d_model: int, d_head: int) -> nn.Parameter:
@@ -217,7 +218,7 @@ def project(
     """Return `x W + b` for every head: one GEMM on a view of `W` when the heads share their input."""
     if x.ndim == 4:
         return einsum(x, W, "batch pos head d_model, head d_model d_head -> batch pos head d_head") + b
-    return F.linear(x, W.mT.flatten(0, 1), b.flatten()).unflatten(-1, b.shape)
+    return linear(x, W.mT.flatten(0, 1), b.flatten()).unflatten(-1, b.shape)
 
 
 def _alibi(cfg: HookedTransformerConfig) -> AlibiSpec | None:

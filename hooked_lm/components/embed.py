@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hooked_lm.components.activations import soft_cap
 from hooked_lm.components.norm import NoNorm, make_writing_norm
+from hooked_lm.components.products import linear
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint
 
@@ -52,7 +53,7 @@ class Unembed(nn.Module):
         self.hook_out = HookPoint("batch pos vocab")
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos vocab"]:
-        logits = F.linear(self.hook_in(x), self.W_U.T, self._bias())
+        logits = linear(self.hook_in(x), self.W_U.T, self._bias())
         if self.scale != 1.0:
             logits = logits * self.scale
         return self.hook_out(soft_cap(logits, self.cap))

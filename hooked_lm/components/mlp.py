@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_lm.components.activations import make_activation
 from hooked_lm.components.norm import make_norm
+from hooked_lm.components.products import linear
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint
 
@@ -37,10 +37,10 @@ class MLP(nn.Module):
         self.hook_post = HookPoint("batch pos d_mlp")
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        post = self.act_fn(self.hook_pre(F.linear(x, self.W_in.T, self.b_in)))
+        post = self.act_fn(self.hook_pre(linear(x, self.W_in.T, self.b_in)))
         if self.ln is not None:
             post = self.ln(self.hook_mid(post))
-        return F.linear(self.hook_post(post), self.W_out.T, self.b_out)
+        return linear(self.hook_post(post), self.W_out.T, self.b_out)
 
 
 class GatedMLP(nn.Module):
@@ -68,9 +68,9 @@ class GatedMLP(nn.Module):
         self.hook_post = HookPoint("batch pos d_mlp")
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        gate = self.act_fn(self.hook_pre(F.linear(x, self.W_gate.T, self.b_gate)))
-        linear = self.hook_pre_linear(F.linear(x, self.W_in.T, self.b_in))
-        return F.linear(self.hook_post(gate * linear), self.W_out.T, self.b_out)
+        gate = self.act_fn(self.hook_pre(linear(x, self.W_gate.T, self.b_gate)))
+        factor = self.hook_pre_linear(linear(x, self.W_in.T, self.b_in))
+        return linear(self.hook_post(gate * factor), self.W_out.T, self.b_out)
 
 
 def _width(cfg: HookedTransformerConfig) -> int:

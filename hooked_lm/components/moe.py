@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hooked_lm.components.activations import make_activation
 from hooked_lm.components.mlp import GatedMLP
+from hooked_lm.components.products import linear
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint
 
@@ -51,7 +52,7 @@ class MoE(nn.Module):
         self.hook_expert_indices = HookPoint("batch pos chosen", differentiable=False)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        probabilities = self.hook_expert_weights(self.route(F.linear(x, self.W_router.T, self.b_router)))
+        probabilities = self.hook_expert_weights(self.route(linear(x, self.W_router.T, self.b_router)))
         indices = self.hook_expert_indices(probabilities.topk(self.chosen, dim=-1).indices)
         weights = probabilities.gather(-1, indices)
         if self.rescale:
@@ -90,16 +91,16 @@ class MoE(nn.Module):
         out = self.shared(x)
         if not self.gates_shared:
             return out
-        return out * torch.sigmoid(F.linear(x, self.W_shared_gate.T, self.b_shared_gate))
+        return out * torch.sigmoid(linear(x, self.W_shared_gate.T, self.b_shared_gate))
 
     def expert(self, expert: int, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
         """Return one expert's output on the tokens sent to it."""
-        hidden = F.linear(x, self.W_in[expert].T, self.b_in[expert])
+        hidden = linear(x, self.W_in[expert].T, self.b_in[expert])
         if self.gated:
-            gate = F.linear(x, self.W_gate[expert].T, self.b_gate[expert])
+            gate = linear(x, self.W_gate[expert].T, self.b_gate[expert])
             if self.limit is not None:
                 gate, hidden = gate.clamp(max=self.limit), hidden.clamp(-self.limit, self.limit) + 1
             hidden = self.act_fn(gate) * hidden
         else:
             hidden = self.act_fn(hidden)
-        return F.linear(hidden, self.W_out[expert].T, self.b_out[expert])
+        return linear(hidden, self.W_out[expert].T, self.b_out[expert])
