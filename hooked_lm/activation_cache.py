@@ -72,7 +72,7 @@ class ActivationCache(CachedActivations):
             if (incl_mid and depth < last) or (mlp_input and depth == last):
                 keys.append((f"{depth}_mid", ("resid_mid", depth)))
         positions = Slice.unwrap(pos_slice)
-        stack = torch.stack([positions.apply(self[key], dim=-2) for _, key in keys])
+        stack = torch.stack([positions.apply(stream, dim=-2) for stream in self._read(key for _, key in keys)])
         if apply_ln:
             stack = self.apply_ln_to_stack(stack, layer, mlp_input, positions, recompute_ln=True)
         return (stack, [label for label, _ in keys]) if return_labels else stack
@@ -114,7 +114,7 @@ class ActivationCache(CachedActivations):
                 keys.append((f"{depth}_mlp_out", ("mlp_out", depth)))
         positions = Slice.unwrap(pos_slice)
         like = positions.apply(self[self._any_stream()], dim=-2)
-        stack = self._stacked([positions.apply(self[key], dim=-2) for _, key in keys], like)
+        stack = self._stacked([positions.apply(one, dim=-2) for one in self._read(key for _, key in keys)], like)
         if apply_ln:
             stack = self.apply_ln_to_stack(stack, layer, mlp_input, positions)
         return (stack, [label for label, _ in keys]) if return_labels else stack

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, MutableMapping, ValuesView
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self, cast
 
@@ -14,8 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.lazy_cache import LazyActivations
-from hooked_lm.names import NamesFilter, UnknownHookError, describe_unknown, get_act_name, select_names
-from hooked_lm.offloaded_cache import Offloading
+from hooked_lm.names import NamesFilter, UnknownHookError, describe_unknown, get_act_name, is_pattern, select_names
+from hooked_lm.offloaded_cache import Memory, Offloading, memory_of
 from hooked_lm.slicing import Slice
 
 CacheKey = str | tuple[Any, ...]
@@ -103,13 +104,16 @@ class CachedActivations(Mapping[Any, Tensor]):
         A full cache holds everything, and is only checked for them.
 
         Args:
-            names: a name, a glob, a predicate, or several names or short keys such as `("q", 3)`.
+            names: a name, a glob, a predicate, a short key such as `("q", 3)`, or several of these.
 
         Raises:
             UnknownHookError: one of them is not in the cache. Nothing has been computed then.
         """
-        if not isinstance(names, str) and isinstance(names, Iterable):
-            names = [self.full_name(one) if isinstance(one, tuple) else one for one in names]
+        if isinstance(names, tuple) and any(isinstance(part, int) for part in names):
+            names = [names]
+        if not callable(names) and names is not None:
+            several = [names] if isinstance(names, str) else list(names)
+            names = [one if isinstance(one, str) and is_pattern(one) else self.full_name(one) for one in several]
         picked = select_names(cast(NamesFilter, names), list(self.cache_dict))
         if isinstance(self.cache_dict, LazyActivations):
             self.cache_dict.prefetch(picked)
@@ -128,13 +132,15 @@ class CachedActivations(Mapping[Any, Tensor]):
     def to(self, device: torch.device | str, move_model: bool = False) -> Self:
         """Move the tensors (and, if asked, the model) to a device. Returns this cache."""
         if isinstance(self.cache_dict, LazyActivations):
-            self.cache_dict = self.cache_dict.moved(device)
-        else:
-            moved: dict[int, Tensor] = {}
-            # Entries that are one tensor stay one.
-            self._change(lambda name, tensor: moved.setdefault(id(tensor), tensor.to(device)))
+            self.cache_dict.run.check()
         if move_model:
             self.model.to(device)  # type: ignore[attr-defined]
+        if isinstance(self.cache_dict, LazyActivations):
+            self.cache_dict = self.cache_dict.moved(device)
+        else:
+            moved: dict[Memory, Tensor] = {}
+            # Entries that are one tensor stay one.
+            self._change(lambda name, tensor: moved.setdefault(memory_of(tensor), tensor.to(device)))
         return self
 
     def remove_batch_dim(self) -> Self:
@@ -149,7 +155,7 @@ class CachedActivations(Mapping[Any, Tensor]):
                 shape = tuple(self[name].shape)
                 if shape[0] != 1:
                     raise ValueError(f"the batch axis can go only when it is 1; {name!r} has shape {shape}")
-            self._change(lambda name, tensor: tensor[0])
+            self._change(_first)
             self.has_batch_dim = False
         return self
 
@@ -159,7 +165,7 @@ class CachedActivations(Mapping[Any, Tensor]):
             raise ValueError("this cache has no batch axis to slice")
         batch = Slice.unwrap(batch_slice)
         sliced = type(self)(self.cache_dict, self.model, has_batch_dim=batch.mode != "int")
-        sliced._change(lambda name, tensor: batch.apply(tensor, dim=0))
+        sliced._change(partial(_sliced, batch))
         return sliced
 
     def _change(self, change: Callable[[str, Tensor], Tensor]) -> None:
@@ -172,6 +178,14 @@ class CachedActivations(Mapping[Any, Tensor]):
     def toggle_autodiff(self, mode: bool = False) -> None:
         """Turn gradients on or off for all of torch: caches of long runs with gradients keep whole graphs alive."""
         torch.set_grad_enabled(mode)
+
+    def _read(self, keys: Iterable[CacheKey]) -> list[Tensor]:
+        """The tensors of several keys; of a lazy cache each block is run once for all of them."""
+        names = [self.full_name(key) for key in keys]
+        if not isinstance(self.cache_dict, LazyActivations) or not all(name in self.cache_dict for name in names):
+            return [self[name] for name in names]
+        found = dict(self.cache_dict.pairs(dict.fromkeys(names)))
+        return [found[name] for name in names]
 
     # On disk
 
@@ -192,3 +206,11 @@ class CachedActivations(Mapping[Any, Tensor]):
         aliases = json.loads(about["aliases"])
         entries = {name: tensors[aliases.get(name, name)] for name in json.loads(about["order"])}
         return cls(entries, model, has_batch_dim=about["has_batch_dim"] == "True")
+
+
+def _first(name: str, tensor: Tensor) -> Tensor:
+    return tensor[0]
+
+
+def _sliced(batch: Slice, name: str, tensor: Tensor) -> Tensor:
+    return batch.apply(tensor, dim=0)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,7 +27,7 @@ def write_whole(path: str | Path, content: str | Callable[[Path], object]) -> Pa
     """
     path = Path(path)
     write = (lambda place: place.write_text(content, encoding="utf-8")) if isinstance(content, str) else content
-    with _whole(path) as place:
+    with _whole(path) as place, explained(path):
         write(place)
     return path
 
@@ -36,26 +37,46 @@ def whole_file(path: str | Path) -> Generator[BinaryIO, None, None]:
     """Open a file to write bytes to; at the end of the `with` block it is there under its name, unless that failed.
 
     Raises:
-        ValueError: it cannot be written; what was there before is still there.
+        ValueError: it cannot be made, or is there and is no plain file; what was there before is still there.
     """
-    with _whole(Path(path)) as place, place.open("wb") as file:
-        yield file
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} cannot be written: it is no plain file")
+    with _whole(path) as place:
+        with explained(path):
+            file = place.open("wb")
+        try:
+            yield file
+        except BaseException:
+            with suppress(OSError):  # what went wrong before is what counts
+                file.close()
+            raise
+        with explained(path):
+            file.close()
+
+
+@contextmanager
+def explained(path: Path) -> Generator[None, None, None]:
+    """Within a `with` block that writes to a file, an OSError is a ValueError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager
 def _whole(path: Path) -> Generator[Path, None, None]:
     """Where to write: beside the path, to be renamed to it at the end; or the path itself, if it is no plain file."""
-    try:
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         target = path.resolve()
-        if target.exists() and not target.is_file():
-            yield target
-            return
-        unfinished = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
-        try:
-            yield unfinished
+    if target.exists() and not target.is_file():
+        yield target
+        return
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.unfinished")
+    try:
+        yield unfinished
+        with explained(path):
             unfinished.replace(target)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)

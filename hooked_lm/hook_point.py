@@ -236,6 +236,7 @@ class HookPoint(nn.Module):
         raise TypeError(f"torch's hooks do not run at {self.name!r}: use add_hook")
 
     register_forward_pre_hook = register_full_backward_hook = register_full_backward_pre_hook = register_forward_hook
+    register_backward_hook = register_forward_hook
 
     def remove_hooks(self, dir: Direction = "fwd", including_permanent: bool = False, level: int | None = None) -> None:
         """Remove the hooks of a direction; permanent ones only if asked, and of one context level only if given."""

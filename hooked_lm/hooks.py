@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +17,9 @@ from hooked_lm.names import NamesFilter, is_pattern, select_names
 from hooked_lm.slicing import Slice
 
 __all__ = ["Direction", "HookFunction", "HookHandle", "HookPoint", "HookSpec", "HookedRootModule", "protect"]
+
+# Held while a model's hooks are others than its own. One for all models: a lock cannot be copied with a model.
+_alone = threading.RLock()
 
 HookSpec = tuple[NamesFilter, HookFunction]
 
@@ -156,17 +160,25 @@ class HookedRootModule(nn.Module):
 
     @contextmanager
     def only_hooks(self, handles: Iterable[HookHandle]) -> Generator[None, None, None]:
-        """Within a `with` block these hooks run and no others; afterwards the others are back."""
-        kept = {point: (point.fwd_hooks, point.bwd_hooks) for point in self.hook_points()}
-        try:
-            for point in kept:
-                point.fwd_hooks, point.bwd_hooks = [], []
-            for handle in handles:
-                handle.attach()
-            yield
-        finally:
-            for point, (fwd_hooks, bwd_hooks) in kept.items():
-                point.fwd_hooks, point.bwd_hooks = fwd_hooks, bwd_hooks
+        """Within a `with` block these hooks run and no others; afterwards the others are back.
+
+        Blocks of several threads wait for each other. Other runs of the model in other threads do not, and must not be.
+        """
+        with _alone:
+            handles = list(handles)
+            kept = [(point, point.fwd_hooks[:], point.bwd_hooks[:]) for point in self.hook_points() if point.live]
+            try:
+                for point, _, _ in kept:
+                    point.fwd_hooks.clear()
+                    point.bwd_hooks.clear()
+                for handle in handles:
+                    handle.attach()
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+                for point, fwd_hooks, bwd_hooks in kept:
+                    point.fwd_hooks[:], point.bwd_hooks[:] = fwd_hooks, bwd_hooks
 
     # Running
 

@@ -1,172 +1,53 @@
-"""The activations of a run of which one residual per layer was kept: any other is computed when it is read.
-
-A block is a function of the stream that enters it, so from what entered block `l` everything in it can be had again for
-the work of that one block. Where hooks or interventions changed an activation, what they left is kept as well and put
-back in its place; they themselves are not called again, whatever they count or draw.
-"""
+"""The activations of a run of which one residual per layer was kept: any other is computed when it is read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, MutableMapping, ValuesView
-from contextlib import AbstractContextManager
+from collections.abc import Callable, ItemsView, Iterable, Iterator, MutableMapping, ValuesView
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.hook_point import HookHandle, HookPoint
-from hooked_lm.names import layer_of
+from hooked_lm.hook_point import HookPoint
+from hooked_lm.hooks import recorded_part
+from hooked_lm.kept_run import KeptRun, Place, fingerprint, place_of
+from hooked_lm.slicing import Slice
 
-Place = int | str
-Fingerprint = tuple[tuple[int, int], ...]
 Change = Callable[[str, Tensor], Tensor]
 
 
-class Runnable(Protocol):
-    """What running a part of a model again needs of it."""
+@dataclass(frozen=True)
+class Part:
+    """What a cache keeps of an activation: some positions, with or without the batch axis, on some device."""
 
-    cfg: HookedTransformerConfig
-    hook_dict: dict[str, HookPoint]
+    points: dict[str, HookPoint]
+    positions: Slice
+    remove_batch_dim: bool
+    device: torch.device | str | None
 
-    def __call__(self, input: Any, **kwargs: Any) -> Any: ...
-
-    def parameters(self) -> Iterator[Tensor]: ...
-
-    def only_hooks(self, handles: Iterable[HookHandle]) -> AbstractContextManager[Any]: ...
-
-    def logits_of(self, residual: Tensor, logits_to_keep: Any) -> Tensor: ...
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        return recorded_part(x, self.points[name], self.positions, self.remove_batch_dim).to(device=self.device)
 
 
-def place_of(name: str) -> Place:
-    """Return what has to run again for a hook point: a block's number, `"embed"` or `"final"`."""
-    layer = layer_of(name)
-    if layer is not None:
-        return layer
-    return "final" if name.startswith(("ln_final.", "unembed.")) else "embed"
+@dataclass(frozen=True)
+class Moved:
+    """Each activation on a device."""
 
+    device: torch.device | str
 
-@dataclass(frozen=True, eq=False)
-class KeptRun:
-    """What is kept of a run, and how parts of it are run again.
-
-    Attributes:
-        model: that ran.
-        first, last: blocks `first` to `last - 1` ran.
-        tokens, mask: what it read, [batch pos]; no tokens for a run that began with a residual, no mask for one
-            without padding.
-        residuals: by block, the stream that entered it; under `last`, the stream that left the last.
-        edits: by hook name, the activation as hooks left it.
-        ends: whether final norm and unembedding belong to the run.
-        logits_to_keep: the positions that were unembedded, as they were asked for.
-        fingerprint: tells whether the weights and what is kept are still as they were in the run.
-    """
-
-    model: Runnable
-    first: int
-    last: int
-    tokens: Tensor | None
-    mask: Tensor | None
-    residuals: dict[int, Tensor]
-    edits: dict[str, Tensor]
-    ends: bool
-    logits_to_keep: Any
-    fingerprint: Fingerprint
-
-    def covers(self, name: str) -> bool:
-        """Return whether a hook point was part of the run."""
-        place = place_of(name)
-        if isinstance(place, int):
-            return self.first <= place < self.last
-        if place == "final":
-            return self.ends
-        # Shortformer's positions are made in every run.
-        shortformer = self.model.cfg.positional_embedding_type == "shortformer"
-        return self.tokens is not None or (name == "hook_pos_embed" and shortformer)
-
-    def held(self, name: str) -> Tensor | None:
-        """Return an activation if it is one of those that were kept."""
-        if name in self.edits:
-            return self.edits[name]
-        place = place_of(name)
-        if isinstance(place, int) and name.endswith(".hook_resid_pre"):
-            return self.residuals[place]
-        left = isinstance(place, int) and name.endswith(".hook_resid_post")
-        # What hooks made of the stream as it entered the next block is not what left this one.
-        if left and f"blocks.{place + 1}.hook_resid_pre" not in self.edits:  # type: ignore[operator]
-            return self.residuals[place + 1]  # type: ignore[operator]
-        return None
-
-    def compute(self, place: Place, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return the named activations of one place, from one run of it.
-
-        Raises:
-            RuntimeError: the weights are not those of the run any more.
-        """
-        self.check()
-        found: dict[str, Tensor] = {}
-
-        def record(x: Tensor, hook: HookPoint) -> None:
-            found[hook.name] = x
-
-        points = self.model.hook_dict
-        handles = [HookHandle(points[name], _Put(value), "fwd") for name, value in self.edits.items()]
-        handles += [HookHandle(points[name], record, "fwd", reads_only=True) for name in names]
-        with torch.no_grad(), self.model.only_hooks(handles):
-            self._run(place)
-        return found
-
-    def check(self) -> None:
-        """Raise RuntimeError if weights, or what is kept, are not as they were in the run."""
-        if fingerprint(self.model, self.residuals, self.edits) != self.fingerprint:
-            raise RuntimeError(
-                "the model's weights, or a stream that this cache has given out, have been changed or moved since the "
-                "run, and a lazy cache computes with them: read or prefetch what is needed before, clone what is to be "
-                "written to, or cache without lazy=True"
-            )
-
-    def _run(self, place: Place) -> None:
-        if place == "final":
-            self.model.logits_of(self._stream(self.last), self.logits_to_keep)
-        elif isinstance(place, int):
-            self.model(self._stream(place), start_at_layer=place, stop_at_layer=place + 1, attention_mask=self.mask)
-        elif self.tokens is not None:
-            mask = torch.ones_like(self.tokens) if self.mask is None else self.mask
-            self.model(self.tokens, stop_at_layer=0, attention_mask=mask)
-        else:
-            begin = self.first
-            self.model(self._stream(begin), start_at_layer=begin, stop_at_layer=begin, attention_mask=self.mask)
-
-    def _stream(self, layer: int) -> Tensor:
-        if layer not in self.residuals:  # a model without blocks
-            return self.model(self.tokens, stop_at_layer=0, attention_mask=self.mask)
-        return self.residuals[layer].to(next(self.model.parameters()).device)
-
-
-class _Put:
-    """A hook that puts a kept activation back in its place."""
-
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
-
-    def __call__(self, x: Tensor, hook: HookPoint) -> Tensor:
-        return self.value.to(x.device)
-
-
-def fingerprint(model: Runnable, *kept: Mapping[Any, Tensor]) -> Fingerprint:
-    """Return where each parameter and kept tensor is, and how often it was written to: what changes when they do."""
-    tensors = [*model.parameters(), *(one for tensors in kept for one in tensors.values())]
-    return tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in tensors)
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        return x.to(self.device)
 
 
 class LazyActivations(MutableMapping[str, Tensor]):
     """Activations by name, computed when they are read. What is assigned or prefetched is held.
 
+    Reads from several threads wait for each other. The model must not run in another thread meanwhile.
+
     Args:
         run: what was kept.
         names: of the activations there are.
-        changes: made to each activation before it is given out: positions picked, moved, without the batch axis.
+        changes: made to each activation before it is given out.
     """
 
     def __init__(self, run: KeptRun, names: Iterable[str], changes: tuple[Change, ...] = ()) -> None:
@@ -204,19 +85,22 @@ class LazyActivations(MutableMapping[str, Tensor]):
         return x
 
     def pairs(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Yield names and activations, all by default, running each block once and holding none of it."""
+        """Yield names and activations, all by default, in order, running each block once."""
+        order = list(self.names if names is None else names)
+        missing = [name for name in order if name not in self.own and self.run.held(name) is None]
         groups: dict[Place, list[str]] = {}
-        for name in self.names if names is None else names:
+        for name in missing:
             groups.setdefault(place_of(name), []).append(name)
-        for place, group in groups.items():
-            missing = [name for name in group if name not in self.own and self.run.held(name) is None]
-            found = self.run.compute(place, missing) if missing else {}
-            for name in group:
-                yield name, self._changed(name, found.pop(name)) if name in missing else self[name]
+        # What is computed and not yet given out: of one place, where the names of a place stand together.
+        found: dict[str, Tensor] = {}
+        for name in order:
+            if name not in found and place_of(name) in groups and name in groups[place_of(name)]:
+                found |= self.run.compute(place_of(name), groups.pop(place_of(name)))
+            yield name, self._changed(name, found.pop(name)) if name in found else self[name]
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Compute activations and hold them."""
-        self.own |= dict(self.pairs(list(names)))
+        self.own |= dict(self.pairs(names))
 
     def then(self, change: Change) -> LazyActivations:
         """Return the same activations with one more change made to each."""
@@ -225,15 +109,12 @@ class LazyActivations(MutableMapping[str, Tensor]):
         return changed
 
     def moved(self, device: torch.device | str) -> LazyActivations:
-        """Return the same activations on a device, with what is kept moved there."""
-        self.run.check()
+        """Return the same activations on a device, with what is kept moved there, for the model as it is now."""
         residuals = {layer: x.to(device) for layer, x in self.run.residuals.items()}
         edits = {name: x.to(device) for name, x in self.run.edits.items()}
-        run = replace(
-            self.run, residuals=residuals, edits=edits, fingerprint=fingerprint(self.run.model, residuals, edits)
-        )
-        moved = self.then(lambda name, x: x.to(device))
-        moved.run = run
+        moved = self.then(Moved(device))
+        mark = fingerprint(self.run.model, residuals, edits)
+        moved.run = replace(self.run, residuals=residuals, edits=edits, fingerprint=mark)
         return moved
 
     def items(self) -> ItemsView[str, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hooked_lm.files import whole_file
+from hooked_lm.files import explained, whole_file
 
 _TYPES = {
     torch.float64: "F64",
@@ -31,6 +31,20 @@ _TYPES = {
 }
 _LENGTH = 8  # bytes of the table's length, which come before it
 _PADDING = "padding {}"
+# Of one entry, besides its name: type, a shape of few axes and two offsets, with what JSON puts around them.
+_ENTRY = 160
+
+Memory = tuple[Any, ...]
+
+
+def memory_of(tensor: Tensor) -> Memory:
+    """Return what tells whether two tensors are one: the same memory, read in the same way, and not written to between.
+
+    The reference to the memory is weak: it keeps nothing alive, and memory that has been used again is another.
+    """
+    version = 0 if tensor.is_inference() else tensor._version
+    place = StorageWeakRef(tensor.untyped_storage()), tensor.storage_offset(), tensor.shape, tensor.stride()
+    return (*place, tensor.dtype, version)
 
 
 class Offloading(dict[str, Tensor]):
@@ -40,43 +54,45 @@ class Offloading(dict[str, Tensor]):
 
     Args:
         path: of the file.
-        names: those that may come, with or without `_grad`, for the length of the table.
+        names: those that may come, for the length of the table.
         has_batch_dim: said in the file, for `ActivationCache.load`.
+
+    Raises:
+        ValueError: the file cannot be written, a name comes twice, or a tensor has a dtype that the format has not.
     """
 
     def __init__(self, path: str | Path, names: Iterable[str], has_batch_dim: bool = True) -> None:
         super().__init__()
-        self.path, self.has_batch_dim = Path(path), has_batch_dim
+        self.path, self.has_batch_dim = Path(path).resolve(), has_batch_dim
+        lengths = [len(_json(name).encode()) for name in names]
         # Of each name: its entry, one of padding before it, its place in the order, and a name it is the same as.
-        lengths = [len(name) + len("_grad") for name in names]
-        self._room = 1024 + 2 * sum(3 * length + max(lengths) + 512 for length in lengths)
+        self._room = 1024 + sum(3 * length + 2 * _ENTRY for length in lengths) + len(lengths) * max(lengths, default=0)
         self._room += -self._room % _LENGTH
         self._table: dict[str, Any] = {}
-        self._order: list[str] = []
+        self._order: dict[str, None] = {}
         self._aliases: dict[str, str] = {}
-        self._written: dict[tuple[Any, ...], str] = {}
+        self._written: dict[Memory, str] = {}
         self._at = 0
-        self._exit = ExitStack()
 
     def __enter__(self) -> Self:
-        self._file = self._exit.enter_context(whole_file(self.path))
-        self._file.write(bytes(_LENGTH + self._room))
+        with ExitStack() as stack:
+            self._file = stack.enter_context(whole_file(self.path))
+            with explained(self.path):
+                self._file.write(bytes(_LENGTH + self._room))
+            stack.push(self._finish)
+            self._exit = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> Any:
-        if error[0] is None:
-            with self._exit:
-                self._finish()
-            return None
         return self._exit.__exit__(*error)
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         if name in self._order:
             raise ValueError(f"{name!r} has been written to {self.path} already")
-        self._order.append(name)
-        # A weak reference tells memory that is there still from memory that has been used again.
-        memory = (StorageWeakRef(tensor.untyped_storage()), tensor.storage_offset(), tensor.shape, tensor.stride())
-        same = self._written.setdefault((*memory, tensor.dtype), name)
+        if tensor.dtype not in _TYPES:
+            raise ValueError(f"{name!r} has dtype {tensor.dtype}, which safetensors files of ours have not")
+        self._order[name] = None
+        same = self._written.setdefault(memory_of(tensor), name)
         if same != name:
             self._aliases[name] = same
             return
@@ -91,15 +107,26 @@ class Offloading(dict[str, Tensor]):
         end = self._at + data.nbytes
         kind = _TYPES[tensor.dtype]
         self._table[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [self._at, end]}
-        self._file.write(data.data)
+        with explained(self.path):
+            self._file.write(data.data)
         self._at = end
 
-    def _finish(self) -> None:
+    def _finish(self, error: Any, *rest: Any) -> None:
+        """Write the table, if nothing has gone wrong."""
+        if error is not None:
+            return
         about = {
             "has_batch_dim": str(self.has_batch_dim),
-            "aliases": json.dumps(self._aliases),
-            "order": json.dumps(self._order),
+            "aliases": _json(self._aliases),
+            "order": _json(list(self._order)),
         }
-        table = json.dumps({"__metadata__": about, **self._table}).encode()
-        self._file.seek(0)
-        self._file.write(self._room.to_bytes(_LENGTH, "little") + table.ljust(self._room))
+        table = _json({"__metadata__": about, **self._table}).encode()
+        if len(table) > self._room:
+            raise ValueError(f"{self.path} has room for {self._room} bytes of names, and these take {len(table)}")
+        with explained(self.path):
+            self._file.seek(0)
+            self._file.write(self._room.to_bytes(_LENGTH, "little") + table.ljust(self._room))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

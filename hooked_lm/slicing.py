@@ -44,7 +44,7 @@ class Slice:
                 raise TypeError(f"a tuple slice is (stop,), (start, stop) or (start, stop, step), got {given!r}")
             return "slice", slice(*given)
         if isinstance(given, (list, np.ndarray, torch.Tensor)):
-            index = torch.as_tensor(given)
+            index = torch.as_tensor(given).clone()
             if index.ndim == 0 and not index.is_floating_point():
                 return "int", int(index)
             if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:

@@ -17,7 +17,7 @@ ORDER = (
     *("config", "names", "slicing", "precision", "files", "bundled"),
     *("interventions", "intervention_files", "factored_matrix"),
     *("hook_point", "hooks", "hook_points", "kv_cache", "components"),
-    *("lazy_cache", "offloaded_cache", "cached_activations", "activation_cache"),
+    *("kept_run", "lazy_cache", "offloaded_cache", "cached_activations", "activation_cache"),
     *("weights", "weight_conversion", "tokenization", "losses", "generation", "text_interface", "intervening"),
     "caching",
     *("text_generation", "initialization", "weight_views", "homes", "model_weights", "transformer"),

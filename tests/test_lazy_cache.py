@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +51,7 @@ def assert_same(lazy: ActivationCache, full: ActivationCache) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_architecture_has_the_names_order_and_values_of_its_full_cache(architecture: str) -> None:
+def test_every_architecture_has_the_names_and_values_of_its_full_cache(architecture: str) -> None:
     full, lazy = both(tiny_model(**ARCHITECTURES[architecture]), TOKENS)
     assert_same(lazy, full)
     assert set(dict(lazy.items())) == set(full)
@@ -164,6 +168,11 @@ def test_without_the_batch_axis(model: HookedTransformer) -> None:
     _, two = model.run_with_cache(TOKENS, lazy=True)
     with pytest.raises(ValueError, match="batch axis can go only when it is 1"):
         two.remove_batch_dim()
+    # What cannot be is said in the run, as by a full cache.
+    with pytest.raises(ValueError, match="remove_batch_dim needs a batch of 1"):
+        model.run_with_cache(TOKENS, lazy=True, remove_batch_dim=True)
+    with pytest.raises(IndexError):
+        model.run_with_cache(TOKENS, lazy=True, pos_slice=50)
 
 
 # Methods
@@ -197,9 +206,24 @@ def test_a_lazy_cache_moves_what_it_keeps(model: HookedTransformer) -> None:
     _, lazy = model.run_with_cache(TOKENS, lazy=True)
     lazy.prefetch("blocks.0.attn.hook_z")
     moved = lazy.to("meta")
-    assert moved.nbytes == 0 or all(x.is_meta for x in moved.cache_dict.kept())
+    assert all(x.is_meta for x in moved.cache_dict.kept())  # type: ignore[attr-defined]
     assert moved["z", 0].is_meta
     assert moved["resid_pre", 1].is_meta
+
+
+def test_a_lazy_cache_moves_with_its_model(model: HookedTransformer) -> None:
+    _, lazy = model.run_with_cache(TOKENS, lazy=True)
+    assert lazy.to("meta", move_model=True)["pattern", 1].is_meta
+    assert model.W_E.is_meta
+
+
+def test_names_and_values_are_in_one_order(model: HookedTransformer) -> None:
+    full, lazy = both(model, TOKENS)
+    for cache in (full, lazy):
+        cache.compute_head_results()
+    for name, value in zip(lazy.keys(), lazy.values(), strict=True):
+        torch.testing.assert_close(value, full[name].detach(), rtol=0, atol=1e-10)
+    assert [name for name, _ in lazy.items()] == list(lazy)
 
 
 # What it costs
@@ -241,6 +265,34 @@ def test_a_read_runs_one_block_and_a_whole_pass_each_block_once(
     assert held is lazy["blocks.0.attn.hook_q"]
     lazy["k", 0], lazy["z", -1]
     assert ran == []
+
+
+def test_the_stream_taken_apart_runs_each_block_once(model: HookedTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, lazy = model.run_with_cache(TOKENS, lazy=True)
+    ran = []
+    forward = TransformerBlock.forward
+    monkeypatch.setattr(TransformerBlock, "forward", lambda block, *args: ran.append(block) or forward(block, *args))
+    lazy.decompose_resid()
+    assert ran == list(model.blocks)
+    ran.clear()
+    lazy.accumulated_resid(incl_mid=True)
+    assert ran == list(model.blocks)
+
+
+def test_reading_the_final_norm_unembeds_nothing(model: HookedTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    full, lazy = both(model, TOKENS)
+    monkeypatch.setattr(model.unembed, "forward", lambda x: pytest.fail("unembedded"))
+    torch.testing.assert_close(lazy["ln_final.hook_scale"], full["ln_final.hook_scale"].detach())
+
+
+def test_short_keys_are_prefetched_and_may_be_differentiated_later(model: HookedTransformer) -> None:
+    with torch.inference_mode():
+        _, lazy = model.run_with_cache(TOKENS, lazy=True)
+        lazy.prefetch(("q", 1)).prefetch("q0").prefetch(["embed", "blocks.*.attn.hook_v"])
+    assert {"blocks.0.attn.hook_q", "blocks.1.attn.hook_q", "hook_embed", "blocks.1.attn.hook_v"} <= set(
+        lazy.cache_dict.own  # type: ignore[attr-defined]
+    )
+    (lazy["q", 1] * torch.ones((), dtype=torch.float64, requires_grad=True)).sum().backward()
 
 
 def test_it_keeps_no_graph(model: HookedTransformer) -> None:
@@ -292,7 +344,7 @@ def test_weights_that_have_changed_since_are_noticed_and_what_was_fetched_stays(
     lazy.prefetch("blocks.1.attn.hook_pattern")
     with torch.no_grad():
         model.blocks[0].mlp.W_in[0, 0] += 1.0
-    with pytest.raises(RuntimeError, match=r"weights, or a stream .* have been changed or moved since the run"):
+    with pytest.raises(RuntimeError, match=r"its weights, or a stream .* have been changed or moved since"):
         lazy["q", 1]
     with pytest.raises(RuntimeError, match="changed or moved"):
         lazy.to("meta")
@@ -308,6 +360,123 @@ def test_a_stream_that_was_written_to_is_noticed(model: HookedTransformer) -> No
     lazy["resid_pre", 1].zero_()
     with pytest.raises(RuntimeError, match="clone what is to be written to"):
         lazy["q", 1]
+
+
+def test_weights_changed_past_torchs_count_of_writes_are_noticed_by_what_they_compute(model: HookedTransformer) -> None:
+    for change in (model.blocks[1].attn.W_V, model.blocks[1].mlp.W_out, model.pos_embed.W_pos):
+        _, lazy = model.run_with_cache(TOKENS, lazy=True)
+        change.data.mul_(2)
+        name = "hook_embed" if change is model.pos_embed.W_pos else "blocks.1.attn.hook_q"
+        with pytest.raises(RuntimeError, match="does not compute what it did"):
+            lazy[name]
+    _, lazy = model.run_with_cache(TOKENS, lazy=True)
+    lazy["resid_pre", 1].numpy()[:] = 0
+    with pytest.raises(RuntimeError, match="does not compute what it did"):
+        lazy["q", 1]
+
+
+def test_autocast_is_that_of_the_run() -> None:
+    model = tiny_model(dtype=torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        _, full = model.run_with_cache(TOKENS)
+        _, lazy = model.run_with_cache(TOKENS, lazy=True)
+    _, plain = model.run_with_cache(TOKENS)
+    _, outside = model.run_with_cache(TOKENS, lazy=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = {name: outside[name] for name in outside}
+    for name, expected in full.items():
+        assert lazy[name].dtype == expected.dtype
+        torch.testing.assert_close(lazy[name], expected, rtol=0, atol=0.1)
+        assert found[name].dtype == plain[name].dtype
+        torch.testing.assert_close(found[name], plain[name].detach(), rtol=0, atol=1e-5)
+
+
+def test_index_tensors_may_change_afterwards(model: HookedTransformer) -> None:
+    kept, positions, prompts = torch.tensor([1, 3]), torch.tensor([2, 4]), torch.tensor([1])
+    some = both(model, TOKENS, logits_to_keep=kept)
+    there = both(model, TOKENS, pos_slice=positions)
+    one = [cache.apply_slice_to_batch_dim(prompts) for cache in both(model, TOKENS)]
+    for index in (kept, positions, prompts):
+        index.fill_(0)
+    for full, lazy in (some, there, one):
+        assert_same(lazy, full)
+
+
+def test_a_backward_hook_that_sends_the_run_another_way_does_so_again(model: HookedTransformer) -> None:
+    halve = [("blocks.0.ln1.hook_normalized", lambda x, hook: x * 0.5)]
+    with model.hooks(fwd_hooks=halve, bwd_hooks=[("blocks.0.hook_v_input", lambda grad, hook: None)]):
+        assert_same(*reversed(both(model, TOKENS)))
+    model.add_caching_hooks("blocks.0.hook_v_input")
+    with model.hooks(fwd_hooks=halve):
+        assert_same(*reversed(both(model, TOKENS)))
+
+
+def test_hooks_that_change_nothing_are_not_kept(model: HookedTransformer) -> None:
+    _, lazy = model.run_with_cache(TOKENS, lazy=True)
+    with model.hooks(fwd_hooks=[("*", lambda x, hook: None)]):
+        full, looked_at = both(model, TOKENS, names_filter="blocks.*.attn.hook_[qkvz]")
+    kept = set(looked_at.cache_dict.run.edits)  # type: ignore[attr-defined]
+    assert kept <= {name for name in model.hook_dict if model.hook_dict[name].on_demand}
+    assert_same(looked_at, full)
+    with model.hooks(fwd_hooks=[("*hook_z", lambda x, hook: None)]):
+        assert model.run_with_cache(TOKENS, lazy=True)[1].nbytes == lazy.nbytes
+
+
+def test_hooks_that_come_during_the_run_are_an_error(model: HookedTransformer) -> None:
+    def add(x: Tensor, hook: HookPoint) -> None:
+        model.add_hook("blocks.1.hook_resid_pre", lambda x, hook: x * 3)
+
+    with (
+        pytest.raises(RuntimeError, match="hooks were added or removed while the model ran"),
+        model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", add)]),
+    ):
+        model.run_with_cache(TOKENS, lazy=True)
+
+
+def test_torchs_own_hooks_are_an_error(model: HookedTransformer) -> None:
+    handle = model.blocks[0].mlp.register_forward_hook(lambda module, args, out: out * 2)
+    with pytest.raises(ValueError, match="cannot know what torch's own hooks do"):
+        model.run_with_cache(TOKENS, lazy=True)
+    handle.remove()
+
+
+def test_reads_from_several_threads_are_right_and_leave_the_model_as_it_is(model: HookedTransformer) -> None:
+    with model.hooks(fwd_hooks=[("blocks.*.hook_mlp_out", lambda x, hook: x * 0)]):
+        full, lazy = both(model, TOKENS)
+    before = model(TOKENS)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            for name, value in zip(list(lazy) * 3, pool.map(lazy.__getitem__, list(lazy) * 3), strict=True):
+                torch.testing.assert_close(value, full[name].detach(), rtol=0, atol=1e-10)
+    finally:
+        sys.setswitchinterval(interval)
+    assert not any(point.live for point in model.hook_points())
+    torch.testing.assert_close(model(TOKENS), before)
+
+
+def test_copies_and_pickles_compute_with_a_model_of_their_own(model: HookedTransformer) -> None:
+    full, lazy = both(model, TOKENS, pos_slice=(1, 5))
+    copies = [copy.deepcopy(lazy), pickle.loads(pickle.dumps(lazy.apply_slice_to_batch_dim([0, 1])))]
+    with torch.no_grad():
+        model.blocks[0].attn.W_Q.zero_()
+    for one in copies:
+        assert_same(one, full)
+    with pytest.raises(RuntimeError, match="does not compute"):
+        copy.deepcopy(lazy)
+
+
+def test_a_model_without_blocks_has_the_padding_of_the_run() -> None:
+    model = tiny_model(n_layers=0, d_vocab=300)
+    model.set_tokenizer(tiny_tokenizer())
+    model.cfg.default_padding_side = "left"
+    tokens = torch.full((1, 5), int(model.tokenizer.pad_token_id))
+    tokens[0, 3:] = 7
+    assert_same(*reversed(both(model, tokens, padding_side="right")))
+
+
+# Misuse
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +147,88 @@ def test_a_saved_cache_is_the_same_kind_of_file(tmp_path: Path) -> None:
     model.run_with_cache(TOKENS, offload=tmp_path / "streamed.safetensors")
     saved, streamed = (load_file(tmp_path / f"{name}.safetensors") for name in ("saved", "streamed"))
     assert saved.keys() == streamed.keys()
+
+
+def test_an_error_of_a_hook_is_its_own(tmp_path: Path) -> None:
+    model = tiny_model()
+
+    def fail(x: Tensor, hook: HookPoint) -> None:
+        (tmp_path / "nowhere").read_text()
+
+    with pytest.raises(FileNotFoundError), model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", fail)]):
+        model.run_with_cache(TOKENS, offload=tmp_path / "cache.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_nothing(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Beyond the limit a write fails as on a full disk, once the signal for it is ignored.
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for room in (100, 20_000):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+            with pytest.raises(ValueError, match=r"cache\.safetensors cannot be written: File too large"):
+                tiny_model().run_with_cache(TOKENS, offload=tmp_path / "cache.safetensors")
+            assert not list(tmp_path.iterdir())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_names_of_many_bytes_have_room(tmp_path: Path) -> None:
+    names = [f"{'日' * 250}{place}" for place in range(30)]
+    with Offloading(tmp_path / "x.safetensors", names) as file:
+        for place, name in enumerate(names):
+            file[name] = torch.full((2,), float(place))
+    assert torch.equal(load_file(tmp_path / "x.safetensors")[names[7]], torch.full((2,), 7.0))
+
+
+def test_more_names_than_were_said_are_an_error_and_not_a_broken_file(tmp_path: Path) -> None:
+    def write() -> None:
+        with Offloading(tmp_path / "x.safetensors", ["a"]) as file:
+            for place in range(200):
+                file[f"name {place}"] = torch.zeros(1)
+
+    with pytest.raises(ValueError, match=r"has room for .* bytes of names"):
+        write()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_format_does_not_have_is_an_error(tmp_path: Path) -> None:
+    with (
+        Offloading(tmp_path / "x.safetensors", ["a"]) as file,
+        pytest.raises(ValueError, match=r"'a' has dtype torch\.complex64"),
+    ):
+        file["a"] = torch.zeros(2, dtype=torch.complex64)
+    with pytest.raises(ValueError, match="no plain file"):
+        tiny_model().run_with_cache(TOKENS, offload="/dev/null")
+
+
+def test_a_tensor_written_to_between_two_names_is_two(tmp_path: Path) -> None:
+    tensor = torch.zeros(3)
+    with Offloading(tmp_path / "x.safetensors", ["a", "b", "c"]) as file:
+        file["a"] = tensor
+        file["b"] = tensor
+        file["c"] = tensor.add_(1)
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == {"a", "c"}
+    assert torch.equal(found["c"], torch.ones(3))
+
+
+def test_a_path_is_that_of_when_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    with model.hooks(fwd_hooks=[("hook_embed", lambda x, hook: os.chdir(tmp_path / "elsewhere"))]):
+        _, disk = model.run_with_cache(TOKENS, offload="cache.safetensors")
+    assert (tmp_path / "cache.safetensors").is_file()
+    assert disk["z", 0].shape == (2, 7, 3, 4)
+
+
+def test_filters_that_can_be_read_once_and_hooks_that_would_stay(tmp_path: Path) -> None:
+    model, path = tiny_model(), tmp_path / "cache.safetensors"
+    _, disk = model.run_with_cache(TOKENS, offload=path, names_filter=(name for name in ["hook_embed"]))
+    assert list(disk) == ["hook_embed"]
+    with pytest.raises(ValueError, match="no reset_hooks_end=False"):
+        model.run_with_cache(TOKENS, offload=path, reset_hooks_end=False)
+    assert not any(point.live for point in model.hook_points())
