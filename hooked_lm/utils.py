@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hooked_lm import tokenization
 from hooked_lm.components.activations import gelu_fast, gelu_new, solu
+from hooked_lm.extras import require_pandas
 from hooked_lm.factored_matrix import FactoredMatrix, composition_scores
 from hooked_lm.generation import sample_logits
 from hooked_lm.initialization import (
@@ -253,16 +254,12 @@ def logits_to_df(logits: Tensor, model: Any, k: int = 20) -> Any:
     Raises:
         ImportError: pandas is not installed; the `notebooks` extra brings it.
     """
-    try:
-        # An optional extra: nothing else in the package needs it.
-        import pandas as pd
-    except ImportError as error:
-        raise ImportError("logits_to_df needs pandas: pip install 'hooked-lm[notebooks]'") from error
+    pandas = require_pandas("logits_to_df")
     if logits.ndim != 1:
         raise ValueError(f"logits of one position [vocab] are expected, got shape {tuple(logits.shape)}")
     log_probabilities = logits.log_softmax(-1)
     best = logits.topk(min(k, logits.shape[-1]))
-    return pd.DataFrame(
+    return pandas.DataFrame(
         {
             "token": best.indices.tolist(),
             "string": [model.to_single_str_token(int(index)) for index in best.indices],

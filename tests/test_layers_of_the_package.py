@@ -14,7 +14,7 @@ ROOT = Path(hooked_lm.__file__).parents[1]
 
 # From the first room to the last. `__init__` stands for `import hooked_lm`, which gives out every name.
 ORDER = (
-    *("config", "names", "slicing", "precision", "files", "bundled"),
+    *("config", "names", "slicing", "precision", "files", "extras", "bundled"),
     *("interventions", "intervention_files", "factored_matrix"),
     *("hook_point", "hooks", "hook_points", "kv_cache", "components"),
     *("kept_run", "lazy_cache", "offloaded_cache", "cached_activations", "activation_cache"),

@@ -213,7 +213,7 @@ def test_a_lazy_cache_moves_what_it_keeps(model: HookedTransformer) -> None:
 
 def test_a_lazy_cache_moves_with_its_model(model: HookedTransformer) -> None:
     _, lazy = model.run_with_cache(TOKENS, lazy=True)
-    assert lazy.to("meta", move_model=True)["pattern", 1].is_meta
+    assert lazy.to("meta", move_model=True)["q", 1].is_meta
     assert model.W_E.is_meta
 
 

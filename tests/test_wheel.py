@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -32,6 +34,40 @@ def test_the_wheel_holds_both_packages_the_bundled_model_and_no_tests(wheel: Pat
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "scripts"))]
 
 
+# The extras are installed here; these are not to be found in the process that tries the wheel.
+WITHOUT_EXTRAS = """
+import sys
+import importlib.util
+absent = {"plotly", "pandas", "kaleido", "IPython", "mkdocs", "playwright"}
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in absent:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.partition(".")[0] in absent else find_spec(name, *rest)
+sys.meta_path.insert(0, Absent())
+"""
+REMEDIES = """
+for ask in (lambda: hooked_lm.plotting, lambda: hooked_lm.utils.logits_to_df(logits[0, 0], model)):
+    try:
+        ask()
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_every_remedy_names_an_extra_that_brings_the_package() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+    def brought(extra: str) -> set[str]:
+        names = {re.split(r"[\[<>=]", entry)[0] for entry in extras[extra]}
+        others = {other for entry in extras[extra] for other in re.findall(r"hooked-lm\[(.*)\]", entry)}
+        return names.union(*(brought(one) for other in others for one in other.split(",")))
+
+    for extra, package in (("viz", "plotly"), ("png", "kaleido"), ("notebooks", "pandas"), ("notebooks", "plotly")):
+        assert package in brought(extra)
+
+
 def test_the_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
@@ -44,6 +80,9 @@ def test_the_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> No
         "print(tuple(cache['pattern', 0].shape))\n"
     )
     # -I: neither the working directory nor PYTHONPATH lead back to the checkout.
+    code = WITHOUT_EXTRAS + code + REMEDIES
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("5, 5)")
+    assert "5, 5)" in done.stdout
+    assert "pip install 'hooked-lm[viz]'" in done.stdout
+    assert "pip install 'hooked-lm[notebooks]'" in done.stdout

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hooked_lm.extras import require_pandas
 from hooked_lm.hooks import HookPoint
 from hooked_lm.interventions import Intervention
 from hooked_lm.metrics import one_number
@@ -281,9 +282,7 @@ def _rows(index_df: Any) -> list[list[Any]]:
 
 
 def _data_frame(indices: Sequence[Sequence[int]], names: Sequence[str]) -> Any:
-    import pandas
-
-    return pandas.DataFrame(indices, columns=list(names))
+    return require_pandas("a table of indices").DataFrame(indices, columns=list(names))
 
 
 def make_df_from_ranges(column_max_ranges: Sequence[int], column_names: Sequence[str]) -> Any:

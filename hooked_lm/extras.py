@@ -1,0 +1,21 @@
+"""Packages that only an extra brings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def require_pandas(what: str) -> Any:
+    """Return pandas.
+
+    Args:
+        what: the function that needs it, for the message.
+
+    Raises:
+        ImportError: it is not installed; the message says which extra brings it.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError(f"{what} needs pandas: pip install 'hooked-lm[notebooks]'") from error
+    return pandas
