@@ -48,7 +48,11 @@ importlib.util.find_spec = lambda name, *rest: None if name.partition(".")[0] in
 sys.meta_path.insert(0, Absent())
 """
 REMEDIES = """
-for ask in (lambda: hooked_lm.plotting, lambda: hooked_lm.utils.logits_to_df(logits[0, 0], model)):
+import importlib
+for ask in (
+    lambda: importlib.import_module("hooked_lm.plotting"),
+    lambda: importlib.import_module("hooked_lm.utils").logits_to_df(logits[0, 0], model),
+):
     try:
         ask()
     except ImportError as error:
