@@ -25,20 +25,25 @@ Direction = Literal["fwd", "bwd", "both"]
 
 
 class _SeenStorages:
-    """The memory that hooks have been shown. Weak: it keeps no data alive, and an address is not reused under it."""
+    """The memory that hooks have been shown. Weak: it keeps no data alive, and an address is not reused under it.
+
+    A compiled graph knows nothing of memory: there, all of it counts as shown.
+    """
 
     def __init__(self) -> None:
         self._refs: set[StorageWeakRef] = set()
         self._limit = 256
 
     def add(self, tensor: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            return
         self._refs.add(StorageWeakRef(tensor.untyped_storage()))
         if len(self._refs) > self._limit:
             self._refs = {ref for ref in self._refs if not ref.expired()}
             self._limit = max(256, 2 * len(self._refs))
 
     def __contains__(self, tensor: Tensor) -> bool:
-        return StorageWeakRef(tensor.untyped_storage()) in self._refs
+        return torch.compiler.is_compiling() or StorageWeakRef(tensor.untyped_storage()) in self._refs
 
 
 _seen = _SeenStorages()
@@ -228,18 +233,35 @@ class HookPoint(nn.Module):
         return handle
 
     def add_perma_hook(self, hook: HookFunction, dir: Direction = "fwd") -> HookHandle:
-        """Add a hook that `reset_hooks` leaves in place."""
+        """Add a hook that `reset_hooks` leaves in place.
+
+        Args:
+            hook, dir: as for `add_hook`.
+        """
         return self.add_hook(hook, dir, is_permanent=True)
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise TypeError: a hook point has hooks of its own, and torch's would never run."""
+        """Refuse: a hook point has hooks of its own, and torch's would never run.
+
+        Raises:
+            TypeError: always.
+        """
         raise TypeError(f"torch's hooks do not run at {self.name!r}: use add_hook")
 
     register_forward_pre_hook = register_full_backward_hook = register_full_backward_pre_hook = register_forward_hook
     register_backward_hook = register_forward_hook
 
     def remove_hooks(self, dir: Direction = "fwd", including_permanent: bool = False, level: int | None = None) -> None:
-        """Remove the hooks of a direction; permanent ones only if asked, and of one context level only if given."""
+        """Remove the hooks of a direction; permanent ones only if asked, and of one context level only if given.
+
+        Args:
+            dir: `"fwd"`, `"bwd"` or `"both"`.
+            including_permanent: permanent ones too.
+            level: only hooks added in `hooks` contexts of this depth; None for any.
+
+        Raises:
+            ValueError: another direction.
+        """
         if dir not in ("fwd", "bwd", "both"):
             raise ValueError(f"direction {dir!r} is none of 'fwd', 'bwd', 'both'")
 
@@ -253,7 +275,13 @@ class HookPoint(nn.Module):
             self.bwd_hooks[:] = filter(stays, self.bwd_hooks)
 
     def has_hooks(self, dir: Direction = "both", including_permanent: bool = True, level: int | None = None) -> bool:
-        """Whether hooks of this direction (and level) are here."""
+        """Whether hooks of this direction (and level) are here.
+
+        Args:
+            dir: `"fwd"`, `"bwd"`, or `"both"` for either.
+            including_permanent: whether permanent ones count.
+            level: only hooks added in `hooks` contexts of this depth; None for any.
+        """
         handles = [handle for handle in (*self.fwd_hooks, *self.bwd_hooks) if dir in ("both", handle.dir)]
         return any(
             (including_permanent or not handle.is_permanent) and (level is None or handle.context_level == level)
@@ -276,7 +304,11 @@ class HookPoint(nn.Module):
         return layer
 
     def axis(self, name: str) -> int:
-        """Return where an axis of the activation is, counted from the end, so that a missing batch is harmless."""
+        """Return where an axis of the activation is, counted from the end, so that a missing batch is harmless.
+
+        Raises:
+            ValueError: the activation has no such axis.
+        """
         axes = (self.axes or "").split()
         if name not in axes:
             raise ValueError(f"{self.name!r} has no axis {name!r}; its axes are {self.axes!r}")

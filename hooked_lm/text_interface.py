@@ -40,8 +40,13 @@ class TextInterface(nn.Module):
     def set_tokenizer(self, tokenizer: Tokenizer, default_padding_side: str | None = None) -> None:
         """Give the model a tokenizer. It is copied; a missing BOS or padding token becomes the end-of-sequence token.
 
+        Args:
+            tokenizer: one of transformers, or alike.
+            default_padding_side: `"left"` or `"right"` from now on; None leaves it.
+
         Raises:
-            ValueError: the tokenizer has tokens that the embedding has no row for.
+            ValueError: the tokenizer has tokens that the embedding has no row for, or none to pad with, or the side is
+                neither.
         """
         if default_padding_side is not None:
             tokenization.check_padding_side(default_padding_side)
@@ -74,10 +79,11 @@ class TextInterface(nn.Module):
             tokens = tokens[None]
         if tokens.ndim != 2 or tokens.numel() == 0:
             raise ValueError(f"tokens have shape [batch pos], neither empty; got {tuple(tokens.shape)}")
-        least, most = (int(extreme) for extreme in torch.aminmax(tokens))
-        if least < 0 or most >= self.cfg.d_vocab:
-            culprit = least if least < 0 else most
-            raise ValueError(f"token {culprit} is out of range: this model's tokens are 0-{self.cfg.d_vocab - 1}")
+        if not torch.compiler.is_compiling():  # a compiled graph cannot read values on its way
+            least, most = (int(extreme) for extreme in torch.aminmax(tokens))
+            if least < 0 or most >= self.cfg.d_vocab:
+                culprit = least if least < 0 else most
+                raise ValueError(f"token {culprit} is out of range: this model's tokens are 0-{self.cfg.d_vocab - 1}")
         return tokens.to(self.unembed.W_U.device)
 
     def to_tokens(
@@ -130,6 +136,9 @@ class TextInterface(nn.Module):
                 gives a list of lists.
             prepend_bos: for strings; by default as the model's `default_prepend_bos`.
             padding_side: accepted for old calls: prompts are taken one by one, so nothing is padded.
+
+        Raises:
+            ValueError: tokens of more than two axes.
         """
         tokenizer = self._require_tokenizer()
 
@@ -152,7 +161,11 @@ class TextInterface(nn.Module):
         return tokenization.single_token(self._require_tokenizer(), string)
 
     def to_single_str_token(self, int_token: int) -> str:
-        """Return the string that a token stands for."""
+        """Return the string that a token stands for.
+
+        Raises:
+            TypeError: it is no integer.
+        """
         if isinstance(int_token, bool) or not isinstance(int_token, int):
             raise TypeError(f"a token is an int, got {int_token!r}")
         return tokenization.str_tokens(self._require_tokenizer(), [int_token])[0]
@@ -190,6 +203,9 @@ class TextInterface(nn.Module):
 
         Args:
             tokens: a string that is one token, a token, or a tensor of tokens of any shape.
+
+        Raises:
+            ValueError: a token out of range, or a string that is not one token.
         """
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)

@@ -138,7 +138,12 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Caching):
             return self._output(logits, tokens, mask, return_type, loss_per_token)
 
     def logits_of(self, residual: Tensor, logits_to_keep: int | slice | Tensor | None = None) -> Tensor:
-        """Return the logits of the stream that leaves the last block [batch pos d_model]: final norm, unembedding."""
+        """Return the logits of the stream that leaves the last block [batch pos d_model]: final norm, unembedding.
+
+        Args:
+            residual: [batch pos d_model].
+            logits_to_keep: as for a call of the model.
+        """
         return self.unembed(_kept(self.ln_final(residual), logits_to_keep))
 
     def _output(
@@ -222,7 +227,11 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Caching):
     # What comes in
 
     def tokens_and_mask(self, input: ModelInput, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return the tokens [batch pos] that an input stands for, and their mask; None if nothing is padded."""
+        """Return the tokens [batch pos] that an input stands for, and their mask; None if nothing is padded.
+
+        Args:
+            input, attention_mask: as for a call of the model.
+        """
         return self._read(input, None, None, attention_mask, None)
 
     def _read(
@@ -304,7 +313,9 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Caching):
                 torch.ones(batch, n_new, dtype=torch.long, device=device) if attention_mask is None else attention_mask
             )
             attention_mask = past_kv_cache.append_attention_mask(new)
-        valid = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+        # A compiled graph cannot look whether anything is padded.
+        padded = attention_mask is not None and (torch.compiler.is_compiling() or not bool(attention_mask.all()))
+        valid = attention_mask.bool() if attention_mask is not None and padded else None
         self.n_past = n_past
         return SequenceLayout(n_new, n_past, device, valid)
 
@@ -316,7 +327,11 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Caching):
         attention_mask: Tensor | None = None,
         past_kv_cache: HookedTransformerKeyValueCache | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Return (residual entering block 0, tokens, shortformer positions or None, attention mask or None)."""
+        """Return (residual entering block 0, tokens, shortformer positions or None, attention mask or None).
+
+        Args:
+            input, prepend_bos, padding_side, attention_mask, past_kv_cache: as for a call of the model.
+        """
         tokens, mask = self._read(input, prepend_bos, padding_side, attention_mask, past_kv_cache)
         with _rewound_on_error(past_kv_cache):
             layout = self._layout(tokens.shape[0], tokens.shape[1], mask, past_kv_cache)
@@ -330,7 +345,15 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Caching):
         attention_mask: Tensor | None = None,
         per_token: bool = False,
     ) -> Tensor:
-        """Return the next-token loss in nats; see `losses.lm_cross_entropy_loss`."""
+        """Return the next-token loss in nats; see `losses.lm_cross_entropy_loss`.
+
+        Args:
+            logits, tokens, attention_mask, per_token: as there.
+
+        Raises:
+            ValueError: there is no next token: a single position, or a mask under which no real token follows a real
+                one.
+        """
         if tokens.shape[1] < 2:
             raise ValueError("a next-token loss needs at least two positions")
         if attention_mask is not None:
@@ -340,13 +363,22 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Caching):
         return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
 
     def new_kv_cache(self, batch_size: int = 1, capacity: int = 0) -> HookedTransformerKeyValueCache:
-        """Return an empty key-value cache for this model, with room for `capacity` positions; it grows beyond."""
+        """Return an empty key-value cache for this model, with room for `capacity` positions; it grows beyond.
+
+        Args:
+            batch_size: how many prompts.
+            capacity: positions to make room for.
+        """
         return HookedTransformerKeyValueCache.init_cache(self.cfg, self.W_E.device, batch_size, capacity)
 
     def outgrows(self, cache: HookedTransformerKeyValueCache, n_new: int = 1) -> bool:
         """Return whether `n_new` positions more would change what a key-value cache holds of those before.
 
         That is so where rotary frequencies depend on the prompt's length (dynamic NTK, LongRoPE).
+
+        Args:
+            cache: the key-value cache.
+            n_new: how many positions are to come.
         """
         if cache.length == 0 or not (self.cfg.use_dynamic_rope or self.cfg.use_longrope):
             return False

@@ -81,6 +81,6 @@ class Unembed(nn.Module):
         `b_U` costs next to nothing, and unprocessed models mostly have none.
         """
         needed = self.b_U.requires_grad and torch.is_grad_enabled()
-        if needed or self.b_U.device.type != "cpu" or bool(self.b_U.any()):
+        if needed or torch.compiler.is_compiling() or self.b_U.device.type != "cpu" or bool(self.b_U.any()):
             return self.b_U
         return None

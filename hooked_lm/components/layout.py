@@ -40,7 +40,8 @@ class SequenceLayout:
 
     def is_plainly_causal(self, window: int | None) -> bool:
         """Whether the mask is the whole lower triangle, which fused attention knows without being given it."""
-        return self.valid is None and self.n_past == 0 and (window is None or window >= self.n_keys)
+        # A compiler counts positions by symbols; a mask is needed or it is not.
+        return self.valid is None and self.n_past == 0 and (window is None or bool(window >= self.n_keys))
 
     def mask(self, causal: bool, window: int | None) -> Bool[Tensor, "batch_or_1 1 query key"] | None:
         """Return where a query may look; None when it may look everywhere."""
@@ -64,7 +65,7 @@ class SequenceLayout:
         if self.valid is not None:
             # A padded query has nothing real to look at; its own position keeps its softmax defined.
             allowed = (allowed & self.valid[:, None, None, :]) | (keys == queries)
-        return None if bool(allowed.all()) else allowed
+        return None if not torch.compiler.is_compiling() and bool(allowed.all()) else allowed
 
     def _distance(self) -> Int[Tensor, "batch_or_1 query key"]:
         """How far apart query and key are within their prompt: padding is not counted."""

@@ -196,7 +196,9 @@ def rotary_frequencies(spec: RotarySpec, lengths: Int[Tensor, " batch"]) -> Floa
     """
     if isinstance(spec.scaling, (Dynamic, LongRope)):
         return spec.scaling(spec.base ** _exponents(spec.dim, lengths.device), lengths)
-    return _fixed_frequencies(spec, lengths.device)
+    # A compiled graph has its constants anyway, and the compiler warns of what looks them up.
+    compiling = torch.compiler.is_compiling()
+    return (_fixed_frequencies.__wrapped__ if compiling else _fixed_frequencies)(spec, lengths.device)
 
 
 def rotary_tables(
