@@ -40,8 +40,10 @@ class SequenceLayout:
 
     def is_plainly_causal(self, window: int | None) -> bool:
         """Whether the mask is the whole lower triangle, which fused attention knows without being given it."""
-        # A compiler counts positions by symbols; a mask is needed or it is not.
-        return self.valid is None and self.n_past == 0 and (window is None or bool(window >= self.n_keys))
+        # Not one expression: to a compiler, which counts positions by symbols, its value would be a symbol too.
+        if window is not None and window < self.n_keys:
+            return False
+        return self.valid is None and self.n_past == 0
 
     def mask(self, causal: bool, window: int | None) -> Bool[Tensor, "batch_or_1 1 query key"] | None:
         """Return where a query may look; None when it may look everywhere."""
