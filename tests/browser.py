@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 
 from hooked_lm import plotting
+from hooked_lm.plotting.static import browser_flags, find_browser
 
 PROMPT = [
     "<|endoftext|>",
@@ -146,17 +146,15 @@ def gallery() -> dict[str, plotting.Figure | plotting.HtmlFigure]:
 
 # The browser
 
-ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-ARGS += ["--disable-component-update", "--disable-sync"]
-
-
 HEIGHT = 900
 
 
 def chromium() -> str | None:
-    """Return the path of the machine's Chromium or Chrome, if there is one."""
-    found = map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"))
-    return os.environ.get("BROWSER_PATH") or next(filter(None, found), None)
+    """Return the path of the browser that figures are drawn with, if there is one."""
+    try:
+        return find_browser()
+    except (ImportError, RuntimeError):
+        return None
 
 
 def required() -> bool:
@@ -178,7 +176,7 @@ def launched() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=ARGS)
+        browser = playwright.chromium.launch(executable_path=path, args=browser_flags())
         yield browser
         browser.close()
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -83,6 +85,9 @@ def _function(member: Any) -> Any:
     return member if inspect.isfunction(member) else None
 
 
+_REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
 def faults(path: str, thing: Any) -> list[str]:
     """Return what is wrong with the docstrings of a class or function, and of a class's methods."""
     wrong = [f"{path}: {fault}" for fault in _faults_of_one(thing)]
@@ -99,17 +104,36 @@ def _faults_of_one(thing: Any) -> Iterator[str]:
         return
     if not text.splitlines()[0].endswith("."):
         yield f"the first line does not end with a period: {text.splitlines()[0]!r}"
-    said = arguments(text)
-    if said is None:
+    is_function, said = inspect.isfunction(thing), arguments(text)
+    if is_function and raises(thing) and "\nRaises:\n" not in text:
+        yield "it raises, and has no Raises"
+    if said is None and not is_function:
         return
     parameters = inspect.signature(thing).parameters
     taken = [name for name in parameters if name not in ("self", "cls")]
+    if said is None:
+        # The rest, `*args` and `**kwargs`, is one thing with what takes it.
+        if sum(parameters[name].kind not in _REST for name in taken) > 1:
+            yield f"no Args, and it takes {', '.join(taken)}"
+        return
     unknown = [name for name in said if name not in taken]
     missing = [name for name in taken if name not in said]
     if unknown:
         yield f"Args has {', '.join(unknown)}, which is no parameter"
     if missing:
         yield f"Args lacks {', '.join(missing)}"
+
+
+def raises(function: Any) -> bool:
+    """Whether a `raise` stands in the function itself, not in one defined in it."""
+    nodes: list[ast.AST] = list(ast.parse(textwrap.dedent(inspect.getsource(function))).body[0].body)  # type: ignore[attr-defined]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Raise):
+            return True
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
+            nodes += ast.iter_child_nodes(node)
+    return False
 
 
 def arguments(docstring: str) -> list[str] | None:

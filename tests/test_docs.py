@@ -368,12 +368,41 @@ def test_faults_of_docstrings_are_found() -> None:
                 ValueError: never.
             """
 
+        def silent_about_arguments(self, one: int, two: int, *rest: int) -> None:
+            """Return something."""
+
+        def takes_one(self, one: int, *rest: int, **options: int) -> None:
+            """Return something of one."""
+
+        def fails(self) -> None:
+            """Return something."""
+            if self:
+                raise ValueError
+
+        def fails_inside(self) -> Any:
+            """Return something that fails."""
+
+            def inside() -> None:
+                raise ValueError
+
+            return inside
+
+        def fails_and_says_so(self) -> None:
+            """Return something.
+
+            Raises:
+                ValueError: always.
+            """
+            raise ValueError
+
     Bad.__module__ = "hooked_lm.bad"
     assert faults("Bad", Bad) == [
         "Bad: no docstring",
+        "Bad.fails: it raises, and has no Raises",
         "Bad.short: Args has three, which is no parameter",
         "Bad.short: Args lacks two",
         "Bad.silent: no docstring",
+        "Bad.silent_about_arguments: no Args, and it takes one, two, rest",
         "Bad.trails: the first line does not end with a period: 'Return something'",
     ]
     assert arguments("Return.\n\nArgs:\n    a, b: both.\n    *c: rest.\n\nRaises:\n    E: no.") == ["a", "b", "c"]
@@ -439,6 +468,22 @@ def test_pages_fit_the_window_and_fetch_nothing(visit: Any, width: int, scheme: 
 def test_notebooks_fit_a_phone_and_fetch_nothing(visit: Any, notebook: str) -> None:
     page = visit(f"notebooks/{notebook}/", 390)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    # Their letters can be read: they are scrolled.
+    assert (
+        page.evaluate("Math.min(...[...document.querySelectorAll('.jp-RenderedImage img')].map(i => i.width))") >= 640
+    )
+
+
+# The boxes of a notebook's code that are narrower than what stands in them.
+CUT = """[...document.querySelectorAll(".jp-InputArea .highlight-ipynb")].filter(
+  (box) => box.scrollWidth > box.clientWidth).map((box) => box.textContent)"""
+
+
+@pytest.mark.parametrize("notebook", [path.stem for path in docs_site.notebooks()])
+def test_the_code_of_a_notebook_is_seen_whole_on_a_desk(visit: Any, notebook: str) -> None:
+    page = visit(f"notebooks/{notebook}/", 1280)
+    assert page.locator(".jp-InputArea .highlight-ipynb").count() > 5
+    assert page.evaluate(CUT) == []
 
 
 def test_search_works_without_a_network(visit: Any) -> None:

@@ -8,6 +8,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import zlib
 from base64 import b64decode
 from collections.abc import Callable
 from html import unescape
@@ -24,6 +25,8 @@ from plotly.offline import get_plotlyjs
 from hooked_lm import plotting
 from hooked_lm.plotting import Figure, HtmlFigure
 from hooked_lm.plotting.figure import PLOTLY_MIMETYPE
+from hooked_lm.plotting.png import first_rows, written
+from hooked_lm.plotting.static import browser_flags, find_browser, page_image
 from tests.browser import chromium, gallery, required
 
 FIGURES = gallery()
@@ -126,6 +129,55 @@ def test_a_figure_becomes_an_image(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scores.PNG", "scores.pdf", "scores.svg"]
 
 
+@pytest.mark.usefixtures("with_browser")
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_a_picture_is_painted_to_its_last_row(scale: float) -> None:
+    striped = "<body style='margin: 0'><div style='height: 90px; background: #fff'></div><div style='height: 10px; "
+    page = f"<!doctype html><html data-height='100'>{striped} background: #f00'></div>"
+    below = rows_of(page_image(page, 300, scale))[round(90 * scale) :]
+    assert len(below) == round(10 * scale)
+    assert all(set(zip(row[::3], row[1::3], row[2::3], strict=True)) == {(255, 0, 0)} for row in below)
+
+
+def test_the_first_rows_of_a_picture_are_a_picture() -> None:
+    header = struct.pack(">IIBBBBB", 2, 3, 8, 0, 0, 0, 0)
+    whole = written([(b"IHDR", header), (b"IDAT", zlib.compress(b"\0ab\0cd\0ef")), (b"tEXt", b"kept")])
+    cut = first_rows(whole, 2)
+    assert size(cut) == (2, 2)
+    assert rows_of(cut) == [b"ab", b"cd"]
+    assert b"tEXtkept" in cut
+    with pytest.raises(ValueError, match="4 rows or more, 8 bits and not interlaced is expected, got 3"):
+        first_rows(whole, 4)
+    with pytest.raises(ValueError, match="no PNG: it begins with b'GIF8"):
+        first_rows(b"GIF89a", 1)
+
+
+def rows_of(png: bytes) -> list[bytes]:
+    """The numbers in each row of a picture of 8-bit RGB or grey, as it is filtered by browsers."""
+    width, height = size(png)
+    channels = {0: 1, 2: 3}[png[25]]
+    parts, place = b"", 8
+    while place < len(png):
+        (length,) = struct.unpack(">I", png[place : place + 4])
+        name, content = png[place + 4 : place + 8], png[place + 8 : place + 8 + length]
+        assert png[place + 8 + length : place + 12 + length] == struct.pack(">I", zlib.crc32(name + content))
+        parts += content if name == b"IDAT" else b""
+        place += 12 + length
+    data, long = zlib.decompress(parts), 1 + width * channels
+    assert len(data) == height * long
+    rows = [bytes(long - 1)]
+    for start in range(0, len(data), long):
+        row = bytearray(data[start + 1 : start + long])
+        for at, above in enumerate(rows[-1]):
+            left = row[at - channels] if at >= channels else 0
+            corner = rows[-1][at - channels] if at >= channels else 0
+            # The neighbour nearest to left + above - corner; of equals, the first.
+            nearest = min((left, above, corner), key=lambda value, to=left + above - corner: abs(to - value))
+            row[at] = (row[at] + (0, left, above, (left + above) // 2, nearest)[data[start]]) % 256
+        rows.append(bytes(row))
+    return rows[1:]
+
+
 def test_an_image_is_drawn_without_the_script_that_kaleido_would_fetch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,9 +202,41 @@ def test_without_a_browser_an_image_says_what_to_do_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]
 ) -> None:
     monkeypatch.setenv("BROWSER_PATH", "/nowhere/chrome")
-    with pytest.raises(RuntimeError, match=r"Chrome or Chromium, and found none: install one.*kaleido_get_chrome"):
+    said = r"Chromium, and BROWSER_PATH is '/nowhere/chrome', which is no file: install one.*kaleido_get_chrome"
+    with pytest.raises(RuntimeError, match=said):
+        make().save(tmp_path / "x.png")
+    monkeypatch.delenv("BROWSER_PATH")
+    monkeypatch.setattr("choreographer.browsers.chromium.Chromium.find_browser", lambda **options: None)
+    with pytest.raises(RuntimeError, match="Chromium, and none was found: install one"):
         make().save(tmp_path / "x.png")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_browser_is_the_one_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("choreographer.browsers.chromium.Chromium.find_browser", lambda **options: sys.executable)
+    monkeypatch.delenv("BROWSER_PATH", raising=False)
+    assert find_browser() == sys.executable
+    (tmp_path / "chrome").touch()
+    monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "chrome"))
+    assert find_browser() == str(tmp_path / "chrome")
+
+
+@pytest.mark.parametrize(("user", "without"), [(0, True), (1000, False)])
+def test_pages_leave_the_sandbox_only_where_root_draws_them(
+    monkeypatch: pytest.MonkeyPatch, user: int, without: bool
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: user, raising=False)
+    started: list[list[str]] = []
+
+    def refuse(command: list[str], **options: Any) -> Any:
+        started.append(command)
+        raise OSError("not started")
+
+    monkeypatch.setattr("hooked_lm.plotting.static.find_browser", lambda: "chrome")
+    monkeypatch.setattr("subprocess.run", refuse)
+    with pytest.raises(OSError, match="not started"):
+        words().save("x.png")
+    assert ("--no-sandbox" in started[0]) is ("--no-sandbox" in browser_flags()) is without
 
 
 @pytest.mark.parametrize("make", [scores, words])

@@ -79,6 +79,14 @@ def test_the_colours_are_around_the_centre_and_full_at_the_limit() -> None:
     ]
 
 
+def test_amounts_are_the_bluer_the_larger_from_0_up() -> None:
+    page = Page(plotting.coloured_tokens(["a", "b", "c", "d"], [np.nan, 0.0, 2.0, 4.0], unit="loss").html())
+    styles = [str(token.get("style")) for token in page.attributes["token"]]
+    assert styles[0] == "None"
+    assert [style[11:18] for style in styles[1:]] == [colour_at(SEQUENTIAL, share) for share in (0.0, 0.5, 1.0)]
+    assert page.texts["span"][:4] == ["loss", "0", "2", "4"]
+
+
 def test_letters_can_be_read_on_every_colour() -> None:
     page = Page(plotting.coloured_tokens(["x"] * 41, np.linspace(-1, 1, 41)).html())
     for token in page.attributes["token"]:

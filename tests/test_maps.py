@@ -11,6 +11,7 @@ import torch
 
 from hooked_lm import plotting
 from hooked_lm.plotting import PageFigure
+from hooked_lm.plotting.style import DIVERGING, SEQUENTIAL
 
 TOKENS = [[["<b>", "b"], ["' Paris'", "c"]], [["<|endoftext|>", "e"], ["</script>", "g"]], [["h", "i"], ["j", "k"]]]
 PROBABILITIES = torch.tensor([[[0.5, 0.25], [0.75, 0.125]], [[0.9, 0.05], [0.4, 0.3]], [[1.0, 0.0], [0.3, 0.2]]])
@@ -67,14 +68,51 @@ def test_columns_with_the_same_label_are_told_apart_by_their_numbers() -> None:
 
 
 def test_cells_that_were_not_measured_leave_the_scale_alone() -> None:
-    heat = plotting.patching_grid([[0.5, np.nan]]).data[0]
+    heat = plotting.patching_grid([[-0.5, np.nan]]).data[0]
     assert (heat.zmin, heat.zmax) == (-0.5, 0.5)
+
+
+def test_amounts_have_no_colours_of_what_cannot_be() -> None:
+    heat = plotting.patching_grid([[0.0, 3.0, np.nan]], unit="norm").data[0]
+    assert (heat.zmin, heat.zmax, list(heat.colorbar.tickvals)) == (0.0, 3.0, [0.0, 1.5, 3.0])
+    assert [tuple(mark) for mark in heat.colorscale] == SEQUENTIAL
+    around_0 = plotting.patching_grid([[0.0, 3.0]], limit=4.0).data[0]
+    around_1 = plotting.patching_grid([[0.0, 3.0]], centre=1.0).data[0]
+    assert [(heat.zmin, heat.zmax) for heat in (around_0, around_1)] == [(-4.0, 4.0), (-1.0, 3.0)]
+    assert all([tuple(mark) for mark in heat.colorscale] == DIVERGING for heat in (around_0, around_1))
+
+
+@pytest.mark.parametrize(
+    ("rows", "title", "said", "beside"),
+    [
+        (8, "Heads", "Heads", "logit difference"),
+        (2, "Heads", "Heads (logit difference)", ""),
+        (2, "", "logit difference", ""),
+        (2, "Logit difference by head", "Logit difference by head", ""),
+    ],
+)
+def test_the_unit_is_in_the_title_where_the_bar_is_too_short_for_it(
+    rows: int, title: str, said: str, beside: str
+) -> None:
+    figure = plotting.patching_grid(np.ones((rows, 4)), unit="logit difference", title=title)
+    assert (figure.layout.title.text, figure.data[0].colorbar.title.text) == (said, beside)
+    assert "logit difference %{z" in figure.data[0].hovertemplate
+
+
+def test_a_table_of_few_sites_says_in_its_title_what_a_colour_is() -> None:
+    few, many = (
+        plotting.lens_table([[["a"]]] * n, np.ones((n, 1, 1)), [f"{place}_pre" for place in range(n)], title="Lens")
+        for n in (2, 6)
+    )
+    assert (few.layout.title.text, few.data[0].colorbar.title.text) == ("Lens (probability)", "")
+    assert (many.layout.title.text, many.data[0].colorbar.title.text) == ("Lens", "probability")
 
 
 def test_a_unit_is_no_template() -> None:
     heat = plotting.patching_grid([[0.5]], unit="%{x} <b>").data[0]
     assert "&#37;{x} &lt;b&gt; %{z:.3f}" in heat.hovertemplate
-    assert heat.colorbar.title.text == "&#37;{x} &lt;b&gt;"
+    high = plotting.patching_grid([[0.5]] * 4, unit="%{x} <b>").data[0]
+    assert high.colorbar.title.text == "&#37;{x} &lt;b&gt;"
 
 
 # The lens

@@ -5,28 +5,38 @@ from __future__ import annotations
 import copy
 import re
 import sys
+from base64 import b64encode
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import CellExecutionError
+from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from typer.testing import CliRunner
 
+from hooked_lm import plotting
 from scripts import run_notebooks
 from scripts.run_notebooks import (
     HTML,
     PLOTLY,
     PNG,
+    SHOWN,
+    VARYING,
     add_pictures,
     differences,
     execute,
     is_figure,
+    kernel,
     normalised,
     outputs_of,
 )
+from tests.browser import launched
 
 PATHS = run_notebooks.notebook_paths()
 SWITCH = re.compile(r'^MODEL = "(?P<name>[^"]+)"  # or .*$', re.MULTILINE)
@@ -69,16 +79,29 @@ def test_the_notebooks_are_numbered_from_one() -> None:
 
 @every_notebook
 def test_runs_from_top_to_bottom_and_gives_what_is_stored(path: Path) -> None:
-    assert not differences(stored(path), executed(path))
+    assert not differences(stored(path), executed(path), numbers=path.stem not in VARYING)
+
+
+@pytest.fixture(scope="module")
+def shared_kernel() -> Iterator[AsyncKernelManager]:
+    """A kernel for what need not be alone: it has imported what all of them import."""
+    with kernel() as manager:
+        yield manager
+
+
+def test_no_notebook_varies_that_is_not_there() -> None:
+    assert set(VARYING) <= {path.stem for path in PATHS}
 
 
 @every_notebook
-def test_runs_to_the_end_on_another_model(path: Path, reader_folder: Path) -> None:
+def test_runs_to_the_end_on_another_model(path: Path, reader_folder: Path, shared_kernel: AsyncKernelManager) -> None:
     notebook = stored(path)
     cell = first_code(notebook)
     cell.source, switches = SWITCH.subn(lambda _: f"MODEL = {str(reader_folder)!r}", cell.source)
     assert switches == 1
-    execute(notebook)
+    # As in a new kernel: no names of the notebook before, and the modes that notebooks set are as they were.
+    notebook.cells.insert(0, new_code_cell("%reset -f\nimport torch\ntorch.set_grad_enabled(True)\ndel torch"))
+    execute(notebook, shared_kernel)
 
 
 @every_notebook
@@ -109,6 +132,14 @@ def test_has_figures_that_a_static_page_shows(path: Path) -> None:
 
 
 @every_notebook
+def test_shows_its_figures_where_html_is_sanitised(path: Path) -> None:
+    figures = [output for _, output in outputs_of(stored(path)) if is_figure(output)]
+    html, _ = HTMLExporter(sanitize_html=True).from_filename(str(path))
+    assert html.count('src="data:image/png') == len(figures)
+    assert not re.search("(<|&lt;)iframe|srcdoc", html)
+
+
+@every_notebook
 def test_says_nothing_of_the_machine(path: Path) -> None:
     for number, output in outputs_of(stored(path)):
         said = str(
@@ -132,11 +163,6 @@ def notebook_of(*sources: str) -> NotebookNode:
 FIGURE = """\
 import plotly.graph_objects as go
 go.Figure(go.Bar(x=["one", "two"], y=[1.0, 2.0]), layout={"height": 200})"""
-WIDGET = """\
-class Widget:
-    def _repr_html_(self):
-        return "<iframe srcdoc='<p>a widget</p>' style='width:100%;height:80px'></iframe>"
-Widget()"""
 
 
 def test_the_kernel_is_this_interpreter_and_draws_figures_as_plotly() -> None:
@@ -148,11 +174,11 @@ def test_the_kernel_is_this_interpreter_and_draws_figures_as_plotly() -> None:
     assert [cell.get("execution_count") for cell in done.cells] == [None, 1, 2, 3]
 
 
-def test_progress_bars_are_not_stored_and_warnings_are_refused() -> None:
-    bars = [f"from {module} import tqdm\nfor _ in tqdm(range(3)): pass" for module in ("tqdm", "tqdm.auto")]
-    assert not list(outputs_of(execute(notebook_of(*bars))))
+def test_progress_bars_are_not_stored_and_warnings_are_refused(shared_kernel: AsyncKernelManager) -> None:
+    loops = [f"from {module} import tqdm\nfor _ in tqdm(range(3)): pass" for module in ("tqdm", "tqdm.auto")]
+    assert not list(outputs_of(execute(notebook_of(*loops), shared_kernel)))
     with pytest.raises(ValueError, match=r"cell 1 shows what cannot be stored .*beware"):
-        execute(notebook_of("import warnings; warnings.warn('beware')"))
+        execute(notebook_of("import warnings; warnings.warn('beware')"), shared_kernel)
 
 
 def test_widgets_that_are_no_progress_bars_are_refused() -> None:
@@ -179,39 +205,132 @@ def test_normal_form_has_no_times_and_one_stream_where_there_were_several() -> N
         normalised(notebook)
 
 
-def test_figures_get_pictures_and_keep_them_while_they_stay_the_same() -> None:
-    source = notebook_of(FIGURE, WIDGET, "print(1)")
-    done = execute(source)
-    add_pictures(done, source)
+@pytest.fixture
+def browser() -> None:
+    """Where there is none the test is skipped, or fails, as those do that look at pages."""
+    with launched():
+        pass
+
+
+def outputs_with(*figures: object, said: str = "1") -> NotebookNode:
+    """An executed notebook of figures, a cell for each, and a text."""
+    notebook = notebook_of(*["" for _ in figures], "")
+    for cell, figure in zip(notebook.cells[1:], figures, strict=False):
+        cell.outputs = [new_output("display_data", data=figure._repr_mimebundle_())]
+    notebook.cells[-1].outputs = [new_output("stream", name="stdout", text=said)]
+    return notebook
+
+
+def with_pictures(notebook: NotebookNode) -> NotebookNode:
+    """The notebook as it is stored, without the work: its pictures are a PNG of nothing."""
+    nothing = b64encode(b"\x89PNG\r\n\x1a\n").decode()
+    before = copy.deepcopy(notebook)
+    for _, output in outputs_of(before):
+        if is_figure(output):
+            output.data[PNG] = nothing
+    done = copy.deepcopy(notebook)
+    add_pictures(done, before)
+    return done
+
+
+def bars(*values: float, title: str = "Bars") -> plotting.Figure:
+    return plotting.ablation_bars([f"part {n}" for n in range(len(values))], values, [False] * len(values), title=title)
+
+
+def heads(*first: float, tokens: str = "abc") -> plotting.HtmlFigure:
+    patterns = np.tile(np.tril(np.full((3, 3), 0.25)), (2, 1, 1))
+    patterns[0, 2] = first
+    return plotting.attention_heads(patterns, list(tokens), title="Two heads")
+
+
+def test_figures_get_pictures_and_keep_them_while_they_stay_the_same(browser: None) -> None:
+    fresh = outputs_with(bars(1.0, 2.0), heads(0.5, 0.25, 0.25))
+    done = copy.deepcopy(fresh)
+    add_pictures(done, fresh)
     plot, widget, said = (output for _, output in outputs_of(done))
     assert plot.data[PNG].startswith("iVBORw0KGgo")
     assert widget.data[PNG].startswith("iVBORw0KGgo")
-    assert HTML in widget.data
+    assert set(widget.data) == {PNG, "text/plain"}
     assert "data" not in said
+    assert normalised(done) == normalised(normalised(done))
+    kept = [output.get("metadata") for _, output in outputs_of(normalised(done))]
+    assert kept == [{}, widget.metadata, None]
+    assert set(widget.metadata) == {SHOWN}
 
     before = copy.deepcopy(done)
-    for _, output in outputs_of(before):
-        if is_figure(output):
-            output.data[PNG] = "as before"
-    plot.data[PLOTLY]["data"][0]["y"] = [1.0, 3.0]
-    del plot.data[PNG], widget.data[PNG]
-    add_pictures(done, before)
-    assert plot.data[PNG].startswith("iVBORw0KGgo")
-    assert widget.data[PNG] == "as before"
+    marks = [b64encode(b"\x89PNG\r\n\x1a\n\0" + name).decode() for name in (b"plot", b"widget")]
+    for (_, output), mark in zip(outputs_of(before), marks, strict=False):
+        output.data[PNG] = mark
+    changed = outputs_with(bars(1.0, 3.0), heads(0.5, 0.25, 0.25))
+    add_pictures(changed, before)
+    pictures = [output.data[PNG] for _, output in outputs_of(changed) if is_figure(output)]
+    assert len(pictures[0]) > 1000
+    assert pictures[1] == marks[1]
 
 
-def test_differences_are_found() -> None:
-    done = execute(notebook_of(FIGURE, "print(1)", "2"))
-    assert differences(done, done) == ["cell 1 has a figure without a picture"]
-    for _, output in outputs_of(done):
-        if is_figure(output):
-            output.data[PNG] = "a picture"
-    assert not differences(done, done)
-    assert "stores the text\n1" in differences(done, execute(notebook_of(FIGURE, "print(3)", "2")))[0]
-    assert "its code gives\n5" in differences(done, execute(notebook_of(FIGURE, "print(1)", "5")))[0]
-    assert differences(done, execute(notebook_of("", "print(1)", "2"))) == [
-        f"cell 1 stores display_data + {PLOTLY}, and its code gives nothing"
+def test_without_a_browser_it_is_said_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "none"))
+    with pytest.raises(RuntimeError, match=r"Chrome or Chromium, and BROWSER_PATH is .*none', which is no file"):
+        add_pictures(outputs_with(bars(1.0)), notebook_of())
+
+
+def test_texts_and_kinds_of_output_are_compared() -> None:
+    fresh = outputs_with(bars(1.0, 2.0))
+    done = with_pictures(fresh)
+    assert not differences(done, fresh)
+    assert differences(fresh, fresh) == ["cell 1 has a figure without a picture"]
+    assert "stores the text\n1\nand its code gives\n3" in differences(done, outputs_with(bars(1.0, 2.0), said="3"))[0]
+    nothing = copy.deepcopy(fresh)
+    nothing.cells[1].outputs = []
+    assert differences(done, nothing) == [
+        f"cell 1 stores display_data + {PLOTLY} + text/plain, and its code gives nothing"
     ]
+    done.cells[1].outputs[0].data[PNG] = "x"
+    assert differences(done, fresh) == ["cell 1 has a figure without a picture"]
+
+
+OTHER_DATA = ["cell 1 stores a figure of other data than its code gives"]
+
+
+def test_a_figure_with_other_numbers_is_found_and_rounding_is_not() -> None:
+    done = with_pictures(outputs_with(plotting.patching_grid([[1.0, 200.0], [0.5, 1e-9]])))
+
+    def found(*values: float, **options: bool) -> list[str]:
+        grid = np.reshape(values, (2, 2))
+        return differences(done, outputs_with(plotting.patching_grid(grid)), **options)
+
+    assert found(1.0 + 1e-4, 200.001, 0.5, 2e-9) == []
+    assert found(1.1, 200.0, 0.5, 0.0) == OTHER_DATA
+    assert found(1.0, 200.0, 0.5, 0.02) == OTHER_DATA
+    assert found(7.0, 8.0, 9.0, 1.0, numbers=False) == []
+
+
+def test_a_figure_with_other_words_or_none_is_found() -> None:
+    done = with_pictures(outputs_with(bars(1.0, 2.0)))
+    other_layout = bars(1.0, 2.0).update_xaxes(title="nats")
+    assert differences(done, outputs_with(other_layout)) == OTHER_DATA
+    assert differences(done, outputs_with(bars(1.0, 2.0, 3.0)), numbers=False) == OTHER_DATA
+    emptied = copy.deepcopy(done)
+    emptied.cells[1].outputs[0].data[PLOTLY]["data"] = []
+    for options in ({}, {"numbers": False}):
+        assert differences(emptied, outputs_with(bars(1.0, 2.0)), **options) == OTHER_DATA
+
+
+def test_a_widget_that_shows_something_else_is_found_though_its_page_is_not_stored() -> None:
+    done = with_pictures(outputs_with(heads(0.5, 0.25, 0.25)))
+    (widget,) = (output for _, output in outputs_of(done) if is_figure(output))
+    assert HTML not in widget.data
+    assert differences(done, outputs_with(heads(0.50001, 0.25, 0.25))) == []
+    assert differences(done, outputs_with(heads(0.25, 0.5, 0.25))) == OTHER_DATA
+    assert differences(done, outputs_with(heads(0.25, 0.5, 0.25)), numbers=False) == []
+    assert differences(done, outputs_with(heads(0.5, 0.25, 0.25, tokens="abd"))) == OTHER_DATA
+    widget.metadata[SHOWN]["numbers"] = ""
+    assert differences(done, outputs_with(heads(0.5, 0.25, 0.25)), numbers=False) == OTHER_DATA
+
+    words = with_pictures(outputs_with(plotting.coloured_tokens(["a", "b"], [0.5, 2.0])))
+    assert differences(words, outputs_with(plotting.coloured_tokens(["a", "b"], [0.500001, 2.000001]))) == []
+    assert differences(words, outputs_with(plotting.coloured_tokens(["a", "b"], [0.6, 2.0]))) == OTHER_DATA
+    assert differences(words, outputs_with(bars(1.0))) != []
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Ablation: take a head, an MLP, a neuron or a position out of a run, and see what the answer loses.
 
-What stands in for the activation matters. Zero is a value that the model may never see; the mean over other prompts
+What stands in for the activation matters. Zero is a value that the model may never see; the mean over some prompts
 takes away what tells prompts apart and keeps the rest (Wang et al. 2022, "Interpretability in the Wild"); an activation
 of another prompt keeps the model on inputs it knows, and averages over them (Chan et al. 2022, "Causal Scrubbing").
 """
@@ -109,8 +109,8 @@ def ablate(
         by_pos: True ablates at one position at a time, [layer pos ...], a list of positions at these only. Positions
             are always apart for `"positions"`.
         layers, neurons: those to ablate; all by default. Neurons are the same in each layer.
-        reference: the prompts that means and other activations are taken from; by default `tokens`, where a prompt
-            never stands in for itself.
+        reference: the prompts that means and other activations are taken from; by default `tokens`. Means are over all
+            of them, the ablated prompt included; for `"resample"` a prompt never stands in for itself.
         per_position: take means at each position; the reference is then as long as the prompts. Otherwise over all
             positions, padding apart.
         n_draws: over how many draws of other prompts the scores are averaged, for `"resample"`.

@@ -1,0 +1,413 @@
+"""The benchmark's runner: who is compared, what counts as the same, and that the page is what the results say."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from benchmarks import page
+from benchmarks.__main__ import RESULTS, app
+from benchmarks.measurements import FULL, OURS, QUICK, TARGETS, TINY, Patching, Task, make_grid, plan
+from benchmarks.models import random_gpt2, write_model
+from benchmarks.patching import make_prompts
+from benchmarks.peers.contestant import Contestant, bytes_of
+from benchmarks.peers.contestant import Task as ServedTask
+from benchmarks.peers.minimal import MinimalGPT2
+from benchmarks.peers.process import interpreter_of
+from benchmarks.report import beside_table, cell, figure, line, ratio, ratio_table, ratios, target_table, trouble
+from benchmarks.runner import Result, Run, in_turn, largest_difference
+from hooked_lm import HookedTransformer
+
+COLUMNS = {"transformers": "`transformers`", "minimal": "minimal"}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the benchmark's tiny model."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_model(folder, random_gpt2(**TINY))
+    return folder
+
+
+class Fake:
+    """A contestant that needs no process.
+
+    Args:
+        name: its own.
+        logits: what it computes.
+        seconds: what it takes, one turn after the other.
+    """
+
+    def __init__(self, name: str, logits: torch.Tensor | None, seconds: list[float]) -> None:
+        self.name, self.logits, self.seconds = name, logits, iter(seconds)
+        self.asked: list[str] = []
+
+    def ask(self, what: str, **arguments: Any) -> Any:
+        self.asked.append(what)
+        match what:
+            case "prepare" if self.logits is None:
+                return None
+            case "prepare":
+                save_file({"logits": self.logits}, arguments["into"])
+                return {"held": 8}
+            case "run":
+                return next(self.seconds)
+            case _:
+                return {}
+
+
+def measured(folder: Path, *others: Fake, **changes: Any) -> list[Result]:
+    """Return the results of a task that ours and some others do."""
+    ours = Fake(OURS, torch.arange(6.0), [1.0, 2.0, 3.0])
+    task = Task(**{"name": "forward", "group": "G", "model": None, "task": "forward", "rounds": 2, **changes})
+    run = Run([ours, *others], folder, 1, {})
+    return run.measure(task, lambda: None)
+
+
+ARGUMENTS: dict[str, Any] = {"arguments": {"tokens": [[0]]}}
+
+
+# Ratios
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    found = ratio("forward 1x128", "transformers", [1.0, 2.0, 9.0], [2.0, 2.0, 3.0])
+    assert (found.median, found.low, found.high) == (1.0, 0.5, 3.0)
+    assert found.target == 1.0
+    assert found.met
+
+
+def test_a_ratio_above_its_target_is_missed_and_bold() -> None:
+    found = ratio("forward 8x128", "transformers", [0.95], [1.0])
+    assert found.met is False
+    assert cell(found) == "**0.95**"
+    assert ratio("forward 8x128", "somebody", [0.95], [1.0]).met is None
+
+
+@pytest.mark.parametrize(("number", "text"), [(12.345, "12.35"), (0.5, "0.50"), (0.0333, "0.033"), (0.0004, "4.0e-04")])
+def test_figures_of_ratios(number: float, text: str) -> None:
+    assert figure(number) == text
+
+
+def test_rounds_have_to_be_as_many() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        ratio("forward", "transformers", [1.0], [1.0, 2.0])
+
+
+def test_every_target_is_of_a_measurement() -> None:
+    planned = plan(FULL)
+    names = {one.name for one in planned}
+    names |= {f"{one.name}: bytes held" for one in planned if isinstance(one, Task) and one.held}
+    assert {name for name, _ in TARGETS} <= names
+    assert len({one.name for one in planned}) == len(planned)
+
+
+def test_what_a_target_compares_with_takes_part() -> None:
+    tasks = {one.name: one for one in plan(FULL) if isinstance(one, Task)}
+    for name, other in TARGETS:
+        task = tasks.get(name.removesuffix(": bytes held"))
+        assert task is None or other in (*task.who, *task.beside)
+
+
+# Who counts
+
+
+def test_everybody_is_asked_in_turn_and_backwards_every_other_round() -> None:
+    order: list[str] = []
+    contestants = {name: lambda name=name: order.append(name) or 1.0 for name in "abc"}  # type: ignore[misc]
+    ticks: list[int] = []
+    seconds = in_turn(contestants, 2, lambda: ticks.append(1))
+    assert "".join(order) == "cba" + "abc" + "cba"  # the first is to warm up
+    assert seconds == {"a": [1.0, 1.0], "b": [1.0, 1.0], "c": [1.0, 1.0]}
+    assert len(ticks) == 2
+
+
+def test_times_of_equal_values_count(tmp_path: Path) -> None:
+    other = Fake("transformers", torch.arange(6.0) + 5e-5, [1.0, 4.0, 4.0])
+    (result,) = measured(tmp_path, other, **ARGUMENTS)
+    assert result.values == {OURS: [2.0, 3.0], "transformers": [4.0, 4.0]}
+    assert result.difference["transformers"] == pytest.approx(5e-5, rel=0.05)
+    assert [one.median for one in ratios(result)] == [0.625]
+    assert other.asked == ["begin", "prepare", "run", "run", "run", "forget"]
+
+
+def test_a_wrong_contestant_is_left_out_and_named(tmp_path: Path) -> None:
+    wrong = Fake("transformers", torch.arange(6.0) + 2e-4, [])
+    (result,) = measured(tmp_path, wrong, **ARGUMENTS)
+    assert "run" not in wrong.asked
+    assert list(result.values) == [OURS]
+    assert ratios(result) == []
+    assert list(trouble(result)) == ["forward, transformers: values differ by 0.0002, more than 0.0001"]
+    assert "differ" in line(result)
+
+
+def test_who_has_no_such_thing_is_absent_and_no_trouble(tmp_path: Path) -> None:
+    (result,) = measured(tmp_path, Fake("transformers", None, []), **ARGUMENTS)
+    assert result.absent == ["transformers"]
+    assert list(trouble(result)) == []
+
+
+def test_who_fails_is_left_out_with_his_last_words(tmp_path: Path) -> None:
+    class Failing(Fake):
+        def ask(self, what: str, **arguments: Any) -> Any:
+            if what == "prepare":
+                raise RuntimeError("could not prepare:\nTraceback ...\nValueError: no room\n")
+            return {}
+
+    (result,) = measured(tmp_path, Failing("transformers", None, []), **ARGUMENTS)
+    assert result.failed == {"transformers": "ValueError: no room"}
+    assert OURS in result.values
+
+
+def test_bytes_are_a_result_of_their_own(tmp_path: Path) -> None:
+    _, held = measured(tmp_path, held=True, **ARGUMENTS)
+    assert (held.name, held.unit, held.values) == ("forward: bytes held", "bytes", {OURS: [8.0]})
+
+
+@pytest.mark.parametrize(
+    ("theirs", "difference"),
+    [
+        ({"x": torch.tensor([1.0, 2.5])}, 0.5),
+        ({"x": torch.tensor([1.0, math.nan])}, math.inf),
+        ({"x": torch.tensor([1.0])}, math.inf),
+        ({"x": torch.tensor([1, 2])}, math.inf),
+        ({"y": torch.tensor([1.0, 2.0])}, math.inf),
+        ({"x": torch.tensor([1.0, 2.0]), "y": torch.zeros(1)}, 0.0),
+    ],
+)
+def test_differences(theirs: dict[str, torch.Tensor], difference: float) -> None:
+    assert largest_difference({"x": torch.tensor([1.0, 2.0])}, theirs) == difference
+
+
+def test_tokens_are_the_same_or_not() -> None:
+    ours = {"tokens": torch.tensor([1, 2])}
+    assert largest_difference(ours, {"tokens": torch.tensor([1, 2])}) == 0
+    assert largest_difference(ours, {"tokens": torch.tensor([1, 3])}) == math.inf
+
+
+def test_a_loop_with_wrong_values_is_left_out_of_a_grid(tmp_path: Path) -> None:
+    class Loop(Fake):
+        shift = 0.0
+
+        def ask(self, what: str, **arguments: Any) -> Any:
+            match what:
+                case "patch":
+                    values = [10.0 * layer + pos + self.shift for layer, pos in arguments["cells"]]
+                    return {"seconds": 1.0 * len(values), "values": values}
+                case "sweep":
+                    return {"seconds": 2.0, "values": [10.0 * layer + pos for layer in range(2) for pos in range(3)]}
+                case _:
+                    return {}
+
+    wrong = Loop("transformers", None, [])
+    wrong.shift = 1.0
+    grid = make_grid("residual grid", "resid_pre", (2, 3))
+    prompts, _ = make_prompts(3, 10)
+    run = Run([Loop(OURS, None, []), wrong], tmp_path, 1, {})
+    (result,) = run.measure(Patching(grid.name, "P", "small", grid, prompts, 1, 4), lambda: None)
+    # Four of six cells in four seconds are six seconds for all.
+    assert result.values == {OURS: [2.0], "ours, plain loop": [6.0]}
+    assert list(result.wrong) == ["transformers"]
+
+
+# Contestants
+
+
+def test_the_minimal_transformer_equals_ours(tiny: Path) -> None:
+    minimal = MinimalGPT2.from_folder(tiny / "huggingface")
+    ours = HookedTransformer.from_pretrained_no_processing(str(tiny / "huggingface"))
+    tokens = torch.randint(0, 1000, (3, 40), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(minimal(tokens), ours(tokens), rtol=0, atol=1e-5)
+        wrong = minimal(tokens.flip(1))
+        assert (wrong - ours(tokens)).abs().max() > 1e-2
+
+
+def test_biases_and_gains_of_the_models_are_random(tiny: Path) -> None:
+    ours = HookedTransformer.from_pretrained_no_processing(str(tiny / "huggingface"))
+    vectors = [ours.blocks[0].ln1.w - 1, ours.blocks[0].attn.b_O, ours.blocks[0].mlp.b_in, ours.ln_final.b]
+    assert all(vector.std() > 0.01 for vector in vectors)
+
+
+def test_bytes_of_shared_memory_count_once() -> None:
+    whole = torch.zeros(10)
+    assert bytes_of([whole, whole[:5], torch.zeros(1)]) == 44
+
+
+def test_a_task_runs_without_gradients_unless_it_wants_them() -> None:
+    class Nobody(Contestant):
+        def load_model(self, folder: Path, way: str) -> Any: ...
+
+        def logits(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
+            return tokens
+
+    task = Nobody().forward([[1]])
+    with task.mode():
+        assert torch.is_inference_mode_enabled()
+    with ServedTask(task.run, task.values, gradients=True).mode():
+        assert torch.is_grad_enabled()
+
+
+# Tables and the page
+
+
+REPORT: dict[str, Any] = {
+    "rounds": None,
+    "quick": False,
+    "machine": {
+        "cpu": "a CPU",
+        "cores": 2,
+        "threads": 2,
+        "python": "3.11",
+        "torch": "2.0",
+        "transformers": "5.0",
+    },
+    "versions": {
+        OURS: {"hooked-lm": "0.1.0"},
+        "transformer_lens-3": {"transformer_lens": "3.9.0", "torch": "2.0", "transformers": "5.0"},
+    },
+    "skipped": ["transformer_lens-4"],
+    "results": [
+        {
+            "name": "forward 8x128",
+            "group": "Forward",
+            "values": {OURS: [0.95, 0.99], "transformers": [1.0, 1.0], "ours, forward": [0.5, 0.5]},
+        },
+        {
+            "name": "attribution 1x128",
+            "group": "Gradients",
+            "values": {OURS: [0.1]},
+            "wrong": {"transformers": "values differ by 1, more than 0.0001"},
+        },
+    ],
+}
+
+
+def test_a_table_from_a_given_report() -> None:
+    results = [Result(**REPORT["results"][0])]
+    assert ratio_table(results, COLUMNS) == (
+        "|  | ours | `transformers` |\n| --- | --- | --- |\n| forward 8x128 | 970 ms | **0.97 (0.95-0.99)** |"
+    )
+    assert beside_table(results, COLUMNS).splitlines()[-1] == (
+        "| forward 8x128 | 970 ms | ours, forward | 500 ms | 1.94 (1.90-1.98) |"
+    )
+    assert target_table(ratios(results[0]), COLUMNS).splitlines()[2:] == [
+        "| forward 8x128 | `transformers` | 0.9 | **0.97 (0.95-0.99)** | **no** |"
+    ]
+
+
+def test_a_page_from_a_given_report() -> None:
+    template = "\n\n".join(
+        f"<!-- measured: {name} -->" for name in ("machine", "leftout", "ratios", "targets", "notes")
+    )
+    text = page.rendered(REPORT, template, "Preface.\n\n## forward 8x128\n\nFor this reason.\n")
+    assert "a CPU, 2 cores, 2 threads" in text
+    assert "`transformer_lens` 3.9.0" in text
+    assert "Skipped, since no environment was named for them: transformer_lens-4." in text
+    assert "- attribution 1x128, transformers: values differ by 1, more than 0.0001" in text
+    assert "### Forward\n\n|  | ours |" in text
+    assert "### Missed: forward 8x128\n\nFor this reason." in text
+    assert "Preface" not in text
+    assert "trial run" not in text
+
+
+def test_a_missed_target_without_a_note_says_so() -> None:
+    assert page.explanations(REPORT, {}) == "### Missed: forward 8x128\n\nNot explained yet."
+
+
+def test_a_run_of_few_rounds_is_marked_as_such() -> None:
+    assert "trial run" in page.machine({**REPORT, "rounds": 1})
+
+
+def test_notes_are_about_measurements() -> None:
+    planned = plan(FULL)
+    names = {one.name for one in planned}
+    names |= {f"{one.name}: bytes held" for one in planned if isinstance(one, Task) and one.held}
+    assert page.read_notes(page.NOTES.read_text()).keys() <= names
+
+
+def test_the_page_is_what_the_results_say() -> None:
+    report = json.loads(RESULTS.read_text())
+    text = page.rendered(report, page.TEMPLATE.read_text(), page.NOTES.read_text())
+    assert page.PAGE.read_text() == text, "run `python -m benchmarks --render`"
+    assert page.MARKER.search(text) is None
+
+
+def test_the_page_has_the_headings_that_others_link_to() -> None:
+    headings = re.findall(r"^## (.+)$", page.PAGE.read_text(), flags=re.MULTILINE)
+    assert {"Measurements", "Loading", "Patching"} <= set(headings)
+
+
+# The command
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> CliRunner:
+    monkeypatch.setattr("benchmarks.__main__.torch.set_num_threads", lambda n: None)
+    return CliRunner()
+
+
+def plain(text: str) -> str:
+    """Return what typer prints without its box."""
+    return " ".join(re.sub(r"[│╭╮╰╯─]|\x1b\[[0-9;]*m", " ", text).split())
+
+
+def test_an_unknown_peer_is_an_error_that_names_those_there_are(command: CliRunner) -> None:
+    done = command.invoke(app, ["--peer", "transformerlens=python"])
+    assert done.exit_code == 2
+    assert "no peer 'transformerlens': there are transformer_lens-3, transformer_lens-4" in plain(done.output)
+
+
+def test_a_peer_without_an_interpreter_is_an_error_with_a_remedy() -> None:
+    with pytest.raises(ValueError, match=r"'/nowhere' is no file: give --peer transformer_lens-3=FOLDER/bin/python"):
+        interpreter_of("transformer_lens-3=/nowhere")
+    assert interpreter_of(f"transformer_lens-3={sys.executable}") == ("transformer_lens-3", sys.executable)
+
+
+def test_an_unknown_measurement_is_an_error_that_names_those_there_are(command: CliRunner) -> None:
+    done = command.invoke(app, ["--only", "forwards"])
+    assert done.exit_code == 2
+    assert "no measurement 'forwards': there are import;" in plain(done.output)
+
+
+def test_the_page_is_not_written_from_a_part(command: CliRunner) -> None:
+    done = command.invoke(app, ["--quick", "--page"])
+    assert done.exit_code == 2
+    assert "leave out --only and --quick" in plain(done.output)
+
+
+def test_a_list_of_what_is_measured(command: CliRunner) -> None:
+    done = command.invoke(app, ["--list", "--only", "forward*"])
+    assert done.output.split("\n") == ["forward 1x128", "forward 8x128", "forward 1x1024", ""]
+
+
+def test_a_quick_run_skips_missing_peers_by_name_and_everybody_computes_the_same(
+    command: CliRunner, tmp_path: Path
+) -> None:
+    found = tmp_path / "results.json"
+    # Without what starts fresh interpreters, which takes most of the time.
+    names = [one.name for one in plan(QUICK) if isinstance(one, (Task, Patching))]
+    options = [part for name in names for part in ("--only", name)]
+    done = command.invoke(app, ["--quick", "--threads", "1", "--json", str(found), *options])
+    assert done.exit_code == 0, done.output
+    assert "transformer_lens-3: skipped, for want of --peer transformer_lens-3=PYTHON" in done.output
+    report = json.loads(found.read_text())
+    assert report["skipped"] == ["transformer_lens-3", "transformer_lens-4"]
+    assert set(report["versions"]) == {OURS, "transformers", "minimal"}
+    results = {one["name"]: one for one in report["results"]}
+    assert {"transformers", "minimal"} <= results["tiny: forward 1x16"]["difference"].keys()
+    assert results["generation of 5, batch 2"]["difference"] == {"transformers": 0.0}
+    assert results["full cache 1x16"]["absent"] == ["transformers"]
+    assert set(results["residual grid 2x4"]["values"]) == {OURS, "ours, plain loop", "transformers"}
+    lazy = results["lazy cache 1x32: bytes held"]["values"]
+    assert lazy[OURS][0] < lazy["ours, full cache"][0] / 10
+    assert set(names) <= results.keys()
