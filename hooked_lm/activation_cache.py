@@ -58,6 +58,9 @@ class ActivationCache(CachedActivations):
             pos_slice: positions to keep, anything `Slice` takes.
             mlp_input: end with the input of `layer`'s MLP.
             return_labels: also return labels: `"0_pre"`, `"0_mid"`, ..., `"final_post"`.
+
+        Raises:
+            ValueError: `mlp_input` at the end of the model, or a layer out of range.
         """
         last = self._final(layer)
         n_layers = self.model.cfg.n_layers
@@ -97,6 +100,10 @@ class ActivationCache(CachedActivations):
             pos_slice: positions to keep.
             incl_embeds: start with the embeddings.
             return_labels: also return labels: `"embed"`, `"pos_embed"`, `"0_attn_out"`, `"0_mlp_out"`, ...
+
+        Raises:
+            ValueError: another mode, a layer out of range, or a model whose stream is no sum, since norms are applied
+                to the stream itself.
         """
         if mode not in ("all", "mlp", "attn"):
             raise ValueError(f"mode is 'all', 'mlp' or 'attn', not {mode!r}")
@@ -191,7 +198,16 @@ class ActivationCache(CachedActivations):
     def stack_activation(
         self, activation_name: str, layer: int | None = -1, sublayer_type: str | None = None
     ) -> Float[Tensor, "layer ..."]:
-        """Return one activation of every block before `layer`, stacked. `sublayer_type` is the module, as for norms."""
+        """Return one activation of every block before `layer`, stacked.
+
+        Args:
+            activation_name: the short name, such as `"z"` or `"scale"`.
+            layer: the blocks before it count; None or -1 for all.
+            sublayer_type: the module it is in, as for norms: `"ln1"`.
+
+        Raises:
+            ValueError: no block comes before layer 0, or the layer is out of range.
+        """
         last = self._final(layer)
         if last == 0:
             raise ValueError("no block comes before layer 0, so there is nothing to stack")
@@ -202,7 +218,12 @@ class ActivationCache(CachedActivations):
     def get_neuron_results(
         self, layer: int, neuron_slice: object = None, pos_slice: object = None
     ) -> Float[Tensor, "*batch_and_pos neuron d_model"]:
-        """Return what each neuron of a layer writes: its activation times its row of `W_out`."""
+        """Return what each neuron of a layer writes: its activation times its row of `W_out`.
+
+        Args:
+            layer: whose neurons.
+            neuron_slice, pos_slice: neurons and positions to keep, anything `Slice` takes.
+        """
         post, W_out = self._neurons(layer, Slice.unwrap(neuron_slice), Slice.unwrap(pos_slice))
         return post[..., None] * W_out
 
@@ -305,7 +326,12 @@ class ActivationCache(CachedActivations):
     ) -> Any:
         """Return everything written to the stream before `layer`: heads, neurons (or MLPs), embeddings and biases.
 
-        It sums to the stream. Arguments as for `decompose_resid` and `stack_neuron_results`.
+        It sums to the stream.
+
+        Args:
+            layer, mlp_input, apply_ln, pos_slice, return_labels: as for `decompose_resid`; labels end with `"bias"`.
+            expand_neurons: each neuron by itself; False for each MLP as a whole, its bias included.
+            project_output_onto: as for `stack_neuron_results`.
         """
         last, positions = self._final(layer), Slice.unwrap(pos_slice)
         heads, labels = self.stack_head_results(last + int(mlp_input), return_labels=True, pos_slice=positions)
@@ -434,6 +460,9 @@ class ActivationCache(CachedActivations):
             incorrect_tokens: the same; their logits are subtracted.
             pos_slice, batch_slice: which positions and prompts of the run the stack holds.
             has_batch_dim: whether the stack has a batch axis.
+
+        Raises:
+            ValueError: `tokens` and `incorrect_tokens` have different shapes, or are not tokens of the model.
         """
         directions = self.model.tokens_to_residual_directions(tokens)
         if incorrect_tokens is not None:

@@ -130,7 +130,12 @@ class CachedActivations(Mapping[Any, Tensor]):
     # Moving and slicing
 
     def to(self, device: torch.device | str, move_model: bool = False) -> Self:
-        """Move the tensors (and, if asked, the model) to a device. Returns this cache."""
+        """Move the tensors (and, if asked, the model) to a device. Returns this cache.
+
+        Args:
+            device: where to.
+            move_model: move the model as well.
+        """
         if isinstance(self.cache_dict, LazyActivations):
             self.cache_dict.run.check()
         if move_model:
@@ -160,7 +165,11 @@ class CachedActivations(Mapping[Any, Tensor]):
         return self
 
     def apply_slice_to_batch_dim(self, batch_slice: object) -> Self:
-        """Return a new cache with some of the prompts; a single index drops the batch axis."""
+        """Return a new cache with some of the prompts; a single index drops the batch axis.
+
+        Raises:
+            ValueError: the cache has no batch axis.
+        """
         if not self.has_batch_dim:
             raise ValueError("this cache has no batch axis to slice")
         batch = Slice.unwrap(batch_slice)
@@ -197,7 +206,15 @@ class CachedActivations(Mapping[Any, Tensor]):
 
     @classmethod
     def load(cls, path: str | Path, model: CacheModel) -> Self:
-        """Read a cache that `save` has written, for use with the model it came from."""
+        """Read a cache that `save` has written, for use with the model it came from.
+
+        Args:
+            path: the file.
+            model: the model of the run.
+
+        Raises:
+            ValueError: the file is not a saved cache.
+        """
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             if "order" not in about:

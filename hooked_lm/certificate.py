@@ -90,7 +90,11 @@ class Certificate:
         return bool(precise) and all(comparison.relative <= EXACT for comparison in precise)
 
     def worst(self, check: str | None = None, precision: Precision | None = None) -> Comparison | None:
-        """Return the comparison with the largest relative error, of one check and precision or of all."""
+        """Return the comparison with the largest relative error, of one check and precision or of all.
+
+        Args:
+            check, precision: which comparisons count; None for all.
+        """
         among = [
             comparison
             for comparison in self.comparisons

@@ -490,7 +490,11 @@ class HookedTransformerConfig:
 
     @property
     def expert_width(self) -> int:
-        """The hidden width of an expert: `d_expert`, or `d_mlp` where that is not given."""
+        """The hidden width of an expert: `d_expert`, or `d_mlp` where that is not given.
+
+        Raises:
+            ValueError: a model of attention only has none.
+        """
         width = self.d_mlp if self.d_expert is None else self.d_expert
         if width is None:
             raise ValueError("this config is attn_only: it has no MLP")
@@ -507,7 +511,11 @@ class HookedTransformerConfig:
         return rotary and (self.rotary_layers is None or self.rotary_layers[layer])
 
     def rotation_changes(self, before: int, after: int) -> bool:
-        """Whether positions that a prompt of length `before` has turn differently once it has length `after`."""
+        """Whether positions that a prompt of length `before` has turn differently once it has length `after`.
+
+        Args:
+            before, after: lengths in tokens, padding not counted.
+        """
         if self.positional_embedding_type != "rotary" or before >= after:
             return False
         if self.use_dynamic_rope:

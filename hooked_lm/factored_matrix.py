@@ -235,7 +235,11 @@ class FactoredMatrix:
         return index
 
     def unsqueeze(self, k: int) -> FactoredMatrix:
-        """Return this with a new leading axis of length 1 at place `k`, from the left or, if negative, the right."""
+        """Return this with a new leading axis of length 1 at place `k`, from the left or, if negative, the right.
+
+        Raises:
+            IndexError: the place is not among the leading axes.
+        """
         n_leading = self.ndim - 2
         if not -self.ndim - 1 <= k <= n_leading or -3 < k < 0:
             raise IndexError(f"unsqueeze({k}): only leading axes can be added, at 0-{n_leading}")

@@ -95,7 +95,16 @@ def sample_logits(
     freq_penalty: float = 0.0,
     tokens: Int[Tensor, "batch pos"] | None = None,
 ) -> Int[Tensor, " batch"]:
-    """Return a token drawn from each row of logits. Options as in `Sampling`."""
+    """Return a token drawn from each row of logits.
+
+    Args:
+        final_logits: of the position that is continued, [batch vocab].
+        top_k, top_p, temperature, freq_penalty: as in `Sampling`.
+        tokens: the text so far, [batch pos], which `freq_penalty` counts.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
     return Sampling(True, top_k, top_p, temperature, freq_penalty).pick(final_logits, tokens)
 
 

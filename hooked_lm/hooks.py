@@ -66,6 +66,10 @@ class HookedRootModule(nn.Module):
     ) -> list[HookHandle]:
         """Add a hook wherever a name, glob, list or predicate points; return the handles.
 
+        Args:
+            name: a hook name, a glob, a list of either, or a predicate of names.
+            hook, dir, is_permanent, level, prepend: as for `HookPoint.add_hook`.
+
         Raises:
             UnknownHookError: something in `name` matches no hook point. Nothing has been added then.
         """
@@ -75,7 +79,14 @@ class HookedRootModule(nn.Module):
         return handles
 
     def add_perma_hook(self, name: NamesFilter, hook: HookFunction, dir: Direction = "fwd") -> list[HookHandle]:
-        """Add a hook that `reset_hooks` leaves in place."""
+        """Add a hook that `reset_hooks` leaves in place.
+
+        Args:
+            name, hook, dir: as for `add_hook`.
+
+        Raises:
+            UnknownHookError: as `add_hook`.
+        """
         return self.add_hook(name, hook, dir, is_permanent=True)
 
     def reset_hooks(
@@ -85,7 +96,17 @@ class HookedRootModule(nn.Module):
         including_permanent: bool = False,
         level: int | None = None,
     ) -> None:
-        """Remove hooks: all that are not permanent, or those of one direction or context level."""
+        """Remove hooks: all that are not permanent, or those of one direction or context level.
+
+        Args:
+            clear_contexts: also empty the `ctx` of every hook point.
+            direction: `"fwd"`, `"bwd"` or `"both"`.
+            including_permanent: permanent ones too.
+            level: only hooks added in `hooks` contexts of this depth; None for any.
+
+        Raises:
+            ValueError: another direction.
+        """
         for point in self.hook_points():
             point.remove_hooks(direction, including_permanent, level)
         if clear_contexts:
@@ -94,7 +115,11 @@ class HookedRootModule(nn.Module):
     def remove_all_hook_fns(
         self, direction: Direction = "both", including_permanent: bool = False, level: int | None = None
     ) -> None:
-        """Remove hooks and leave what they kept in `ctx`."""
+        """Remove hooks and leave what they kept in `ctx`.
+
+        Args:
+            direction, including_permanent, level: as for `reset_hooks`.
+        """
         self.reset_hooks(False, direction, including_permanent, level)
 
     def clear_contexts(self) -> None:
@@ -191,7 +216,11 @@ class HookedRootModule(nn.Module):
         clear_contexts: bool = False,
         **model_kwargs: Any,
     ) -> Any:
-        """Run the model once under hooks and return its output. Arguments as for `hooks` and the model itself.
+        """Run the model once under hooks and return its output.
+
+        Args:
+            *model_args, **model_kwargs: go to the model.
+            fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts: as for `hooks`.
 
         Raises:
             UnknownHookError: before the run, if any entry matches nothing.
@@ -270,7 +299,15 @@ class HookedRootModule(nn.Module):
         remove_batch_dim: bool = False,
         cache: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Add hooks that fill a dictionary on every run until they are reset, and return that dictionary."""
+        """Add hooks that fill a dictionary on every run until they are reset, and return that dictionary.
+
+        Args:
+            names_filter, incl_bwd, device, remove_batch_dim: as for `get_caching_hooks`.
+            cache: an existing dictionary to fill.
+
+        Raises:
+            UnknownHookError: a name or pattern matches nothing.
+        """
         store, fwd, bwd = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, cache)
         for handle in self._recording_handles(fwd, bwd):
             handle.attach()
@@ -283,7 +320,12 @@ class HookedRootModule(nn.Module):
         device: torch.device | str | None = None,
         remove_batch_dim: bool = False,
     ) -> dict[str, Tensor]:
-        """Record every activation into `cache` on every run until the hooks are reset."""
+        """Record every activation into `cache` on every run until the hooks are reset.
+
+        Args:
+            cache: the dictionary to fill; None for a new one, which is returned.
+            incl_bwd, device, remove_batch_dim: as for `get_caching_hooks`.
+        """
         return self.add_caching_hooks(None, incl_bwd, device, remove_batch_dim, cache)
 
     def cache_some(
@@ -294,7 +336,16 @@ class HookedRootModule(nn.Module):
         device: torch.device | str | None = None,
         remove_batch_dim: bool = False,
     ) -> dict[str, Tensor]:
-        """Record the named activations into `cache` on every run until the hooks are reset."""
+        """Record the named activations into `cache` on every run until the hooks are reset.
+
+        Args:
+            cache: the dictionary to fill; None for a new one, which is returned.
+            names: which activations, as `names_filter` of `get_caching_hooks`.
+            incl_bwd, device, remove_batch_dim: as for `get_caching_hooks`.
+
+        Raises:
+            UnknownHookError: a name or pattern matches nothing.
+        """
         return self.add_caching_hooks(names, incl_bwd, device, remove_batch_dim, cache)
 
     def _recording_handles(
@@ -321,10 +372,15 @@ class HookedRootModule(nn.Module):
     ) -> tuple[Any, Any]:
         """Run the model once; return its output and a dictionary of the activations on the way.
 
-        Arguments as for `get_caching_hooks`, whose `cache` is here `store`; the rest goes to the model. With `incl_bwd`
-        the output must be a scalar (`return_type="loss"`), and its backward pass is run too.
-
         A cached tensor is never changed by a later hook or run. Entries that are one tensor share their memory.
+
+        Args:
+            *model_args, **model_kwargs: go to the model.
+            names_filter, incl_bwd, device, remove_batch_dim, pos_slice: as for `get_caching_hooks`. With `incl_bwd` the
+                output must be a scalar (`return_type="loss"`), and its backward pass is run too.
+            reset_hooks_end: False leaves the hooks that record in place afterwards.
+            clear_contexts: also empty the `ctx` of every hook point afterwards.
+            store: an existing dictionary to fill.
 
         Raises:
             UnknownHookError: before the run, if a name or pattern matches nothing.

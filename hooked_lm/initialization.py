@@ -29,14 +29,32 @@ def calc_fan_in_and_fan_out(tensor: Tensor) -> tuple[int, int]:
 
 @torch.no_grad()
 def init_xavier_uniform_(param: Tensor, gain: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-    """Fill from a uniform distribution of variance `gain^2 * 2 / (fan_in + fan_out)` (Glorot and Bengio 2010)."""
+    """Fill from a uniform distribution of variance `gain^2 * 2 / (fan_in + fan_out)` (Glorot and Bengio 2010).
+
+    Args:
+        param: the tensor, which is changed and returned.
+        gain: a factor.
+        generator: which random numbers; by default torch's global ones.
+
+    Raises:
+        ValueError: a tensor whose fan is not defined.
+    """
     bound = gain * math.sqrt(6.0 / sum(calc_fan_in_and_fan_out(param)))
     return param.uniform_(-bound, bound, generator=generator)
 
 
 @torch.no_grad()
 def init_xavier_normal_(param: Tensor, gain: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-    """Fill from a normal distribution of variance `gain^2 * 2 / (fan_in + fan_out)` (Glorot and Bengio 2010)."""
+    """Fill from a normal distribution of variance `gain^2 * 2 / (fan_in + fan_out)` (Glorot and Bengio 2010).
+
+    Args:
+        param: the tensor, which is changed and returned.
+        gain: a factor.
+        generator: which random numbers; by default torch's global ones.
+
+    Raises:
+        ValueError: a tensor whose fan is not defined.
+    """
     std = gain * math.sqrt(2.0 / sum(calc_fan_in_and_fan_out(param)))
     return param.normal_(0.0, std, generator=generator)
 
@@ -50,7 +68,19 @@ def init_kaiming_uniform_(
     mode: str = "fan_in",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Fill from a uniform distribution of variance `(gain * g)^2 / fan`, g the nonlinearity's (He et al. 2015)."""
+    """Fill from a uniform distribution of variance `(gain * g)^2 / fan`, g the nonlinearity's (He et al. 2015).
+
+    Args:
+        param: the tensor, which is changed and returned.
+        a: the slope below zero, for `"leaky_relu"`.
+        nonlinearity: what reads it, by torch's name for it.
+        gain: a factor.
+        mode: `"fan_in"` or `"fan_out"`: which of the two is `fan`.
+        generator: which random numbers; by default torch's global ones.
+
+    Raises:
+        ValueError: another mode or nonlinearity, or a tensor whose fan is not defined.
+    """
     bound = math.sqrt(3.0) * _kaiming_std(param, a, nonlinearity, gain, mode)
     return param.uniform_(-bound, bound, generator=generator)
 
@@ -64,7 +94,19 @@ def init_kaiming_normal_(
     mode: str = "fan_in",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Fill from a normal distribution of variance `(gain * g)^2 / fan`, g the nonlinearity's (He et al. 2015)."""
+    """Fill from a normal distribution of variance `(gain * g)^2 / fan`, g the nonlinearity's (He et al. 2015).
+
+    Args:
+        param: the tensor, which is changed and returned.
+        a: the slope below zero, for `"leaky_relu"`.
+        nonlinearity: what reads it, by torch's name for it.
+        gain: a factor.
+        mode: `"fan_in"` or `"fan_out"`: which of the two is `fan`.
+        generator: which random numbers; by default torch's global ones.
+
+    Raises:
+        ValueError: another mode or nonlinearity, or a tensor whose fan is not defined.
+    """
     return param.normal_(0.0, _kaiming_std(param, a, nonlinearity, gain, mode), generator=generator)
 
 

@@ -87,6 +87,10 @@ def interventions_to_json(interventions: Cells) -> tuple[str, dict[str, Tensor]]
 def interventions_from_json(text: str, tensors: Mapping[str, Tensor]) -> list[Any]:
     """Return the interventions, and lists of them, that `interventions_to_json` has described.
 
+    Args:
+        text: the description.
+        tensors: the values, by the names that the description gives them.
+
     Raises:
         ValueError: the text is not such a description, or tensors are missing or left over.
     """

@@ -43,6 +43,9 @@ class HookedTransformerKeyValueCacheEntry:
     ) -> tuple[Tensor, Tensor]:
         """Store new keys and values; return all of them, [batch all_pos kv_head d_head].
 
+        Args:
+            keys, values: of the new positions, [batch pos kv_head d_head].
+
         Raises:
             ValueError: another batch size, dtype or device than the cache has.
         """
@@ -98,7 +101,14 @@ class HookedTransformerKeyValueCache:
     def init_cache(
         cls, cfg: HookedTransformerConfig, device: torch.device | str | None, batch_size: int = 1, capacity: int = 0
     ) -> HookedTransformerKeyValueCache:
-        """Return an empty cache for a model's config, with room for `capacity` positions."""
+        """Return an empty cache for a model's config, with room for `capacity` positions.
+
+        Args:
+            cfg: the model's config.
+            device: where the model is.
+            batch_size: how many prompts.
+            capacity: positions to make room for; the cache grows beyond.
+        """
         shape = (batch_size, capacity, cfg.n_kv_heads, cfg.d_head)
 
         def empty() -> Tensor:

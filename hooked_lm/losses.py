@@ -33,6 +33,11 @@ def lm_cross_entropy_loss(
 def lm_accuracy(
     logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"], per_token: bool = False
 ) -> Float[Tensor, ""] | Tensor:
-    """Return the share of next tokens whose logit is the largest, or [batch pos-1] of True where it is."""
+    """Return the share of next tokens whose logit is the largest, or [batch pos-1] of True where it is.
+
+    Args:
+        logits, tokens: the last position's logits predict nothing here and are not used.
+        per_token: return [batch pos-1], whether each was right, rather than the share.
+    """
     correct = logits[:, :-1].argmax(-1) == tokens[:, 1:]
     return correct if per_token else correct.float().mean()

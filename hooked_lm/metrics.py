@@ -68,6 +68,11 @@ class Metric:
     def check(self, batch: int, n_positions: int, d_vocab: int) -> None:
         """Check the metric against logits of this shape, which need not be there yet.
 
+        Args:
+            batch: how many prompts.
+            n_positions: how many positions they have.
+            d_vocab: how many tokens there are logits for.
+
         Raises:
             ValueError: it reads a position or a token that they lack, or is made for another number of prompts.
         """
@@ -84,6 +89,11 @@ class Metric:
         self, tokens: Int[Tensor, "batch pos"], d_vocab: int, attention_mask: Int[Tensor, "batch pos"] | None
     ) -> None:
         """Check the metric against prompts that will be run, padding included.
+
+        Args:
+            tokens: [batch pos].
+            d_vocab: how many tokens there are logits for.
+            attention_mask: [batch pos], 0 at padding; None if nothing is padded.
 
         Raises:
             ValueError: as `check`, or it reads padding.
@@ -125,6 +135,10 @@ class Metric:
 def one_number(metric: Callable[[Tensor], Any], logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, ""]:
     """Return what a metric makes of the logits, checked to be one number, in the logits' precision if a Python number.
 
+    Args:
+        metric: a function of the logits.
+        logits: [batch pos vocab].
+
     Raises:
         ValueError: it is something else.
     """
@@ -147,7 +161,15 @@ def logit(answer: Tokens, pos: int = -1) -> Metric:
 
 
 def logit_diff(answer: Tokens, wrong: Tokens, pos: int = -1) -> Metric:
-    """Return the metric "logit of the answer minus logit of the wrong one". Arguments as for `logit`."""
+    """Return the metric "logit of the answer minus logit of the wrong one".
+
+    Args:
+        answer, pos: as for `logit`.
+        wrong: a token, or one for each prompt; its logit is subtracted.
+
+    Raises:
+        ValueError: answers and wrong ones for different numbers of prompts.
+    """
     right, other = _column(answer, "answer"), _column(wrong, "wrong")
     if len({right.shape[0], other.shape[0]} - {1}) > 1:
         raise ValueError(f"logit_diff has {right.shape[0]} answers and {other.shape[0]} wrong ones")
@@ -157,19 +179,31 @@ def logit_diff(answer: Tokens, wrong: Tokens, pos: int = -1) -> Metric:
 
 
 def prob(answer: Tokens, pos: int = -1) -> Metric:
-    """Return the metric "probability of the answer"."""
+    """Return the metric "probability of the answer".
+
+    Args:
+        answer, pos: as for `logit`.
+    """
     column = _column(answer, "answer")
     return Metric("probability", pos, None, lambda read: _pick(read.log_softmax(-1), column).exp(), column)
 
 
 def log_prob(answer: Tokens, pos: int = -1) -> Metric:
-    """Return the metric "log-probability of the answer", in nats."""
+    """Return the metric "log-probability of the answer", in nats.
+
+    Args:
+        answer, pos: as for `logit`.
+    """
     column = _column(answer, "answer")
     return Metric("log-probability", pos, None, lambda read: _pick(read.log_softmax(-1), column), column)
 
 
 def rank(answer: Tokens, pos: int = -1) -> Metric:
-    """Return the metric "rank of the answer": 0 where no token has a larger logit."""
+    """Return the metric "rank of the answer": 0 where no token has a larger logit.
+
+    Args:
+        answer, pos: as for `logit`.
+    """
     column = _column(answer, "answer")
 
     def score(read: Tensor) -> Tensor:
@@ -179,7 +213,11 @@ def rank(answer: Tokens, pos: int = -1) -> Metric:
 
 
 def accuracy(answer: Tokens, pos: int = -1) -> Metric:
-    """Return the metric "the answer has the largest logit": 1 or 0 per prompt; of equal ones the first token has it."""
+    """Return the metric "the answer has the largest logit": 1 or 0 per prompt; of equal ones the first token has it.
+
+    Args:
+        answer, pos: as for `logit`.
+    """
     column = _column(answer, "answer")
 
     def score(read: Tensor) -> Tensor:
@@ -194,6 +232,9 @@ def kl_to(reference: Float[Tensor, "batch pos vocab"], pos: int = -1) -> Metric:
     Args:
         reference: logits, usually the clean run's.
         pos: the position that is compared.
+
+    Raises:
+        ValueError: the reference is not [batch pos vocab], or has no such position.
     """
     if reference.ndim != 3:
         raise ValueError(f"kl_to takes logits [batch pos vocab], got shape {tuple(reference.shape)}")

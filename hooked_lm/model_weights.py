@@ -175,6 +175,11 @@ class ModelWeights(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Copy weights in. With `strict`, a state dict of the classic library will do: see `weights.from_classic`.
 
+        Args:
+            state_dict: tensors by their names.
+            strict: every weight has to be there, and no other.
+            assign: only False.
+
         Raises:
             RuntimeError: a key is missing or surplus, or a tensor has the wrong shape.
             ValueError: `assign`, which would give up the memory layout that the projections rely on.
@@ -203,7 +208,16 @@ class ModelWeights(nn.Module):
         fold_value_biases: bool | None = None,
         refactor_factored_attn_matrices: bool | None = None,
     ) -> None:
-        """Copy unprocessed weights in and process them. Steps as in `from_pretrained`."""
+        """Copy unprocessed weights in and process them.
+
+        Args:
+            state_dict: of a model of the same config, unprocessed.
+            fold_ln, center_writing_weights, center_unembed, fold_value_biases, refactor_factored_attn_matrices: as for
+                `process_weights_`.
+
+        Raises:
+            RuntimeError: as `load_state_dict`.
+        """
         self.load_state_dict(state_dict)
         self.process_weights_(
             fold_ln, center_writing_weights, center_unembed, fold_value_biases, refactor_factored_attn_matrices
@@ -217,7 +231,13 @@ class ModelWeights(nn.Module):
         fold_value_biases: bool | None = None,
         refactor_factored_attn_matrices: bool | None = None,
     ) -> None:
-        """Process the weights the model has, where that preserves its function. Steps as in `from_pretrained`."""
+        """Process the weights the model has, where that preserves its function.
+
+        Args:
+            fold_ln, center_writing_weights, center_unembed, fold_value_biases, refactor_factored_attn_matrices: True or
+                False for a step; None for what `from_pretrained` does. One that would change what the model computes is
+                left out, with a warning if it was asked for.
+        """
         asked = {
             "fold_ln": fold_ln,
             "center_writing_weights": center_writing_weights,

@@ -195,7 +195,12 @@ def _match_entry(entry: str, known: Sequence[str]) -> list[str]:
 
 
 def describe_unknown(name: str, known: Sequence[str]) -> str:
-    """Say why a hook name is not among `known`, and which names come near."""
+    """Say why a hook name is not among `known`, and which names come near.
+
+    Args:
+        name: a hook name or a glob.
+        known: the names that there are.
+    """
     if is_pattern(name):
         return f"the pattern {name!r} matches no hook{_did_you_mean(name.replace('*', '0'), known)}"
     match = _IN_BLOCK.fullmatch(name)

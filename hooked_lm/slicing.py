@@ -53,7 +53,15 @@ class Slice:
         raise TypeError(f"cannot slice with {given!r}: give None, an int, a tuple, a slice or a list of integers")
 
     def apply(self, tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """Return `tensor` indexed along `dim`; an int drops that axis, the rest keep it."""
+        """Return `tensor` indexed along `dim`; an int drops that axis, the rest keep it.
+
+        Args:
+            tensor: any.
+            dim: the axis; negative counts from the last.
+
+        Raises:
+            IndexError: there is no such axis, or no such entry along it.
+        """
         if not -tensor.ndim <= dim < tensor.ndim:
             raise IndexError(f"axis {dim} of a tensor with shape {tuple(tensor.shape)}")
         dim = dim % tensor.ndim
@@ -61,7 +69,11 @@ class Slice:
         return tensor[(slice(None),) * dim + (index,)]
 
     def indices(self, max_ctx: int | None = None) -> np.ndarray:
-        """Return the positions this picks among `max_ctx`, as an integer array."""
+        """Return the positions this picks among `max_ctx`, as an integer array.
+
+        Raises:
+            ValueError: a range, and no length of the axis is given.
+        """
         if max_ctx is not None:
             return np.atleast_1d(self.apply(torch.arange(max_ctx)).numpy())
         if self.mode == "int":

@@ -109,7 +109,16 @@ class TextGeneration(TextInterface, Intervening):
     ) -> Iterator[Any]:
         """Yield what `generate` would return in pieces of `max_tokens_per_yield` new tokens, the prompt with the first.
 
-        Joined, the pieces are the whole. Arguments as for `generate`; a single prompt.
+        Joined, the pieces are the whole.
+
+        Args:
+            max_tokens_per_yield: how many new tokens a piece has; the last may have fewer.
+            input, max_new_tokens, stop_at_eos, eos_token_id, prepend_bos, padding_side, return_type, verbose: as for
+                `generate`; a single prompt.
+            do_sample, top_k, top_p, temperature, freq_penalty, use_past_kv_cache: as for `generate`.
+
+        Raises:
+            ValueError: several prompts, pieces of no tokens, or as `generate`.
         """
         if return_type not in ("input", "str", "tokens"):
             raise ValueError(f"return_type is 'input', 'str' or 'tokens', not {return_type!r}")

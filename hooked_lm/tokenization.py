@@ -22,6 +22,10 @@ PaddingSide = Literal["left", "right"]
 def prepare_tokenizer(tokenizer: Tokenizer, padding_side: str) -> Tokenizer:
     """Return a copy of a tokenizer that has BOS and padding tokens: its own, or else its end-of-sequence token.
 
+    Args:
+        tokenizer: it is left as it is.
+        padding_side: of the copy.
+
     Raises:
         ValueError: it has neither an end-of-sequence token nor both of the others.
     """
@@ -44,7 +48,12 @@ class TokenBatch:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return a string's tokens, with no special tokens added."""
+    """Return a string's tokens, with no special tokens added.
+
+    Args:
+        tokenizer: any.
+        text: the string.
+    """
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
@@ -93,7 +102,11 @@ def tokenize(
 
 
 def check_padding_side(padding_side: str) -> None:
-    """Raise ValueError unless the side is `"left"` or `"right"`."""
+    """Check that a padding side is `"left"` or `"right"`.
+
+    Raises:
+        ValueError: it is neither.
+    """
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side is 'left' or 'right', not {padding_side!r}")
 
@@ -103,6 +116,12 @@ def infer_attention_mask(tokenizer: Tokenizer, tokens: Tensor, prepend_bos: bool
 
     Padding is the run of padding tokens at the padded side. Where padding and BOS are the same token and prompts start
     with BOS, the last of a left run is that BOS.
+
+    Args:
+        tokenizer: which knows its padding token and BOS.
+        tokens: [batch pos].
+        prepend_bos: whether prompts start with BOS.
+        padding_side: `"left"` or `"right"`.
     """
     is_pad = tokens == tokenizer.pad_token_id
     if padding_side == "left":
@@ -134,7 +153,15 @@ def token_rows(tokens: Tensor | np.ndarray | Sequence[int] | int) -> Tensor:
 
 
 def decode(tokenizer: Tokenizer, tokens: Tensor | np.ndarray | Sequence[int] | int) -> str | list[str]:
-    """Return the string of one sequence of tokens, or the list of strings of a batch."""
+    """Return the string of one sequence of tokens, or the list of strings of a batch.
+
+    Args:
+        tokenizer: any.
+        tokens: a token, [pos] or [batch pos].
+
+    Raises:
+        ValueError: they have more axes.
+    """
     rows = token_rows(tokens)
     if rows.ndim > 2:
         raise ValueError(f"expected one sequence of tokens or a batch [batch pos], got shape {tuple(rows.shape)}")
@@ -144,13 +171,22 @@ def decode(tokenizer: Tokenizer, tokens: Tensor | np.ndarray | Sequence[int] | i
 
 
 def str_tokens(tokenizer: Tokenizer, tokens: Tensor | np.ndarray | Sequence[int]) -> list[str]:
-    """Return each token of one sequence as the string it stands for."""
+    """Return each token of one sequence as the string it stands for.
+
+    Args:
+        tokenizer: any.
+        tokens: [pos] or [1 pos].
+    """
     ids = token_rows(tokens).reshape(-1).tolist()
     return [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in ids]
 
 
 def single_token(tokenizer: Tokenizer, text: str) -> int:
     """Return the one token a string is.
+
+    Args:
+        tokenizer: any.
+        text: the string.
 
     Raises:
         ValueError: it is none, or several; the message shows which.
@@ -165,8 +201,14 @@ def single_token(tokenizer: Tokenizer, text: str) -> int:
 def token_position(single: int, tokens: Tensor, what: str, mode: Literal["first", "last"] = "first") -> int:
     """Return where a token stands in a sequence [pos] or [1 pos].
 
+    Args:
+        single: the token.
+        tokens: [pos] or [1 pos].
+        what: what it is called; for the message.
+        mode: `"first"` or `"last"`, where it stands more than once.
+
     Raises:
-        ValueError: it does not occur, or the tokens are a batch.
+        ValueError: it does not occur, the tokens are a batch, or there is no such mode.
     """
     if mode not in ("first", "last"):
         raise ValueError(f"mode is 'first' or 'last', not {mode!r}")

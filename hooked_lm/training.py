@@ -129,7 +129,12 @@ def row_batches(rows: Int[Tensor, "row pos"], batch: int, seed: int) -> Batches:
 
 
 def next_token_loss(model: Any, batch: Tensor) -> Tensor:
-    """Return the mean next-token loss of tokens [batch pos], in nats: what `train` minimizes unless told otherwise."""
+    """Return the mean next-token loss of tokens [batch pos], in nats: what `train` minimizes unless told otherwise.
+
+    Args:
+        model: a `HookedTransformer`.
+        batch: tokens [batch pos].
+    """
     return model(batch, return_type="loss")
 
 
@@ -137,6 +142,10 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
     """Return AdamW over the parameters that are trained, with weight decay on the matrices.
 
     A head's biases [head d_head] have two axes and are no matrix; they are known by their name, `b_Q` or `bias`.
+
+    Args:
+        model: whose parameters.
+        config: for its `lr`, `betas` and `weight_decay`.
 
     Raises:
         ValueError: no parameter requires a gradient.

@@ -80,7 +80,12 @@ def to_numpy(tensor: Any) -> np.ndarray:
 
 
 def get_corner(tensor: Any, n: int = 3) -> Any:
-    """Return the first `n` entries along every axis of a tensor or a FactoredMatrix."""
+    """Return the first `n` entries along every axis of a tensor or a FactoredMatrix.
+
+    Args:
+        tensor: a tensor, an array or a `FactoredMatrix`.
+        n: how many.
+    """
     if isinstance(tensor, FactoredMatrix):
         return get_corner(tensor.get_corner(n), n)
     return tensor[(slice(n),) * tensor.ndim]
@@ -107,29 +112,57 @@ def remove_batch_dim(tensor: Tensor) -> Tensor:
 
 
 def repeat_along_head_dimension(tensor: Tensor, n_heads: int, clone_tensor: bool = True) -> Tensor:
-    """Return [batch pos d_model] as [batch pos head d_model]: a copy for each head, or one view for all of them."""
+    """Return [batch pos d_model] as [batch pos head d_model]: a copy for each head, or one view for all of them.
+
+    Args:
+        tensor: [batch pos d_model].
+        n_heads: how many.
+        clone_tensor: a copy for each head, rather than one view.
+    """
     repeated = tensor[:, :, None].expand(-1, -1, n_heads, -1)
     return repeated.clone() if clone_tensor else repeated
 
 
 def override_or_use_default_value(default_flag: Any, override: Any = None) -> Any:
-    """Return the override, or the default where that is None."""
+    """Return the override, or the default where that is None.
+
+    Args:
+        default_flag: the default.
+        override: what goes before it, or None.
+    """
     return default_flag if override is None else override
 
 
 def get_attention_mask(tokenizer: Any, tokens: Tensor, prepend_bos: bool) -> Tensor:
-    """Return the mask [batch pos] of padded tokens, 0 at padding, on the side the tokenizer pads."""
+    """Return the mask [batch pos] of padded tokens, 0 at padding, on the side the tokenizer pads.
+
+    Args:
+        tokenizer: which knows its padding token and on which side it pads.
+        tokens: [batch pos].
+        prepend_bos: whether prompts start with BOS.
+    """
     inferred = tokenization.infer_attention_mask(tokenizer, tokens, prepend_bos, tokenizer.padding_side)
     return torch.ones_like(tokens) if inferred is None else inferred
 
 
 def get_cumsum_along_dim(tensor: Tensor, dim: int, reverse: bool = False) -> Tensor:
-    """Return the cumulative sum along an axis, from its end if `reverse`."""
+    """Return the cumulative sum along an axis, from its end if `reverse`.
+
+    Args:
+        tensor: any.
+        dim: the axis.
+        reverse: each entry with all that come after it.
+    """
     return tensor.flip(dim).cumsum(dim).flip(dim) if reverse else tensor.cumsum(dim)
 
 
 def get_offset_position_ids(past_kv_pos_offset: int, attention_mask: Tensor) -> Tensor:
-    """Return each token's position in its own prompt, padding not counted, from a mask over past and new tokens."""
+    """Return each token's position in its own prompt, padding not counted, from a mask over past and new tokens.
+
+    Args:
+        past_kv_pos_offset: how many positions are past.
+        attention_mask: [batch pos], 0 at padding.
+    """
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
     return positions[:, past_kv_pos_offset:]
 
@@ -251,8 +284,14 @@ def _judge(model: Any, logits: Tensor, token: int, top_k: int) -> AnswerToken:
 def logits_to_df(logits: Tensor, model: Any, k: int = 20) -> Any:
     """Return the `k` likeliest tokens for one position's logits [vocab] as a pandas DataFrame, the likeliest first.
 
+    Args:
+        logits: [vocab].
+        model: whose tokenizer gives the strings.
+        k: how many; all, if there are fewer.
+
     Raises:
         ImportError: pandas is not installed; the `notebooks` extra brings it.
+        ValueError: the logits are of more than one position.
     """
     pandas = require_pandas("logits_to_df")
     if logits.ndim != 1:

@@ -162,6 +162,9 @@ class WeightViews(nn.Module):
 
         `||W_OV W_read|| / (||W_OV|| ||W_read||)`, where the reader's matrix is its QK for `"Q"`, the transpose of that
         for `"K"`, and its OV for `"V"` (Elhage et al. 2021). Zero unless the reader is in a later layer.
+
+        Raises:
+            ValueError: another mode.
         """
         if mode not in ("Q", "K", "V"):
             raise ValueError(f"composition is by 'Q', 'K' or 'V', not {mode!r}")
@@ -186,6 +189,10 @@ class WeightViews(nn.Module):
             layer: 0 to n_layers; the blocks before it count.
             mlp_input: also count attention's bias in `layer` itself.
             include_mlp_biases: count the MLPs' biases too.
+
+        Raises:
+            ValueError: a layer out of range; biases that are normalised before they reach the stream; or those of
+                experts, of which the tokens choose.
         """
         if not 0 <= layer <= self.cfg.n_layers or (mlp_input and layer == self.cfg.n_layers):
             raise ValueError(f"layer {layer} is out of range: this model has blocks 0-{self.cfg.n_layers - 1}")

@@ -30,6 +30,10 @@ def fold_layer_norm(cfg: HookedTransformerConfig, weights: Weights) -> Processed
     whose output has mean zero, the readers' mean over `d_model` does nothing and is removed.
 
     The config's `normalization_type` becomes `"LNPre"` or `"RMSPre"`; without a gain to fold nothing happens.
+
+    Args:
+        cfg: the config that the weights are of.
+        weights: tensors by their names; they are left as they are.
     """
     return _purely("fold_ln", cfg, weights)
 
@@ -38,17 +42,31 @@ def center_writing_weights(cfg: HookedTransformerConfig, weights: Weights) -> Pr
     """Subtract its mean over `d_model` from everything that is written to the residual stream.
 
     LayerNorm subtracts that mean anyway. The positions of `"shortformer"` are left alone: they bypass the stream.
+
+    Args:
+        cfg: the config that the weights are of.
+        weights: tensors by their names; they are left as they are.
     """
     return _purely("center_writing_weights", cfg, weights)
 
 
 def center_unembed(cfg: HookedTransformerConfig, weights: Weights) -> Processed:
-    """Subtract the mean over the vocabulary from `W_U` and `b_U`: softmax does not see a constant."""
+    """Subtract the mean over the vocabulary from `W_U` and `b_U`: softmax does not see a constant.
+
+    Args:
+        cfg: the config that the weights are of.
+        weights: tensors by their names; they are left as they are.
+    """
     return _purely("center_unembed", cfg, weights)
 
 
 def fold_value_biases(cfg: HookedTransformerConfig, weights: Weights) -> Processed:
-    """Move `b_V` into `b_O`: a pattern's rows sum to one, so every destination receives the whole of it."""
+    """Move `b_V` into `b_O`: a pattern's rows sum to one, so every destination receives the whole of it.
+
+    Args:
+        cfg: the config that the weights are of.
+        weights: tensors by their names; they are left as they are.
+    """
     return _purely("fold_value_biases", cfg, weights)
 
 
@@ -58,6 +76,10 @@ def refactor_factored_attn_matrices(cfg: HookedTransformerConfig, weights: Weigh
     `W_Q` and `W_K`, with their biases as one more row, share the singular values of their product equally. `b_V` is
     folded into `b_O`, then `W_V = U diag(S)` and `W_O = V^T`.
 
+    Args:
+        cfg: the config that the weights are of.
+        weights: tensors by their names; they are left as they are.
+
     Raises:
         ValueError: something fixes the basis, such as rotary positions, so that it cannot be rotated.
     """
@@ -65,7 +87,12 @@ def refactor_factored_attn_matrices(cfg: HookedTransformerConfig, weights: Weigh
 
 
 def untie(cfg: HookedTransformerConfig, weights: Weights) -> Processed:
-    """Give a model with tied embeddings a `W_U` of its own, a copy of `W_E` transposed."""
+    """Give a model with tied embeddings a `W_U` of its own, a copy of `W_E` transposed.
+
+    Args:
+        cfg: the config that the weights are of.
+        weights: tensors by their names; they are left as they are.
+    """
     if not cfg.tie_word_embeddings:
         return cfg, weights
     cfg = cfg.replace(tie_word_embeddings=False)
@@ -280,7 +307,13 @@ def plan_processing(cfg: HookedTransformerConfig, asked: dict[str, bool | None])
 
 
 def process(cfg: HookedTransformerConfig, weights: Weights, plan: Iterable[str]) -> Processed:
-    """Apply the named steps, one after the other, and leave the given weights as they are."""
+    """Apply the named steps, one after the other, and leave the given weights as they are.
+
+    Args:
+        cfg: the config that the weights are of.
+        weights: tensors by their names; they are left as they are.
+        plan: the names of steps.
+    """
     for name in plan:
         cfg, weights = _purely(name, cfg, weights)
     return cfg, weights
@@ -290,6 +323,11 @@ def process_(cfg: HookedTransformerConfig, weights: Weights, plan: Iterable[str]
     """Apply the named steps to the given weights themselves, and return the config that results.
 
     Tied embeddings are for the caller to untie first, where a step needs it: see `unties`.
+
+    Args:
+        cfg: the config that the weights are of.
+        weights: tensors by their names, which are changed.
+        plan: the names of steps.
     """
     for name in plan:
         cfg = STEPS[name].rewrite(cfg, weights)
@@ -297,7 +335,12 @@ def process_(cfg: HookedTransformerConfig, weights: Weights, plan: Iterable[str]
 
 
 def unties(cfg: HookedTransformerConfig, plan: Iterable[str]) -> bool:
-    """Return whether the plan parts embeddings that a config ties."""
+    """Return whether the plan parts embeddings that a config ties.
+
+    Args:
+        cfg: the config.
+        plan: the names of steps.
+    """
     return cfg.tie_word_embeddings and any(STEPS[name].unties for name in plan)
 
 

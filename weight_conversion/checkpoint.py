@@ -79,7 +79,12 @@ def load(
     dtype: torch.dtype | str | None = None,
     trust_remote_code: bool = False,
 ) -> Loaded:
-    """Read a checkpoint. Arguments as for `HookedTransformer.from_pretrained`.
+    """Read a checkpoint.
+
+    Args:
+        name_or_path: an alias, a hub id or a folder.
+        hf_model, tokenizer, revision, checkpoint_index, checkpoint_value: as for `HookedTransformer.from_pretrained`.
+        first_n_layers, n_ctx, dtype, trust_remote_code: as there.
 
     Raises:
         CheckpointError: it cannot be found, read or converted.
@@ -185,6 +190,11 @@ def read_family(
     family: Family, fields: Mapping[str, Any], architecture: str
 ) -> tuple[HookedTransformerConfig, RuleTable]:
     """Return the architecture that a HuggingFace config describes, and the rules for its tensors.
+
+    Args:
+        family: how the config is read.
+        fields: the config, as in `config.json`.
+        architecture: the name it goes by there.
 
     Raises:
         CheckpointError: the config has a field that the family does not know, or a value that it does not support.
@@ -302,6 +312,10 @@ def _has_tokenizer(folder: Path) -> bool:
 
 def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer of a folder, an alias or a hub id.
+
+    Args:
+        name_or_path: where it is.
+        trust_remote_code: whether code that comes with it may run.
 
     Raises:
         CheckpointError: there is none to be had.

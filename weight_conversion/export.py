@@ -83,6 +83,11 @@ def export(
 def inverted(table: RuleTable, cfg: HookedTransformerConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the checkpoint's tensors, by the names that the rules use, that would give these weights.
 
+    Args:
+        table: the family's rules.
+        cfg: the model's config.
+        weights: our tensors, by their names.
+
     Raises:
         CheckpointError: there are none; the message says what is in the way.
     """

@@ -113,7 +113,12 @@ class ConfigFields:
         return self._fields[name]
 
     def get(self, name: str, default: Any) -> Any:
-        """Return a field's value, or a default where configs of the family may lack it."""
+        """Return a field's value, or a default where configs of the family may lack it.
+
+        Args:
+            name: of the field.
+            default: the value where it is not given.
+        """
         return self.take(name) if name in self._fields else default
 
     def ignore(self, *names: str) -> None:
@@ -122,6 +127,10 @@ class ConfigFields:
 
     def require(self, name: str, value: Any) -> None:
         """Check that a field has the one value that is supported.
+
+        Args:
+            name: of the field; it may be absent.
+            value: the one that is supported.
 
         Raises:
             CheckpointError: it has another.

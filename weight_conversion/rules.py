@@ -50,6 +50,10 @@ class Entry(ABC):
     def apply(self, tensors: Tensors, cfg: HookedTransformerConfig) -> dict[str, Tensor]:
         """Return our tensors, as views of the sources wherever views will do.
 
+        Args:
+            tensors: the sources, by their names.
+            cfg: which says how large the axes are.
+
         Raises:
             CheckpointError: a source does not have the shape that the config implies.
         """
@@ -57,6 +61,10 @@ class Entry(ABC):
     @abstractmethod
     def invert(self, weights: Tensors, cfg: HookedTransformerConfig) -> dict[str, Tensor]:
         """Return the source tensors that `apply` would make our `weights` from.
+
+        Args:
+            weights: our tensors, by their names.
+            cfg: which says how large the axes are.
 
         Raises:
             CheckpointError: there are none, because the family has no place for what the weights hold.
@@ -392,7 +400,12 @@ _STACKED = re.compile(r"\{(expert|head|kv_head)\}")
 
 
 def stacked_names(source: str, cfg: HookedTransformerConfig) -> list[str]:
-    """Return the source names that a rule's `source` stands for: one, or one per expert or head."""
+    """Return the source names that a rule's `source` stands for: one, or one per expert or head.
+
+    Args:
+        source: a source name, with or without a place for an index.
+        cfg: which says how many there are.
+    """
     axis = _STACKED.search(source)
     if axis is None:
         return [source]

@@ -26,7 +26,12 @@ def norm(source: str, target: str, *, bias: bool = False, add: float = 0.0, agai
 
 
 def biasless_layer_norm(source: str, target: str, *, again: bool = False) -> tuple[Entry, ...]:
-    """Return the rows of a LayerNorm that has a gain and no bias."""
+    """Return the rows of a LayerNorm that has a gain and no bias.
+
+    Args:
+        source, target: the modules.
+        again: another norm of ours reads the same tensors.
+    """
     return (*norm(source, target, again=again), Constant(f"{target}.b", "d_model"))
 
 
@@ -57,7 +62,13 @@ def attention(
 
 
 def attention_output(source: str, *, bias: bool = False, scale: float = 1.0) -> tuple[Entry, ...]:
-    """Return the rows of the linear layer that attention writes with; `scale` multiplies what it writes."""
+    """Return the rows of the linear layer that attention writes with.
+
+    Args:
+        source: the module.
+        bias: whether it has one; ours is zero otherwise.
+        scale: multiplies what it writes.
+    """
     weight, b_O = "d_model (head d_head) -> head d_head d_model", f"{BLOCK}.attn.b_O"
     out = Rule(f"{source}.bias", "d_model -> d_model", b_O, scale=scale) if bias else Constant(b_O, "d_model")
     return (Rule(f"{source}.weight", weight, f"{BLOCK}.attn.W_O", scale=scale), out)
@@ -117,7 +128,12 @@ def qk_norm(
 
 
 def qk_norm_across_heads(attention: str, *, names: tuple[str, str] = ("q_norm", "k_norm")) -> tuple[Entry, ...]:
-    """Return the rows of an RMS norm over all queries together and one over all keys, with a gain per dimension."""
+    """Return the rows of an RMS norm over all queries together and one over all keys, with a gain per dimension.
+
+    Args:
+        attention: the module.
+        names: of the two norms in it.
+    """
     return tuple(
         Rule(f"{attention}.{name}.weight", f"({head} d_head) -> {head} d_head", f"{BLOCK}.attn.{target}.w")
         for name, target, head in zip(names, ("q_norm", "k_norm"), ("head", "kv_head"), strict=True)
@@ -134,7 +150,16 @@ def linear(
     scale: float = 1.0,
     layers: tuple[int, ...] | None = None,
 ) -> tuple[Entry, ...]:
-    """Return the rows of one linear layer from `axes[0]` to `axes[1]`, kept as [out in]."""
+    """Return the rows of one linear layer from `axes[0]` to `axes[1]`, kept as [out in].
+
+    Args:
+        source: the layer in the checkpoint.
+        weight, bias_target: our tensors.
+        axes: what it reads and what it writes.
+        bias: whether it has one; ours is zero otherwise.
+        scale: multiplies what it writes.
+        layers: the blocks that have it, where the names hold `{layer}`; None for all.
+    """
     into, out = axes
     W = Rule(f"{source}.weight", f"{out} {into} -> {into} {out}", weight, scale=scale, layers=layers)
     if bias:
@@ -145,7 +170,13 @@ def linear(
 def mlp(
     up: str, down: str, *, up_bias: bool = False, down_bias: bool = False, layers: tuple[int, ...] | None = None
 ) -> tuple[Entry, ...]:
-    """Return the rows of a plain MLP of two linear layers."""
+    """Return the rows of a plain MLP of two linear layers.
+
+    Args:
+        up, down: the layers in the checkpoint.
+        up_bias, down_bias: whether they have biases.
+        layers: the blocks that have it, where the names hold `{layer}`; None for all.
+    """
     target = f"{BLOCK}.mlp"
     return (
         *linear(up, f"{target}.W_in", f"{target}.b_in", ("d_model", "d_mlp"), bias=up_bias, layers=layers),
@@ -163,7 +194,17 @@ def gated_mlp(
     out_scale: float = 1.0,
     layers: tuple[int, ...] | None = None,
 ) -> tuple[Entry, ...]:
-    """Return the rows of a gated MLP: `down(act(gate(x)) * up(x))`."""
+    """Return the rows of a gated MLP: `down(act(gate(x)) * up(x))`.
+
+    Args:
+        module: the MLP in the checkpoint.
+        names: of gate, up and down in it.
+        target: the MLP of ours.
+        d_mlp: the axis of its hidden layer.
+        bias: whether the three have biases.
+        out_scale: multiplies what `down` writes.
+        layers: the blocks that have it, where the names hold `{layer}`; None for all.
+    """
     gate, up, down = (f"{module}.{name}" for name in names)
     inward, outward = ("d_model", d_mlp), (d_mlp, "d_model")
     W_out = (f"{target}.W_out", f"{target}.b_out")
@@ -184,7 +225,13 @@ def no_mlp_biases(*, gated: bool) -> tuple[Entry, ...]:
 
 
 def router(source: str, *, bias: bool = False, layers: tuple[int, ...] | None = None) -> tuple[Entry, ...]:
-    """Return the rows of the linear layer that scores the experts."""
+    """Return the rows of the linear layer that scores the experts.
+
+    Args:
+        source: the layer in the checkpoint.
+        bias: whether it has one; ours is zero otherwise.
+        layers: the blocks that have it, where the names hold `{layer}`; None for all.
+    """
     target = f"{BLOCK}.mlp"
     return linear(source, f"{target}.W_router", f"{target}.b_router", ("d_model", "expert"), bias=bias, layers=layers)
 

@@ -82,7 +82,11 @@ class LogitAttribution:
         return [self.label(index) for index in range(len(self.values))]
 
     def label(self, index: int) -> str:
-        """Return the name of one part."""
+        """Return the name of one part.
+
+        Raises:
+            IndexError: there is no such part.
+        """
         if not 0 <= index < len(self.values):
             raise IndexError(f"no part {index}: there are parts 0-{len(self.values) - 1}")
         if index >= self._grid_size():
@@ -100,6 +104,9 @@ class LogitAttribution:
         Args:
             k: how many.
             prompt: of this prompt; by default by their mean over prompts.
+
+        Raises:
+            ValueError: `k` is below 1, or there is no such prompt.
         """
         if k < 1 or (prompt is not None and not 0 <= prompt < len(self.logit)):
             raise ValueError(f"k is at least 1 and prompt in 0-{len(self.logit) - 1}; got k={k}, prompt={prompt}")
@@ -108,7 +115,15 @@ class LogitAttribution:
         return [(self.label(index), float(values[index])) for index in best]
 
     def table(self, k: int = 10, prompt: int | None = None) -> str:
-        """Return the `k` parts that matter most, what all others add, and the logit, as text."""
+        """Return the `k` parts that matter most, what all others add, and the logit, as text.
+
+        Args:
+            k: how many.
+            prompt: of this prompt; by default by their mean over prompts.
+
+        Raises:
+            ValueError: as `top`.
+        """
         top = self.top(k, prompt)
         logit = float(self.logit.mean() if prompt is None else self.logit[prompt])
         lines = [*top, ("all others", logit - sum(value for _, value in top)), ("sum", logit)]

@@ -242,7 +242,15 @@ def read_patterns(
 
 
 def check_attention(layer: int, attention: Float[Tensor, "batch head query key"]) -> None:
-    """Raise ValueError if a layer's attention is NaN or infinite anywhere."""
+    """Check that a layer's attention is nowhere NaN or infinite.
+
+    Args:
+        layer: whose attention it is; for the message.
+        attention: [batch head query key].
+
+    Raises:
+        ValueError: it is.
+    """
     if not bool(attention.isfinite().all()):
         raise ValueError(
             f"the attention of layer {layer} is NaN or infinite: look at the weights and at the hooks in place"
@@ -292,7 +300,15 @@ def _made(pattern: Pattern, tokens: Int[Tensor, "batch pos"]) -> Tensor:
 
 
 def check_pattern_entries(pattern: Float[Tensor, "*batch query key"], causal: bool) -> None:
-    """Raise ValueError if a pattern has entries outside 0-1, NaN too, or, for causal attention, above the diagonal."""
+    """Check that a pattern's entries are between 0 and 1, and, for causal attention, 0 above the diagonal.
+
+    Args:
+        pattern: [*batch query key].
+        causal: whether a query sees no later key.
+
+    Raises:
+        ValueError: they are not.
+    """
     if not bool(((pattern >= 0) & (pattern <= 1)).all()):
         least, most = float(pattern.min()), float(pattern.max())
         raise ValueError(f"the entries of a pattern are between 0 and 1, like attention; got {least:g} to {most:g}")

@@ -149,7 +149,12 @@ def _mean_attention(cache: ActivationCache, first_query: int, back: int) -> Floa
 
 
 def strongest_head(scores: Float[Tensor, "layer head"], layer: int) -> Head:
-    """Return the (layer, head) with the highest score in a layer."""
+    """Return the (layer, head) with the highest score in a layer.
+
+    Args:
+        scores: [layer head].
+        layer: which layer.
+    """
     return layer, int(scores[layer].argmax())
 
 

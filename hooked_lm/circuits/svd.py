@@ -46,6 +46,10 @@ class CircuitVectors:
     def top_tokens(self, vector: int, k: int = 5) -> tuple[list[int], list[int]]:
         """Return the tokens with the largest entries in a vector, on the left and on the right.
 
+        Args:
+            vector: its place, the one with the largest singular value first.
+            k: how many tokens.
+
         Raises:
             ValueError: there is no such vector, or fewer tokens.
         """

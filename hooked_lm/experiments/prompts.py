@@ -12,6 +12,11 @@ def aligned(examples: TaskSet, tokenizer: Tokenizer, n: int | None = None) -> Ta
     A tokenizer suits an example if its answers are one token each, and both its prompts have one length: what patching
     position by position needs.
 
+    Args:
+        examples: to choose from.
+        tokenizer: the model's.
+        n: how many at most; None for all.
+
     Raises:
         ValueError: it suits none; the message says what is wrong with the first.
     """
@@ -24,6 +29,11 @@ def aligned(examples: TaskSet, tokenizer: Tokenizer, n: int | None = None) -> Ta
 
 def answerable(examples: TaskSet, tokenizer: Tokenizer, n: int | None = None) -> TaskSet:
     """Return the examples whose answer is one token, whatever the lengths of the prompts, `n` at most.
+
+    Args:
+        examples: to choose from.
+        tokenizer: the model's.
+        n: how many at most; None for all.
 
     Raises:
         ValueError: there are none; the message says what is wrong with the first.

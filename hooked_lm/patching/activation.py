@@ -59,12 +59,22 @@ class PatchSetter:
         return corrupted_activation
 
     def intervention(self, site: str, index: Index, clean_activation: Tensor) -> Intervention:
-        """Return the same patch at a hook name, as data."""
+        """Return the same patch at a hook name, as data.
+
+        Args:
+            site: the hook name.
+            index: of the cell: an entry for each of `index_axes`, the layer first.
+            clean_activation: of which the index picks what is put in.
+        """
         fields = {_ALONG[axis][1]: entry for axis, entry in self._entries(index).items()}
         return Intervention(site, "replace", clean_activation[self._where(index)], **fields)
 
     def check(self, site: str, axes: Sequence[str]) -> None:
         """Check that a site's activations have the axes that are indexed.
+
+        Args:
+            site: the hook name; for the message.
+            axes: the axes there, the batch first.
 
         Raises:
             ValueError: they have others.
@@ -348,8 +358,13 @@ def patch_cells(
 def patch_sites(model: Any, patch: Patch) -> list[str]:
     """Return the hook names that a grid patches, one in each layer.
 
+    Args:
+        model: the model.
+        patch: what is patched.
+
     Raises:
         UnknownHookError: a layer has no such hook.
+        ValueError: its activations have other axes than the patch.
     """
     sites = [get_act_name(patch.activation, layer) for layer in range(model.cfg.n_layers)]
     for site in sites:
@@ -362,9 +377,16 @@ def clean_activations(
 ) -> dict[str, Tensor]:
     """Return the cached activations that are put into a run on `tokens`, by full hook name, with a batch axis.
 
+    Args:
+        model: the model that is run.
+        cache: of the clean run.
+        sites: full hook names.
+        tokens: of the run that is patched.
+
     Raises:
         UnknownHookError: the model has no such site, or the cache lacks it.
         ValueError: they are of another number of prompts or positions.
+        TypeError: the cache is no mapping.
     """
     if not isinstance(cache, Mapping):
         raise TypeError(f"the clean cache maps hook names to activations; got {type(cache).__name__}")
@@ -440,49 +462,84 @@ def _patched(
 def get_act_patch_resid_pre(
     model: Any, corrupted_tokens: Any, clean_cache: Mapping[Any, Tensor], patching_metric: AnyMetric, **options: Any
 ) -> Float[Tensor, "layer pos"]:
-    """Return the metric where the residual stream that enters a block is patched at a position, [layer pos]."""
+    """Return the metric where the residual stream that enters a block is patched at a position, [layer pos].
+
+    Args:
+        model, corrupted_tokens, clean_cache, patching_metric: as for `generic_activation_patch`.
+        options: `attention_mask`, `memory_budget` and `verbose`, as for `generic_activation_patch`.
+    """
     return _patched(["resid_pre"], model, corrupted_tokens, clean_cache, patching_metric, **options)[0]
 
 
 def get_act_patch_resid_mid(
     model: Any, corrupted_tokens: Any, clean_cache: Mapping[Any, Tensor], patching_metric: AnyMetric, **options: Any
 ) -> Float[Tensor, "layer pos"]:
-    """Return the metric where the residual stream between attention and MLP is patched at a position, [layer pos]."""
+    """Return the metric where the residual stream between attention and MLP is patched at a position, [layer pos].
+
+    Args:
+        model, corrupted_tokens, clean_cache, patching_metric: as for `generic_activation_patch`.
+        options: `attention_mask`, `memory_budget` and `verbose`, as for `generic_activation_patch`.
+    """
     return _patched(["resid_mid"], model, corrupted_tokens, clean_cache, patching_metric, **options)[0]
 
 
 def get_act_patch_resid_post(
     model: Any, corrupted_tokens: Any, clean_cache: Mapping[Any, Tensor], patching_metric: AnyMetric, **options: Any
 ) -> Float[Tensor, "layer pos"]:
-    """Return the metric where the residual stream that leaves a block is patched at a position, [layer pos]."""
+    """Return the metric where the residual stream that leaves a block is patched at a position, [layer pos].
+
+    Args:
+        model, corrupted_tokens, clean_cache, patching_metric: as for `generic_activation_patch`.
+        options: `attention_mask`, `memory_budget` and `verbose`, as for `generic_activation_patch`.
+    """
     return _patched(["resid_post"], model, corrupted_tokens, clean_cache, patching_metric, **options)[0]
 
 
 def get_act_patch_attn_out(
     model: Any, corrupted_tokens: Any, clean_cache: Mapping[Any, Tensor], patching_metric: AnyMetric, **options: Any
 ) -> Float[Tensor, "layer pos"]:
-    """Return the metric where what a layer's attention writes is patched at a position, [layer pos]."""
+    """Return the metric where what a layer's attention writes is patched at a position, [layer pos].
+
+    Args:
+        model, corrupted_tokens, clean_cache, patching_metric: as for `generic_activation_patch`.
+        options: `attention_mask`, `memory_budget` and `verbose`, as for `generic_activation_patch`.
+    """
     return _patched(["attn_out"], model, corrupted_tokens, clean_cache, patching_metric, **options)[0]
 
 
 def get_act_patch_mlp_out(
     model: Any, corrupted_tokens: Any, clean_cache: Mapping[Any, Tensor], patching_metric: AnyMetric, **options: Any
 ) -> Float[Tensor, "layer pos"]:
-    """Return the metric where what an MLP writes is patched at a position, [layer pos]."""
+    """Return the metric where what an MLP writes is patched at a position, [layer pos].
+
+    Args:
+        model, corrupted_tokens, clean_cache, patching_metric: as for `generic_activation_patch`.
+        options: `attention_mask`, `memory_budget` and `verbose`, as for `generic_activation_patch`.
+    """
     return _patched(["mlp_out"], model, corrupted_tokens, clean_cache, patching_metric, **options)[0]
 
 
 def get_act_patch_attn_head_out_by_pos(
     model: Any, corrupted_tokens: Any, clean_cache: Mapping[Any, Tensor], patching_metric: AnyMetric, **options: Any
 ) -> Float[Tensor, "layer pos head"]:
-    """Return the metric where a head's output (z) is patched at a position, [layer pos head]."""
+    """Return the metric where a head's output (z) is patched at a position, [layer pos head].
+
+    Args:
+        model, corrupted_tokens, clean_cache, patching_metric: as for `generic_activation_patch`.
+        options: `attention_mask`, `memory_budget` and `verbose`, as for `generic_activation_patch`.
+    """
     return _patched(["attn_head_out_by_pos"], model, corrupted_tokens, clean_cache, patching_metric, **options)[0]
 
 
 def get_act_patch_attn_head_q_by_pos(
     model: Any, corrupted_tokens: Any, clean_cache: Mapping[Any, Tensor], patching_metric: AnyMetric, **options: Any
 ) -> Float[Tensor, "layer pos head"]:
-    """Return the metric where a head's query is patched at a position, [layer pos head]."""
+    """Return the metric where a head's query is patched at a position, [layer pos head].
+
+    Args:
+        model, corrupted_tokens, clean_cache, patching_metric: as for `generic_activation_patch`.
+        options: `attention_mask`, `memory_budget` and `verbose`, as for `generic_activation_patch`.
+    """
     return _patched(["attn_head_q_by_pos"], model, corrupted_tokens, clean_cache, patching_metric, **options)[0]
 
 
@@ -492,6 +549,10 @@ def get_act_patch_attn_head_k_by_pos(
     """Return the metric where a head's key is patched at a position, [layer pos kv_head].
 
     There is one column per key-value head.
+
+    Args:
+        model, corrupted_tokens, clean_cache, patching_metric: as for `generic_activation_patch`.
+        options: `attention_mask`, `memory_budget` and `verbose`, as for `generic_activation_patch`.
     """
     return _patched(["attn_head_k_by_pos"], model, corrupted_tokens, clean_cache, patching_metric, **options)[0]
 
@@ -502,6 +563,10 @@ def get_act_patch_attn_head_v_by_pos(
     """Return the metric where a head's value is patched at a position, [layer pos kv_head].
 
     There is one column per key-value head.
+
+    Args:
+        model, corrupted_tokens, clean_cache, patching_metric: as for `generic_activation_patch`.
+        options: `attention_mask`, `memory_budget` and `verbose`, as for `generic_activation_patch`.
     """
     return _patched(["attn_head_v_by_pos"], model, corrupted_tokens, clean_cache, patching_metric, **options)[0]
 
@@ -509,14 +574,24 @@ def get_act_patch_attn_head_v_by_pos(
 def get_act_patch_attn_head_out_all_pos(
     model: Any, corrupted_tokens: Any, clean_cache: Mapping[Any, Tensor], patching_metric: AnyMetric, **options: Any
 ) -> Float[Tensor, "layer head"]:
-    """Return the metric where a head's outputs (z) are patched at all positions, [layer head]."""
+    """Return the metric where a head's outputs (z) are patched at all positions, [layer head].
+
+    Args:
+        model, corrupted_tokens, clean_cache, patching_metric: as for `generic_activation_patch`.
+        options: `attention_mask`, `memory_budget` and `verbose`, as for `generic_activation_patch`.
+    """
     return _patched(["attn_head_out_all_pos"], model, corrupted_tokens, clean_cache, patching_metric, **options)[0]
 
 
 def get_act_patch_attn_head_q_all_pos(
     model: Any, corrupted_tokens: Any, clean_cache: Mapping[Any, Tensor], patching_metric: AnyMetric, **options: Any
 ) -> Float[Tensor, "layer head"]:
-    """Return the metric where a head's queries are patched at all positions, [layer head]."""
+    """Return the metric where a head's queries are patched at all positions, [layer head].
+
+    Args:
+        model, corrupted_tokens, clean_cache, patching_metric: as for `generic_activation_patch`.
+        options: `attention_mask`, `memory_budget` and `verbose`, as for `generic_activation_patch`.
+    """
     return _patched(["attn_head_q_all_pos"], model, corrupted_tokens, clean_cache, patching_metric, **options)[0]
 
 
@@ -526,6 +601,10 @@ def get_act_patch_attn_head_k_all_pos(
     """Return the metric where a head's keys are patched at all positions, [layer kv_head].
 
     There is one column per key-value head.
+
+    Args:
+        model, corrupted_tokens, clean_cache, patching_metric: as for `generic_activation_patch`.
+        options: `attention_mask`, `memory_budget` and `verbose`, as for `generic_activation_patch`.
     """
     return _patched(["attn_head_k_all_pos"], model, corrupted_tokens, clean_cache, patching_metric, **options)[0]
 
@@ -536,6 +615,10 @@ def get_act_patch_attn_head_v_all_pos(
     """Return the metric where a head's values are patched at all positions, [layer kv_head].
 
     There is one column per key-value head.
+
+    Args:
+        model, corrupted_tokens, clean_cache, patching_metric: as for `generic_activation_patch`.
+        options: `attention_mask`, `memory_budget` and `verbose`, as for `generic_activation_patch`.
     """
     return _patched(["attn_head_v_all_pos"], model, corrupted_tokens, clean_cache, patching_metric, **options)[0]
 
@@ -543,21 +626,36 @@ def get_act_patch_attn_head_v_all_pos(
 def get_act_patch_attn_head_pattern_all_pos(
     model: Any, corrupted_tokens: Any, clean_cache: Mapping[Any, Tensor], patching_metric: AnyMetric, **options: Any
 ) -> Float[Tensor, "layer head"]:
-    """Return the metric where a head's whole attention pattern is patched, [layer head]."""
+    """Return the metric where a head's whole attention pattern is patched, [layer head].
+
+    Args:
+        model, corrupted_tokens, clean_cache, patching_metric: as for `generic_activation_patch`.
+        options: `attention_mask`, `memory_budget` and `verbose`, as for `generic_activation_patch`.
+    """
     return _patched(["attn_head_pattern_all_pos"], model, corrupted_tokens, clean_cache, patching_metric, **options)[0]
 
 
 def get_act_patch_attn_head_pattern_by_pos(
     model: Any, corrupted_tokens: Any, clean_cache: Mapping[Any, Tensor], patching_metric: AnyMetric, **options: Any
 ) -> Float[Tensor, "layer pos head"]:
-    """Return the metric where a head's attention from a position is patched, [layer pos head]."""
+    """Return the metric where a head's attention from a position is patched, [layer pos head].
+
+    Args:
+        model, corrupted_tokens, clean_cache, patching_metric: as for `generic_activation_patch`.
+        options: `attention_mask`, `memory_budget` and `verbose`, as for `generic_activation_patch`.
+    """
     return _patched(["attn_head_pattern_by_pos"], model, corrupted_tokens, clean_cache, patching_metric, **options)[0]
 
 
 def get_act_patch_attn_head_pattern_dest_src_pos(
     model: Any, corrupted_tokens: Any, clean_cache: Mapping[Any, Tensor], patching_metric: AnyMetric, **options: Any
 ) -> Float[Tensor, "layer head dest_pos src_pos"]:
-    """Return the metric where one entry of a head's pattern is patched, [layer head dest_pos src_pos]."""
+    """Return the metric where one entry of a head's pattern is patched, [layer head dest_pos src_pos].
+
+    Args:
+        model, corrupted_tokens, clean_cache, patching_metric: as for `generic_activation_patch`.
+        options: `attention_mask`, `memory_budget` and `verbose`, as for `generic_activation_patch`.
+    """
     return _patched(
         ["attn_head_pattern_dest_src_pos"], model, corrupted_tokens, clean_cache, patching_metric, **options
     )[0]
@@ -566,7 +664,12 @@ def get_act_patch_attn_head_pattern_dest_src_pos(
 def get_act_patch_block_every(
     model: Any, corrupted_tokens: Any, clean_cache: Mapping[Any, Tensor], patching_metric: AnyMetric, **options: Any
 ) -> Float[Tensor, "patch_type layer pos"]:
-    """Return the grids of `resid_pre`, `attn_out` and `mlp_out`, in this order."""
+    """Return the grids of `resid_pre`, `attn_out` and `mlp_out`, in this order.
+
+    Args:
+        model, corrupted_tokens, clean_cache, patching_metric: as for `generic_activation_patch`.
+        options: `attention_mask`, `memory_budget` and `verbose`, as for `generic_activation_patch`.
+    """
     return torch.stack(_patched(_EVERY_BLOCK, model, corrupted_tokens, clean_cache, patching_metric, **options))
 
 
@@ -576,6 +679,10 @@ def get_act_patch_attn_head_all_pos_every(
     """Return the grids of head output, query, key, value and pattern, in this order, all positions at once.
 
     Where several heads share a key-value head, the columns of keys and values repeat its result for each of them.
+
+    Args:
+        model, corrupted_tokens, clean_cache, patching_metric: as for `generic_activation_patch`.
+        options: `attention_mask`, `memory_budget` and `verbose`, as for `generic_activation_patch`.
     """
     names = [f"{name}_all_pos" for name in _EVERY_HEAD]
     return _per_head(_patched(names, model, corrupted_tokens, clean_cache, patching_metric, **options), model)
@@ -587,6 +694,10 @@ def get_act_patch_attn_head_by_pos_every(
     """Return the grids of head output, query, key, value and pattern, in this order, position by position.
 
     Where several heads share a key-value head, the columns of keys and values repeat its result for each of them.
+
+    Args:
+        model, corrupted_tokens, clean_cache, patching_metric: as for `generic_activation_patch`.
+        options: `attention_mask`, `memory_budget` and `verbose`, as for `generic_activation_patch`.
     """
     names = [f"{name}_by_pos" for name in _EVERY_HEAD]
     return _per_head(_patched(names, model, corrupted_tokens, clean_cache, patching_metric, **options), model)

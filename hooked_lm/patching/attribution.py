@@ -99,7 +99,13 @@ class Audit:
 
     @classmethod
     def of(cls, grid: str, cells: Sequence[AuditedCell], resolution: float) -> Audit:
-        """Return the audit that some cells of a grid make; what is below the resolution counts as zero."""
+        """Return the audit that some cells of a grid make; what is below the resolution counts as zero.
+
+        Args:
+            grid: its name.
+            cells: the cells that were patched for real.
+            resolution: the size below which an effect is rounding.
+        """
         pairs = torch.tensor([_pair(one) for one in cells], dtype=torch.float64)
         pairs = torch.where(pairs.abs() > resolution, pairs, 0.0)
         return cls(grid, GRIDS[grid].axes, tuple(cells), spearman(pairs[:, 0], pairs[:, 1]), resolution)
@@ -145,7 +151,12 @@ class Attribution:
         return self.grids[name]
 
     def strongest(self, name: str, n: int = 10) -> list[tuple[Cell, float]]:
-        """Return the cells of a grid with the largest estimated effects of either sign, and those effects."""
+        """Return the cells of a grid with the largest estimated effects of either sign, and those effects.
+
+        Args:
+            name: of the grid.
+            n: how many; fewer where there are fewer.
+        """
         effects = self[name]
         return [(_place(index, effects), float(effects.flatten()[index])) for index in _largest(effects, n)]
 
@@ -235,8 +246,13 @@ def _checked_grids(model: Any, grids: Sequence[str] | None) -> list[str]:
 def grid_sites(model: Any, grid: Grid) -> list[str]:
     """Return a grid's site in every layer.
 
+    Args:
+        model: the model.
+        grid: which grid.
+
     Raises:
         UnknownHookError: a layer has no such site.
+        ValueError: the model has no layers.
     """
     sites = [get_act_name(grid.activation, layer) for layer in range(model.cfg.n_layers)]
     for site in sites:
@@ -569,7 +585,13 @@ class _Exact:
 
 
 def choose_cells(effects: Tensor, n: int, generator: torch.Generator) -> list[tuple[Cell, Literal["top", "random"]]]:
-    """Return the `n` cells with the largest effects of either sign, and `n` of the others at random."""
+    """Return the `n` cells with the largest effects of either sign, and `n` of the others at random.
+
+    Args:
+        effects: estimated, one per cell.
+        n: how many of each kind.
+        generator: which others.
+    """
     top = _largest(effects, n)
     left = torch.ones(effects.numel(), dtype=torch.bool)
     left[top] = False
@@ -582,6 +604,12 @@ def spearman(x: Tensor, y: Tensor) -> float:
     """Return the rank correlation of two samples: Pearson's, of their ranks, where equals share their mean rank.
 
     NaN where one of them is constant.
+
+    Args:
+        x, y: [sample].
+
+    Raises:
+        ValueError: they are not two samples of one length.
     """
     if x.shape != y.shape or x.ndim != 1:
         raise ValueError(f"spearman takes two samples of one length, got shapes {tuple(x.shape)} and {tuple(y.shape)}")

@@ -168,7 +168,13 @@ def path_patch_mlps(
     pos: Selection = None,
     **how: Any,
 ) -> Float[Tensor, " layer"] | Float[Tensor, "layer batch"]:
-    """Return `path_patch` with each MLP in turn as the sender. Arguments as for `path_patch_heads`."""
+    """Return `path_patch` with each MLP in turn as the sender.
+
+    Args:
+        model, corrupted_tokens, clean, metric, receivers: as for `path_patch`.
+        pos: positions at which the MLPs send; None for all.
+        how: the options of `path_patch`.
+    """
     senders = [[Node("mlp_out", layer, pos=pos)] for layer in range(model.cfg.n_layers)]
     return _patch_where_reached(model, corrupted_tokens, clean, metric, senders, receivers, **how)
 
@@ -235,7 +241,12 @@ def get_act_patch_direct_path_all_sources(
     component: str = "q",
     verbose: bool = True,
 ) -> Float[Tensor, "layer head to_layer to_head"]:
-    """Return `get_act_patch_direct_path` of every head: [sender's layer, its head, receiver's layer, its head]."""
+    """Return `get_act_patch_direct_path` of every head: [sender's layer, its head, receiver's layer, its head].
+
+    Args:
+        model, corrupted_tokens, clean_cache, corrupted_cache, patching_metric, component, verbose: as for
+            `get_act_patch_direct_path`.
+    """
     paths = _Paths(model, corrupted_tokens, clean_cache, "direct", None, 2**29, corrupted_cache)
     heads = [Node("z", layer, head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
     senders = [paths.checked(head, _WRITES, "sender") for head in heads]

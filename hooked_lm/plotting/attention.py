@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from hooked_lm.plotting.figure import HtmlFigure
+from hooked_lm.plotting.png import written
 from hooked_lm.plotting.style import SEQUENTIAL, colour_at, ink_on, require_attention
 from hooked_lm.plotting.widgets import ATTENTION_SCRIPT, ATTENTION_STYLE, data_element, legend, on_page
 from hooked_lm.utils import to_numpy
@@ -46,6 +47,27 @@ def attention_heads(
         ValueError: the patterns are not [head query key] or not between 0 and 1, the tokens or names are not as many
             as the keys or heads, or there is no such head to start with.
     """
+    values, labels = _checked(patterns, tokens, names, start)
+    pictures = [_picture(pattern) for pattern in values]
+    many = " many" if len(values) > _FEW else ""
+    body = _BODY.format(
+        many=many,
+        heads=_buttons(labels, pictures),
+        picture=pictures[start],
+        words=_words(tokens),
+        scale=legend(SEQUENTIAL, ["0", "0.5", "1"], "attention"),
+    )
+    data = data_element("data", _data(values, tokens, labels, start))
+    above = 300 if many else 92 * -(-len(values) // 12)
+    lines = 1 + sum(map(len, tokens)) // 64 + sum(token.count("\n") for token in tokens)
+    height = 90 + above + max(330, 110 + 30 * lines)
+    return HtmlFigure(title, f"{body}\n{data}\n<script>{ATTENTION_SCRIPT}</script>", ATTENTION_STYLE, height)
+
+
+def _checked(
+    patterns: Any, tokens: Sequence[str], names: Sequence[str] | None, start: int
+) -> tuple[np.ndarray, list[str]]:
+    """The patterns as numbers from 0 to 1, and the names of the heads; or an error, as `attention_heads` says."""
     values = to_numpy(patterns)
     if values.ndim != 3 or values.size == 0:
         raise ValueError(f"patterns of attention have shape [head query key], got {values.shape}")
@@ -58,40 +80,39 @@ def attention_heads(
         raise ValueError(f"{len(labels)} names for {n_heads} heads")
     if not 0 <= start < n_heads:
         raise ValueError(f"start is one of the heads 0-{n_heads - 1}, not {start}")
-    values = np.clip(values.astype(np.float64), 0.0, 1.0)
-    pictures = [_picture(pattern) for pattern in values]
-    data = {
+    return np.clip(values.astype(np.float64), 0.0, 1.0), labels
+
+
+def _data(values: np.ndarray, tokens: Sequence[str], labels: list[str], start: int) -> dict[str, Any]:
+    """What the script reads."""
+    return {
         "tokens": [repr(token) for token in tokens],
         "names": labels,
         "start": start,
-        "queries": n_query,
+        "queries": values.shape[1],
         "parts": _PARTS,
         "patterns": b64encode(np.rint(values * _PARTS).astype("<u2").tobytes()).decode(),
         "scale": SEQUENTIAL,
         "white_from": _WHITE_FROM,
     }
-    heads = "".join(
+
+
+def _buttons(labels: list[str], pictures: list[str]) -> str:
+    """The thumbnails of the heads, which are buttons."""
+    return "".join(
         f'<button class="head" data-head="{head}" aria-pressed="false"><img src="{picture}" alt=""><span>{escape(name)}'
         "</span></button>"
         for head, (name, picture) in enumerate(zip(labels, pictures, strict=True))
     )
-    words = "".join(
+
+
+def _words(tokens: Sequence[str]) -> str:
+    """The tokens, each of which can be pointed at and held."""
+    return "".join(
         f'<span class="token" role="button" tabindex="0" data-token="{place}" aria-pressed="false">'
         f"{on_page(token)}</span>"
         for place, token in enumerate(tokens)
     )
-    many = " many" if n_heads > _FEW else ""
-    body = _BODY.format(
-        many=many,
-        heads=heads,
-        picture=pictures[start],
-        words=words,
-        scale=legend(SEQUENTIAL, ["0", "0.5", "1"], "attention"),
-    )
-    body += f"\n{data_element('data', data)}\n<script>{ATTENTION_SCRIPT}</script>"
-    above = 300 if many else 92 * -(-n_heads // 12)
-    lines = 1 + sum(map(len, tokens)) // 64 + sum(token.count("\n") for token in tokens)
-    return HtmlFigure(title, body, ATTENTION_STYLE, height=90 + above + max(330, 110 + 30 * lines))
 
 
 _BODY = """<div class="heads{many}">{heads}</div>
@@ -116,9 +137,5 @@ def _picture(pattern: np.ndarray) -> str:
     rows = np.zeros((n_query, n_key + 1), dtype=np.uint8)  # each row of pixels begins with its filter, 0: none
     rows[:, 1:] = np.rint(pattern * 255)
     header = struct.pack(">IIBBBBB", n_key, n_query, 8, 3, 0, 0, 0)  # 8 bits, a palette
-    chunks = ((b"IHDR", header), (b"PLTE", _PALETTE), (b"IDAT", zlib.compress(rows.tobytes(), 9)), (b"IEND", b""))
-    png = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-        for name, content in chunks
-    )
+    png = written([(b"IHDR", header), (b"PLTE", _PALETTE), (b"IDAT", zlib.compress(rows.tobytes(), 9))])
     return f"data:image/png;base64,{b64encode(png).decode()}"

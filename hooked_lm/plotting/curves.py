@@ -132,6 +132,22 @@ def training_curves(
         ValueError: there are no records, one has no step, a line of the file is no record, or none has a given key.
     """
     rows = _read(Path(records)) if isinstance(records, (str, Path)) else list(records)
+    names = _quantities(rows, keys)
+    figure = Figure()
+    high = _PANEL * len(names) + _GAP * (len(names) - 1)
+    for place, name in enumerate(names):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        top = 1 - place * (_PANEL + _GAP) / high
+        _panel(figure, name, points, "y" if place == 0 else f"y{place + 1}", max(top - _PANEL / high, 0.0), top)
+    # One x axis for all panels, under the lowest.
+    figure.update_xaxes(title="step", anchor="y" if len(names) == 1 else f"y{len(names)}", rangemode="tozero")
+    above = 76 if title else 36
+    styled(figure, title, height=high + above + 50)
+    return figure.update_layout(margin_t=above)
+
+
+def _quantities(rows: Sequence[Mapping[str, float]], keys: Sequence[str] | None) -> list[str]:
+    """The quantities to draw, or an error, as `training_curves` says."""
     if not rows:
         raise ValueError("there are no records to draw")
     for place, row in enumerate(rows):
@@ -144,40 +160,34 @@ def training_curves(
         raise ValueError(
             f"no record has {', '.join(map(repr, missing)) or 'a quantity'}: they have {', '.join(logged)}"
         )
-    figure = Figure()
-    high = _PANEL * len(names) + _GAP * (len(names) - 1)
-    for place, name in enumerate(names):
-        axis = "" if place == 0 else str(place + 1)
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        top = 1 - place * (_PANEL + _GAP) / high
-        figure.add_scatter(
-            x=[step for step, _ in points],
-            y=[value for _, value in points],
-            name=text(name),
-            mode="lines" if len(points) > 60 else "lines+markers",
-            line={"color": BLUE, "width": 2},
-            marker={"size": 5},
-            cliponaxis=False,
-            yaxis=f"y{axis}",
-            hovertemplate=f"{text(name)} %{{y:.4~g}}<br>after step %{{x}}<extra></extra>",
-        )
-        figure.update_layout({f"yaxis{axis}": {"domain": [max(top - _PANEL / high, 0.0), top], "nticks": 5}})
-        figure.add_annotation(
-            x=0,
-            xref="paper",
-            xanchor="left",
-            y=top,
-            yref="paper",
-            yanchor="bottom",
-            text=text(name),
-            showarrow=False,
-            font={"color": INK},
-        )
-    # One x axis for all panels, under the lowest.
-    figure.update_xaxes(title="step", anchor="y" if len(names) == 1 else f"y{len(names)}", rangemode="tozero")
-    above = 76 if title else 36
-    styled(figure, title, height=high + above + 50)
-    return figure.update_layout(margin_t=above)
+    return names
+
+
+def _panel(figure: Figure, name: str, points: list[tuple[float, float]], axis: str, low: float, top: float) -> None:
+    """Draw a quantity in a panel of its own: its y axis, between these shares of the height, and its name over it."""
+    figure.add_scatter(
+        x=[step for step, _ in points],
+        y=[value for _, value in points],
+        name=text(name),
+        mode="lines" if len(points) > 60 else "lines+markers",
+        line={"color": BLUE, "width": 2},
+        marker={"size": 5},
+        cliponaxis=False,
+        yaxis=axis,
+        hovertemplate=f"{text(name)} %{{y:.4~g}}<br>after step %{{x}}<extra></extra>",
+    )
+    figure.update_layout({axis.replace("y", "yaxis"): {"domain": [low, top], "nticks": 5}})
+    figure.add_annotation(
+        x=0,
+        xref="paper",
+        xanchor="left",
+        y=top,
+        yref="paper",
+        yanchor="bottom",
+        text=text(name),
+        showarrow=False,
+        font={"color": INK},
+    )
 
 
 def _read(path: Path) -> list[dict[str, float]]:

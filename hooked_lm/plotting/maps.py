@@ -10,13 +10,13 @@ import plotly.graph_objects as go
 
 from hooked_lm.plotting.figure import Figure
 from hooked_lm.plotting.style import (
-    DIVERGING,
     SEQUENTIAL,
-    around,
     colour_bar,
     matrix,
     names_of,
+    place_of_unit,
     shown,
+    span_of,
     styled,
     text,
     ticks,
@@ -26,6 +26,8 @@ from hooked_lm.utils import to_numpy
 
 # How many letters there is room for across a page.
 _LETTERS = 100
+# How high the row of a site is, in pixels.
+_SITE = 26
 
 
 def patching_grid(
@@ -44,9 +46,10 @@ def patching_grid(
         scores: [layer pos] or [layer head].
         labels: of the columns, such as the tokens of the positions; by default their numbers.
         axis: what the columns are.
-        centre: the score that has no colour: 0 for shares, the corrupted run's for scores as they are.
+        centre: the score that has no colour: 0 for shares, the corrupted run's for scores as they are. Around 0, if no
+            score is negative and there is no limit, colours begin at 0: of norms and losses there is no other side.
         limit: the distance from the centre at which the colour is full; by default the largest there is.
-        unit: what a score is, said where one points.
+        unit: what a score is, said along the colour bar and where one points; in the title, where the bar is short.
         title: over the map.
 
     Raises:
@@ -55,16 +58,18 @@ def patching_grid(
     values = matrix(scores, "a grid of patched runs", f"layer {axis}")
     n_layers, n_columns = values.shape
     names = names_of(labels, n_columns, f"{axis}s")
-    furthest = around(values, centre, limit)
+    span = span_of(values, centre, limit)
+    row = min(34, max(14, 640 // n_layers))
+    title, bar_unit = place_of_unit(title, unit, row * n_layers)
     figure = Figure(
         go.Heatmap(
             z=values,
             x=list(range(n_columns)),
             y=list(range(n_layers)),
-            zmin=centre - furthest,
-            zmax=centre + furthest,
-            colorscale=DIVERGING,
-            colorbar=colour_bar(unit, tickvals=[centre - furthest, centre, centre + furthest], tickformat=".3~g"),
+            zmin=span.low,
+            zmax=span.high,
+            colorscale=span.scale,
+            colorbar=colour_bar(bar_unit, tickvals=span.marks, tickformat=".3~g"),
             xgap=1,
             ygap=1,
             # Of heads the numbers are read one by one; of positions the picture is.
@@ -77,7 +82,7 @@ def patching_grid(
     figure.update_yaxes(
         title="layer", autorange="reversed", **ticks([str(layer) for layer in range(n_layers)], most=24)
     )
-    height, width = 150 + min(34, max(14, 640 // n_layers)) * n_layers, 110 + (30 if axis == "head" else 9) * n_columns
+    height, width = 150 + row * n_layers, 110 + (30 if axis == "head" else 9) * n_columns
     return styled(figure, title, height, grid=False, least_width=width)
 
 
@@ -111,6 +116,7 @@ def lens_table(
     n_sites, n_columns = values.shape[:2]
     names = names_of(labels, n_columns, "positions")
     letters = min(16, _LETTERS // n_columns)
+    title, unit = place_of_unit(title, "probability", _SITE * n_sites)
     figure = Figure(
         go.Heatmap(
             z=values[:, :, 0],
@@ -119,7 +125,7 @@ def lens_table(
             zmin=0.0,
             zmax=1.0,
             colorscale=SEQUENTIAL,
-            colorbar=colour_bar("probability"),
+            colorbar=colour_bar(unit),
             xgap=2,
             ygap=2,
             # There is little room: spaces at the ends are for where one points.
@@ -133,7 +139,7 @@ def lens_table(
     figure.update_xaxes(title="position", **ticks(names, most=48))
     figure.update_yaxes(**ticks(sites, most=n_sites))
     longest = max(min(letters, len(cell[0].strip())) for row in tokens for cell in row) if letters > 2 else 2
-    return styled(figure, title, 130 + 26 * n_sites, grid=False, least_width=110 + (8 + 6 * longest) * n_columns)
+    return styled(figure, title, 130 + _SITE * n_sites, grid=False, least_width=110 + (8 + 6 * longest) * n_columns)
 
 
 def _places(names: Sequence[str]) -> list[str]:

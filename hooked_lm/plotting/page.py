@@ -65,7 +65,15 @@ def write_page(
     facts: Sequence[tuple[str, str]] = (),
     footer: str = "",
 ) -> Path:
-    """Write `page_html` of the same arguments to a file, whole or not at all, and return its path."""
+    """Write a page to a file, whole or not at all, and return its path.
+
+    Args:
+        path: of the file; folders that lack are made.
+        title, introduction, sections, facts, footer: as for `page_html`.
+
+    Raises:
+        ValueError: it cannot be written there.
+    """
     return write_whole(path, page_html(title, introduction, sections, facts, footer))
 
 

@@ -9,13 +9,51 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from hooked_lm.plotting.png import first_rows
+
 _NO_KALEIDO = (
     "a figure becomes an image through kaleido, which is not installed: pip install 'hooked-lm[png]', or save .html"
 )
-_NO_BROWSER = (
-    "kaleido draws with Chrome or Chromium, and found none: install one, or let `kaleido_get_chrome` fetch one, or set "
-    "BROWSER_PATH to it; .html needs none"
+_REMEDY = "install one, or let `kaleido_get_chrome` fetch one, or set BROWSER_PATH to it; .html needs none"
+# More than the bars that a window has besides the page, in pixels. What is under them is left unpainted.
+_BARS = 200
+# What every page is shown with: nothing of its own is fetched, and nothing asked of the user.
+_FLAGS = (
+    *("--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
+
+
+def find_browser() -> str:
+    """Return the path of the Chrome or Chromium that images are drawn with: `BROWSER_PATH`, or the one kaleido finds.
+
+    Raises:
+        ImportError: kaleido, which knows where browsers are, is not installed.
+        RuntimeError: there is no browser, or `BROWSER_PATH` is no file.
+    """
+    try:
+        from choreographer.browsers.chromium import Chromium
+    except ImportError as error:
+        raise ImportError(_NO_KALEIDO) from error
+    path = os.environ.get("BROWSER_PATH") or Chromium.find_browser(skip_local=False)
+    if path is None or not Path(path).is_file():
+        raise RuntimeError(_no_browser())
+    return str(path)
+
+
+def browser_flags() -> list[str]:
+    """Return the options a browser is started with, besides `--headless`.
+
+    A browser keeps pages in its sandbox, and refuses to when root starts it: only then it goes without.
+    """
+    is_root = hasattr(os, "geteuid") and os.geteuid() == 0
+    return [*_FLAGS, *(["--no-sandbox"] if is_root else [])]
+
+
+def _no_browser() -> str:
+    named = os.environ.get("BROWSER_PATH")
+    found = f"BROWSER_PATH is {named!r}, which is no file" if named else "none was found"
+    return f"images are drawn with Chrome or Chromium, and {found}: {_REMEDY}"
 
 
 def plotly_image(figure: dict[str, Any], ending: str, width: int, height: int, scale: float) -> bytes:
@@ -44,7 +82,7 @@ def plotly_image(figure: dict[str, Any], ending: str, width: int, height: int, s
             kopts={"mathjax": False},
         )
     except ChromeNotFoundError as error:
-        raise RuntimeError(_NO_BROWSER) from error
+        raise RuntimeError(_no_browser()) from error
 
 
 def page_image(html: str, width: int, scale: float) -> bytes:
@@ -59,15 +97,14 @@ def page_image(html: str, width: int, scale: float) -> bytes:
         ImportError: kaleido, which knows where browsers are, is not installed.
         RuntimeError: there is no browser, or it failed.
     """
-    browser = _browser()
+    browser = find_browser()
     with TemporaryDirectory(prefix="hooked-lm-") as folder:
         page, picture = Path(folder) / "page.html", Path(folder) / "page.png"
         page.write_text(html, encoding="utf-8")
 
         def run(height: int, *options: str) -> str:
             command = [
-                *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"),
-                *("--disable-background-networking", "--disable-sync", f"--user-data-dir={folder}/profile"),
+                *(browser, "--headless", *browser_flags(), "--hide-scrollbars", f"--user-data-dir={folder}/profile"),
                 *(f"--force-device-scale-factor={scale}", f"--window-size={width},{height}"),
                 *(*options, page.as_uri()),
             ]
@@ -79,16 +116,6 @@ def page_image(html: str, width: int, scale: float) -> bytes:
         measured = re.search(r'data-height="(\d+)"', run(600, "--dump-dom"))
         if measured is None:
             raise RuntimeError(f"{browser} drew the page, and its height is not in it")
-        run(int(measured[1]), f"--screenshot={picture}")
-        return picture.read_bytes()
-
-
-def _browser() -> str:
-    try:
-        from choreographer.browsers.chromium import Chromium
-    except ImportError as error:
-        raise ImportError(_NO_KALEIDO) from error
-    path = os.environ.get("BROWSER_PATH") or Chromium.find_browser(skip_local=False)
-    if path is None or not Path(path).is_file():
-        raise RuntimeError(_NO_BROWSER)
-    return str(path)
+        height = int(measured[1])
+        run(height + _BARS, f"--screenshot={picture}")
+        return first_rows(picture.read_bytes(), round(height * scale))

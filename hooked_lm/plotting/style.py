@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -78,7 +79,25 @@ def colour_bar(unit: str, **changes: Any) -> dict[str, Any]:
     """Return a narrow colour bar beside a map, with its unit along it; by default of shares from 0 to 1."""
     title = {"text": text(unit), "side": "right", "font": {"color": MUTED, "size": 13}}
     bar = {"thickness": 8, "outlinewidth": 0, "tickvals": [0, 0.5, 1], "tickfont": {"color": MUTED}, "title": title}
-    return bar | changes
+    # Between the numbers and the unit there is otherwise no space at all.
+    return bar | {"ticksuffix": "\u2002"} | changes
+
+
+def place_of_unit(title: str, unit: str, length: float) -> tuple[str, str]:
+    """Return the title of a map, and what stands along its colour bar: the unit.
+
+    Where the bar is too short for it, nothing stands there, and the title says it.
+
+    Args:
+        title: of the map.
+        unit: of its values.
+        length: of the colour bar, in pixels.
+    """
+    if 6.5 * len(unit) <= length:
+        return title, unit
+    if not title:
+        return unit, ""
+    return title if unit.lower() in title.lower() else f"{title} ({unit})", ""
 
 
 def number(value: float, form: str = ".2f") -> str:
@@ -93,8 +112,39 @@ def with_room(values: np.ndarray) -> list[float]:
     return [low - room if low < 0 else 0.0, high + room if high > 0 or low == 0 else 0.0]
 
 
-def around(values: np.ndarray, centre: float, limit: float | None) -> float:
-    """Return the distance from the centre at which a diverging colour is full: the limit, or the largest there is.
+@dataclass(frozen=True)
+class Span:
+    """The values that colours stand for.
+
+    Attributes:
+        low, high: the values of the first and last colour.
+        scale: the colours between them.
+    """
+
+    low: float
+    high: float
+    scale: Scale
+
+    @property
+    def marks(self) -> list[float]:
+        """Return the values that a legend names: the ends and the middle."""
+        return [self.low, (self.low + self.high) / 2, self.high]
+
+    def colour(self, value: float) -> str:
+        """Return the colour of a value."""
+        return colour_at(self.scale, (value - self.low) / (self.high - self.low))
+
+
+def span_of(values: np.ndarray, centre: float, limit: float | None) -> Span:
+    """Return the span of values around a centre, up to the limit or the furthest of them; NaN counts for nothing.
+
+    Amounts, which are values above 0 around which nobody asked for a limit, go from 0 to the largest: half of the
+    colours would be of values that there cannot be.
+
+    Args:
+        values: of any shape.
+        centre: the value that has no colour.
+        limit: the distance from the centre at which the colour is full; None for the largest there is.
 
     Raises:
         ValueError: the limit is not positive.
@@ -102,7 +152,11 @@ def around(values: np.ndarray, centre: float, limit: float | None) -> float:
     if limit is not None and not limit > 0:
         raise ValueError(f"limit is the distance from the centre at which the colour is full, above 0, not {limit!r}")
     furthest = float(np.nanmax(np.abs(values - centre), initial=0.0)) if limit is None else float(limit)
-    return furthest or 1.0
+    furthest = furthest or 1.0
+    # What is below 0 by rounding alone is no sign.
+    if centre == 0 and limit is None and not (values < -1e-3 * furthest).any():
+        return Span(0.0, furthest, SEQUENTIAL)
+    return Span(centre - furthest, centre + furthest, DIVERGING)
 
 
 def colour_at(scale: Scale, share: float) -> str:

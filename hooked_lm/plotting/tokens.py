@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hooked_lm.plotting.figure import HtmlFigure
-from hooked_lm.plotting.style import DIVERGING, around, colour_at, ink_on
+from hooked_lm.plotting.style import Span, ink_on, span_of
 from hooked_lm.plotting.widgets import TOKEN_STYLE, TOOLTIP_SCRIPT, legend, on_page
 from hooked_lm.utils import to_numpy
 
@@ -24,7 +24,8 @@ def coloured_tokens(
 ) -> HtmlFigure:
     """Return the text, each token on the colour of its value: blue above the centre, orange below.
 
-    The value is shown where one points, or where the keyboard is.
+    Values of which none is negative, such as losses, are the bluer the larger, if centre and limit are left as they
+    are. The value is shown where one points, or where the keyboard is.
 
     Args:
         tokens: the text, in pieces, as the tokenizer gives them: spaces and line breaks are part of it.
@@ -44,12 +45,12 @@ def coloured_tokens(
         raise ValueError(
             f"values are finite, or NaN where there is none; {tokens[int(np.argmax(np.isinf(numbers)))]!r} is not"
         )
-    furthest = around(numbers, centre, limit)
+    span = span_of(numbers, centre, limit)
     pieces = "".join(
-        _piece(place, token, float(value), centre, furthest, unit)
+        _piece(place, token, float(value), span, unit)
         for place, (token, value) in enumerate(zip(tokens, numbers, strict=True))
     )
-    scale = legend(DIVERGING, [f"{place:.3g}" for place in (centre - furthest, centre, centre + furthest)], unit)
+    scale = legend(span.scale, [f"{mark:.3g}" for mark in span.marks], unit)
     tip = f'<div id="tip" role="status"></div>\n<script>{TOOLTIP_SCRIPT}</script>'
     body = f'{scale}\n<p class="tokens">{pieces}</p>\n{tip}'
     # Some 110 letters stand in a line, and a line break ends one.
@@ -57,10 +58,10 @@ def coloured_tokens(
     return HtmlFigure(title, body, TOKEN_STYLE, height=110 + 30 * lines)
 
 
-def _piece(place: int, token: str, value: float, centre: float, furthest: float, unit: str) -> str:
+def _piece(place: int, token: str, value: float, span: Span, unit: str) -> str:
     said = f"position {place}  {token!r}\n" + ("no value" if np.isnan(value) else f"{unit} {value:.4g}")
     colours = ""
     if not np.isnan(value):
-        colour = colour_at(DIVERGING, 0.5 + (value - centre) / furthest / 2)
+        colour = span.colour(value)
         colours = f' style="background:{colour};color:{ink_on(colour)}"'
     return f'<span class="token" tabindex="0" data-tip="{escape(said)}"{colours}>{on_page(token)}</span>'

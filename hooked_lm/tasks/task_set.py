@@ -192,12 +192,25 @@ class Task:
 
 
 def check_count(n: int) -> None:
-    """Raise ValueError unless `n` is a number of examples."""
+    """Check that `n` is a number of examples.
+
+    Raises:
+        ValueError: it is below 1.
+    """
     if n < 1:
         raise ValueError(f"the number of examples is 1 or more, not {n}")
 
 
 def check_choice(what: str, given: object, known: tuple[str, ...]) -> None:
-    """Raise ValueError, with a list of what is known, unless `given` is one of it."""
+    """Check that a choice is among what is known.
+
+    Args:
+        what: what is chosen; for the message.
+        given: the choice.
+        known: what there is to choose from.
+
+    Raises:
+        ValueError: it is not; the message lists what is known.
+    """
     if given not in known:
         raise ValueError(f"unknown {what} {given!r}: it is one of {', '.join(map(repr, known))}")
