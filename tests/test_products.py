@@ -1,4 +1,4 @@
-"""The product of one row with a matrix is `F.linear`'s, shared out among threads."""
+"""The product of few rows with a matrix is `F.linear`'s, shared out among threads."""
 
 from __future__ import annotations
 
@@ -43,22 +43,23 @@ def refuse(*args: Any) -> None:
 @pytest.mark.parametrize("kind", ["[d_out d_in]", "[d_in d_out]", "columns of a wider one"])
 @pytest.mark.parametrize(("d_out", "d_in"), [(12, 18), (7, 5), (2, 1), (1, 7)])
 @pytest.mark.parametrize("biased", [True, False])
-def test_one_row_gives_what_linear_gives(kind: str, d_out: int, d_in: int, biased: bool, threads: int) -> None:
+def test_few_rows_give_what_linear_gives(kind: str, d_out: int, d_in: int, biased: bool, threads: int) -> None:
     weight, bias = matrix(kind, d_out, d_in), torch.arange(d_out).double() if biased else None
-    for shape in ((1, 1, d_in), (1, d_in), (d_in,)):
+    for shape in ((1, 1, d_in), (1, d_in), (d_in,), (3, d_in), (2, 4, d_in)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         torch.testing.assert_close(products.linear(x, weight, bias), F.linear(x, weight, bias), rtol=0, atol=1e-13)
 
 
 @pytest.mark.usefixtures("small_is_shared")
-def test_one_row_is_shared_out_and_several_are_not(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_are_shared_out_and_many_are_not(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, row = matrix("[d_out d_in]", 12, 18), torch.ones(1, 1, 18, dtype=torch.float64)
     monkeypatch.setattr(F, "linear", refuse)
-    products.linear(row, weight)
-    if threads > 1:
-        products.linear(row, matrix("[d_in d_out]", 12, 18))
+    for rows in (row, row.expand(2, 8, 18)):
+        products.linear(rows, weight)
+        if threads > 1:
+            products.linear(rows, matrix("[d_in d_out]", 12, 18))
     with pytest.raises(AssertionError, match="was called"):
-        products.linear(row.expand(1, 2, 18), weight)
+        products.linear(row.expand(1, 17, 18), weight)
 
 
 @pytest.mark.usefixtures("small_is_shared")
