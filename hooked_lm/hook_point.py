@@ -64,6 +64,7 @@ class HookHandle:
         context_level: how many `hooks()` contexts were open when it was added; None if added at no level.
         reads_only: promises not to write; it is then shown the tensor itself, never a copy.
         fired: whether it has run since it was attached.
+        by_keyword: whether it is called with `hook=`; found out from its signature, if that is not said.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class HookHandle:
         is_permanent: bool = False,
         level: int | None = None,
         reads_only: bool = False,
+        by_keyword: bool | None = None,
     ) -> None:
         if not callable(hook):
             raise TypeError(f"the hook for {point.name!r} is not callable: {hook!r}")
@@ -84,7 +86,8 @@ class HookHandle:
         self.point, self.hook, self.dir = point, hook, dir
         self.is_permanent, self.context_level, self.reads_only = is_permanent, level, reads_only
         self.fired = False
-        self._by_keyword = _takes_hook_keyword(hook, point.name)
+        # To look at a signature takes longer than most hooks do, so who knows it says it.
+        self.by_keyword = _takes_hook_keyword(hook, point.name) if by_keyword is None else by_keyword
 
     def __call__(self, x: Tensor) -> Tensor:
         """Show `x` to the hook; return what the model goes on with."""
@@ -92,7 +95,7 @@ class HookHandle:
         if not self.reads_only and (x in _seen or (x.requires_grad and torch.is_grad_enabled()) or self.dir == "bwd"):
             x = x.clone()
         self.fired = True
-        returned = self.hook(x, hook=self.point) if self._by_keyword else self.hook(x, self.point)
+        returned = self.hook(x, hook=self.point) if self.by_keyword else self.hook(x, self.point)
         _seen.add(x)
         if returned is None or returned is x:
             return x

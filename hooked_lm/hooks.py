@@ -139,7 +139,10 @@ class HookedRootModule(nn.Module):
             points = [self.hook_dict[name] for name in self.list_hooks(names_filter)]
             if dir == "bwd" and is_pattern(names_filter):
                 points = [point for point in points if point.differentiable]
-            handles += [HookHandle(point, function, dir, is_permanent, level) for point in points]
+            by_keyword: bool | None = None
+            for point in points:
+                handles.append(HookHandle(point, function, dir, is_permanent, level, by_keyword=by_keyword))
+                by_keyword = handles[-1].by_keyword
         return handles
 
     @contextmanager
@@ -353,7 +356,7 @@ class HookedRootModule(nn.Module):
     ) -> list[HookHandle]:
         pairs = [(name, function, "fwd") for name, function in fwd] + [(name, fn, "bwd") for name, fn in bwd]
         return [
-            HookHandle(self.hook_dict[name], function, dir, level=level, reads_only=True)  # type: ignore[arg-type]
+            HookHandle(self.hook_dict[name], function, dir, level=level, reads_only=True, by_keyword=False)  # type: ignore[arg-type]
             for name, function, dir in pairs
         ]
 
