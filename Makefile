@@ -27,9 +27,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.installed-viz
-	$(BIN)/python -m benchmarks.forward
-	$(BIN)/python -m benchmarks.loading
-	$(BIN)/python -m benchmarks.patching
+	$(BIN)/python -m benchmarks $(BENCH)
 
 notebooks: $(VENV)/.installed-dev
 	$(BIN)/python -m scripts.run_notebooks

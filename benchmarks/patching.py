@@ -24,18 +24,16 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.forward import machine
-from benchmarks.peers.process import PEERS, Peer, start_peer
+from benchmarks.models import random_gpt2, write_model
+from benchmarks.peers.ours import patch_in_turn
+from benchmarks.peers.process import PEERS, Asked, Peer, interpreter_of, start_peer
 from benchmarks.timing import Timing
 from hooked_lm import HookedTransformer, patching
-from hooked_lm.hooks import HookPoint
 from hooked_lm.metrics import logit_diff
-from hooked_lm.names import get_act_name
-from hooked_lm.patching import PATCHES, PatchSetter
+from hooked_lm.patching import PATCHES
 from hooked_lm.patching.activation import grid_shape
 
 ANSWER, WRONG = 3, 4
@@ -143,24 +141,7 @@ class Result:
     beside: dict[str, Comparison]
 
 
-# Weights and prompts
-
-
-def write_weights(folder: Path, config: GPT2Config) -> HookedTransformer:
-    """Return a model with random weights, having written them to a folder in both formats that peers read."""
-    torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(config)
-    for parameter in theirs.parameters():
-        if parameter.ndim == 1:  # biases would be zero, and gains one
-            parameter.add_(theirs.config.initializer_range * torch.randn_like(parameter))
-    theirs.save_pretrained(folder / "huggingface")
-    ours = HookedTransformer.from_pretrained_no_processing(str(folder / "huggingface"))
-    weights = ours.state_dict() | {"unembed.W_U": ours.W_U}
-    save_file({name: weight.contiguous().clone() for name, weight in weights.items()}, folder / "classic.safetensors")
-    shared = ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "n_ctx", "d_vocab", "act_fn", "eps")
-    fields = {name: getattr(ours.cfg, name) for name in shared} | {"normalization_type": "LN"}
-    (folder / "classic.json").write_text(json.dumps(fields))
-    return ours
+# Prompts
 
 
 def make_prompts(n_pos: int, d_vocab: int) -> tuple[Prompts, Prompts]:
@@ -202,22 +183,13 @@ def run_loop(
     model: HookedTransformer, prompts: Prompts, cache: Mapping[Any, Tensor], grid: Grid, cells: Sequence[Index]
 ) -> Measurement:
     """Patch cell by cell, as one does without a sweep."""
-    patch, values = PATCHES[grid.patch], []
+    patch = PATCHES[grid.patch]
     start = time.perf_counter()
-    for index in cells:
-        site = get_act_name(patch.activation, index[0])
-        hook = partial(put_clean, setter=patch.setter, index=index, clean=cache[site])
-        logits = model.run_with_hooks(prompts.corrupted, fwd_hooks=[(site, hook)])
-        values.append(METRIC(logits).item())
+    values = patch_in_turn(model, prompts.corrupted, cache, patch.activation, patch.setter, METRIC, cells)
     return time.perf_counter() - start, values
 
 
-def put_clean(activation: Tensor, hook: HookPoint, *, setter: PatchSetter, index: Index, clean: Tensor) -> Tensor:
-    """The hook of one cell."""
-    return setter(activation, index, clean)
-
-
-def ask_peer(peer: Peer, grid: Grid, cells: Sequence[Index]) -> Measurement:
+def ask_peer(peer: Asked, grid: Grid, cells: Sequence[Index]) -> Measurement:
     """Let a peer patch cell by cell."""
     patch = PATCHES[grid.patch]
     reply = peer.ask(
@@ -336,12 +308,10 @@ def lines(result: Result) -> str:
 
 def peer_option(text: str) -> tuple[str, str]:
     """Read `NAME=PYTHON`."""
-    name, _, python = text.partition("=")
-    if name not in PEERS:
-        raise argparse.ArgumentTypeError(f"no peer {name!r}: there are {', '.join(PEERS)}")
-    if not Path(python).is_file():
-        raise argparse.ArgumentTypeError(f"{name} needs its environment's interpreter, and {python!r} is no file")
-    return name, python
+    try:
+        return interpreter_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def read_arguments() -> argparse.Namespace:
@@ -365,9 +335,12 @@ def main() -> None:
     skipped = [name for name in PEERS if name not in interpreters]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        model = write_weights(folder, GPT2Config())
+        write_model(folder, random_gpt2())
+        model = HookedTransformer.from_pretrained_no_processing(str(folder / "huggingface"))
         peers = [stack.enter_context(start_peer(name, python)) for name, python in interpreters.items()]
-        versions = {peer.name: peer.ask("load", folder=str(folder), threads=arguments.threads) for peer in peers}
+        versions = {peer.name: peer.ask("begin", threads=arguments.threads) for peer in peers}
+        for peer in peers:
+            peer.ask("load", folder=str(folder))
         for name, found in versions.items():
             print(f"{name}: {', '.join(f'{library} {version}' for library, version in found.items())}")
         for name in skipped:

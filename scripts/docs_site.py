@@ -25,7 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Pages of the site that are files elsewhere in the repository.
 PAGES_FROM = {
-    "benchmarks.md": "benchmarks/README.md",
     "changelog.md": "CHANGELOG.md",
     "contributing.md": "CONTRIBUTING.md",
 }

@@ -5,15 +5,17 @@ Run by test_compile.py in a process of its own, without the checks of shapes, wh
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from hooked_lm import HookPoint
+from hooked_lm import HookedTransformer, HookPoint
 from tests.helpers import tiny_model, tiny_tokens
 from tests.test_hook_sites import ARCHITECTURES
 
@@ -109,3 +111,13 @@ def test_torchs_own_backend_computes_the_same() -> None:
     model = tiny_model(**ARCHITECTURES["grouped gated rms rotary"], dtype=torch.float32)
     tokens = tiny_tokens()
     torch.testing.assert_close(compiled(model, backend="inductor")(tokens), model(tokens), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch's own backend needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.*is deprecated.*:DeprecationWarning")
+def test_the_block_of_the_page_runs() -> None:
+    page = (Path(__file__).parents[1] / "docs/howto/speed.md").read_text()
+    (block,) = re.findall(r"^```py\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    model = HookedTransformer.from_pretrained("demo-tasks-4l")
+    exec(block, {"torch": torch, "model": model, "prompts": ["Q: What is the capital of France?\nA:"]})

@@ -310,7 +310,7 @@ def test_a_page_from_a_given_report() -> None:
         f"<!-- measured: {name} -->" for name in ("machine", "leftout", "ratios", "targets", "notes")
     )
     text = page.rendered(REPORT, template, "Preface.\n\n## forward 8x128\n\nFor this reason.\n")
-    assert "a CPU, 2 cores, 2 threads" in text
+    assert "a CPU, 2 cores, threads used: 2" in text
     assert "`transformer_lens` 3.9.0" in text
     assert "Skipped, since no environment was named for them: transformer_lens-4." in text
     assert "- attribution 1x128, transformers: values differ by 1, more than 0.0001" in text

@@ -1,5 +1,5 @@
-"""Other libraries, measured beside ours.
+"""The contestants, each in a process of its own that answers requests.
 
-Each lives in an environment of its own, in a process that answers requests: `process` is our side of the pipe,
-`serving` theirs. What runs over there imports nothing of ours.
+`process` is the runner's side of the pipe, `serving` theirs, `contestant` what every one of them does. Other libraries
+live in environments of their own: what runs over there imports nothing of ours. Only `ours` does.
 """

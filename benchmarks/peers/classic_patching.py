@@ -1,44 +1,43 @@
-"""What both versions of `transformer_lens` share: their patching module, used as in their own tutorials."""
+"""What both versions of `transformer_lens` share: the classic tasks, and patching as in their tutorials."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pandas
 import torch
 from torch import Tensor
 from transformer_lens import patching  # type: ignore[import-not-found]
+from transformers import AutoTokenizer
 
-from benchmarks.peers.serving import serve
+from benchmarks.peers.classic import Classic
+from benchmarks.peers.contestant import Tokens, undisturbed
 
 
-class ClassicPatching:
+class TransformerLens(Classic):
     """A model of theirs and a pair of prompts, ready for the cells of any grid."""
 
-    def __init__(self, load_model: Callable[[Path], Any]) -> None:
-        self._load_model = load_model
-        self._model: Any = None
+    libraries = ("transformer_lens",)
+    ways = ("unprocessed", "processed")
+
+    def __init__(self) -> None:
+        super().__init__()
         self._corrupted = torch.zeros(1, 0, dtype=torch.long)
         self._clean_cache: Any = None
 
-    def load(self, folder: str, threads: int) -> dict[str, str]:
-        """Load the weights in a folder, and return the versions of what computes here."""
-        torch.set_num_threads(threads)
-        torch.set_grad_enabled(False)
-        self._model = self._load_model(Path(folder))
-        libraries = ("transformer_lens", "torch", "transformers")
-        return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in libraries}
+    def handlers(self) -> Mapping[str, Callable[..., Any]]:
+        return {"set_prompts": self.set_prompts, "patch": self.patch}
 
-    def set_prompts(self, clean: Sequence[Sequence[int]], corrupted: Sequence[Sequence[int]]) -> None:
+    @torch.inference_mode()
+    def set_prompts(self, clean: Tokens, corrupted: Tokens) -> None:
         """Run the clean prompts [batch pos] and keep all their activations."""
         self._corrupted = torch.tensor(corrupted)
-        _, self._clean_cache = self._model.run_with_cache(torch.tensor(clean))
+        _, self._clean_cache = self.model.run_with_cache(torch.tensor(clean))
 
+    @torch.inference_mode()
     def patch(
         self, activation: str, setter: str, axes: Sequence[str], cells: Sequence[Sequence[int]], answer: int, wrong: int
     ) -> dict[str, Any]:
@@ -57,20 +56,21 @@ class ClassicPatching:
             return (logits[:, -1, answer] - logits[:, -1, wrong]).mean()
 
         index_df = pandas.DataFrame(list(cells), columns=list(axes))
-        start = time.perf_counter()
-        values = patching.generic_activation_patch(
-            self._model,
-            self._corrupted,
-            self._clean_cache,
-            logit_difference,
-            getattr(patching, setter),
-            activation,
-            index_df=index_df,
-        )
-        return {"seconds": time.perf_counter() - start, "values": values.tolist()}
+        with undisturbed():
+            start = perf_counter()
+            values = patching.generic_activation_patch(
+                self.model,
+                self._corrupted,
+                self._clean_cache,
+                logit_difference,
+                getattr(patching, setter),
+                activation,
+                index_df=index_df,
+            )
+            seconds = perf_counter() - start
+        return {"seconds": seconds, "values": values.tolist()}
 
 
-def serve_patching(load_model: Callable[[Path], Any]) -> None:
-    """Answer requests about a model that is loaded from the folder of weights by the function given."""
-    peer = ClassicPatching(load_model)
-    serve({"load": peer.load, "set_prompts": peer.set_prompts, "patch": peer.patch})
+def tokenizer_in(folder: Path) -> Any:
+    """Return the tokenizer beside a model. It would otherwise be looked for on the hub; no text is read here."""
+    return AutoTokenizer.from_pretrained(str(folder / "tokenizer"))

@@ -5,19 +5,36 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 # A peer's name, as it is given on the command line -> the module here that speaks for it.
 PEERS = {
     "transformer_lens-3": "benchmarks.peers.hooked_transformer",
     "transformer_lens-4": "benchmarks.peers.transformer_bridge",
 }
+# Contestants that need no environment of their own.
+OWN = {
+    "ours": "benchmarks.peers.ours",
+    "transformers": "benchmarks.peers.plain_transformers",
+    "minimal": "benchmarks.peers.minimal",
+}
 _ROOT = Path(__file__).parents[2]
+
+
+class Asked(Protocol):
+    """Somebody who can be asked to do things."""
+
+    @property
+    def name(self) -> str: ...
+
+    def ask(self, what: str, **arguments: Any) -> Any:
+        """Return the answer to a request."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +42,7 @@ class Peer:
     """A running peer. It computes while it is asked, and sleeps otherwise.
 
     Attributes:
-        name: one of `PEERS`.
+        name: one of `PEERS` or `OWN`.
         requests: what it reads.
         replies: what it answers.
         complaints: whatever it prints besides, in a file.
@@ -56,19 +73,37 @@ class Peer:
         return reply["result"]
 
 
+def interpreter_of(option: str) -> tuple[str, str]:
+    """Read `NAME=PYTHON`: a peer and its environment's interpreter.
+
+    Raises:
+        ValueError: there is no such peer, or no such file.
+    """
+    name, _, python = option.partition("=")
+    if name not in PEERS:
+        raise ValueError(f"no peer {name!r}: there are {', '.join(PEERS)}, each given as NAME=PYTHON")
+    if not Path(python).is_file():
+        raise ValueError(
+            f"{name} needs its environment's interpreter, and {python!r} is no file: "
+            f"give --peer {name}=FOLDER/bin/python, FOLDER being a virtual environment that it is installed in"
+        )
+    # Not resolved: an environment's interpreter is a link, and known by where the link is.
+    return name, str(Path(python).absolute())
+
+
 @contextmanager
-def start_peer(name: str, python: str) -> Iterator[Peer]:
+def start_peer(name: str, python: str = sys.executable) -> Iterator[Peer]:
     """Start a peer, and end it afterwards.
 
     Args:
-        name: one of `PEERS`.
+        name: one of `PEERS` or `OWN`.
         python: the interpreter of the environment that it is installed in.
     """
     # No progress bars, and no looking around on the network.
-    environment = os.environ | {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     with tempfile.TemporaryFile("w+", errors="replace") as complaints:
         process = subprocess.Popen(
-            [python, "-m", PEERS[name]],
+            [python, "-m", (PEERS | OWN)[name]],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=complaints,

@@ -6,13 +6,21 @@ from pathlib import Path
 
 from transformer_lens.model_bridge import TransformerBridge  # type: ignore[import-not-found]
 
-from benchmarks.peers.classic_patching import serve_patching
+from benchmarks.peers.classic_patching import TransformerLens, tokenizer_in
+from benchmarks.peers.contestant import serve_contestant
 
 
-def load_model(folder: Path) -> TransformerBridge:
-    """Return the model with the weights as they are: compatibility mode would fold and centre them."""
-    return TransformerBridge.boot_transformers(str(folder / "huggingface"), device="cpu").eval()
+class Bridge(TransformerLens):
+    """A bridge to a model of `transformers`."""
+
+    def load_model(self, folder: Path, way: str) -> TransformerBridge:
+        bridge = TransformerBridge.boot_transformers(
+            str(folder / "huggingface"), device="cpu", tokenizer=tokenizer_in(folder)
+        )
+        if way == "processed":
+            bridge.enable_compatibility_mode()
+        return bridge.eval()
 
 
 if __name__ == "__main__":
-    serve_patching(load_model)
+    serve_contestant(Bridge())

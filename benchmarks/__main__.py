@@ -1,0 +1,117 @@
+"""`python -m benchmarks`: everything that is measured, in one run, beside other libraries."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import transformers
+import typer
+from tqdm import tqdm
+
+from benchmarks import page
+from benchmarks.forward import machine
+from benchmarks.measurements import FULL, QUICK, Measurement, plan
+from benchmarks.peers.process import PEERS, interpreter_of
+from benchmarks.report import line, trouble
+from benchmarks.runner import Result, as_json, run_all
+
+RESULTS = Path(__file__).with_name("results.json")
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=PYTHON: another library and the interpreter of its environment. "
+            f"NAME is one of {', '.join(PEERS)}. Whoever is not named is skipped."
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A measurement's name, or a pattern such as 'forward*'; may be repeated.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One round of everything, on toy sizes: does it run?")] = False,
+    rounds: Annotated[int | None, typer.Option(min=1, help="At most this many rounds of each measurement.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of every contestant.")] = 2,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Where results go. A whole run writes benchmarks/results.json by default."),
+    ] = None,
+    write_page: Annotated[bool, typer.Option("--page", help="Write docs/benchmarks.md from the results.")] = False,
+    render: Annotated[
+        bool, typer.Option("--render", help="Measure nothing: write docs/benchmarks.md from results there are.")
+    ] = False,
+    names: Annotated[bool, typer.Option("--list", help="Measure nothing: list the measurements.")] = False,
+) -> None:
+    """Measure this library beside others: every contestant in a process of its own, in turn, on the same weights."""
+    measurements = [_limited(one, rounds) for one in _chosen(plan(QUICK if quick else FULL), only)]
+    if names:
+        for one in measurements:
+            typer.echo(one.name)
+        return
+    if render:
+        page.write(json.loads((json_file or RESULTS).read_text()))
+        return
+    partial = quick or only is not None
+    if write_page and partial:
+        raise typer.BadParameter("the page shows a whole run: leave out --only and --quick", param_hint="--page")
+    try:
+        interpreters = dict(map(interpreter_of, peer or []))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--peer") from error
+    skipped = [name for name in PEERS if name not in interpreters]
+    for name in skipped:
+        typer.echo(f"{name}: skipped, for want of --peer {name}=PYTHON")
+    torch.set_num_threads(threads)
+    transformers.utils.logging.disable_progress_bar()
+    with tqdm(total=sum(one.rounds for one in measurements), unit="round", disable=None) as bar:
+
+        def done(result: Result) -> None:
+            with bar.external_write_mode():
+                typer.echo(line(result))
+
+        scale = QUICK if quick else FULL
+        results, versions = run_all(measurements, scale.models(), interpreters, threads, bar.update, done)
+    report = {
+        "rounds": rounds,
+        "quick": quick,
+        "machine": machine(),
+        "versions": versions,
+        "skipped": skipped,
+        "results": as_json(results),
+    }
+    target = json_file or (None if partial else RESULTS)
+    if target is not None:
+        target.write_text(json.dumps(report, indent=2) + "\n")
+    if write_page:
+        page.write(report)
+    troubles = [text for result in results for text in trouble(result)]
+    if troubles:
+        typer.echo("\n".join(["left out of the comparison:", *troubles]), err=True)
+        raise typer.Exit(1)
+
+
+def _chosen(measurements: list[Measurement], patterns: list[str] | None) -> list[Measurement]:
+    """Return the measurements that one of the patterns fits; all if there are none."""
+    if patterns is None:
+        return measurements
+    for pattern in patterns:
+        if not any(fnmatchcase(one.name, pattern) for one in measurements):
+            known = "; ".join(one.name for one in measurements)
+            raise typer.BadParameter(f"no measurement {pattern!r}: there are {known}", param_hint="--only")
+    return [one for one in measurements if any(fnmatchcase(one.name, pattern) for pattern in patterns)]
+
+
+def _limited(measurement: Measurement, rounds: int | None) -> Measurement:
+    return measurement if rounds is None else replace(measurement, rounds=min(rounds, measurement.rounds))
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m benchmarks")
