@@ -265,7 +265,9 @@ def outputs(code: str, **environment: str) -> list[dict[str, Any]]:
     # A kernel otherwise writes to the user's own folders.
     env = {**os.environ, "IPYTHONDIR": environment.pop("folder"), **environment}
     NotebookClient(notebook, timeout=60, kernel_name="python3").execute(env=env)
-    return [output["data"] for output in notebook.cells[0].outputs]
+    # A browser that is slow to end has a line about it written to stderr; that is no output of the cell.
+    shown = [output for output in notebook.cells[0].outputs if output.get("name") != "stderr"]
+    return [output["data"] for output in shown]
 
 
 CELL = """from IPython.display import display
