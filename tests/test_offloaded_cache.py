@@ -138,6 +138,8 @@ def test_a_large_file_of_many_names_has_room_for_its_table(tmp_path: Path) -> No
     found = ActivationCache.load(tmp_path / "x.safetensors", tiny_model()).cache_dict
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     assert torch.equal(found[f"{names[7]}_grad"], torch.ones(3, dtype=torch.int64))
+    # Numbers begin at a multiple of their size, whatever stands before them.
+    assert all(tensor.data_ptr() % tensor.element_size() == 0 for tensor in found.values())
 
 
 def test_a_saved_cache_is_the_same_kind_of_file(tmp_path: Path) -> None:
