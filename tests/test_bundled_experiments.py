@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hooked_lm import HookedTransformer
+from hooked_lm.tasks import get_task
 from hooked_lm.tour import MODEL, Tour, take_tour
 
 
@@ -55,6 +56,9 @@ def test_repeats_are_continued_by_induction_heads_above_a_previous_token_head(to
 
 def test_opposites_are_moved_by_the_mean_state_and_by_a_few_heads_and_by_no_control(tour: Tour) -> None:
     vectors = tour.vectors
+    shown = get_task("relations").examples(60, relation="opposite", shots=5, corruption="relation")
+    assert not {prompt.rsplit(", ", 1)[-1] for prompt in shown.clean} & set(vectors.asked.clean)
+    assert len(vectors.asked) > 40
     state, heads, other, shuffled = vectors.accuracy.max(-1).values.tolist()
     assert vectors.with_examples >= 0.9
     assert vectors.base_accuracy < 0.6
