@@ -16,6 +16,7 @@ from benchmarks.peers.process import OWN, PEERS
 OURS = "ours"
 TRANSFORMERS, MINIMAL = "transformers", "minimal"
 THREE, FOUR = "transformer_lens-3", "transformer_lens-4"
+NNSIGHT = "nnsight"
 LIBRARIES = (OURS, TRANSFORMERS, *PEERS)
 EVERYBODY = (*OWN, *PEERS)
 
@@ -38,13 +39,16 @@ TARGETS: dict[tuple[str, str], float] = {
     ("residual grid 12x32", TRANSFORMERS): 1 / 10,
     ("residual grid 12x32", THREE): 1 / 10,
     ("residual grid 12x32", FOUR): 1 / 10,
+    ("residual grid 12x32", NNSIGHT): 1 / 10,
     ("head grid 12x12", "ours, plain loop"): 1 / 4,
     ("head grid 12x12", TRANSFORMERS): 1 / 4,
     ("head grid 12x12", THREE): 1 / 4,
     ("head grid 12x12", FOUR): 1 / 4,
+    ("head grid 12x12", NNSIGHT): 1 / 4,
     ("attribution 1x128", TRANSFORMERS): 0.9,
     ("attribution 1x128", THREE): 0.9,
     ("attribution 1x128", FOUR): 0.9,
+    ("attribution 1x128", NNSIGHT): 0.9,
     ("generation of 50, batch 1", TRANSFORMERS): 0.8,
     ("generation of 50, batch 1", THREE): 0.4,
     ("generation of 50, batch 8", TRANSFORMERS): 0.8,

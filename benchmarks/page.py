@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measurements import FOUR, MINIMAL, OURS, THREE, TRANSFORMERS
+from benchmarks.measurements import FOUR, MINIMAL, NNSIGHT, OURS, THREE, TRANSFORMERS
 from benchmarks.report import Ratio, beside_table, ratio_table, ratios, results_in, target_table, trouble
 
 HERE = Path(__file__).parent
@@ -48,12 +48,11 @@ def machine(report: Mapping[str, Any]) -> str:
         f"Measured on {host['cpu']}, {host['cores']} cores, threads used: {host['threads']}, Python {host['python']}, "
         f"torch {host['torch']}, transformers {host['transformers']}, hooked_lm {own.get('hooked-lm', '?')}, float32."
     ]
-    for name in (THREE, FOUR):
+    for name, library in ((THREE, "transformer_lens"), (FOUR, "transformer_lens"), (NNSIGHT, "nnsight")):
         if name in versions:
             found = versions[name]
             lines.append(
-                f"`transformer_lens` {found['transformer_lens']} with torch {found['torch']}, "
-                f"transformers {found['transformers']}."
+                f"`{library}` {found[library]} with torch {found['torch']}, transformers {found['transformers']}."
             )
     if report["skipped"]:
         lines.append(f"Skipped, since no environment was named for them: {', '.join(report['skipped'])}.")
@@ -71,7 +70,7 @@ def columns(report: Mapping[str, Any]) -> dict[str, str]:
     for name, kind in ((THREE, "`HookedTransformer`"), (FOUR, "Bridge")):
         found = versions.get(name, {}).get("transformer_lens", name.rpartition("-")[2])
         titles[name] = f"{kind} {'.'.join(found.split('.')[:2])}"
-    return titles
+    return titles | {NNSIGHT: "`nnsight`"}
 
 
 def ratio_tables(report: Mapping[str, Any]) -> str:

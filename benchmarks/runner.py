@@ -18,7 +18,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.measurements import FOUR, MINIMAL, OURS, THREE, TRANSFORMERS, Import, Measurement, Patching, Peak, Task
+from benchmarks.measurements import (
+    FOUR,
+    MINIMAL,
+    NNSIGHT,
+    OURS,
+    THREE,
+    TRANSFORMERS,
+    Import,
+    Measurement,
+    Patching,
+    Peak,
+    Task,
+)
 from benchmarks.models import write_model
 from benchmarks.patching import ANSWER, TOLERANCE, WRONG, ask_peer, one_round
 from benchmarks.peers.process import OWN, Asked, start_peer
@@ -31,6 +43,7 @@ IMPORTS = {
     TRANSFORMERS: "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained",
     THREE: "from transformer_lens import HookedTransformer",
     FOUR: "from transformer_lens.model_bridge import TransformerBridge",
+    NNSIGHT: "from nnsight import TransformersModel",
 }
 # Nothing shorter is told apart when interpreters are started.
 SHORTEST_IMPORT = 1e-3

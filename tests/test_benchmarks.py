@@ -22,9 +22,9 @@ from benchmarks.patching import make_prompts
 from benchmarks.peers.contestant import Contestant, bytes_of
 from benchmarks.peers.contestant import Task as ServedTask
 from benchmarks.peers.minimal import MinimalGPT2
-from benchmarks.peers.process import interpreter_of
+from benchmarks.peers.process import PEERS, interpreter_of
 from benchmarks.report import beside_table, cell, figure, line, ratio, ratio_table, ratios, target_table, trouble
-from benchmarks.runner import Result, Run, in_turn, largest_difference
+from benchmarks.runner import IMPORTS, Result, Run, in_turn, largest_difference
 from hooked_lm import HookedTransformer
 
 COLUMNS = {"transformers": "`transformers`", "minimal": "minimal"}
@@ -275,7 +275,7 @@ REPORT: dict[str, Any] = {
         OURS: {"hooked-lm": "0.1.0"},
         "transformer_lens-3": {"transformer_lens": "3.9.0", "torch": "2.0", "transformers": "5.0"},
     },
-    "skipped": ["transformer_lens-4"],
+    "skipped": ["transformer_lens-4", "nnsight"],
     "results": [
         {
             "name": "forward 8x128",
@@ -312,7 +312,7 @@ def test_a_page_from_a_given_report() -> None:
     text = page.rendered(REPORT, template, "Preface.\n\n## forward 8x128\n\nFor this reason.\n")
     assert "a CPU, 2 cores, threads used: 2" in text
     assert "`transformer_lens` 3.9.0" in text
-    assert "Skipped, since no environment was named for them: transformer_lens-4." in text
+    assert "Skipped, since no environment was named for them: transformer_lens-4, nnsight." in text
     assert "- attribution 1x128, transformers: values differ by 1, more than 0.0001" in text
     assert "### Forward\n\n|  | ours |" in text
     assert "### Missed: forward 8x128\n\nFor this reason." in text
@@ -322,6 +322,18 @@ def test_a_page_from_a_given_report() -> None:
 
 def test_a_missed_target_without_a_note_says_so() -> None:
     assert page.explanations(REPORT, {}) == "### Missed: forward 8x128\n\nNot explained yet."
+
+
+def test_every_peer_is_imported_has_a_column_and_is_named_with_its_version() -> None:
+    versions = {
+        name: {"torch": "2", "transformers": "5", "transformer_lens": "9.8.7", "nnsight": "6.5"} for name in PEERS
+    }
+    report = {**REPORT, "versions": REPORT["versions"] | versions}
+    assert IMPORTS.keys() >= PEERS.keys()
+    assert page.columns(report).keys() >= PEERS.keys()
+    text = page.machine(report)
+    assert text.count("`transformer_lens` 9.8.7 with torch 2, transformers 5.") == 2
+    assert text.count("`nnsight` 6.5 with torch 2, transformers 5.") == 1
 
 
 def test_a_run_of_few_rounds_is_marked_as_such() -> None:
@@ -364,7 +376,7 @@ def plain(text: str) -> str:
 def test_an_unknown_peer_is_an_error_that_names_those_there_are(command: CliRunner) -> None:
     done = command.invoke(app, ["--peer", "transformerlens=python"])
     assert done.exit_code == 2
-    assert "no peer 'transformerlens': there are transformer_lens-3, transformer_lens-4" in plain(done.output)
+    assert "no peer 'transformerlens': there are transformer_lens-3, transformer_lens-4, nnsight" in plain(done.output)
 
 
 def test_a_peer_without_an_interpreter_is_an_error_with_a_remedy() -> None:
@@ -401,7 +413,7 @@ def test_a_quick_run_skips_missing_peers_by_name_and_everybody_computes_the_same
     assert done.exit_code == 0, done.output
     assert "transformer_lens-3: skipped, for want of --peer transformer_lens-3=PYTHON" in done.output
     report = json.loads(found.read_text())
-    assert report["skipped"] == ["transformer_lens-3", "transformer_lens-4"]
+    assert report["skipped"] == ["transformer_lens-3", "transformer_lens-4", "nnsight"]
     assert set(report["versions"]) == {OURS, "transformers", "minimal"}
     results = {one["name"]: one for one in report["results"]}
     assert {"transformers", "minimal"} <= results["tiny: forward 1x16"]["difference"].keys()

@@ -124,7 +124,9 @@ class _Served:
         """Load the model in a folder."""
         self.prepared.clear()
         self.contestant.model = None  # two of them need not fit
-        self.contestant.model = self.contestant.load_model(Path(folder), "unprocessed").requires_grad_(False)
+        model = self.contestant.load_model(Path(folder), "unprocessed")
+        model.requires_grad_(False)
+        self.contestant.model = model
 
     def prepare(self, slot: str, task: str, into: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
         """Set up a task and do it once. Its values go to a file; None if this contestant has no such task."""

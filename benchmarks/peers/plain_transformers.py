@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks.peers.contestant import HEAD, SCALE, Contestant, Task, Tokens, serve_contestant, undisturbed
 
 Edit = Callable[[Tensor], Tensor | None]
+# A module, its "input" or "output", and what sees it there. What is returned by one that sees an input takes its place.
+Visit = tuple[Any, str, Edit]
 # What is patched, and how: the names of the classic patching module.
 SITES = {("resid_pre", "layer_pos_patch_setter"): "stream", ("z", "layer_head_vector_patch_setter"): "head"}
 
@@ -60,6 +61,20 @@ class Plain(Contestant):
         block = self.blocks[layer]
         return block.attn.c_proj if hasattr(block, "attn") else block.self_attn.o_proj
 
+    def run_through(self, tokens: Tensor, visits: Sequence[Visit]) -> Tensor:
+        """Return the logits of a forward pass that makes some visits on its way.
+
+        Args:
+            tokens: [batch pos].
+            visits: in the order in which the modules run.
+        """
+        handles = [AT[where](module, edit) for module, where, edit in visits]
+        try:
+            return self.logits(self.model, tokens)
+        finally:
+            for handle in handles:
+                handle.remove()
+
     # Tasks
 
     def residual_cache(self, tokens: Tokens) -> Task:
@@ -72,13 +87,12 @@ class Plain(Contestant):
             def keep(name: str) -> Edit:
                 return lambda x: kept.__setitem__(name, x)
 
-            handles = []
+            visits: list[Visit] = []
             for layer, block in enumerate(self.blocks):
-                handles.append(on_input(block, keep(f"blocks.{layer}.hook_resid_pre")))
-                handles.append(on_input(self.second_norm(layer), keep(f"blocks.{layer}.hook_resid_mid")))
-                handles.append(on_output(block, keep(f"blocks.{layer}.hook_resid_post")))
-            with removed(handles):
-                return self.logits(self.model, prompt), kept
+                visits.append((block, "input", keep(f"blocks.{layer}.hook_resid_pre")))
+                visits.append((self.second_norm(layer), "input", keep(f"blocks.{layer}.hook_resid_mid")))
+                visits.append((block, "output", keep(f"blocks.{layer}.hook_resid_post")))
+            return self.run_through(prompt, visits), kept
 
         return Task(run, lambda result: {"logits": result[0], **result[1]})
 
@@ -95,14 +109,9 @@ class Plain(Contestant):
 
         return self._hooked(tokens, self.projection(layer), silence)
 
-    def _hooked(self, tokens: Tokens, module: nn.Module, edit: Edit) -> Task:
+    def _hooked(self, tokens: Tokens, module: Any, edit: Edit) -> Task:
         prompt = torch.tensor(tokens)
-
-        def run() -> Tensor:
-            with removed([on_input(module, edit)]):
-                return self.logits(self.model, prompt)
-
-        return Task(run, lambda logits: {"logits": logits})
+        return Task(lambda: self.run_through(prompt, [(module, "input", edit)]), lambda logits: {"logits": logits})
 
     def by_head(self, z: Tensor) -> Tensor:
         """Return a view of the heads' mixed values as [batch pos head d_head]."""
@@ -120,8 +129,7 @@ class Plain(Contestant):
                 streams.append(stream if stream.requires_grad else stream.detach().requires_grad_())
                 return streams[-1]
 
-            with removed([on_input(block, keep) for block in self.blocks]):
-                logits = self.logits(self.model, prompt)
+            logits = self.run_through(prompt, [(block, "input", keep) for block in self.blocks])
             return torch.autograd.grad(logits[0, -1, answer] - logits[0, -1, wrong], streams)
 
         return Task(run, lambda gradients: {"gradients": torch.stack(gradients)}, gradients=True)
@@ -132,9 +140,11 @@ class Plain(Contestant):
         options = {"do_sample": False, "max_new_tokens": new, "pad_token_id": 0}
         self.model.generation_config.eos_token_id = None  # no token ends the text
         mask = torch.ones_like(prompt)
-        return Task(
-            lambda: self.model.generate(prompt, attention_mask=mask, **options), lambda tokens: {"tokens": tokens}
-        )
+        return Task(lambda: self.generated(prompt, attention_mask=mask, **options), lambda tokens: {"tokens": tokens})
+
+    def generated(self, tokens: Tensor, **options: Any) -> Tensor:
+        """Return tokens [batch pos] with what follows them."""
+        return self.model.generate(tokens, **options)
 
     # Patching
 
@@ -149,10 +159,11 @@ class Plain(Contestant):
         def keep(site: str, layer: int) -> Edit:
             return lambda x: self._clean.__setitem__((site, layer), x.clone())
 
-        handles = [on_input(block, keep("stream", layer)) for layer, block in enumerate(self.blocks)]
-        handles += [on_input(self.projection(layer), keep("head", layer)) for layer in range(len(self.blocks))]
-        with removed(handles):
-            self.logits(self.model, torch.tensor(clean))
+        visits: list[Visit] = []
+        for layer, block in enumerate(self.blocks):
+            visits.append((block, "input", keep("stream", layer)))
+            visits.append((self.projection(layer), "input", keep("head", layer)))
+        self.run_through(torch.tensor(clean), visits)
 
     @torch.inference_mode()
     def patch(
@@ -177,8 +188,8 @@ class Plain(Contestant):
                 self.by_head(x)[:, :, place] = self.by_head(clean)[:, :, place]
             return x
 
-        with removed([on_input(self.blocks[layer] if site == "stream" else self.projection(layer), put_clean)]):
-            last = self.logits(self.model, self._corrupted)[:, -1]
+        module = self.blocks[layer] if site == "stream" else self.projection(layer)
+        last = self.run_through(self._corrupted, [(module, "input", put_clean)])[:, -1]
         return (last[:, answer] - last[:, wrong]).mean().item()
 
 
@@ -201,14 +212,7 @@ def on_output(module: nn.Module, see: Edit) -> Any:
     return module.register_forward_hook(hook)
 
 
-@contextmanager
-def removed(handles: Sequence[Any]) -> Iterator[None]:
-    """Remove hooks afterwards."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+AT: Mapping[str, Callable[[nn.Module, Edit], Any]] = {"input": on_input, "output": on_output}
 
 
 if __name__ == "__main__":

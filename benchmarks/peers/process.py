@@ -17,6 +17,7 @@ from typing import IO, Any, Protocol
 PEERS = {
     "transformer_lens-3": "benchmarks.peers.hooked_transformer",
     "transformer_lens-4": "benchmarks.peers.transformer_bridge",
+    "nnsight": "benchmarks.peers.nnsight_tracing",
 }
 # Contestants that need no environment of their own.
 OWN = {
