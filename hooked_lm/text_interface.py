@@ -22,6 +22,7 @@ class TextInterface(nn.Module):
     """The text methods of `HookedTransformer`."""
 
     cfg: HookedTransformerConfig
+    embed: Any
     unembed: Any
     _tokenizer: Tokenizer | None = None
 
@@ -84,7 +85,7 @@ class TextInterface(nn.Module):
             if least < 0 or most >= self.cfg.d_vocab:
                 culprit = least if least < 0 else most
                 raise ValueError(f"token {culprit} is out of range: this model's tokens are 0-{self.cfg.d_vocab - 1}")
-        return tokens.to(self.unembed.W_U.device)
+        return tokens.to(self.embed.W_E.device)
 
     def to_tokens(
         self,

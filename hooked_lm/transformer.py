@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -126,9 +127,9 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Caching):
             residual, tokens, shortformer_pos, mask, layout = self._enter(
                 input, prepend_bos, padding_side, attention_mask, past_kv_cache, start_at_layer, tokens
             )
-            for layer in range(start, stop):
+            for layer, block in enumerate(islice(self.blocks, start, stop), start):
                 past = None if past_kv_cache is None else past_kv_cache[layer]
-                residual = self.blocks[layer](residual, layout, past, shortformer_pos)
+                residual = block(residual, layout, past, shortformer_pos)
             if stop_at_layer is not None:
                 return residual
             normalized = self.ln_final(residual)
@@ -291,7 +292,7 @@ class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Caching):
         attention_mask: Tensor | None,
         past_kv_cache: HookedTransformerKeyValueCache | None,
     ) -> SequenceLayout:
-        device = self.W_E.device
+        device = self.embed.W_E.device
         n_past = 0 if past_kv_cache is None else past_kv_cache.length
         if n_past + n_new > self.cfg.n_ctx:
             raise ValueError(f"{n_past + n_new} positions are more than this model's n_ctx of {self.cfg.n_ctx}")

@@ -1,15 +1,29 @@
-"""The product of few rows with a matrix is `F.linear`'s, shared out among threads."""
+"""Products are `F.linear`'s, whoever computes them: torch itself, all threads on a few rows, or oneDNN."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from hooked_lm import HookedTransformer
+from hooked_lm.certificate import verify
 from hooked_lm.components import products
+from tests.helpers import tiny_model, tiny_tokens
+
+LAYOUTS = ["[d_out d_in]", "[d_in d_out]", "columns of a wider one"]
+SHAPES = [(12, 18), (7, 5), (2, 1), (1, 7)]
+ROWS = [(1, 1), (1,), (), (2,), (3,), (2, 4), (17,)]
+
+needs_onednn = pytest.mark.skipif(products._ONEDNN is None, reason="this torch has no oneDNN")
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -21,62 +35,208 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.fixture
-def small_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_WORTH_SHARING", 1)
+def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_LARGE", 1)
 
 
-def matrix(kind: str, d_out: int, d_in: int) -> torch.Tensor:
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Who has been asked for a product."""
+    asked: list[str] = []
+
+    def seen(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args: asked.append(name) or function(*args)  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(F, "linear", seen("torch", F.linear))
+    if products._ONEDNN is not None:
+        monkeypatch.setattr(products, "_ONEDNN", seen("oneDNN", products._ONEDNN))
+    return asked
+
+
+def matrix(layout: str, d_out: int, d_in: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """A weight [d_out d_in] that is stored in one of the ways that checkpoints have."""
     generator = torch.Generator().manual_seed(0)
-    if kind == "[d_out d_in]":
-        return torch.randn(d_out, d_in, generator=generator, dtype=torch.float64)
-    if kind == "[d_in d_out]":
-        return torch.randn(d_in, d_out, generator=generator, dtype=torch.float64).T
-    return torch.randn(d_in, 3 * d_out, generator=generator, dtype=torch.float64)[:, d_out : 2 * d_out].T
+    if layout == "[d_out d_in]":
+        return torch.randn(d_out, d_in, generator=generator, dtype=dtype)
+    if layout == "[d_in d_out]":
+        return torch.randn(d_in, d_out, generator=generator, dtype=dtype).T
+    return torch.randn(d_in, 3 * d_out, generator=generator, dtype=dtype)[:, d_out : 2 * d_out].T
 
 
-def refuse(*args: Any) -> None:
-    raise AssertionError("F.linear was called")
+def rows_of(d_in: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, d_in, generator=torch.Generator().manual_seed(1), dtype=dtype)
 
 
-@pytest.mark.usefixtures("small_is_shared")
-@pytest.mark.parametrize("kind", ["[d_out d_in]", "[d_in d_out]", "columns of a wider one"])
-@pytest.mark.parametrize(("d_out", "d_in"), [(12, 18), (7, 5), (2, 1), (1, 7)])
+class Listed(TorchDispatchMode):
+    """What torch is asked to do meanwhile, as for a counter of operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations.append(str(func).removesuffix(".default"))
+        return func(*args, **(kwargs or {}))
+
+
+# Values
+
+
+@pytest.mark.usefixtures("small_is_large", "threads")
+@pytest.mark.parametrize(("dtype", "exact"), [(torch.float64, 1e-13), (torch.float32, 1e-5)], ids=["double", "single"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("d_out", "d_in"), SHAPES)
 @pytest.mark.parametrize("biased", [True, False])
-def test_few_rows_give_what_linear_gives(kind: str, d_out: int, d_in: int, biased: bool, threads: int) -> None:
-    weight, bias = matrix(kind, d_out, d_in), torch.arange(d_out).double() if biased else None
-    for shape in ((1, 1, d_in), (1, d_in), (d_in,), (3, d_in), (2, 4, d_in)):
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        torch.testing.assert_close(products.linear(x, weight, bias), F.linear(x, weight, bias), rtol=0, atol=1e-13)
+def test_products_are_what_linear_gives(
+    layout: str, d_out: int, d_in: int, biased: bool, dtype: torch.dtype, exact: float
+) -> None:
+    weight, bias = matrix(layout, d_out, d_in, dtype), torch.arange(d_out).to(dtype) if biased else None
+    for shape in ROWS:
+        x = rows_of(d_in, *shape, dtype=dtype)
+        torch.testing.assert_close(products.linear(x, weight, bias), F.linear(x, weight, bias), rtol=0, atol=exact)
+    spread = rows_of(2 * d_in, 3, 5, dtype=dtype)[..., ::2]
+    torch.testing.assert_close(
+        products.linear(spread, weight, bias), F.linear(spread, weight, bias), rtol=0, atol=exact
+    )
 
 
-@pytest.mark.usefixtures("small_is_shared")
-def test_few_rows_are_shared_out_and_many_are_not(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_onednn
+@pytest.mark.usefixtures("small_is_large")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("learned", ["xwb", "x", "w", "b", "xb"])
+def test_derivatives_are_what_linear_gives(layout: str, learned: str, calls: list[str]) -> None:
+    def derivatives(product: Callable[..., Tensor]) -> list[Tensor]:
+        values = {"x": rows_of(18, 2, 4), "w": matrix(layout, 12, 18), "b": torch.arange(12).double()}
+        x, w, b = (value.float().requires_grad_(name in learned) for name, value in values.items())
+        inputs = [one for one in (x, w, b) if one.requires_grad]
+        first = torch.autograd.grad(product(x, w, b).square().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(one.square().sum() for one in first), inputs, allow_unused=True)
+        return [*first, *(one for one in second if one is not None)]
+
+    ours = derivatives(products.linear)
+    assert "oneDNN" in calls
+    for mine, theirs in zip(ours, derivatives(F.linear), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
+
+
+@needs_onednn
+@pytest.mark.usefixtures("small_is_large")
+def test_a_product_keeps_for_the_way_back_only_what_it_needs() -> None:
+    kept: list[Tensor] = []
+    x, w, b = rows_of(18, 4, dtype=torch.float32), matrix("[d_out d_in]", 12, 18, torch.float32), torch.zeros(12)
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+        for learned, needed in (((x,), [w]), ((w,), [x]), ((b,), []), ((x, w), [x, w])):
+            for one in learned:
+                one.requires_grad_()
+            products.linear(x, w, b)
+            assert [id(one) for one in kept] == [id(one) for one in needed]
+            kept.clear()
+            for one in learned:
+                one.requires_grad_(False)
+
+
+# Who computes
+
+
+@pytest.mark.usefixtures("small_is_large")
+def test_two_rows_are_shared_out_and_more_are_not(threads: int, calls: list[str]) -> None:
     weight, row = matrix("[d_out d_in]", 12, 18), torch.ones(1, 1, 18, dtype=torch.float64)
-    monkeypatch.setattr(F, "linear", refuse)
-    for rows in (row, row.expand(2, 8, 18)):
+    for rows in (row, row.expand(2, 1, 18)):
         products.linear(rows, weight)
         if threads > 1:
             products.linear(rows, matrix("[d_in d_out]", 12, 18))
-    with pytest.raises(AssertionError, match="was called"):
-        products.linear(row.expand(1, 17, 18), weight)
+    assert calls == []
+    products.linear(row.expand(1, 3, 18), weight)
+    assert calls == ["torch"]  # oneDNN has no float64
 
 
-@pytest.mark.usefixtures("small_is_shared")
-def test_gradients_go_through_linear(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, row = matrix("[d_out d_in]", 12, 18), torch.ones(1, 18, dtype=torch.float64, requires_grad=True)
-    products.linear(row, weight).sum().backward()
-    torch.testing.assert_close(row.grad, weight.sum(0, keepdim=True))
-    monkeypatch.setattr(F, "linear", refuse)
-    with pytest.raises(AssertionError, match="was called"):
-        products.linear(row, weight)
+@needs_onednn
+@pytest.mark.usefixtures("small_is_large")
+def test_more_rows_are_for_onednn_unless_it_is_turned_off(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = rows_of(18, 3, dtype=torch.float32), matrix("[d_in d_out]", 12, 18, torch.float32)
+    products.linear(x, weight)
+    assert calls == ["oneDNN"]
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    products.linear(x, weight)
+    products.linear(x, weight.clone().requires_grad_())
+    assert calls == ["oneDNN", "torch", "torch"]
+
+
+def test_small_matrices_and_half_precision_are_left_to_torch(calls: list[str]) -> None:
+    products.linear(torch.ones(8, 64), torch.ones(64, 64))
+    products.linear(torch.ones(8, 512, dtype=torch.bfloat16), torch.ones(512, 512, dtype=torch.bfloat16))
+    assert calls == ["torch", "torch"]
+
+
+@pytest.mark.usefixtures("small_is_large")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # forward mode's own
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_knows_only_torchs_operations_sees_them(rows: int, calls: list[str]) -> None:
+    x, weight = rows_of(18, rows, dtype=torch.float32), matrix("[d_out d_in]", 12, 18, torch.float32)
+    expected = F.linear(x, weight)
+    calls.clear()
+    with Listed() as listed:
+        products.linear(x, weight)
+    assert "aten.mm" in listed.operations
+    mapped = torch.func.vmap(lambda one: products.linear(one, weight))(x.expand(2, rows, 18))
+    torch.testing.assert_close(mapped, expected.expand(2, rows, 12))
     with torch.no_grad():
-        products.linear(row, weight)
+        _, moved = torch.func.jvp(lambda one: products.linear(one, weight), (x,), (x,))
+        torch.testing.assert_close(moved, expected)
+        with forward_ad.dual_level():
+            dual = products.linear(forward_ad.make_dual(x, x), weight)
+            torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert products.linear(x, weight).dtype == torch.bfloat16
+    assert set(calls) == {"torch"}
 
 
-def test_small_matrices_and_half_precision_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(F, "linear", refuse)
-    products.linear(torch.ones(1, 512), torch.ones(512, 512))
-    for dtype, size in ((torch.float32, 64), (torch.bfloat16, 512)):
-        with pytest.raises(AssertionError, match="was called"):
-            products.linear(torch.ones(1, size, dtype=dtype), torch.ones(size, size, dtype=dtype))
+@pytest.mark.usefixtures("small_is_large")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nothing_times_a_matrix_is_nothing(dtype: torch.dtype) -> None:
+    weight = matrix("[d_in d_out]", 12, 18, dtype)
+    assert products.linear(torch.ones(2, 0, 18, dtype=dtype), weight).shape == (2, 0, 12)
+    model = tiny_model(dtype=dtype)
+    assert model(tiny_tokens(), logits_to_keep=slice(0, 0)).shape == (2, 0, model.cfg.d_vocab_out)
+
+
+@pytest.mark.usefixtures("small_is_large")
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_wrong_width_is_an_error(rows: int, layout: str) -> None:
+    unchecked = inspect.unwrap(products.linear)  # as it is in use
+    for width in (17, 19):
+        with pytest.raises(RuntimeError, match=rf"shapes cannot be multiplied \({rows}x{width} and 18x12\)"):
+            unchecked(torch.ones(rows, width), matrix(layout, 12, 18, torch.float32))
+
+
+def test_parts_do_not_grow_with_the_threads_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
+    monkeypatch.setattr(products, "_LARGE", 1)
+    made: list[int] = []
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: made.append(len(a)) or bmm(a, b))
+    for layout in LAYOUTS:
+        products.linear(torch.ones(1, 40), matrix(layout, 50, 40, torch.float32))
+    assert set(made) == {16}
+
+
+# The whole model
+
+
+@needs_onednn
+@pytest.mark.usefixtures("small_is_large")
+def test_a_model_of_large_matrices_equals_transformers(gpt2_folder: Path, calls: list[str]) -> None:
+    assert verify(str(gpt2_folder)).passed
+    assert "oneDNN" in calls
+
+
+@needs_onednn
+@pytest.mark.usefixtures("small_is_large")
+def test_generation_with_large_matrices_is_the_same_with_and_without_a_cache(gpt2_folder: Path) -> None:
+    model = HookedTransformer.from_pretrained(str(gpt2_folder))
+    tokens = tiny_tokens(3, 5)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "stop_at_eos": False, "verbose": False}
+    torch.testing.assert_close(
+        model.generate(tokens, **options), model.generate(tokens, use_past_kv_cache=False, **options)
+    )

@@ -15,6 +15,7 @@ from hooked_lm.components.layout import SequenceLayout
 from hooked_lm.components.norm import make_qk_norm
 from hooked_lm.components.positions import AlibiSpec, RotarySpec, rotate
 from hooked_lm.components.products import linear
+from hooked_lm.components.projections import as_one_matrix, input_projection, project
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint
 from hooked_lm.kv_cache import HookedTransformerKeyValueCacheEntry
@@ -33,7 +34,7 @@ class Attention(nn.Module):
     def __init__(self, cfg: HookedTransformerConfig, layer_id: int = 0) -> None:
         super().__init__()
         self.cfg, self.layer_id = cfg, layer_id
-        heads, kv_heads = cfg.n_heads, cfg.n_kv_heads
+        heads, kv_heads = self.n_heads, self.n_kv_heads = cfg.n_heads, cfg.n_kv_heads
         self.W_Q = input_projection(heads, cfg.d_model, cfg.d_head)
         self.W_K = input_projection(kv_heads, cfg.d_model, cfg.d_head)
         self.W_V = input_projection(kv_heads, cfg.d_model, cfg.d_head)
@@ -97,10 +98,25 @@ class Attention(nn.Module):
         layout: SequenceLayout,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [batch pos head d_head], keys and values [batch pos kv_head d_head] of the new positions."""
-        q = self.hook_q(self.project(query_input, "Q"))
-        k = self.hook_k(self.project(key_input, "K"))
-        v = self.hook_v(self.project(value_input, "V"))
+        q, k, v = self._projected(query_input, key_input, value_input)
+        q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
         return *self.with_positions(q, k, layout), v
+
+    def _projected(self, query_input: Tensor, key_input: Tensor, value_input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values before positions: by one product where they read the same and nobody sees them.
+
+        Of one product they are parts of one tensor. A listener gets tensors of their own: to keep one part would be to
+        keep the others.
+        """
+        shared = query_input is key_input is value_input and query_input.ndim == 3
+        if shared and not (self.hook_q.live or self.hook_k.live or self.hook_v.live):
+            matrix = as_one_matrix(self.W_Q, self.W_K, self.W_V)
+            if matrix is not None:
+                biases = torch.cat((self.b_Q, self.b_K, self.b_V))
+                parts = linear(query_input, matrix, biases.flatten()).unflatten(-1, biases.shape)
+                q, k, v = parts.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), 2)
+                return self._prepared(q, "Q"), self._prepared(k, "K"), self._prepared(v, "V")
+        return self.project(query_input, "Q"), self.project(key_input, "K"), self.project(value_input, "V")
 
     def attend(
         self,
@@ -117,7 +133,10 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "batch pos *head d_model"], which: Literal["Q", "K", "V"]
     ) -> Float[Tensor, "batch pos head d_head"]:
         """Return queries, keys or values, before positions."""
-        projected = project(x, getattr(self, f"W_{which}"), getattr(self, f"b_{which}"))
+        return self._prepared(project(x, getattr(self, f"W_{which}"), getattr(self, f"b_{which}")), which)
+
+    def _prepared(self, projected: Tensor, which: Literal["Q", "K", "V"]) -> Tensor:
+        """Queries, keys or values as their hook points show them: normalised and clipped, where the config says so."""
         if which != "V" and not self.norm_after_rotary:
             projected = (self.q_norm if which == "Q" else self.k_norm)(projected)
         return projected if self.clip is None else projected.clamp(-self.clip, self.clip)
@@ -200,25 +219,6 @@ class Attention(nn.Module):
             if on_path:
                 return result.sum(-2) + self.b_O
         return linear(z.flatten(-2), self.W_O.flatten(0, 1).T, self.b_O)
-
-
-def input_projection(heads: int, d_model: int, d_head: int) -> nn.Parameter:
-    """Return an uninitialised [head d_model d_head] parameter in the memory order of the GEMM that uses it.
-
-    In memory it is [d_model (head d_head)]: one matrix that projects to all heads at once.
-    """
-    return nn.Parameter(torch.empty(d_model, heads, d_head).transpose(0, 1))
-
-
-def project(
-    x: Float[Tensor, "batch pos *head d_model"],
-    W: Float[Tensor, "head d_model d_head"],
-    b: Float[Tensor, "head d_head"],
-) -> Float[Tensor, "batch pos head d_head"]:
-    """Return `x W + b` for every head: one GEMM on a view of `W` when the heads share their input."""
-    if x.ndim == 4:
-        return einsum(x, W, "batch pos head d_model, head d_model d_head -> batch pos head d_head") + b
-    return linear(x, W.mT.flatten(0, 1), b.flatten()).unflatten(-1, b.shape)
 
 
 def _alibi(cfg: HookedTransformerConfig) -> AlibiSpec | None:

@@ -104,6 +104,9 @@ class TransformerBlock(nn.Module):
 
     def head_sources(self, resid_pre: Float[Tensor, "batch pos d_model"]) -> HeadInputs:
         """Return what queries, keys and values read, before the norm: `resid_pre` itself, or per-head copies of it."""
+        points = (self.hook_attn_in, self.hook_q_input, self.hook_k_input, self.hook_v_input)
+        if not any(point.live for point in points):
+            return resid_pre, resid_pre, resid_pre
         attn_in = self._per_head(self.hook_attn_in, resid_pre, self.n_heads)
         return (
             self._per_head(self.hook_q_input, attn_in, self.n_heads),
@@ -131,10 +134,10 @@ class TransformerBlock(nn.Module):
         """Apply `ln1` to each distinct input. Its hook points see the shared stream, never the per-head copies."""
         if not isinstance(self.ln1, Norm) or self.norms_stream:
             return sources
-        if all(source is resid_pre for source in sources):
+        q, k, v = sources
+        if q is resid_pre and k is resid_pre and v is resid_pre:
             shared = self.ln1(resid_pre)
             return shared, shared, shared
-        q, k, v = sources
         if not any(source is resid_pre for source in sources):
             self._show_unread_norm(self.ln1, resid_pre)
             return self.ln1.without_hooks(q), self.ln1.without_hooks(k), self.ln1.without_hooks(v)

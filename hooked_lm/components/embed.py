@@ -53,7 +53,7 @@ class Unembed(nn.Module):
         self.hook_out = HookPoint("batch pos vocab")
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos vocab"]:
-        logits = linear(self.hook_in(x), self.W_U.T, self._bias())
+        logits = linear(self.hook_in(x), self._by_token(), self._bias())
         if self.scale != 1.0:
             logits = logits * self.scale
         return self.hook_out(soft_cap(logits, self.cap))
@@ -73,6 +73,10 @@ class Unembed(nn.Module):
         # As long as there seems to be a `W_U` already, torch refuses a parameter of that name.
         self._tied_to = None
         self.W_U = nn.Parameter(W_U, requires_grad=W_E.requires_grad)
+
+    def _by_token(self) -> Float[Tensor, "vocab d_model"]:
+        """`W_U` transposed: the embedding itself where that is what it is tied to."""
+        return self.W_U.T if self._tied_to is None or "W_U" in self._parameters else self._tied_to[0].W_E
 
     def _bias(self) -> Tensor | None:
         """`b_U`, or None where adding it would change nothing.

@@ -1,45 +1,104 @@
-"""`F.linear`, but few rows, as in a step of generation, are multiplied by all threads."""
+"""`F.linear`, and as fast as the CPU is: few rows are multiplied by all threads, more of them by oneDNN."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 
-# More rows keep the threads busy by themselves, and smaller matrices are done before their parts are handed out.
-_FEW, _WORTH_SHARING = 16, 2**17
+# More rows keep the threads busy by themselves; a smaller matrix is multiplied before its parts are handed out, or
+# before oneDNN has found its kernel.
+_FEW, _LARGE = 2, 2**17
+# Memory is read no faster by more threads than these.
+_MOST_PARTS = 16
+
+
+def _onednn() -> Callable[..., Tensor] | None:
+    # What torch's compiler puts in place of `F.linear`. It has no public name, so another torch may not have it.
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+_ONEDNN = _onednn()
 
 
 def linear(
     x: Float[Tensor, "*batch d_in"], weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, " d_out"] | None = None
 ) -> Float[Tensor, "*batch d_out"]:
-    """Return `x weight^T + bias`.
+    """Return `x weight^T + bias`. It is `F.linear`'s work where the matrix is small or not on the CPU.
 
-    A product of few rows with a matrix is as fast as the matrix can be read. On the CPU torch reads it with one thread
-    for one row, and not much faster for a few; as a batch of products with parts of the matrix it is read by all. (On
-    two cores of an AMD EPYC, GPT-2 small's matrices: 1.8 times as fast for one row if they are stored `[d_in d_out]`,
-    3 times if `[d_out d_in]`; for 8 rows 1.5 times.)
+    A product of one or two rows with a matrix is as fast as the matrix can be read. Torch reads it with one thread; as
+    a batch of products with parts of the matrix it is read by all. (GPT-2 small's matrices on two cores of an AMD EPYC:
+    1.8 times as fast if they are stored `[d_in d_out]`, 3 times if `[d_out d_in]`, which one thread too reads faster in
+    parts.)
+
+    Products of more rows in float32 torch leaves to MKL, which is written for Intel's processors. oneDNN, which torch
+    brings too, takes 0.5 to 0.8 of its time on an AMD EPYC, and adds the bias on its way.
+    `torch.backends.mkldnn.enabled = False` turns it off.
     """
-    rows = x.numel() // x.shape[-1]
-    if rows > _FEW or not _is_shared(x, weight):
+    if weight.numel() < _LARGE or weight.device.type != "cpu" or x.shape[-1:] != weight.shape[1:] or not _is_plain():
         return F.linear(x, weight, bias)
-    flat = x.reshape(rows, -1)
-    product = _by_outputs(flat, weight) if weight.stride(1) == 1 else _by_inputs(flat, weight.T)
-    return (product if bias is None else product + bias).view(*x.shape[:-1], -1)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _DifferentiableProduct.apply(x, weight, bias) if _suits_onednn(x, weight) else F.linear(x, weight, bias)
+    return _product(x, weight, bias)
 
 
-def _is_shared(x: Tensor, weight: Tensor) -> bool:
-    if weight.numel() < _WORTH_SHARING or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
-        return False
-    by_rows, by_columns = weight.stride(1) == 1, weight.stride(0) == 1 and torch.get_num_threads() > 1
-    differentiable = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return (by_rows or by_columns) and not differentiable and not torch.compiler.is_compiling()
+def _is_plain() -> bool:
+    """Whether nothing looks on that knows torch's own operations only: compiler, transform, autocast, forward mode."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or forward_ad._current_level >= 0
+    )
+
+
+def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    single = x.dtype == weight.dtype == torch.float32
+    return single and x.numel() > 0 and _ONEDNN is not None and bool(torch.backends.mkldnn.enabled)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x.numel() // x.shape[-1]
+    if 0 < rows <= _FEW:
+        by_rows, by_columns = weight.stride(1) == 1, weight.stride(0) == 1 and torch.get_num_threads() > 1
+        if by_rows or by_columns:
+            flat = x.reshape(rows, -1)
+            product = _by_outputs(flat, weight) if by_rows else _by_inputs(flat, weight.T)
+            return (product if bias is None else product + bias).view(*x.shape[:-1], -1)
+    if _ONEDNN is not None and _suits_onednn(x, weight):
+        return _ONEDNN(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+class _DifferentiableProduct(torch.autograd.Function):
+    """oneDNN's product, which torch knows no derivative of; what it keeps for the way back is what `F.linear` keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (gradient,), (x, weight) = gradients, ctx.saved_tensors
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        of_x = None if weight is None else linear(gradient, weight.T)
+        of_weight = None if x is None else rows.T @ x.reshape(-1, x.shape[-1])
+        return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
 def _by_outputs(x: Float[Tensor, "row d_in"], weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "row d_out"]:
     """Each part of the matrix gives some of the outputs."""
-    parts = max(2, torch.get_num_threads())
+    parts = min(max(2, torch.get_num_threads()), _MOST_PARTS)
     rest = len(weight) % parts
     shared = weight[: len(weight) - rest].unflatten(0, (parts, -1))
     product = torch.bmm(shared, x.T.expand(parts, -1, -1)).flatten(0, 1).T
@@ -48,7 +107,7 @@ def _by_outputs(x: Float[Tensor, "row d_in"], weight: Float[Tensor, "d_out d_in"
 
 def _by_inputs(x: Float[Tensor, "row d_in"], matrix: Float[Tensor, "d_in d_out"]) -> Float[Tensor, "row d_out"]:
     """Each part of the matrix gives a part of every output."""
-    parts = torch.get_num_threads()
+    parts = min(torch.get_num_threads(), _MOST_PARTS)
     rest = len(matrix) % parts
     n_shared = len(matrix) - rest
     pieces = x[:, :n_shared].unflatten(1, (parts, -1)).transpose(0, 1)
