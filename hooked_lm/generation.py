@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooked_lm.kv_cache import HookedTransformerKeyValueCache
+from hooked_lm.precision import at_least_single
 
 
 @runtime_checkable
@@ -69,7 +71,8 @@ class Sampling:
             logits = logits - self.freq_penalty * counts
         if not self.do_sample or self.temperature == 0:
             return logits.argmax(-1)
-        logits = logits / self.temperature
+        # In half precision the probabilities of many unlikely tokens would not add up.
+        logits = at_least_single(logits) / self.temperature
         if self.top_k is not None:
             least = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
             logits = logits.masked_fill(logits < least, float("-inf"))
@@ -137,13 +140,20 @@ def decode_steps(
     if attention_mask is None:
         # Said outright: the model would otherwise look for padding among the tokens.
         attention_mask = torch.ones_like(tokens)
+    written: list[Tensor] = []
+
+    def text() -> tuple[Tensor, Tensor]:
+        """The tokens so far and their mask, put together only where somebody reads them."""
+        return torch.cat((tokens, *written), 1), F.pad(attention_mask, (0, len(written)), value=1)
+
     unread: Tensor = tokens
     unread_mask: Tensor | None = attention_mask
     finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
     ends = torch.tensor(eos_token_ids, dtype=tokens.dtype, device=tokens.device)
     for _ in tqdm(range(max_new_tokens), disable=not verbose, desc="generating", leave=False):
-        if cache is not None and model.outgrows(cache):
-            cache, unread, unread_mask = model.new_kv_cache(*size), tokens, attention_mask
+        if cache is None or model.outgrows(cache):
+            cache = None if cache is None else model.new_kv_cache(*size)
+            unread, unread_mask = text()
         with torch.no_grad():
             logits = model(
                 unread,
@@ -152,13 +162,12 @@ def decode_steps(
                 attention_mask=unread_mask,
                 logits_to_keep=1,
             )
-        chosen = sampling.pick(logits[:, -1], tokens, attention_mask)
+        chosen = sampling.pick(logits[:, -1], *(text() if sampling.freq_penalty else ()))
         if eos_token_ids:
             chosen = torch.where(finished, ends[0], chosen)
             finished |= torch.isin(chosen, ends)
-        tokens = torch.cat((tokens, chosen[:, None]), 1)
-        attention_mask = torch.cat((attention_mask, torch.ones_like(chosen)[:, None]), 1)
-        unread, unread_mask = (tokens, attention_mask) if cache is None else (chosen[:, None], None)
+        unread, unread_mask = chosen[:, None], None
+        written.append(unread)
         yield chosen
         if eos_token_ids and bool(finished.all()):
             return

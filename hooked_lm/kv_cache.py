@@ -57,14 +57,16 @@ class HookedTransformerKeyValueCacheEntry:
             )
         if self.frozen:
             return torch.cat((self.past_keys, keys), 1), torch.cat((self.past_values, values), 1)
-        if torch.is_grad_enabled() and (keys.requires_grad or past.requires_grad):
+        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad or self._in_a_graph):
             # A write into the buffer would break the graph through it.
             self._keys = torch.cat((self.past_keys, keys), 1)
             self._values = torch.cat((self.past_values, values), 1)
             self._length = self._keys.shape[1]
             return self._keys, self._values
         end = self._length + keys.shape[1]
-        if end > self._keys.shape[1]:
+        # What a graph holds, or was made under inference_mode, can no longer be written to here: it is copied too.
+        sealed = self._in_a_graph or (past.is_inference() and not torch.is_inference_mode_enabled())
+        if sealed or end > past.shape[1]:
             self._grow(max(end, 2 * self._length, 64))
         self._keys[:, self._length : end] = keys
         self._values[:, self._length : end] = values
@@ -72,8 +74,18 @@ class HookedTransformerKeyValueCacheEntry:
         return self.past_keys, self.past_values
 
     def rewind(self, length: int) -> None:
-        """Forget every position from `length` on."""
+        """Forget every position from `length` on.
+
+        Raises:
+            ValueError: a negative length.
+        """
+        if length < 0:
+            raise ValueError(f"a cache is rewound to a length, which is not negative; got {length}")
         self._length = min(length, self._length)
+
+    @property
+    def _in_a_graph(self) -> bool:
+        return self._keys.requires_grad or self._values.requires_grad
 
     def _grow(self, capacity: int) -> None:
         def grown(buffer: Tensor) -> Tensor:
@@ -148,10 +160,14 @@ class HookedTransformerKeyValueCache:
         return mask
 
     def rewind(self, length: int) -> None:
-        """Forget every position from `length` on, in every layer; undoes a run that failed half-way."""
-        self.previous_attention_mask = self.previous_attention_mask[:, :length]
+        """Forget every position from `length` on, in every layer; undoes a run that failed half-way.
+
+        Raises:
+            ValueError: a negative length.
+        """
         for entry in self.entries:
             entry.rewind(length)
+        self.previous_attention_mask = self.previous_attention_mask[:, :length]
 
     def __getitem__(self, layer: int) -> HookedTransformerKeyValueCacheEntry:
         return self.entries[layer]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hooked_lm import HookedTransformer, HookPoint
+from hooked_lm.components import products
 from tests.helpers import tiny_model, tiny_tokens
 from tests.test_hook_sites import ARCHITECTURES
 
@@ -46,6 +47,16 @@ def test_the_forward_pass_is_one_graph_and_computes_the_same(architecture: str) 
     graph = compiled(model)
     for tokens in (tiny_tokens(), tiny_tokens(3, 9)):
         torch.testing.assert_close(graph(tokens), model(tokens), rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("load", [HookedTransformer.from_pretrained, HookedTransformer.from_pretrained_no_processing])
+def test_large_matrices_are_in_the_graph_too(load: Any, gpt2_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_LARGE", 1)
+    model = load(str(gpt2_folder))
+    graph = compiled(model)
+    for tokens in (tiny_tokens(1, 1), tiny_tokens(1, 2), tiny_tokens(3, 9)):
+        torch.testing.assert_close(graph(tokens), model(tokens), rtol=0, atol=1e-4)
 
 
 @torch.no_grad()

@@ -131,6 +131,13 @@ def test_the_cache_saves_the_work_it_is_for() -> None:
         assert lengths == expected
 
 
+def test_a_step_unembeds_one_position() -> None:
+    model, shapes = tiny_model(), []
+    with model.hooks(fwd_hooks=[("unembed.hook_in", lambda x, hook: shapes.append(tuple(x.shape)))]):
+        model.generate(tiny_tokens(2), 3, stop_at_eos=False, **GREEDY)
+    assert shapes == [(2, 1, model.cfg.d_model)] * 3
+
+
 # Batches of text
 
 
@@ -249,6 +256,17 @@ def test_top_p_keeps_the_fewest_that_reach_the_probability(top_p: float) -> None
     expected[kept] = LOGITS[kept].softmax(-1)
     assert 1 <= len(kept) <= 8
     assert_distribution(frequencies(top_p=top_p), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_the_tokens_that_single_precision_keeps(dtype: torch.dtype) -> None:
+    # Many unlikely tokens: added up in half precision, their probabilities would be lost.
+    logits = torch.randn(1, 30_000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    drawn = []
+    for given in (logits, logits.float()):
+        torch.manual_seed(0)
+        drawn.append(sample_logits(given.repeat(200, 1), top_p=0.9))
+    assert torch.equal(*drawn)
 
 
 def test_temperature_comes_before_top_p() -> None:

@@ -341,3 +341,56 @@ def test_a_block_goes_on_after_what_it_has_read_without_being_told_where() -> No
     entry = model.new_kv_cache(2)[0]
     pieces = [model.blocks[0](residual[:, part], past=entry) for part in (slice(5), slice(5, None))]
     torch.testing.assert_close(torch.cat(pieces, 1), whole, **EXACT)
+
+
+# What the buffers hold, and who may write to them
+
+
+@pytest.mark.parametrize("learned", ["W_V", "b_V", "W_K"])
+def test_a_prompt_read_in_pieces_has_the_gradients_of_one_read_at_once(learned: str) -> None:
+    model = model_of("standard").requires_grad_(False)
+    parameter = getattr(model.blocks[-1].attn, learned).requires_grad_()
+    (expected,) = torch.autograd.grad(model(TOKENS).square().sum(), parameter)
+    logits, _ = read_in_pieces(model, TOKENS, [5, 4, 3])
+    (found,) = torch.autograd.grad(logits.square().sum(), parameter)
+    torch.testing.assert_close(found, expected, **EXACT)
+
+
+def test_what_a_graph_holds_is_not_written_to() -> None:
+    model = model_of()
+    cache = model.new_kv_cache(2)
+    logits = model(TOKENS[:, :6], past_kv_cache=cache)
+    with torch.no_grad():
+        cache.rewind(3)
+        going_on = model(TOKENS[:, 3:6], past_kv_cache=cache)
+    torch.testing.assert_close(going_on, logits[:, 3:], **EXACT)
+    logits.sum().backward()  # raises if the keys of the first run are not there any more
+    assert model.blocks[0].attn.W_K.grad is not None
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_cache_made_under_inference_mode_goes_on_outside(gradients: bool) -> None:
+    model = model_of()
+    with torch.inference_mode():
+        cache = model.new_kv_cache(2, capacity=12)
+        model(TOKENS[:, :6], past_kv_cache=cache)
+    with torch.set_grad_enabled(gradients):
+        logits = model(TOKENS[:, 6:], past_kv_cache=cache)
+    torch.testing.assert_close(logits.detach(), model(TOKENS)[:, 6:].detach(), **EXACT)
+
+
+@torch.no_grad()
+def test_a_buffer_that_is_full_doubles() -> None:
+    model = model_of(n_ctx=200)
+    cache = model.new_kv_cache(1, capacity=100)
+    made = set()
+    for token in tiny_tokens(1, 200).unbind(1):
+        model(token[:, None], past_kv_cache=cache)
+        made.add(cache[0].past_keys.untyped_storage().nbytes() // cache[0].past_keys[:, :1].nbytes)
+    assert made == {100, 200}
+
+
+def test_a_cache_is_not_rewound_below_nothing() -> None:
+    cache = model_of().new_kv_cache(2)
+    with pytest.raises(ValueError, match="not negative; got -2"):
+        cache.rewind(-2)

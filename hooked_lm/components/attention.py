@@ -15,7 +15,7 @@ from hooked_lm.components.layout import SequenceLayout
 from hooked_lm.components.norm import make_qk_norm
 from hooked_lm.components.positions import AlibiSpec, RotarySpec, rotate
 from hooked_lm.components.products import linear
-from hooked_lm.components.projections import as_one_matrix, input_projection, project
+from hooked_lm.components.projections import as_one_matrix, input_projection, project, project_to_all
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint
 from hooked_lm.kv_cache import HookedTransformerKeyValueCacheEntry
@@ -112,9 +112,8 @@ class Attention(nn.Module):
         if shared and not (self.hook_q.live or self.hook_k.live or self.hook_v.live):
             matrix = as_one_matrix(self.W_Q, self.W_K, self.W_V)
             if matrix is not None:
-                biases = torch.cat((self.b_Q, self.b_K, self.b_V))
-                parts = linear(query_input, matrix, biases.flatten()).unflatten(-1, biases.shape)
-                q, k, v = parts.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), 2)
+                heads = project_to_all(query_input, matrix, torch.cat((self.b_Q, self.b_K, self.b_V)))
+                q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), 2)
                 return self._prepared(q, "Q"), self._prepared(k, "K"), self._prepared(v, "V")
         return self.project(query_input, "Q"), self.project(key_input, "K"), self.project(value_input, "V")
 

@@ -29,6 +29,19 @@ def project(
     return linear(x, W.mT.flatten(0, 1), b.flatten()).unflatten(-1, b.shape)
 
 
+def project_to_all(
+    x: Float[Tensor, "batch pos d_model"], matrix: Float[Tensor, "head_d_head d_model"], b: Float[Tensor, "head d_head"]
+) -> Float[Tensor, "batch pos head d_head"]:
+    """Return what several projections give, one after the other along the heads: one product for all of them.
+
+    Args:
+        x: what they read.
+        matrix: all of them, `as_one_matrix`.
+        b: their biases, one below the other.
+    """
+    return linear(x, matrix, b.flatten()).unflatten(-1, b.shape)
+
+
 def rooms_side_by_side(homes: list[Tensor], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """Return uninitialised memory for several projections [head d_model d_head] that is one matrix, `as_one_matrix`.
 
