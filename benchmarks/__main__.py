@@ -14,7 +14,7 @@ import typer
 from tqdm import tqdm
 
 from benchmarks import page
-from benchmarks.forward import machine
+from benchmarks.machine import machine
 from benchmarks.measurements import FULL, QUICK, Measurement, plan
 from benchmarks.peers.process import PEERS, interpreter_of
 from benchmarks.report import line, trouble
@@ -59,15 +59,16 @@ def main(
     if render:
         page.write(json.loads((json_file or RESULTS).read_text()))
         return
-    partial = quick or only is not None
+    partial = quick or only is not None or rounds is not None
     if write_page and partial:
-        raise typer.BadParameter("the page shows a whole run: leave out --only and --quick", param_hint="--page")
+        raise typer.BadParameter(
+            "the page shows whole runs: leave out --only, --quick and --rounds", param_hint="--page"
+        )
     try:
         interpreters = dict(map(interpreter_of, peer or []))
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--peer") from error
-    skipped = [name for name in PEERS if name not in interpreters]
-    for name in skipped:
+    for name in (one for one in PEERS if one not in interpreters):
         typer.echo(f"{name}: skipped, for want of --peer {name}=PYTHON")
     torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
@@ -84,7 +85,6 @@ def main(
         "quick": quick,
         "machine": machine(),
         "versions": versions,
-        "skipped": skipped,
         "results": as_json(results),
     }
     target = json_file or (None if partial else RESULTS)

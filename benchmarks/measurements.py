@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from benchmarks.grids import ANSWER, WRONG, Grid, Prompts, make_grid, make_prompts
 from benchmarks.models import random_gpt2, random_llama
-from benchmarks.patching import ANSWER, WRONG, Grid, Prompts, make_prompts
 from benchmarks.peers.process import OWN, PEERS
 
 OURS = "ours"
 TRANSFORMERS, MINIMAL = "transformers", "minimal"
 THREE, FOUR = "transformer_lens-3", "transformer_lens-4"
 NNSIGHT = "nnsight"
+LOOP = "ours, plain loop"
 LIBRARIES = (OURS, TRANSFORMERS, *PEERS)
 EVERYBODY = (*OWN, *PEERS)
 
@@ -35,16 +35,6 @@ TARGETS: dict[tuple[str, str], float] = {
     ("full cache 1x1024", THREE): 0.9,
     ("full cache 1x1024", FOUR): 0.9,
     ("lazy cache 1x1024: bytes held", "ours, full cache"): 1 / 30,
-    ("residual grid 12x32", "ours, plain loop"): 1 / 8,
-    ("residual grid 12x32", TRANSFORMERS): 1 / 10,
-    ("residual grid 12x32", THREE): 1 / 10,
-    ("residual grid 12x32", FOUR): 1 / 10,
-    ("residual grid 12x32", NNSIGHT): 1 / 10,
-    ("head grid 12x12", "ours, plain loop"): 1 / 4,
-    ("head grid 12x12", TRANSFORMERS): 1 / 4,
-    ("head grid 12x12", THREE): 1 / 4,
-    ("head grid 12x12", FOUR): 1 / 4,
-    ("head grid 12x12", NNSIGHT): 1 / 4,
     ("attribution 1x128", TRANSFORMERS): 0.9,
     ("attribution 1x128", THREE): 0.9,
     ("attribution 1x128", FOUR): 0.9,
@@ -58,6 +48,19 @@ TARGETS: dict[tuple[str, str], float] = {
     ("tiny: forward 1x32", MINIMAL): 1.2,
     ("tiny: full cache 1x128", "ours, eager forward"): 1.3,
 }
+
+# The same for grids of patches: how many times faster than a plain loop of ours, and than everybody else's.
+GRID_TARGETS = {"residual grid 12x32": (8, 10), "residual grid 12x128": (12, 12), "head grid 12x12": (4, 4)}
+PROMPTS = ("every token differs", "one token differs")
+TARGETS |= {
+    (f"{grid}, {prompts}", other): 1 / (over_loop if other == LOOP else over_others)
+    for grid, (over_loop, over_others) in GRID_TARGETS.items()
+    for prompts in PROMPTS
+    for other in (LOOP, TRANSFORMERS, *PEERS)
+}
+
+# A grid of more cells is swept once.
+MANY_CELLS = 1000
 
 
 @dataclass(frozen=True)
@@ -92,11 +95,16 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Import:
-    """Importing what loads a model, in a fresh interpreter, over `import torch`."""
+class Fresh:
+    """What a fresh interpreter takes.
+
+    Attributes:
+        what: `"import"` of what loads a model, once torch is there; or `"start"`, from nothing to the tiny model.
+    """
 
     name: str
     group: str
+    what: str
     rounds: int
 
 
@@ -123,7 +131,7 @@ class Patching:
     cells: int
 
 
-Measurement = Task | Import | Peak | Patching
+Measurement = Task | Fresh | Peak | Patching
 
 
 @dataclass(frozen=True)
@@ -136,7 +144,7 @@ class Scale:
         tiny_shapes: of those of the tiny model.
         prompt, new: tokens that a generation begins with and adds.
         batches: of generations.
-        grid: positions of patching grids.
+        grids: positions of patching grids, the long one last.
         cells: of a grid that loops do in a round.
         rounds: of what takes least; of the rest, in proportion.
         number: how often the tiny model runs in a turn.
@@ -150,7 +158,7 @@ class Scale:
     prompt: int
     new: int
     batches: tuple[int, ...]
-    grid: int
+    grids: tuple[int, ...]
     cells: int
     rounds: int
     number: int
@@ -185,7 +193,7 @@ FULL = Scale(
     prompt=32,
     new=50,
     batches=(1, 8),
-    grid=32,
+    grids=(32, 128),
     cells=12,
     rounds=15,
     number=50,
@@ -206,7 +214,7 @@ QUICK = Scale(
     prompt=8,
     new=5,
     batches=(2,),
-    grid=4,
+    grids=(4,),
     cells=4,
     rounds=1,
     number=2,
@@ -216,7 +224,8 @@ QUICK = Scale(
 def plan(scale: Scale) -> list[Measurement]:
     """Return all measurements, in the order in which they are made."""
     return [
-        Import("import", "Import and load", scale.some(1 / 3)),
+        Fresh("import", "Import and load", "import", scale.some(1 / 3)),
+        Fresh("from nothing to a tiny model", "Import and load", "start", scale.some(1 / 3)),
         *_loading(scale),
         *_small(scale),
         *_patching(scale),
@@ -250,9 +259,9 @@ def _small(scale: Scale) -> list[Measurement]:
     layer = {"layer": (n_layers - 1) // 2}
     full, own_forward = {"tokens": short, **layer}, {"ours, forward": "forward"}
     tasks = [
-        Task(f"forward {one}", "Forward", "small", "forward", {"tokens": short}, scale.rounds),
-        Task(f"forward {many}", "Forward", "small", "forward", {"tokens": wide}, scale.some(0.6)),
-        Task(f"forward {far}", "Forward", "small", "forward", {"tokens": long}, scale.some(0.6)),
+        Task(f"forward {one}", "Forward", "small", "forward", {"tokens": short}, scale.rounds, who=EVERYBODY),
+        Task(f"forward {many}", "Forward", "small", "forward", {"tokens": wide}, scale.some(0.6), who=EVERYBODY),
+        Task(f"forward {far}", "Forward", "small", "forward", {"tokens": long}, scale.some(0.6), who=EVERYBODY),
         Task(
             f"residual cache {one}",
             "Caches",
@@ -313,19 +322,33 @@ def _generations(scale: Scale, prefix: str, model: str, vocab: int, batches: tup
 
 def _patching(scale: Scale) -> list[Measurement]:
     fields = {"n_layer": 12, "n_head": 12, "vocab_size": 50257} | scale.small
-    prompts, _ = make_prompts(scale.grid, fields["vocab_size"])
-    grids = [
-        make_grid("residual grid", "resid_pre", (fields["n_layer"], scale.grid)),
-        make_grid("head grid", "attn_head_out_all_pos", (fields["n_layer"], fields["n_head"])),
+    n_layers, n_heads, short = fields["n_layer"], fields["n_head"], scale.grids[0]
+    every, one = make_prompts(short, fields["vocab_size"])
+    pairs = [
+        (prompts, grid)
+        for grid in (
+            make_grid("residual grid", "resid_pre", (n_layers, short)),
+            make_grid("head grid", "attn_head_out_all_pos", (n_layers, n_heads)),
+        )
+        for prompts in (every, one)
     ]
+    pairs.append((every, make_grid("head-by-position grid", "attn_head_out_by_pos", (n_layers, short, n_heads))))
+    for n_pos in scale.grids[1:]:
+        grid = make_grid("residual grid", "resid_pre", (n_layers, n_pos))
+        pairs += [(prompts, grid) for prompts in make_prompts(n_pos, fields["vocab_size"])]
     return [
-        Patching(grid.name, "Patching grids", "small", grid, prompts, scale.some(0.2), scale.cells) for grid in grids
+        Patching(
+            f"{grid.name}, {prompts.name}",
+            "Patching grids",
+            "small",
+            grid,
+            prompts,
+            # A long sweep is long enough to be done once.
+            1 if len(grid.cells) > MANY_CELLS else scale.some(0.2),
+            scale.cells,
+        )
+        for prompts, grid in pairs
     ]
-
-
-def make_grid(kind: str, patch: str, shape: tuple[int, ...]) -> Grid:
-    """Return all cells of a grid."""
-    return Grid(f"{kind} {'x'.join(map(str, shape))}", patch, list(itertools.product(*map(range, shape))))
 
 
 def _llama(scale: Scale) -> list[Measurement]:
@@ -347,7 +370,7 @@ def _llama(scale: Scale) -> list[Measurement]:
             scale.some(0.4),
             held=True,
         ),
-        *_generations(scale, "llama: ", "llama", vocab, scale.batches[:1]),
+        *_generations(scale, "llama: ", "llama", vocab, scale.batches),
     ]
 
 

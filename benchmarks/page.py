@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measurements import FOUR, MINIMAL, NNSIGHT, OURS, THREE, TRANSFORMERS
+from benchmarks.peers.process import PEERS
 from benchmarks.report import Ratio, beside_table, ratio_table, ratios, results_in, target_table, trouble
 
 HERE = Path(__file__).parent
@@ -54,8 +55,9 @@ def machine(report: Mapping[str, Any]) -> str:
             lines.append(
                 f"`{library}` {found[library]} with torch {found['torch']}, transformers {found['transformers']}."
             )
-    if report["skipped"]:
-        lines.append(f"Skipped, since no environment was named for them: {', '.join(report['skipped'])}.")
+    skipped = [name for name in PEERS if name not in versions]
+    if skipped:
+        lines.append(f"Not measured, since no environment was named for them: {', '.join(skipped)}.")
     text = "\n".join(lines)
     if report["rounds"] is None and not report["quick"]:
         return text

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.grids import ANSWER, TOLERANCE, WRONG, Loop, ask_loop, one_round
 from benchmarks.measurements import (
     FOUR,
     MINIMAL,
@@ -25,19 +26,18 @@ from benchmarks.measurements import (
     OURS,
     THREE,
     TRANSFORMERS,
-    Import,
+    Fresh,
     Measurement,
     Patching,
     Peak,
     Task,
 )
 from benchmarks.models import write_model
-from benchmarks.patching import ANSWER, TOLERANCE, WRONG, ask_peer, one_round
 from benchmarks.peers.process import OWN, Asked, start_peer
 
 Tick = Callable[[], None]
 
-# What has to be imported before a model can be loaded.
+# What a notebook's first cell imports. Some of it is put off until a model is loaded, which `Fresh` measures too.
 IMPORTS = {
     OURS: "from hooked_lm import HookedTransformer",
     TRANSFORMERS: "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained",
@@ -45,8 +45,6 @@ IMPORTS = {
     FOUR: "from transformer_lens.model_bridge import TransformerBridge",
     NNSIGHT: "from nnsight import TransformersModel",
 }
-# Nothing shorter is told apart when interpreters are started.
-SHORTEST_IMPORT = 1e-3
 
 
 @dataclass
@@ -96,8 +94,8 @@ class Run:
         match measurement:
             case Task():
                 return self.time_task(measurement, tick)
-            case Import():
-                return [self.time_imports(measurement, tick)]
+            case Fresh():
+                return [self.time_fresh(measurement, tick)]
             case Peak():
                 return [self.measure_peak(measurement, tick)]
             case Patching():
@@ -125,7 +123,7 @@ class Run:
                 continue
             if label == OURS:
                 reference = {name: value.clone() for name, value in load_file(into).items()}
-            elif self._differs(result, label, reference, load_file(into), task.tolerance):
+            elif self._differs(result, label, reference, load_file(into), task.tolerance, contestant.name != OURS):
                 continue
             into.unlink()
             entries[label], held[label] = contestant, reply["held"]
@@ -133,8 +131,9 @@ class Run:
             {label: partial(one.ask, "run", slot=label, number=task.number) for label, one in entries.items()},
             task.rounds,
             tick,
+            result.failed,
         )
-        for contestant in {one.name: one for one in entries.values()}.values():
+        for contestant in {one.name: one for label, one in entries.items() if label in result.values}.values():
             contestant.ask("forget")
         if not task.held:
             return [result]
@@ -167,23 +166,41 @@ class Run:
             self.loaded[contestant.name] = model
 
     def _differs(
-        self, result: Result, label: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], tolerance: float
+        self,
+        result: Result,
+        label: str,
+        ours: Mapping[str, Tensor],
+        theirs: Mapping[str, Tensor],
+        tolerance: float,
+        whole: bool,
     ) -> bool:
-        """Note the difference of somebody's values from ours, and return whether it is too large."""
-        difference = largest_difference(ours, theirs)
-        if difference <= tolerance:
-            result.difference[label] = difference
-            return False
-        result.wrong[label] = f"values differ by {difference:.2g}, more than {tolerance:g}"
-        return True
+        """Note the difference of somebody's values from ours, and return whether it is too large.
+
+        With `whole` he has to have all that we have; otherwise it is something else of ours, which has some of it.
+        """
+        if whole and (missing := ours.keys() - theirs.keys()):
+            result.wrong[label] = f"values are missing: {', '.join(sorted(missing))}"
+            return True
+        return _judged(result, label, largest_difference(ours, theirs), tolerance)
 
     # The rest
 
-    def time_imports(self, measurement: Import, tick: Tick) -> Result:
-        """Time fresh interpreters that import torch, and that import a contestant too."""
-        names = [one.name for one in self.contestants if one.name in IMPORTS]
-        commands = {name: partial(import_seconds, self.interpreters[name], IMPORTS[name]) for name in names}
-        return Result(measurement.name, measurement.group, values=in_turn(commands, measurement.rounds, tick, warmup=1))
+    def time_fresh(self, measurement: Fresh, tick: Tick) -> Result:
+        """Time fresh interpreters: importing what loads a model, or all that comes before one is there."""
+        seconds = {"import": self._import_seconds, "start": self._start_seconds}[measurement.what]
+        result = Result(measurement.name, measurement.group)
+        turns = {one.name: partial(seconds, one.name) for one in self.contestants if one.name in IMPORTS}
+        result.values = in_turn(turns, measurement.rounds, tick, result.failed)
+        return result
+
+    def _import_seconds(self, name: str) -> float:
+        return import_seconds(self.interpreters[name], IMPORTS[name])
+
+    def _start_seconds(self, name: str) -> float:
+        start = time.perf_counter()
+        with start_peer(name, self.interpreters[name]) as fresh:
+            fresh.ask("load", folder=str(self.folder / "tiny"))
+            return time.perf_counter() - start
 
     def measure_peak(self, measurement: Peak, tick: Tick) -> Result:
         """Let a fresh process of everybody load a model."""
@@ -209,9 +226,9 @@ class Run:
         return result
 
     def time_patching(self, measurement: Patching, tick: Tick) -> Result:
-        """Let our sweep do a grid, and loops some of its cells; see `benchmarks.patching`."""
+        """Let our sweep do a grid, and loops some of its cells; see `benchmarks.grids`."""
         result, grid, prompts = Result(measurement.name, measurement.group), measurement.grid, measurement.prompts
-        loops: dict[str, Callable[[Sequence[Any]], Any]] = {}
+        loops: dict[str, Loop] = {}
         for contestant in self.contestants:
             if contestant.name == MINIMAL:
                 continue
@@ -219,11 +236,11 @@ class Run:
             try:
                 self._load(contestant, measurement.model)
                 contestant.ask("set_prompts", clean=prompts.clean.tolist(), corrupted=prompts.corrupted.tolist())
-                ask_peer(contestant, grid, grid.cells[:1])  # nobody starts cold
+                ask_loop(contestant, grid, grid.cells[:1])  # nobody starts cold
             except RuntimeError as error:
                 result.failed[label] = last_line(error)
                 continue
-            loops[label] = partial(ask_peer, contestant, grid)
+            loops[label] = partial(ask_loop, contestant, grid)
         ours = next(one for one in self.contestants if one.name == OURS)
 
         def sweep() -> tuple[float, Tensor]:
@@ -235,26 +252,34 @@ class Run:
         rounds = []
         for index in range(measurement.rounds):
             rounds.append(one_round(grid, chosen[index :: measurement.rounds], sweep, loops))
+            for label, error in rounds[-1].failed.items():
+                result.failed[label] = last_line(error)
+                del loops[label]
             tick()
         result.values = {OURS: [one.seconds for one in rounds]}
         for label in loops:
-            difference = max(one.others[label][1] for one in rounds)
-            if difference <= TOLERANCE:
-                result.difference[label] = difference
+            differences = torch.cat([one.others[label][1] for one in rounds])
+            if not _judged(result, label, _largest(differences), TOLERANCE):
                 result.values[label] = [one.others[label][0] for one in rounds]
-            else:
-                result.wrong[label] = f"values differ by {difference:.2g}, more than {TOLERANCE:g}"
         return result
 
 
 def in_turn(
-    contestants: Mapping[str, Callable[[], float]], rounds: int, tick: Tick, warmup: int = 1
+    contestants: Mapping[str, Callable[[], float]], rounds: int, tick: Tick, failed: dict[str, str], warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Ask everybody once a round for his seconds, backwards every other round, and return them."""
+    """Ask everybody once a round for his seconds, backwards every other round, and return them.
+
+    Whoever fails is not asked again, and is noted in `failed` with his last words.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for index in range(-warmup, rounds):
-        for name, run in list(contestants.items())[:: -1 if index % 2 else 1]:
-            taken = run()
+        for name in list(seconds)[:: -1 if index % 2 else 1]:
+            try:
+                taken = contestants[name]()
+            except RuntimeError as error:
+                failed[name] = last_line(error)
+                del seconds[name]
+                continue
             if index >= 0:
                 seconds[name].append(taken)
         if index >= 0:
@@ -262,13 +287,19 @@ def in_turn(
     return seconds
 
 
+def _judged(result: Result, label: str, difference: float, tolerance: float) -> bool:
+    """Note how far somebody's values are from ours, and return whether that is too far."""
+    if difference <= tolerance:
+        result.difference[label] = difference
+        return False
+    result.wrong[label] = f"values differ by {difference:.2g}, more than {tolerance:g}"
+    return True
+
+
 def largest_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
     """Return the largest difference of values that both have; infinite where they are no values of the same thing."""
     shared = ours.keys() & theirs.keys()
-    if not shared:
-        return math.inf
-    differences = [_difference(ours[name], theirs[name]) for name in shared]
-    return math.inf if any(math.isnan(one) for one in differences) else max(differences)
+    return max((_difference(ours[name], theirs[name]) for name in shared), default=math.inf)
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
@@ -276,19 +307,26 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
         return math.inf
     if not ours.is_floating_point():  # tokens: the same ones, or others
         return 0.0 if torch.equal(ours, theirs) else math.inf
-    return (ours - theirs).abs().max().item()
+    return _largest(ours - theirs)
+
+
+def _largest(differences: Tensor) -> float:
+    """The largest difference; infinite where one is not a number, which would be lost among the others."""
+    largest = differences.abs().max().item()
+    return math.inf if math.isnan(largest) else largest
 
 
 def import_seconds(python: str, statement: str) -> float:
-    """Return the seconds that a statement takes in a fresh interpreter, less those of `import torch` in another."""
+    """Return the seconds that a statement takes in a fresh interpreter that has imported torch.
 
-    def seconds(code: str) -> float:
-        start = time.perf_counter()
-        subprocess.run([python, "-W", "ignore", "-c", code], check=True, capture_output=True)
-        return time.perf_counter() - start
-
-    alone = seconds("import torch")
-    return max(seconds(f"import torch; {statement}") - alone, SHORTEST_IMPORT)
+    Raises:
+        RuntimeError: it fails there; with its own words.
+    """
+    code = f"import time, torch; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
+    done = subprocess.run([python, "-W", "ignore", "-c", code], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{python} could not run {statement!r}:\n{done.stderr}")
+    return float(done.stdout.split()[-1])
 
 
 def last_line(error: Exception) -> str:

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from benchmarks import page
 from benchmarks.__main__ import RESULTS, app
-from benchmarks.measurements import FULL, OURS, QUICK, TARGETS, TINY, Patching, Task, make_grid, plan
+from benchmarks.grids import make_grid, make_prompts
+from benchmarks.measurements import FULL, OURS, QUICK, TARGETS, TINY, Patching, Task, plan
 from benchmarks.models import random_gpt2, write_model
-from benchmarks.patching import make_prompts
 from benchmarks.peers.contestant import Contestant, bytes_of
 from benchmarks.peers.contestant import Task as ServedTask
 from benchmarks.peers.minimal import MinimalGPT2
@@ -125,10 +125,27 @@ def test_everybody_is_asked_in_turn_and_backwards_every_other_round() -> None:
     order: list[str] = []
     contestants = {name: lambda name=name: order.append(name) or 1.0 for name in "abc"}  # type: ignore[misc]
     ticks: list[int] = []
-    seconds = in_turn(contestants, 2, lambda: ticks.append(1))
+    failed: dict[str, str] = {}
+    seconds = in_turn(contestants, 2, lambda: ticks.append(1), failed)
     assert "".join(order) == "cba" + "abc" + "cba"  # the first is to warm up
     assert seconds == {"a": [1.0, 1.0], "b": [1.0, 1.0], "c": [1.0, 1.0]}
     assert len(ticks) == 2
+    assert failed == {}
+
+
+def test_who_fails_in_the_middle_is_not_asked_again_and_named() -> None:
+    turns = iter(range(10))
+
+    def second_time() -> float:
+        if next(turns) == 2:
+            raise RuntimeError("could not:\nKeyError: 'x'")
+        return 1.0
+
+    failed: dict[str, str] = {}
+    seconds = in_turn({"a": second_time, "b": lambda: 2.0}, 4, lambda: None, failed)
+    assert seconds == {"b": [2.0] * 4}
+    assert failed == {"a": "KeyError: 'x'"}
+    assert next(turns) == 3
 
 
 def test_times_of_equal_values_count(tmp_path: Path) -> None:
@@ -166,6 +183,18 @@ def test_who_fails_is_left_out_with_his_last_words(tmp_path: Path) -> None:
     (result,) = measured(tmp_path, Failing("transformers", None, []), **ARGUMENTS)
     assert result.failed == {"transformers": "ValueError: no room"}
     assert OURS in result.values
+
+
+def test_who_leaves_something_out_is_left_out(tmp_path: Path) -> None:
+    class Less(Fake):
+        def ask(self, what: str, **arguments: Any) -> Any:
+            if what == "prepare":
+                save_file({"something else": torch.arange(6.0)}, arguments["into"])
+                return {"held": None}
+            return super().ask(what, **arguments)
+
+    (result,) = measured(tmp_path, Less("transformers", None, []), **ARGUMENTS)
+    assert result.wrong == {"transformers": "values are missing: logits"}
 
 
 def test_bytes_are_a_result_of_their_own(tmp_path: Path) -> None:
@@ -217,6 +246,51 @@ def test_a_loop_with_wrong_values_is_left_out_of_a_grid(tmp_path: Path) -> None:
     # Four of six cells in four seconds are six seconds for all.
     assert result.values == {OURS: [2.0], "ours, plain loop": [6.0]}
     assert list(result.wrong) == ["transformers"]
+
+
+@pytest.mark.parametrize("shift", [math.nan, math.inf])
+def test_values_that_are_no_numbers_are_wrong_in_whatever_round(shift: float, tmp_path: Path) -> None:
+    rounds = iter([0.0, 0.0, 0.0, shift, 0.0])  # to warm up, and two halves of two rounds
+
+    class Loop(Fake):
+        def ask(self, what: str, **arguments: Any) -> Any:
+            match what:
+                case "patch":
+                    shifted = next(rounds) if self.name == "transformers" else 0.0
+                    return {"seconds": 1.0, "values": [shifted + sum(cell) for cell in arguments["cells"]]}
+                case "sweep":
+                    return {"seconds": 2.0, "values": [layer + pos for layer in range(2) for pos in range(3)]}
+                case _:
+                    return {}
+
+    grid = make_grid("residual grid", "resid_pre", (2, 3))
+    prompts, _ = make_prompts(3, 10)
+    run = Run([Loop(OURS, None, []), Loop("transformers", None, [])], tmp_path, 1, {})
+    (result,) = run.measure(Patching(grid.name, "P", "small", grid, prompts, 2, 3), lambda: None)
+    assert result.wrong == {"transformers": "values differ by inf, more than 0.0001"}
+    assert list(result.values) == [OURS, "ours, plain loop"]
+
+
+def test_a_loop_that_fails_in_the_middle_is_left_out_of_a_grid(tmp_path: Path) -> None:
+    class Loop(Fake):
+        def ask(self, what: str, **arguments: Any) -> Any:
+            self.asked.append(what)
+            match what:
+                case "patch" if self.name == "transformers" and self.asked.count("patch") == 3:
+                    raise RuntimeError("could not patch:\nMemoryError")
+                case "patch":
+                    return {"seconds": 1.0, "values": [float(sum(cell)) for cell in arguments["cells"]]}
+                case "sweep":
+                    return {"seconds": 2.0, "values": [layer + pos for layer in range(2) for pos in range(3)]}
+                case _:
+                    return {}
+
+    grid = make_grid("residual grid", "resid_pre", (2, 3))
+    prompts, _ = make_prompts(3, 10)
+    run = Run([Loop(OURS, None, []), Loop("transformers", None, [])], tmp_path, 1, {})
+    (result,) = run.measure(Patching(grid.name, "P", "small", grid, prompts, 2, 3), lambda: None)
+    assert result.failed == {"transformers": "MemoryError"}
+    assert result.values == {OURS: [2.0, 2.0], "ours, plain loop": [4.0, 4.0]}
 
 
 # Contestants
@@ -275,7 +349,6 @@ REPORT: dict[str, Any] = {
         OURS: {"hooked-lm": "0.1.0"},
         "transformer_lens-3": {"transformer_lens": "3.9.0", "torch": "2.0", "transformers": "5.0"},
     },
-    "skipped": ["transformer_lens-4", "nnsight"],
     "results": [
         {
             "name": "forward 8x128",
@@ -312,7 +385,7 @@ def test_a_page_from_a_given_report() -> None:
     text = page.rendered(REPORT, template, "Preface.\n\n## forward 8x128\n\nFor this reason.\n")
     assert "a CPU, 2 cores, threads used: 2" in text
     assert "`transformer_lens` 3.9.0" in text
-    assert "Skipped, since no environment was named for them: transformer_lens-4, nnsight." in text
+    assert "Not measured, since no environment was named for them: transformer_lens-4, nnsight." in text
     assert "- attribution 1x128, transformers: values differ by 1, more than 0.0001" in text
     assert "### Forward\n\n|  | ours |" in text
     assert "### Missed: forward 8x128\n\nFor this reason." in text
@@ -391,10 +464,11 @@ def test_an_unknown_measurement_is_an_error_that_names_those_there_are(command: 
     assert "no measurement 'forwards': there are import;" in plain(done.output)
 
 
-def test_the_page_is_not_written_from_a_part(command: CliRunner) -> None:
-    done = command.invoke(app, ["--quick", "--page"])
+@pytest.mark.parametrize("part", [["--quick"], ["--rounds", "1"], ["--only", "import"]])
+def test_the_page_is_not_written_from_a_part(part: list[str], command: CliRunner) -> None:
+    done = command.invoke(app, [*part, "--page"])
     assert done.exit_code == 2
-    assert "leave out --only and --quick" in plain(done.output)
+    assert "leave out --only, --quick and --rounds" in plain(done.output)
 
 
 def test_a_list_of_what_is_measured(command: CliRunner) -> None:
@@ -413,13 +487,12 @@ def test_a_quick_run_skips_missing_peers_by_name_and_everybody_computes_the_same
     assert done.exit_code == 0, done.output
     assert "transformer_lens-3: skipped, for want of --peer transformer_lens-3=PYTHON" in done.output
     report = json.loads(found.read_text())
-    assert report["skipped"] == ["transformer_lens-3", "transformer_lens-4", "nnsight"]
     assert set(report["versions"]) == {OURS, "transformers", "minimal"}
     results = {one["name"]: one for one in report["results"]}
     assert {"transformers", "minimal"} <= results["tiny: forward 1x16"]["difference"].keys()
     assert results["generation of 5, batch 2"]["difference"] == {"transformers": 0.0}
     assert results["full cache 1x16"]["absent"] == ["transformers"]
-    assert set(results["residual grid 2x4"]["values"]) == {OURS, "ours, plain loop", "transformers"}
+    assert set(results["residual grid 2x4, one token differs"]["values"]) == {OURS, "ours, plain loop", "transformers"}
     lazy = results["lazy cache 1x32: bytes held"]["values"]
     assert lazy[OURS][0] < lazy["ours, full cache"][0] / 10
     assert set(names) <= results.keys()

@@ -104,12 +104,18 @@ class Contestant(ABC):
 
 def serve_contestant(contestant: Contestant) -> None:
     """Answer requests to a contestant until there are no more."""
-    served = _Served(contestant)
+    served = Served(contestant)
     own = {name: getattr(served, name) for name in ("begin", "load", "prepare", "run", "forget", "peak")}
     serve(own | dict(contestant.handlers()))
 
 
-class _Served:
+class Served:
+    """The requests that every contestant answers.
+
+    Args:
+        contestant: who does the work.
+    """
+
     def __init__(self, contestant: Contestant) -> None:
         self.contestant = contestant
         self.prepared: dict[str, Task] = {}

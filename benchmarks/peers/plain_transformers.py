@@ -16,8 +16,12 @@ from benchmarks.peers.contestant import HEAD, SCALE, Contestant, Task, Tokens, s
 Edit = Callable[[Tensor], Tensor | None]
 # A module, its "input" or "output", and what sees it there. What is returned by one that sees an input takes its place.
 Visit = tuple[Any, str, Edit]
-# What is patched, and how: the names of the classic patching module.
-SITES = {("resid_pre", "layer_pos_patch_setter"): "stream", ("z", "layer_head_vector_patch_setter"): "head"}
+# What is patched, by the classic patching module: the site, and what the numbers of a cell after its layer mean.
+SITES = {
+    ("resid_pre", "layer_pos_patch_setter"): ("stream", ("pos",)),
+    ("z", "layer_head_vector_patch_setter"): ("head", ("head",)),
+    ("z", "layer_pos_head_vector_patch_setter"): ("head", ("pos", "head")),
+}
 
 
 class Plain(Contestant):
@@ -170,22 +174,26 @@ class Plain(Contestant):
         self, activation: str, setter: str, axes: Sequence[str], cells: Sequence[Sequence[int]], answer: int, wrong: int
     ) -> dict[str, Any]:
         """Return the seconds that some cells of a grid take, and their values."""
-        site = SITES[activation, setter]
+        site, axes = SITES[activation, setter]
         with undisturbed():
             start = perf_counter()
-            values = [self._patched(site, layer, place, answer, wrong) for layer, place in cells]
+            values = [
+                self._patched(site, layer, dict(zip(axes, place, strict=True)), answer, wrong)
+                for layer, *place in cells
+            ]
             seconds = perf_counter() - start
         return {"seconds": seconds, "values": values}
 
-    def _patched(self, site: str, layer: int, place: int, answer: int, wrong: int) -> float:
+    def _patched(self, site: str, layer: int, place: Mapping[str, int], answer: int, wrong: int) -> float:
         clean = self._clean[site, layer]
+        here = (slice(None), place.get("pos", slice(None)))
 
         def put_clean(x: Tensor) -> Tensor:
             x = x.clone()
             if site == "stream":
-                x[:, place] = clean[:, place]
+                x[here] = clean[here]
             else:
-                self.by_head(x)[:, :, place] = self.by_head(clean)[:, :, place]
+                self.by_head(x)[*here, place["head"]] = self.by_head(clean)[*here, place["head"]]
             return x
 
         module = self.blocks[layer] if site == "stream" else self.projection(layer)
