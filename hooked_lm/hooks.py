@@ -281,7 +281,8 @@ class HookedRootModule(nn.Module):
         positions, names = Slice.unwrap(pos_slice), self.names_to_cache(names_filter)
 
         def keep(suffix: str, x: Tensor, hook: HookPoint) -> None:
-            store[hook.name + suffix] = recorded_part(x, hook, positions, remove_batch_dim).to(device=device)
+            part = recorded_part(x, hook, positions, remove_batch_dim)
+            store[hook.name + suffix] = part if device is None else part.to(device)
 
         fwd: list[tuple[str, HookFunction]] = [(name, partial(keep, "")) for name in names]
         bwd: list[tuple[str, HookFunction]] = [
@@ -397,9 +398,7 @@ class HookedRootModule(nn.Module):
             if incl_bwd:
                 _check_scalar(output)
                 output.backward()
-        self._check_fired(
-            names_filter if names_filter is not None else "*", [handle for handle in handles if handle.dir == "fwd"]
-        )
+        self._check_fired(names_filter, [handle for handle in handles if handle.dir == "fwd"])
         if given is not None:
             return output, given
         recorded = dict(store)

@@ -223,26 +223,43 @@ def test_tokens_are_the_same_or_not() -> None:
     assert largest_difference(ours, {"tokens": torch.tensor([1, 3])}) == math.inf
 
 
-def test_a_loop_with_wrong_values_is_left_out_of_a_grid(tmp_path: Path) -> None:
-    class Loop(Fake):
-        shift = 0.0
+class Loop(Fake):
+    """Patches cell by cell: a cell's value is the sum of its numbers, and each takes a second.
 
-        def ask(self, what: str, **arguments: Any) -> Any:
-            match what:
-                case "patch":
-                    values = [10.0 * layer + pos + self.shift for layer, pos in arguments["cells"]]
-                    return {"seconds": 1.0 * len(values), "values": values}
-                case "sweep":
-                    return {"seconds": 2.0, "values": [10.0 * layer + pos for layer in range(2) for pos in range(3)]}
-                case _:
-                    return {}
+    Args:
+        name: its own.
+        turns: what is added to the values of each turn, or what is raised; nothing after that.
+    """
 
-    wrong = Loop("transformers", None, [])
-    wrong.shift = 1.0
+    def __init__(self, name: str, *turns: float | RuntimeError) -> None:
+        super().__init__(name, None, [])
+        self.turns = iter(turns)
+
+    def ask(self, what: str, **arguments: Any) -> Any:
+        match what:
+            case "patch":
+                shift = next(self.turns, 0.0)
+                if isinstance(shift, RuntimeError):
+                    raise shift
+                cells = arguments["cells"]
+                return {"seconds": 1.0 * len(cells), "values": [shift + sum(cell) for cell in cells]}
+            case "sweep":
+                return {"seconds": 2.0, "values": [layer + pos for layer in range(2) for pos in range(3)]}
+            case _:
+                return {}
+
+
+def grid_beside(other: Loop, folder: Path, rounds: int, cells: int) -> Result:
+    """Return the result of a small grid, done so often, with so many cells by the loops each time."""
     grid = make_grid("residual grid", "resid_pre", (2, 3))
     prompts, _ = make_prompts(3, 10)
-    run = Run([Loop(OURS, None, []), wrong], tmp_path, 1, {})
-    (result,) = run.measure(Patching(grid.name, "P", "small", grid, prompts, 1, 4), lambda: None)
+    run = Run([Loop(OURS), other], folder, 1, {})
+    (result,) = run.measure(Patching(grid.name, "P", "small", grid, prompts, rounds, cells), lambda: None)
+    return result
+
+
+def test_a_loop_with_wrong_values_is_left_out_of_a_grid(tmp_path: Path) -> None:
+    result = grid_beside(Loop("transformers", 1.0, 1.0, 1.0), tmp_path, 1, 4)
     # Four of six cells in four seconds are six seconds for all.
     assert result.values == {OURS: [2.0], "ours, plain loop": [6.0]}
     assert list(result.wrong) == ["transformers"]
@@ -250,47 +267,18 @@ def test_a_loop_with_wrong_values_is_left_out_of_a_grid(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shift", [math.nan, math.inf])
 def test_values_that_are_no_numbers_are_wrong_in_whatever_round(shift: float, tmp_path: Path) -> None:
-    rounds = iter([0.0, 0.0, 0.0, shift, 0.0])  # to warm up, and two halves of two rounds
-
-    class Loop(Fake):
-        def ask(self, what: str, **arguments: Any) -> Any:
-            match what:
-                case "patch":
-                    shifted = next(rounds) if self.name == "transformers" else 0.0
-                    return {"seconds": 1.0, "values": [shifted + sum(cell) for cell in arguments["cells"]]}
-                case "sweep":
-                    return {"seconds": 2.0, "values": [layer + pos for layer in range(2) for pos in range(3)]}
-                case _:
-                    return {}
-
-    grid = make_grid("residual grid", "resid_pre", (2, 3))
-    prompts, _ = make_prompts(3, 10)
-    run = Run([Loop(OURS, None, []), Loop("transformers", None, [])], tmp_path, 1, {})
-    (result,) = run.measure(Patching(grid.name, "P", "small", grid, prompts, 2, 3), lambda: None)
+    # One turn to warm up, and two halves of each round.
+    result = grid_beside(Loop("transformers", 0.0, 0.0, 0.0, shift), tmp_path, 2, 3)
     assert result.wrong == {"transformers": "values differ by inf, more than 0.0001"}
     assert list(result.values) == [OURS, "ours, plain loop"]
 
 
-def test_a_loop_that_fails_in_the_middle_is_left_out_of_a_grid(tmp_path: Path) -> None:
-    class Loop(Fake):
-        def ask(self, what: str, **arguments: Any) -> Any:
-            self.asked.append(what)
-            match what:
-                case "patch" if self.name == "transformers" and self.asked.count("patch") == 3:
-                    raise RuntimeError("could not patch:\nMemoryError")
-                case "patch":
-                    return {"seconds": 1.0, "values": [float(sum(cell)) for cell in arguments["cells"]]}
-                case "sweep":
-                    return {"seconds": 2.0, "values": [layer + pos for layer in range(2) for pos in range(3)]}
-                case _:
-                    return {}
-
-    grid = make_grid("residual grid", "resid_pre", (2, 3))
-    prompts, _ = make_prompts(3, 10)
-    run = Run([Loop(OURS, None, []), Loop("transformers", None, [])], tmp_path, 1, {})
-    (result,) = run.measure(Patching(grid.name, "P", "small", grid, prompts, 2, 3), lambda: None)
+@pytest.mark.parametrize("turn", range(4))
+def test_a_loop_that_fails_is_left_out_of_a_grid_and_named(turn: int, tmp_path: Path) -> None:
+    turns = [*[0.0] * turn, RuntimeError("could not patch:\nMemoryError")]
+    result = grid_beside(Loop("transformers", *turns), tmp_path, 2, 3)
     assert result.failed == {"transformers": "MemoryError"}
-    assert result.values == {OURS: [2.0, 2.0], "ours, plain loop": [4.0, 4.0]}
+    assert result.values == {OURS: [2.0, 2.0], "ours, plain loop": [6.0, 6.0]}
 
 
 # Contestants
@@ -429,7 +417,7 @@ def test_the_page_is_what_the_results_say() -> None:
 
 def test_the_page_has_the_headings_that_others_link_to() -> None:
     headings = re.findall(r"^## (.+)$", page.PAGE.read_text(), flags=re.MULTILINE)
-    assert {"Measurements", "Loading", "Patching"} <= set(headings)
+    assert {"Loading", "Patching"} <= set(headings)
 
 
 # The command

@@ -210,6 +210,15 @@ def test_a_wrong_width_is_an_error(rows: int, layout: str) -> None:
             unchecked(torch.ones(rows, width), matrix(layout, 12, 18, torch.float32))
 
 
+@pytest.mark.usefixtures("small_is_large")
+@pytest.mark.parametrize("rows", [1, 5])
+def test_what_does_not_go_together_is_an_error(rows: int) -> None:
+    x, weight = torch.ones(rows, 18), matrix("[d_out d_in]", 12, 18, torch.float32)
+    for wrong in ((x.double(), weight, None), (x, weight, torch.zeros(12).double())):
+        with pytest.raises(RuntimeError, match="dtype"):
+            products.linear(*wrong)
+
+
 def test_parts_do_not_grow_with_the_threads_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
     monkeypatch.setattr(products, "_LARGE", 1)
