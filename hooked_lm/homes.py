@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from hooked_lm import weights as processing
-from hooked_lm.components.projections import rooms_side_by_side
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.weights import Weights
 
@@ -27,7 +26,6 @@ class Homes:
 
     def __init__(self, model: nn.Module, device: str | torch.device) -> None:
         self.device, self.dtype = torch.device(device), next(model.parameters()).dtype
-        self._rooms: Weights = {}
         self._owners = {
             f"{path}.{name}": (module, name) for path, module in model.named_modules() for name in module._parameters
         }
@@ -71,18 +69,7 @@ class Homes:
             # In the checkpoint's order, which serves as well: to transpose it on the way would be work for nobody.
             return value.to(self.device, home.dtype, copy=True)
         dtype = self._precise if processed else home.dtype
-        return self._room(name, home, dtype).copy_(value)
-
-    def _room(self, name: str, home: Tensor, dtype: torch.dtype) -> Tensor:
-        """Memory for a parameter. Queries', keys' and values' weights lie side by side, so that one product serves."""
-        attention, _, letter = name.rpartition("W_")
-        if not attention.endswith(".attn.") or letter not in ("Q", "K", "V"):
-            return torch.empty_like(home, device=self.device, dtype=dtype)
-        if name not in self._rooms:
-            names = [f"{attention}W_{letter}" for letter in "QKV"]
-            homes = [module._parameters[attribute] for module, attribute in map(self._owners.__getitem__, names)]
-            self._rooms.update(zip(names, rooms_side_by_side(homes, self.device, dtype), strict=True))
-        return self._rooms.pop(name)
+        return torch.empty_like(home, device=self.device, dtype=dtype).copy_(value)
 
     @property
     def _precise(self) -> torch.dtype:

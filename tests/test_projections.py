@@ -10,18 +10,32 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from hooked_lm import HookedTransformer
 from hooked_lm.components import attention
-from hooked_lm.components.projections import as_one_matrix, rooms_side_by_side
-from tests.helpers import tiny_model, tiny_tokens
-
-LOADS = [HookedTransformer.from_pretrained, HookedTransformer.from_pretrained_no_processing]
+from hooked_lm.components.projections import as_one_matrix
+from tests.helpers import randomise_, tiny_model, tiny_tokens
 
 
-@pytest.fixture(params=LOADS, ids=["processed", "unprocessed"])
-def model(request: pytest.FixtureRequest, gpt2_folder: Path) -> HookedTransformer:
-    return request.param(str(gpt2_folder), dtype=torch.float32)
+@pytest.fixture(scope="session")
+def phi3_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A folder with a tiny Phi-3, whose fused matrix has its rows one below the other, and grouped keys and values."""
+    folder = tmp_path_factory.mktemp("phi3")
+    sizes = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24}
+    config = Phi3Config(
+        vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=64, pad_token_id=0, **sizes
+    )
+    randomise_(Phi3ForCausalLM(config)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=["gpt2_folder", "phi3_folder"])
+def model(request: pytest.FixtureRequest) -> HookedTransformer:
+    """A model whose checkpoint has queries, keys and values in one matrix: side by side, or one below the other."""
+    folder = request.getfixturevalue(request.param)
+    return HookedTransformer.from_pretrained_no_processing(folder, dtype=torch.float32)
 
 
 @pytest.fixture
@@ -106,26 +120,9 @@ def test_neighbours_by_chance_are_not_one_matrix() -> None:
     assert as_one_matrix(W_Q, W_K) is None
 
 
-def test_rooms_have_no_gaps() -> None:
-    # An optimizer of torch's that runs over memory, gaps and all, would run over a neighbour.
-    homes = [torch.empty(heads, 5, 3) for heads in (4, 2, 2)]
-    rooms = rooms_side_by_side(homes, torch.device("cpu"), torch.float64)
-    for home, room in zip(homes, rooms, strict=True):
-        assert room.shape == home.shape
-        assert room.dtype == torch.float64
-        addresses = {
-            room[tuple(index)].data_ptr() for index in torch.cartesian_prod(*map(torch.arange, room.shape)).unbind()
-        }
-        assert len(addresses) == room.numel()
-        assert max(addresses) - min(addresses) == 8 * (room.numel() - 1)
-    assert torch.no_grad()(as_one_matrix)(*map(nn.Parameter, rooms)) is not None
-
-
-@pytest.mark.parametrize("load", LOADS, ids=["processed", "unprocessed and copied"])
-def test_a_fused_optimizer_does_what_a_plain_one_does(load: Callable[..., Any], gpt2_folder: Path) -> None:
-    model = load(str(gpt2_folder), dtype=torch.float32)
-    if load is LOADS[1]:
-        model = copy.deepcopy(model)  # as docs/checkpoints.md says
+def test_a_fused_optimizer_does_what_a_plain_one_does_to_a_copied_model(gpt2_folder: Path) -> None:
+    # As docs/checkpoints.md says: torch's kernel runs over memory, and a view's gaps are other weights.
+    model = copy.deepcopy(HookedTransformer.from_pretrained_no_processing(gpt2_folder, dtype=torch.float32))
     plain = copy.deepcopy(model)
     for one, fused in ((model, True), (plain, False)):
         one(tiny_tokens(), return_type="loss").backward()
@@ -140,11 +137,11 @@ def test_a_fused_optimizer_does_what_a_plain_one_does(load: Callable[..., Any], 
 @torch.no_grad()
 def test_one_product_gives_what_three_give(model: HookedTransformer, products: list[tuple[str, int]]) -> None:
     together = model(tiny_tokens())
-    width = 3 * model.cfg.n_heads * model.cfg.d_head
-    assert products == [("all", width)] * model.cfg.n_layers
+    heads, kv_heads = model.cfg.n_heads * model.cfg.d_head, model.cfg.n_kv_heads * model.cfg.d_head
+    assert products == [("all", heads + 2 * kv_heads)] * model.cfg.n_layers
     products.clear()
     apart = copy.deepcopy(model)(tiny_tokens())
-    assert products == [("one", width // 3)] * (3 * model.cfg.n_layers)
+    assert products == [("one", heads), ("one", kv_heads), ("one", kv_heads)] * model.cfg.n_layers
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-5)
 
 

@@ -42,22 +42,11 @@ def project_to_all(
     return linear(x, matrix, b.flatten()).unflatten(-1, b.shape)
 
 
-def rooms_side_by_side(homes: list[Tensor], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Return uninitialised memory for several projections [head d_model d_head] that is one matrix, `as_one_matrix`.
-
-    In memory it is [(head d_head) d_model], so that the part of each is without gaps.
-    """
-    _, d_model, d_head = homes[0].shape
-    matrix = torch.empty(sum(len(home) for home in homes) * d_head, d_model, device=device, dtype=dtype)
-    parts = matrix.split([len(home) * d_head for home in homes])
-    return [part.unflatten(0, (-1, d_head)).mT for part in parts]
-
-
 def as_one_matrix(*projections: Tensor) -> Float[Tensor, "head_d_head d_model"] | None:
     """Return several projections [head d_model d_head] as one matrix, a view; None where their memory is not one.
 
-    It is one where a checkpoint fuses them, and where they were given `rooms_side_by_side`. The view is taken anew each
-    time, of the memory where the weights are now: whatever has become of a weight, it is never out of date.
+    It is one where a checkpoint fuses them and they are views of its file. It is found anew each time, in the memory
+    where the weights are now: whatever has become of a weight, it is never out of date.
     """
     first = projections[0]
     if torch.compiler.is_compiling() or first.device.type == "meta":
