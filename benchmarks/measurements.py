@@ -195,7 +195,7 @@ FULL = Scale(
     batches=(1, 8),
     grids=(32, 128),
     cells=12,
-    rounds=15,
+    rounds=9,
     number=50,
 )
 QUICK = Scale(

@@ -155,11 +155,24 @@ def test_two_rows_are_shared_out_and_more_are_not(threads: int, calls: list[str]
 def test_more_rows_are_for_onednn_unless_it_is_turned_off(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = rows_of(18, 3, dtype=torch.float32), matrix("[d_in d_out]", 12, 18, torch.float32)
     products.linear(x, weight)
-    assert calls == ["oneDNN"]
+    products.linear(x, matrix("[d_out d_in]", 12, 18, torch.float32))
+    assert calls == ["oneDNN", "oneDNN"]
+    calls.pop()
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     products.linear(x, weight)
     products.linear(x, weight.clone().requires_grad_())
     assert calls == ["oneDNN", "torch", "torch"]
+
+
+@needs_onednn
+@pytest.mark.usefixtures("small_is_large")
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_matrix_with_gaps_is_not_for_onednn(calls: list[str], learned: bool) -> None:
+    # It has only a reference for it, whose products of GPT-2 small's size take half a second.
+    weight = matrix("columns of a wider one", 12, 18, torch.float32).requires_grad_(learned)
+    products.linear(rows_of(18, 3, dtype=torch.float32), weight)
+    products.linear(rows_of(12, 3, dtype=torch.float32), weight.T)
+    assert calls == ["torch", "torch"]
 
 
 def test_small_matrices_and_half_precision_are_left_to_torch(calls: list[str]) -> None:

@@ -162,8 +162,9 @@ def test_a_listener_is_shown_a_tensor_of_its_own(
 ) -> None:
     _, cache = model.run_with_cache(tiny_tokens(), names_filter=f"blocks.0.attn.{name}")
     shown = cache[f"blocks.0.attn.{name}"]
+    assert shown.is_contiguous()
     assert shown.untyped_storage().nbytes() == shown.numel() * shown.element_size()
-    assert [kind for kind, _ in products] == ["one"] * 3 + ["all"] * (model.cfg.n_layers - 1)
+    assert [kind for kind, _ in products] == ["all"] * model.cfg.n_layers
 
 
 @torch.no_grad()

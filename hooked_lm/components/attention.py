@@ -103,19 +103,20 @@ class Attention(nn.Module):
         return *self.with_positions(q, k, layout), v
 
     def _projected(self, query_input: Tensor, key_input: Tensor, value_input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values before positions: by one product where they read the same and nobody sees them.
+        """Queries, keys and values before positions: by one product where inputs and weights allow it.
 
-        Of one product they are parts of one tensor. A listener gets tensors of their own: to keep one part would be to
-        keep the others.
+        Of one product they are parts of one tensor. A listener gets a copy: to keep a part would be to keep the others.
         """
-        shared = query_input is key_input is value_input and query_input.ndim == 3
-        if shared and not (self.hook_q.live or self.hook_k.live or self.hook_v.live):
+        matrix = None
+        if query_input is key_input is value_input and query_input.ndim == 3:
             matrix = as_one_matrix(self.W_Q, self.W_K, self.W_V)
-            if matrix is not None:
-                heads = project_to_all(query_input, matrix, torch.cat((self.b_Q, self.b_K, self.b_V)))
-                q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), 2)
-                return self._prepared(q, "Q"), self._prepared(k, "K"), self._prepared(v, "V")
-        return self.project(query_input, "Q"), self.project(key_input, "K"), self.project(value_input, "V")
+        if matrix is None:
+            return self.project(query_input, "Q"), self.project(key_input, "K"), self.project(value_input, "V")
+        heads = project_to_all(query_input, matrix, torch.cat((self.b_Q, self.b_K, self.b_V)))
+        parts = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), 2)
+        points = (self.hook_q, self.hook_k, self.hook_v)
+        q, k, v = (part.contiguous() if point.live else part for part, point in zip(parts, points, strict=True))
+        return self._prepared(q, "Q"), self._prepared(k, "K"), self._prepared(v, "V")
 
     def attend(
         self,

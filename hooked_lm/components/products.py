@@ -44,7 +44,7 @@ def linear(
         return F.linear(x, weight, bias)
     learned = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if learned and torch.is_grad_enabled():
-        return _DifferentiableProduct.apply(x, weight, bias) if _suits_onednn(x) else F.linear(x, weight, bias)
+        return _DifferentiableProduct.apply(x, weight, bias) if _suits_onednn(x, weight) else F.linear(x, weight, bias)
     return _product(x, weight, bias)
 
 
@@ -65,9 +65,11 @@ def _is_plain() -> bool:
     )
 
 
-def _suits_onednn(x: Tensor) -> bool:
+def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     available = _ONEDNN is not None and bool(torch.backends.mkldnn.enabled)
-    return available and x.dtype == torch.float32 and x.numel() > 0
+    # For a matrix with gaps, columns of a wider one, it has but a reference, which takes a hundred times as long.
+    dense = weight.is_contiguous() or weight.T.is_contiguous()
+    return available and dense and x.dtype == torch.float32 and x.numel() > 0
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -78,7 +80,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             flat = x.reshape(rows, -1)
             product = _by_outputs(flat, weight) if by_rows else _by_inputs(flat, weight.T)
             return (product if bias is None else product + bias).view(*x.shape[:-1], -1)
-    if _ONEDNN is not None and _suits_onednn(x):
+    if _ONEDNN is not None and _suits_onednn(x, weight):
         return _ONEDNN(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
