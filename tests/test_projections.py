@@ -157,10 +157,11 @@ def test_an_edit_of_a_weight_counts(model: HookedTransformer, products: list[tup
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["hook_q", "hook_k", "hook_v"])
+@pytest.mark.parametrize("shape", [(2, 7), (1, 1)])
 def test_a_listener_is_shown_a_tensor_of_its_own(
-    model: HookedTransformer, products: list[tuple[str, int]], name: str
+    model: HookedTransformer, products: list[tuple[str, int]], name: str, shape: tuple[int, int]
 ) -> None:
-    _, cache = model.run_with_cache(tiny_tokens(), names_filter=f"blocks.0.attn.{name}")
+    _, cache = model.run_with_cache(tiny_tokens(*shape), names_filter=f"blocks.0.attn.{name}")
     shown = cache[f"blocks.0.attn.{name}"]
     assert shown.is_contiguous()
     assert shown.untyped_storage().nbytes() == shown.numel() * shown.element_size()

@@ -115,7 +115,7 @@ class Attention(nn.Module):
         heads = project_to_all(query_input, matrix, torch.cat((self.b_Q, self.b_K, self.b_V)))
         parts = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), 2)
         points = (self.hook_q, self.hook_k, self.hook_v)
-        q, k, v = (part.contiguous() if point.live else part for part, point in zip(parts, points, strict=True))
+        q, k, v = (part.clone() if point.live else part for part, point in zip(parts, points, strict=True))
         return self._prepared(q, "Q"), self._prepared(k, "K"), self._prepared(v, "V")
 
     def attend(
