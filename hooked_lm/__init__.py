@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from hooked_lm.factored_matrix import FactoredMatrix as FactoredMatrix
     from hooked_lm.hooks import HookedRootModule as HookedRootModule
     from hooked_lm.hooks import HookPoint as HookPoint
-    from hooked_lm.intervention_files import load_interventions as load_interventions
-    from hooked_lm.intervention_files import save_interventions as save_interventions
     from hooked_lm.interventions import Intervention as Intervention
+    from hooked_lm.interventions.files import load_interventions as load_interventions
+    from hooked_lm.interventions.files import save_interventions as save_interventions
     from hooked_lm.kv_cache import HookedTransformerKeyValueCache as HookedTransformerKeyValueCache
     from hooked_lm.names import UnknownHookError as UnknownHookError
     from hooked_lm.slicing import Slice as Slice
@@ -52,8 +52,8 @@ _HOMES = {
     "Intervention": "hooked_lm.interventions",
     "Slice": "hooked_lm.slicing",
     "UnknownHookError": "hooked_lm.names",
-    "load_interventions": "hooked_lm.intervention_files",
-    "save_interventions": "hooked_lm.intervention_files",
+    "load_interventions": "hooked_lm.interventions.files",
+    "save_interventions": "hooked_lm.interventions.files",
     "verify": "hooked_lm.certificate",
 }
 _MODULES = (

@@ -22,9 +22,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hooked_lm._support.precision import at_least_single
 from hooked_lm.circuits.induction import repeated_random_tokens
 from hooked_lm.losses import lm_cross_entropy_loss
-from hooked_lm.precision import at_least_single
 from hooked_lm.tasks import ioi, words
 from hooked_lm.tokenization import Tokenizer, encode, str_tokens
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_lm.precision import at_least_single
+from hooked_lm._support.precision import at_least_single
 
 Tokens = int | Tensor | list[int]
 

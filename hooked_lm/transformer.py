@@ -13,25 +13,25 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_lm import tokenization
-from hooked_lm.caching import Caching
+from hooked_lm.activation_cache.recording import Caching
 from hooked_lm.components import Embed, PosEmbed, SequenceLayout, TransformerBlock, Unembed
 from hooked_lm.components.norm import NoNorm, make_norm
 from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.generation.methods import TextGeneration
 from hooked_lm.hooks import HookPoint
-from hooked_lm.initialization import initialize_weights
 from hooked_lm.kv_cache import HookedTransformerKeyValueCache
 from hooked_lm.losses import lm_cross_entropy_loss
-from hooked_lm.model_weights import ModelWeights
-from hooked_lm.text_generation import TextGeneration
-from hooked_lm.text_interface import check_attention_mask, describe
 from hooked_lm.tokenization import Tokenizer
-from hooked_lm.weight_views import WeightViews
+from hooked_lm.tokenization.methods import check_attention_mask, describe
+from hooked_lm.weights.initialization import initialize_weights
+from hooked_lm.weights.saving import WeightSaving
+from hooked_lm.weights.views import WeightViews
 
 ReturnType = Literal["logits", "loss", "both"] | None
 ModelInput = str | Sequence[str] | Tensor | np.ndarray
 
 
-class HookedTransformer(ModelWeights, WeightViews, TextGeneration, Caching):
+class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
     """A transformer with a named hook point at every activation.
 
     Args:

@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 
 from hooked_lm import tokenization
+from hooked_lm._support.extras import require_pandas
 from hooked_lm.components.activations import gelu_fast, gelu_new, solu
-from hooked_lm.extras import require_pandas
 from hooked_lm.factored_matrix import FactoredMatrix, composition_scores
 from hooked_lm.generation import sample_logits
-from hooked_lm.initialization import (
+from hooked_lm.losses import lm_accuracy, lm_cross_entropy_loss
+from hooked_lm.names import get_act_name
+from hooked_lm.slicing import Slice, SliceInput
+from hooked_lm.tokenization import tokenize_and_concatenate
+from hooked_lm.weights.initialization import (
     calc_fan_in_and_fan_out,
     init_kaiming_normal_,
     init_kaiming_uniform_,
     init_xavier_normal_,
     init_xavier_uniform_,
 )
-from hooked_lm.losses import lm_accuracy, lm_cross_entropy_loss
-from hooked_lm.names import get_act_name
-from hooked_lm.slicing import Slice, SliceInput
-from hooked_lm.tokenization import tokenize_and_concatenate
 
 __all__ = [
     "FactoredMatrix",

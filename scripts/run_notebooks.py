@@ -36,7 +36,7 @@ from playwright.sync_api import Browser, sync_playwright
 from plotly.offline import get_plotlyjs
 from tqdm import tqdm
 
-from hooked_lm.files import write_whole
+from hooked_lm._support.files import write_whole
 from hooked_lm.plotting.static import browser_flags, find_browser
 from scripts.printed import agree
 

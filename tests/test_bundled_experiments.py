@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hooked_lm import HookedTransformer
+from hooked_lm.demo.tour import MODEL, Tour, take_tour
 from hooked_lm.tasks import get_task
-from hooked_lm.tour import MODEL, Tour, take_tour
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import torch
 from hooked_lm import HookedTransformer, bundled
 from hooked_lm.circuits.induction import next_token_scores
 from hooked_lm.demo import HELD_OUT_LENGTHS, MODEL, STEPS, DemoResult, random_tokens, run_demo
-from hooked_lm.demo_page import demo_figures
+from hooked_lm.demo.page import demo_figures
 from hooked_lm.plotting.style import ORANGE
 
 

@@ -19,8 +19,8 @@ from hooked_lm import (
     load_interventions,
     save_interventions,
 )
-from hooked_lm.intervention_files import interventions_from_json, interventions_to_json
 from hooked_lm.interventions import draw_prompts
+from hooked_lm.interventions.files import interventions_from_json, interventions_to_json
 from hooked_lm.metrics import logit
 from hooked_lm.sweep import sweep
 from tests.helpers import tiny_model, tiny_tokens

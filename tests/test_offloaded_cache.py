@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hooked_lm import ActivationCache, HookedTransformer, HookPoint
-from hooked_lm.offloaded_cache import Offloading
+from hooked_lm.activation_cache.file import Offloading
 from tests.helpers import tiny_model, tiny_tokens
 from tests.test_hook_sites import ARCHITECTURES
 

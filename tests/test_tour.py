@@ -12,12 +12,12 @@ import torch
 
 from hooked_lm import HookedTransformer, plotting
 from hooked_lm.circuits.induction import k_composition_qk_circuit
+from hooked_lm.demo.tour import STEPS, Tour, take_tour
+from hooked_lm.demo.tour_page import tour_figures
 from hooked_lm.experiments import continue_repeats
 from hooked_lm.experiments.published import Beside, beside_published
 from hooked_lm.tasks import lexicon, word_tokenizer
 from hooked_lm.tasks.words import RELATIONS
-from hooked_lm.tour import STEPS, Tour, take_tour
-from hooked_lm.tour_page import tour_figures
 from tests.helpers import randomise_, tiny_config, tiny_gpt2
 
 

@@ -7,9 +7,9 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hooked_lm._support.precision import at_least_single
 from hooked_lm.components.norm import Norm
 from hooked_lm.factored_matrix import FactoredMatrix
-from hooked_lm.precision import at_least_single
 
 
 def folded_ov(model: Any, layer: int) -> FactoredMatrix:

@@ -29,12 +29,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooked_lm import metrics
+from hooked_lm._support.precision import at_least_single
 from hooked_lm.interventions import Intervention
 from hooked_lm.metrics import Metric
 from hooked_lm.names import get_act_name
-from hooked_lm.precision import at_least_single
 from hooked_lm.sweep import sweep
-from hooked_lm.text_interface import check_attention_mask
+from hooked_lm.tokenization.methods import check_attention_mask
 
 Head = tuple[int, int]
 Measure = Literal["prob", "log_prob"]

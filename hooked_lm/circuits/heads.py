@@ -25,11 +25,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hooked_lm._support.precision import at_least_single
 from hooked_lm.circuits.folded import folded_ov, folded_qk, read_through
 from hooked_lm.circuits.full_circuits import token_embeddings
 from hooked_lm.circuits.induction import repeated_random_tokens
 from hooked_lm.factored_matrix import FactoredMatrix
-from hooked_lm.precision import at_least_single
 
 # A name of `DETECTION_PATTERNS`, a tensor, or a function from tokens [batch pos] to one.
 Pattern = str | Tensor | Callable[[Tensor], Tensor]

@@ -19,11 +19,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_lm._support.precision import at_least_single
 from hooked_lm.activation_cache import ActivationCache
 from hooked_lm.circuits.folded import folded_ov, folded_qk
 from hooked_lm.circuits.full_circuits import token_embeddings
 from hooked_lm.factored_matrix import FactoredMatrix
-from hooked_lm.precision import at_least_single
 
 Head = tuple[int, int]
 

@@ -19,10 +19,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hooked_lm._support.precision import at_least_single
 from hooked_lm.components.activations import soft_cap
 from hooked_lm.components.norm import Norm
 from hooked_lm.names import get_act_name
-from hooked_lm.precision import at_least_single
 from hooked_lm.slicing import Slice
 
 SITES = ("resid_pre", "resid_mid", "resid_post")

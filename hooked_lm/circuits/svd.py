@@ -14,10 +14,10 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_lm._support.precision import at_least_single
 from hooked_lm.circuits.folded import folded_ov, folded_qk, read_through
 from hooked_lm.circuits.full_circuits import token_embeddings
 from hooked_lm.factored_matrix import FactoredMatrix
-from hooked_lm.precision import at_least_single
 
 VectorType = Literal["OV", "w_in", "w_out"]
 Circuit = Literal["OV", "QK"]

@@ -23,8 +23,8 @@ def demo(
 ) -> None:
     """Tour two small trained models: an induction circuit, and five experiments of the field, with their figures."""
     from hooked_lm.demo import STEPS, run_demo
-    from hooked_lm.tour import MODEL, take_tour
-    from hooked_lm.tour import STEPS as TOUR_STEPS
+    from hooked_lm.demo.tour import MODEL, take_tour
+    from hooked_lm.demo.tour import STEPS as TOUR_STEPS
 
     page = html if has_plotly() else None
     try:
@@ -43,7 +43,7 @@ def demo(
         raise typer.Exit(2) from error
 
     def draw() -> str:
-        from hooked_lm.demo_page import demo_page
+        from hooked_lm.demo.page import demo_page
 
         return demo_page(induction, tour)
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hooked_lm.files import write_whole
+from hooked_lm._support.files import write_whole
 
 VIZ_REMEDY = "pip install 'hooked-lm[viz]'"
 

@@ -3,11 +3,11 @@
 from hooked_lm.components.attention import Attention
 from hooked_lm.components.block import TransformerBlock
 from hooked_lm.components.embed import Embed, Unembed
-from hooked_lm.components.layout import SequenceLayout
 from hooked_lm.components.mlp import MLP, GatedMLP
 from hooked_lm.components.moe import MoE
 from hooked_lm.components.norm import LayerNorm, LayerNormPre, Norm, RMSNorm, RMSNormPre
 from hooked_lm.components.positions import PosEmbed
+from hooked_lm.components.sequence import SequenceLayout
 
 # One attention class does what the classic library had three for.
 AbstractAttention = Attention

@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_lm.components.activations import soft_cap
-from hooked_lm.components.layout import SequenceLayout
+from hooked_lm.components.linear import linear
 from hooked_lm.components.norm import make_qk_norm
 from hooked_lm.components.positions import AlibiSpec, RotarySpec, rotate
-from hooked_lm.components.products import linear
 from hooked_lm.components.projections import as_one_matrix, input_projection, project, project_to_all
+from hooked_lm.components.sequence import SequenceLayout
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint
 from hooked_lm.kv_cache import HookedTransformerKeyValueCacheEntry

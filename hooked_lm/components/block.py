@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_lm.components.attention import Attention
-from hooked_lm.components.layout import SequenceLayout
 from hooked_lm.components.mlp import MLP, GatedMLP
 from hooked_lm.components.moe import MoE
 from hooked_lm.components.norm import Norm, make_block_norm
+from hooked_lm.components.sequence import SequenceLayout
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint, protect
 from hooked_lm.kv_cache import HookedTransformerKeyValueCacheEntry

@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_lm.components.activations import soft_cap
+from hooked_lm.components.linear import linear
 from hooked_lm.components.norm import NoNorm, make_writing_norm
-from hooked_lm.components.products import linear
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint
 

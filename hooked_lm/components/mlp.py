@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_lm.components.activations import make_activation
+from hooked_lm.components.linear import linear
 from hooked_lm.components.norm import make_norm
-from hooked_lm.components.products import linear
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hooked_lm.config import HookedTransformerConfig
 
 if TYPE_CHECKING:
-    from hooked_lm.components.layout import SequenceLayout
+    from hooked_lm.components.sequence import SequenceLayout
 
 
 class PosEmbed(nn.Module):

@@ -7,7 +7,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_lm.components.products import linear
+from hooked_lm.components.linear import linear
 
 
 def input_projection(heads: int, d_model: int, d_head: int) -> nn.Parameter:

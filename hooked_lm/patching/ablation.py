@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_lm._support.precision import at_least_single
 from hooked_lm.interventions import Intervention, draw_prompts
 from hooked_lm.metrics import Metric
 from hooked_lm.names import UnknownHookError, describe_unknown, get_act_name
-from hooked_lm.precision import at_least_single
 from hooked_lm.sweep import AnyMetric, sweep
 
 Unit = Literal["heads", "attention", "mlps", "neurons", "positions"]

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hooked_lm.extras import require_pandas
+from hooked_lm._support.extras import require_pandas
 from hooked_lm.hooks import HookPoint
 from hooked_lm.interventions import Intervention
 from hooked_lm.metrics import one_number

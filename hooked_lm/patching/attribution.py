@@ -22,7 +22,7 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_lm.components.layout import SequenceLayout
+from hooked_lm.components.sequence import SequenceLayout
 from hooked_lm.hooks import HookPoint
 from hooked_lm.interventions import Intervention, Selection
 from hooked_lm.metrics import Metric

@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_lm.components.layout import SequenceLayout
+from hooked_lm.components.sequence import SequenceLayout
 from hooked_lm.interventions import Intervention, Selection
 from hooked_lm.metrics import Metric
 from hooked_lm.names import UnknownHookError, describe_unknown, get_act_name

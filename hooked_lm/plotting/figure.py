@@ -12,7 +12,7 @@ from typing import Any
 import plotly.graph_objects as go
 import plotly.io as pio
 
-from hooked_lm.files import write_whole
+from hooked_lm._support.files import write_whole
 from hooked_lm.plotting.document import document, plotly_div, plotly_document
 from hooked_lm.plotting.static import page_image, plotly_image
 from hooked_lm.plotting.style import FONT, INK, PAPER

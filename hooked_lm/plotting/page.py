@@ -9,7 +9,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
-from hooked_lm.files import write_whole
+from hooked_lm._support.files import write_whole
 from hooked_lm.plotting.document import plotly_div, plotly_document
 from hooked_lm.plotting.figure import HtmlFigure
 from hooked_lm.plotting.style import FONT

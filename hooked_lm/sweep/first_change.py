@@ -12,9 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hooked_lm.hook_point import HookPoint
+from hooked_lm.hooks.point import HookPoint
 from hooked_lm.interventions import Intervention
-from hooked_lm.sweep.cells import Cell
+from hooked_lm.sweep.plan import Cell
 
 # Two ways of computing one activation (attention fused or not) differ by some forty roundings of an entry, or of one of
 # middling size at its position.

@@ -18,13 +18,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_lm.components.layout import SequenceLayout
 from hooked_lm.components.positions import RotarySpec
+from hooked_lm.components.sequence import SequenceLayout
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint
 from hooked_lm.interventions import Intervention
 from hooked_lm.names import get_act_name
-from hooked_lm.sweep.cells import Cell, Stage
+from hooked_lm.sweep.plan import Cell, Stage
 
 
 def key_site(cfg: HookedTransformerConfig, layer: int) -> str:

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from hooked_lm.activation_cache.file import Memory, Offloading, memory_of
+from hooked_lm.activation_cache.lazy import LazyActivations
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.lazy_cache import LazyActivations
 from hooked_lm.names import NamesFilter, UnknownHookError, describe_unknown, get_act_name, is_pattern, select_names
-from hooked_lm.offloaded_cache import Memory, Offloading, memory_of
 from hooked_lm.slicing import Slice
 
 CacheKey = str | tuple[Any, ...]

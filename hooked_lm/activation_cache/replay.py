@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.amp.autocast_mode import is_autocast_available
 
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.hook_point import HookHandle, HookPoint
+from hooked_lm.hooks.point import HookHandle, HookPoint
 from hooked_lm.names import layer_of
 
 Place = int | str

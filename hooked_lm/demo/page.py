@@ -6,9 +6,9 @@ import math
 
 from hooked_lm import plotting
 from hooked_lm.demo import DemoResult, label
+from hooked_lm.demo.tour import Tour
+from hooked_lm.demo.tour_page import tour_facts, tour_figures, tour_introduction
 from hooked_lm.plotting import PageFigure
-from hooked_lm.tour import Tour
-from hooked_lm.tour_page import tour_facts, tour_figures, tour_introduction
 
 TITLE = "Two small models, looked inside"
 TOUR = "Five experiments"

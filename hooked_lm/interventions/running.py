@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookedRootModule, HookHandle, HookPoint
-from hooked_lm.interventions import Intervention
+from hooked_lm.interventions.intervention import Intervention
 
 
 class Acting:

@@ -7,9 +7,9 @@ import re
 import torch
 from torch import Tensor, nn
 
-from hooked_lm import weights as processing
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.weights import Weights
+from hooked_lm.weights import processing
+from hooked_lm.weights.processing import Weights
 
 
 class Homes:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hooked_lm.hook_point import Direction, HookFunction, HookHandle, HookPoint, protect
+from hooked_lm.hooks.point import Direction, HookFunction, HookHandle, HookPoint, protect
 from hooked_lm.names import NamesFilter, is_pattern, select_names
 from hooked_lm.slicing import Slice
 

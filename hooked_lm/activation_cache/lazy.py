@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hooked_lm.hook_point import HookPoint
+from hooked_lm.activation_cache.replay import KeptRun, Place, fingerprint, place_of
 from hooked_lm.hooks import recorded_part
-from hooked_lm.kept_run import KeptRun, Place, fingerprint, place_of
+from hooked_lm.hooks.point import HookPoint
 from hooked_lm.slicing import Slice
 
 Change = Callable[[str, Tensor], Tensor]

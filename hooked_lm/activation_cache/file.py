@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hooked_lm.files import explained, whole_file
+from hooked_lm._support.files import explained, whole_file
 
 _TYPES = {
     torch.float64: "F64",

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hooked_lm.files import write_whole
-from hooked_lm.interventions import Intervention
+from hooked_lm._support.files import write_whole
+from hooked_lm.interventions.intervention import Intervention
 
 _FORMAT, _VERSION = "hooked_lm interventions", 1
 _SELECTIONS = ("pos", "head", "feature", "batch")

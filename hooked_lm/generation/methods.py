@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from hooked_lm import tokenization
-from hooked_lm.generation import Sampling, decode_steps
-from hooked_lm.intervening import Intervening
+from hooked_lm.generation.decoding import Sampling, decode_steps
 from hooked_lm.interventions import Intervention
-from hooked_lm.text_interface import TextInterface, check_attention_mask
+from hooked_lm.interventions.running import Intervening
+from hooked_lm.tokenization.methods import TextInterface, check_attention_mask
 
 ReturnAs = Literal["input", "str", "tokens"]
 

@@ -9,16 +9,16 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from hooked_lm.activation_cache import ActivationCache
-from hooked_lm.cached_activations import CacheModel
+from hooked_lm.activation_cache.decomposition import ActivationCache
+from hooked_lm.activation_cache.file import Offloading
+from hooked_lm.activation_cache.lazy import LazyActivations, Part
+from hooked_lm.activation_cache.mapping import CacheModel
+from hooked_lm.activation_cache.replay import keep_run
 from hooked_lm.hooks import HookHandle, HookPoint
-from hooked_lm.intervening import Intervening
-from hooked_lm.kept_run import keep_run
-from hooked_lm.lazy_cache import LazyActivations, Part
+from hooked_lm.interventions.running import Intervening
 from hooked_lm.names import NamesFilter
-from hooked_lm.offloaded_cache import Offloading
 from hooked_lm.slicing import Slice
-from hooked_lm.text_interface import TextInterface
+from hooked_lm.tokenization.methods import TextInterface
 
 
 class Caching(TextInterface, Intervening):

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from hooked_lm import plotting
 from hooked_lm.demo import label
+from hooked_lm.demo.tour import Tour
 from hooked_lm.experiments import Repeats
 from hooked_lm.plotting import PageFigure
-from hooked_lm.tour import Tour
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

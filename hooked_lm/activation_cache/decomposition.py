@@ -9,7 +9,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_lm.cached_activations import CachedActivations, CacheKey
+from hooked_lm.activation_cache.mapping import CachedActivations, CacheKey
 from hooked_lm.components.norm import Norm
 from hooked_lm.names import UnknownHookError, get_act_name
 from hooked_lm.slicing import Slice

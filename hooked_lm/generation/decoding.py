@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hooked_lm._support.precision import at_least_single
 from hooked_lm.kv_cache import HookedTransformerKeyValueCache
-from hooked_lm.precision import at_least_single
 
 
 @runtime_checkable

@@ -1,30 +1,28 @@
-"""Where a model's weights come from and go to: checkpoints, state dicts, processing, folders."""
+"""Where a model's weights come from: checkpoints, state dicts, processing."""
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hooked_lm import bundled
-from hooked_lm import weights as processing
 from hooked_lm.components.norm import Norm
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.homes import Homes
 from hooked_lm.tokenization import Tokenizer
-from hooked_lm.weights import Weights
+from hooked_lm.weights import processing
+from hooked_lm.weights.classic import from_classic
+from hooked_lm.weights.placement import Homes
+from hooked_lm.weights.processing import Weights
 from weight_conversion import checkpoint
-from weight_conversion.export import export
 
 
-class ModelWeights(nn.Module):
-    """The loading, processing and saving methods of `HookedTransformer`."""
+class WeightLoading(nn.Module):
+    """The loading and processing methods of `HookedTransformer`."""
 
     cfg: HookedTransformerConfig
     tokenizer: Tokenizer | None
@@ -188,7 +186,7 @@ class ModelWeights(nn.Module):
             raise ValueError(
                 "load_state_dict copies the weights into the model's own memory layout: leave assign=False"
             )
-        weights = processing.from_classic(dict(state_dict)) if strict else dict(state_dict)
+        weights = from_classic(dict(state_dict)) if strict else dict(state_dict)
         W_U = weights.pop("unembed.W_U", None) if self.cfg.tie_word_embeddings else None
         if W_U is not None and not torch.equal(W_U, weights.get("embed.W_E", self.unembed.W_U.T).T):
             raise ValueError(
@@ -283,58 +281,6 @@ class ModelWeights(nn.Module):
             if isinstance(module, Norm) and f"{name}.w" not in weights:
                 module.drop_gain_and_bias()
         nn.Module.load_state_dict(self, weights, strict=True)
-
-    # Folders
-
-    @torch.no_grad()
-    def to_huggingface(self, folder: str | Path) -> None:
-        """Write the model in HuggingFace's format, so that `transformers` loads it and computes the same logits.
-
-        For models that were loaded from HuggingFace's format without processing; what has been changed in the weights
-        since goes with it.
-
-        Raises:
-            ValueError: the model has been processed, or was never a HuggingFace model.
-            CheckpointError: it was loaded in part, or has weights that its family has no place for.
-        """
-        if self.origin is None:
-            raise ValueError("this model does not come from a HuggingFace checkpoint, so there is no family to write")
-        if self.processed:
-            raise ValueError(
-                f"the weights have been processed ({', '.join(self.processed)}), which HuggingFace's format has no "
-                "place for: load the model with from_pretrained_no_processing"
-            )
-        export(self.cfg, self.state_dict(), self.origin, folder)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model to a folder: `config.json`, `model.safetensors` and the tokenizer, if it has one.
-
-        `from_pretrained(folder)` gives the same weights, bit for bit; processing it has been through is not done twice.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = self.cfg.to_dict()
-        # Where a model was is no property of it.
-        del config["device"]
-        config["tokenizer_name"] = None
-        saved = {
-            "format": checkpoint.OWN_FORMAT,
-            "processed": list(self.processed),
-            "config": config,
-            "origin": self.origin,
-        }
-        (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
-        tensors = {name: value.contiguous() for name, value in self.state_dict().items()}
-        # The model may be a view of the very file that is to be replaced: it lives on, without a name.
-        written = folder / "model.safetensors.new"
-        save_file(tensors, written)
-        # safetensors writes a file that only its owner may read.
-        written.chmod((folder / "config.json").stat().st_mode & 0o777)
-        written.replace(folder / "model.safetensors")
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
 
 
 def _mismatch(name: str) -> str:

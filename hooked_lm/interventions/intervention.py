@@ -15,9 +15,9 @@ from typing import Any, Literal, Protocol, Self, TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from hooked_lm._support.precision import at_least_single
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.names import UnknownHookError, describe_unknown
-from hooked_lm.precision import at_least_single
 
 Operation = Literal["replace", "add", "scale", "zero"]
 # Which entries along an axis: None for all, one (the axis is then dropped from the value's shape), or several.

@@ -1,0 +1,1 @@
+"""Helpers without domain knowledge: files, optional extras, precision, torch's internals."""

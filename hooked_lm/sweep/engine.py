@@ -1,0 +1,294 @@
+"""Thousands of interventions, one value each, without running the model thousands of times.
+
+`sweep(model, tokens, cells, metric)` gives what a loop of `metric(model.run(tokens, interventions=cell))` gives, cell
+by cell, and recomputes only what a cell can change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooked_lm.components.activations import soft_cap
+from hooked_lm.components.sequence import SequenceLayout
+from hooked_lm.interventions import Intervention
+from hooked_lm.metrics import Metric, one_number
+from hooked_lm.names import get_act_name
+from hooked_lm.sweep.first_change import from_first_change, is_compared
+from hooked_lm.sweep.plan import Cell, Stage, plan_cell, reads_per_head
+from hooked_lm.sweep.walk import Base, Group, Walk, key_site
+
+AnyMetric = Metric | Callable[[Tensor], Any]
+
+
+@torch.no_grad()
+def sweep(
+    model: Any,
+    tokens: Int[Tensor, "batch pos"] | Any,
+    cells: Iterable[Intervention | Sequence[Intervention]],
+    metric: AnyMetric,
+    *,
+    always: Sequence[Intervention] = (),
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    per_prompt: bool = False,
+    incremental: bool = True,
+    memory_budget: int = 2**29,
+    verbose: bool = True,
+) -> Float[Tensor, " cell"] | Float[Tensor, "cell batch"]:
+    """Return the metric of every cell: what the model's logits score when a cell's interventions are made.
+
+    Equal to running the model once per cell, up to the order of floating-point sums. Cells of any sites, layers and
+    positions mix. What cannot be walked is run the plain way, and the progress bar says why: bidirectional models,
+    models with hooks of their own, cells that change tokens, embeddings or the unembedding, and whatever is `always`
+    changed in the blocks. Cells that change nothing the metric reads get the score of the run as it is.
+
+    Args:
+        model: a `HookedTransformer`.
+        tokens: the prompts, as the model takes them.
+        cells: each an intervention, or several that are made together.
+        metric: one of `hooked_lm.metrics`, of which only what it reads is unembedded, or any function from logits
+            [batch pos vocab] to a scalar.
+        always: interventions that are made in every run besides, such as noise on the embeddings.
+        attention_mask: [batch pos], 0 at padding.
+        per_prompt: keep the prompts apart: [cell batch]. Needs a metric of `hooked_lm.metrics`.
+        incremental: False runs the model once per cell.
+        memory_budget: bytes that the activations of one walk may take, roughly.
+        verbose: show a progress bar.
+
+    Raises:
+        UnknownHookError: a site that the model does not have.
+        ValueError: a position, head or feature out of range, a value that does not fit, or a metric that returns
+            something else than a number (a NaN too). Nothing has run when an intervention is at fault.
+    """
+    if isinstance(cells, Intervention) or isinstance(always, Intervention):
+        raise TypeError("cells and always are lists of interventions; put the one there is into a list")
+    plans = [(cell,) if isinstance(cell, Intervention) else tuple(cell) for cell in cells]
+    if not callable(metric) or isinstance(metric, type):
+        raise TypeError(f"metric is one of hooked_lm.metrics or a function of logits, got {metric!r}")
+    if memory_budget <= 0:
+        raise ValueError(f"memory_budget is a number of bytes, more than 0; got {memory_budget}")
+    if per_prompt and not isinstance(metric, Metric):
+        raise ValueError("per_prompt needs a metric of hooked_lm.metrics, which scores every prompt")
+    tokens, attention_mask = model.tokens_and_mask(tokens, attention_mask)
+    if attention_mask is None:
+        # The tokens of a string may start with what passes for padding: say that nothing is.
+        attention_mask = torch.ones_like(tokens)
+    if isinstance(metric, Metric):
+        metric.check_run(tokens, model.cfg.d_vocab_out, attention_mask)
+    _check(model, [*plans, tuple(always)], tokens)
+    engine = _Engine(model, tokens, attention_mask, metric, tuple(always), memory_budget)
+    obstacle = engine.obstacle() if incremental else "asked for"
+    described = "sweep" if obstacle is None else f"one run per cell ({obstacle})"
+    with tqdm(total=len(plans), disable=not verbose, desc=described, leave=False) as bar:
+        results = engine.run(plans, incremental=obstacle is None, advance=bar.update)
+    _check_numbers(results, plans)
+    return results if per_prompt else results.mean(-1)
+
+
+class _Engine:
+    """A sweep's settings, and both ways of carrying it out."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokens: Tensor,
+        attention_mask: Tensor | None,
+        metric: AnyMetric,
+        always: tuple[Intervention, ...],
+        memory_budget: int,
+    ) -> None:
+        self.model, self.tokens, self.attention_mask, self.metric = model, tokens, attention_mask, metric
+        self.always, self.memory_budget = always, memory_budget
+        self.cfg = model.cfg
+
+    def run(
+        self, plans: Sequence[tuple[Intervention, ...]], *, incremental: bool, advance: Callable[[int], object]
+    ) -> Float[Tensor, "cell batch"]:
+        n_scores = self.tokens.shape[0] if isinstance(self.metric, Metric) else 1
+        precise = torch.promote_types(self.model.W_E.dtype, torch.float32)
+        results = torch.zeros(len(plans), n_scores, dtype=precise, device=self.model.W_E.device)
+        planned = [
+            plan_cell(index, plan, self.cfg, self.tokens.shape[1]) if plan else None for index, plan in enumerate(plans)
+        ]
+        walked = [cell for cell in planned if cell is not None] if incremental else []
+        left = sorted(set(range(len(plans))) - {cell.index for cell in walked})
+        if walked:
+            self.walk(walked, results, advance)
+        for index in left:
+            results[index] = self.scores(self.plain(plans[index]))
+            advance(1)
+        return results
+
+    def obstacle(self) -> str | None:
+        """Why nothing can be walked, or None."""
+        if self.cfg.n_layers == 0:
+            return "there are no layers to spare"
+        if self.cfg.attention_dir == "bidirectional":
+            return "earlier positions see later ones"
+        if any(point.live for point in self.model.hook_points()):
+            return "the model has hooks, which may do anything"
+        if any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules()):
+            return "modules of the model have hooks of torch's, which may do anything"
+        if any(one.site.startswith(("blocks.", "ln_final.", "unembed.")) for one in self.always):
+            return "something in the blocks is changed in every run"
+        if (
+            self.cfg.use_qk_norm
+            and self.cfg.qk_norm_after_rotary
+            and not all(map(self.cfg.rotates, range(self.cfg.n_layers)))
+        ):
+            return "no hook point shows the keys as attention uses them"
+        return None
+
+    def plain(self, interventions: Sequence[Intervention]) -> Float[Tensor, "batch pos vocab"]:
+        """Return the logits of one whole run."""
+        logits: Tensor = self.model.run(
+            self.tokens, interventions=[*self.always, *interventions], attention_mask=self.attention_mask
+        )
+        return logits
+
+    def scores(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " score"]:
+        """Return the metric's scores of one run, one per prompt or one in all."""
+        if isinstance(self.metric, Metric):
+            return self.metric.per_prompt(logits)
+        return one_number(self.metric, logits).reshape(1)
+
+    # The incremental way
+
+    def walk(self, cells: list[Cell], results: Tensor, advance: Callable[[int], object]) -> None:
+        base, out = self.base_run(cells)
+        last_read = self.metric.pos % self.tokens.shape[1] if isinstance(self.metric, Metric) else 0
+        changing = [from_first_change(cell, base.cache, self.model.hook_dict) for cell in cells]
+        # What comes after the last position that is read has no effect either.
+        walked = [
+            cell for cell in changing if cell and (cell.first <= last_read or not isinstance(self.metric, Metric))
+        ]
+        without_effect = sorted({cell.index for cell in cells} - {cell.index for cell in walked})
+        if without_effect:
+            results[without_effect] = self.base_scores(out).to(results.dtype)
+            advance(len(without_effect))
+        for chunk in self.chunks(walked):
+            final = Walk(self.model, base, chunk, last_read).run(lambda: None)
+            for group, normalized in final:
+                self.judge(group, normalized, out, results)
+            advance(len(chunk))
+
+    def base_run(self, cells: Sequence[Cell]) -> tuple[Base, Float[Tensor, "batch pos out"]]:
+        """Run the prompts once, and keep what rows join with and read.
+
+        With it comes the stream after the last layer if the metric says what it reads, and the logits if it does not.
+        """
+        layers = range(self.cfg.n_layers)
+        names = {key_site(self.cfg, layer) for layer in layers} | {get_act_name("v", layer) for layer in layers}
+        names |= {get_act_name("resid_pre", layer) for layer in layers}
+        names.add(get_act_name("resid_post", self.cfg.n_layers - 1))
+        for cell in cells:
+            names |= self.joined_with(cell)
+            sites = {one.site for one in (*cell.at_entry, *cell.on_the_way)}
+            names |= {site for site in sites if is_compared(self.model.hook_dict[site])}
+        if self.cfg.positional_embedding_type == "shortformer":
+            names.add("hook_pos_embed")
+        with self.model.intervening(self.always):
+            out, cache = self.model.run_with_cache(
+                self.tokens,
+                names_filter=sorted(names),
+                attention_mask=self.attention_mask,
+                return_cache_object=False,
+                stop_at_layer=self.cfg.n_layers if isinstance(self.metric, Metric) else None,
+            )
+        mask = self.attention_mask
+        valid = None if mask is None or bool(mask.all()) else mask.bool()
+        layout = SequenceLayout(self.tokens.shape[1], 0, self.model.W_E.device, valid)
+        shortformer = cache.get("hook_pos_embed") if self.cfg.positional_embedding_type == "shortformer" else None
+        return Base(cache, layout, shortformer), out
+
+    def base_scores(self, out: Float[Tensor, "batch pos out"]) -> Float[Tensor, " score"]:
+        """Return the scores of the base run, from what `base_run` returns."""
+        if not isinstance(self.metric, Metric):
+            return self.scores(out)
+        read = self.model.ln_final(out[:, self.metric.pos, None])
+        return self.metric.scores(self.read_logits(read.transpose(0, 1)))[0]
+
+    def joined_with(self, cell: Cell) -> set[str]:
+        """The names of the base run's activations that a cell's rows are made of."""
+        if cell.stage is Stage.START:
+            return set()
+        sites = {one.site for one in cell.at_entry}
+        if cell.stage is Stage.Z:
+            return sites
+        if cell.stage is Stage.MID:
+            return sites or {get_act_name("resid_mid", cell.layer)}
+        if sites == {get_act_name("resid_post", cell.layer)}:
+            return sites
+        others = ("attn_out", "mlp_out") if self.cfg.parallel_attn_mlp and not self.cfg.attn_only else ("resid_mid",)
+        exist = (get_act_name(name, cell.layer) for name in others)
+        return sites | {name for name in exist if name in self.model.hook_dict}
+
+    def chunks(self, cells: list[Cell]) -> Iterable[list[Cell]]:
+        """The cells in portions whose activations fit the memory budget. Cells of one layer stay together."""
+        cfg, (batch, n_positions) = self.cfg, self.tokens.shape
+        width = 12 * cfg.d_model + 4 * (cfg.d_mlp or 0) + 3 * cfg.n_heads * n_positions + 6 * cfg.n_heads * cfg.d_head
+        per_position = batch * width * self.model.W_E.element_size()
+        # All logits of the positions that are read, and what the metric makes of them.
+        n_read, tokens = (1, self.metric.tokens) if isinstance(self.metric, Metric) else (n_positions, None)
+        per_cell = 2 * batch * n_read * cfg.d_vocab_out * self.model.W_E.element_size() if tokens is None else 0
+        chunk: list[Cell] = []
+        used = 0
+        # Where one cell gives heads inputs of their own, all rows have such: cells that do are kept apart.
+        apart = {cell.index: reads_per_head(cell.on_the_way) for cell in cells}
+        for cell in sorted(cells, key=lambda cell: (apart[cell.index], cell.layer, cell.stage, cell.first)):
+            needed = (n_positions - cell.first) * per_position + per_cell
+            if chunk and (used + needed > self.memory_budget or apart[cell.index] != apart[chunk[-1].index]):
+                yield chunk
+                chunk, used = [], 0
+            chunk.append(cell)
+            used += needed
+        if chunk:
+            yield chunk
+
+    def judge(self, group: Group, normalized: Tensor, base_out: Tensor, results: Tensor) -> None:
+        """Put down the scores of a group's cells, given their final stream [row pos d_model]."""
+        batch = self.tokens.shape[0]
+        if isinstance(self.metric, Metric):
+            read = normalized[:, self.metric.pos % self.tokens.shape[1] - group.start]
+            scores = self.metric.scores(self.read_logits(read.unflatten(0, (-1, batch))))
+            results[[cell.index for cell in group.cells]] = scores.to(results.dtype)
+            return
+        for index, cell in enumerate(group.cells):
+            logits = self.model.unembed(normalized[index * batch : (index + 1) * batch])
+            whole = torch.cat((base_out[:, : group.start], logits), 1)
+            results[cell.index] = self.scores(whole)
+
+    def read_logits(self, read: Float[Tensor, "cell batch d_model"]) -> Float[Tensor, "cell batch token"]:
+        """Return the logits that the metric reads, and no others. (No cell in a walk edits the unembedding.)"""
+        unembed, tokens = self.model.unembed, getattr(self.metric, "tokens", None)
+        if tokens is None:
+            logits: Tensor = unembed(read)
+            return logits
+        tokens = tokens.to(read.device)
+        directions = unembed.W_U.T[tokens]  # [batch_or_1 token d_model]
+        logits = torch.einsum("cbd,btd->cbt", read, directions.expand(read.shape[1], -1, -1)) + unembed.b_U[tokens]
+        return soft_cap(logits * unembed.scale, unembed.cap)
+
+
+def _check(model: Any, plans: Iterable[Sequence[Intervention]], tokens: Tensor) -> None:
+    """Check every intervention against the model and the prompts, before anything runs."""
+    axes = {name: point.axes for name, point in model.hook_dict.items()}
+    for plan in plans:
+        for one in plan:
+            if not isinstance(one, Intervention):
+                raise TypeError(f"a cell is an Intervention or several, got {one!r}")
+            one.check(model.cfg, axes)
+            one.check_fit(model.cfg, axes, *tokens.shape)
+
+
+def _check_numbers(results: Tensor, plans: Sequence[Any]) -> None:
+    wrong = torch.where(results.isnan().any(-1))[0].tolist()
+    if wrong:
+        raise ValueError(
+            f"the metric is not a number for {len(wrong)} of {len(plans)} cells, first for {plans[wrong[0]]}"
+        )

@@ -1,0 +1,37 @@
+"""A model's weights: processing as pure functions, the classic library's state dicts, initial values, views, files."""
+
+from hooked_lm.weights.classic import from_classic
+from hooked_lm.weights.processing import (
+    STEPS,
+    Processed,
+    Step,
+    Weights,
+    center_unembed,
+    center_writing_weights,
+    fold_layer_norm,
+    fold_value_biases,
+    plan_processing,
+    process,
+    process_,
+    refactor_factored_attn_matrices,
+    untie,
+    unties,
+)
+
+__all__ = [
+    "STEPS",
+    "Processed",
+    "Step",
+    "Weights",
+    "center_unembed",
+    "center_writing_weights",
+    "fold_layer_norm",
+    "fold_value_biases",
+    "from_classic",
+    "plan_processing",
+    "process",
+    "process_",
+    "refactor_factored_attn_matrices",
+    "untie",
+    "unties",
+]

@@ -1,0 +1,69 @@
+"""Where a model's weights go to: a folder in our own format, or in HuggingFace's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from hooked_lm.weights.loading import WeightLoading
+from weight_conversion import checkpoint
+from weight_conversion.export import export
+
+
+class WeightSaving(WeightLoading):
+    """The saving methods of `HookedTransformer`."""
+
+    # Folders
+
+    @torch.no_grad()
+    def to_huggingface(self, folder: str | Path) -> None:
+        """Write the model in HuggingFace's format, so that `transformers` loads it and computes the same logits.
+
+        For models that were loaded from HuggingFace's format without processing; what has been changed in the weights
+        since goes with it.
+
+        Raises:
+            ValueError: the model has been processed, or was never a HuggingFace model.
+            CheckpointError: it was loaded in part, or has weights that its family has no place for.
+        """
+        if self.origin is None:
+            raise ValueError("this model does not come from a HuggingFace checkpoint, so there is no family to write")
+        if self.processed:
+            raise ValueError(
+                f"the weights have been processed ({', '.join(self.processed)}), which HuggingFace's format has no "
+                "place for: load the model with from_pretrained_no_processing"
+            )
+        export(self.cfg, self.state_dict(), self.origin, folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model to a folder: `config.json`, `model.safetensors` and the tokenizer, if it has one.
+
+        `from_pretrained(folder)` gives the same weights, bit for bit; processing it has been through is not done twice.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = self.cfg.to_dict()
+        # Where a model was is no property of it.
+        del config["device"]
+        config["tokenizer_name"] = None
+        saved = {
+            "format": checkpoint.OWN_FORMAT,
+            "processed": list(self.processed),
+            "config": config,
+            "origin": self.origin,
+        }
+        (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
+        tensors = {name: value.contiguous() for name, value in self.state_dict().items()}
+        # The model may be a view of the very file that is to be replaced: it lives on, without a name.
+        written = folder / "model.safetensors.new"
+        save_file(tensors, written)
+        # safetensors writes a file that only its owner may read.
+        written.chmod((folder / "config.json").stat().st_mode & 0o777)
+        written.replace(folder / "model.safetensors")
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
