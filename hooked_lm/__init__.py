@@ -9,12 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hooked_lm import circuits as circuits
     from hooked_lm import components as components
     from hooked_lm import evals as evals
     from hooked_lm import experiments as experiments
     from hooked_lm import head_detector as head_detector
+    from hooked_lm import interventions as interventions
     from hooked_lm import metrics as metrics
     from hooked_lm import patching as patching
+    from hooked_lm import plotting as plotting
+    from hooked_lm import sweep as sweep
     from hooked_lm import tasks as tasks
     from hooked_lm import training as training
     from hooked_lm import utils as utils
@@ -28,8 +32,8 @@ if TYPE_CHECKING:
     from hooked_lm.hooks import HookedRootModule as HookedRootModule
     from hooked_lm.hooks import HookPoint as HookPoint
     from hooked_lm.interventions import Intervention as Intervention
-    from hooked_lm.interventions.files import load_interventions as load_interventions
-    from hooked_lm.interventions.files import save_interventions as save_interventions
+    from hooked_lm.interventions import load_interventions as load_interventions
+    from hooked_lm.interventions import save_interventions as save_interventions
     from hooked_lm.kv_cache import HookedTransformerKeyValueCache as HookedTransformerKeyValueCache
     from hooked_lm.names import UnknownHookError as UnknownHookError
     from hooked_lm.slicing import Slice as Slice
@@ -38,6 +42,40 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "ActivationCache",
+    "Certificate",
+    "CheckpointError",
+    "FactoredMatrix",
+    "HookPoint",
+    "HookedRootModule",
+    "HookedTransformer",
+    "HookedTransformerConfig",
+    "HookedTransformerKeyValueCache",
+    "Intervention",
+    "SVDInterpreter",
+    "Slice",
+    "UnknownHookError",
+    "circuits",
+    "components",
+    "evals",
+    "experiments",
+    "head_detector",
+    "interventions",
+    "load_interventions",
+    "metrics",
+    "patching",
+    "plotting",
+    "save_interventions",
+    "sweep",
+    "tasks",
+    "training",
+    "utils",
+    "verify",
+    "weights",
+]
+
+# Where each name lives; a name that is not here is a module of this package.
 _HOMES = {
     "ActivationCache": "hooked_lm.activation_cache",
     "Certificate": "hooked_lm.certificate",
@@ -48,39 +86,25 @@ _HOMES = {
     "HookedTransformer": "hooked_lm.transformer",
     "HookedTransformerConfig": "hooked_lm.config",
     "HookedTransformerKeyValueCache": "hooked_lm.kv_cache",
-    "SVDInterpreter": "hooked_lm.circuits.svd",
     "Intervention": "hooked_lm.interventions",
+    "SVDInterpreter": "hooked_lm.circuits.svd",
     "Slice": "hooked_lm.slicing",
     "UnknownHookError": "hooked_lm.names",
-    "load_interventions": "hooked_lm.interventions.files",
-    "save_interventions": "hooked_lm.interventions.files",
+    "load_interventions": "hooked_lm.interventions",
+    "save_interventions": "hooked_lm.interventions",
     "verify": "hooked_lm.certificate",
 }
-_MODULES = (
-    "components",
-    "evals",
-    "experiments",
-    "head_detector",
-    "metrics",
-    "patching",
-    "tasks",
-    "training",
-    "utils",
-    "weights",
-)
-
-__all__ = [*_HOMES, *_MODULES]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
+    if name not in __all__:
+        raise AttributeError(f"module 'hooked_lm' has no attribute {name!r}")
+    if name not in _HOMES:
         return importlib.import_module(f"hooked_lm.{name}")
-    if name in _HOMES:
-        value = getattr(importlib.import_module(_HOMES[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'hooked_lm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES, *_MODULES])
+    return sorted({*globals(), *__all__})

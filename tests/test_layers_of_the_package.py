@@ -14,27 +14,11 @@ ROOT = Path(hooked_lm.__file__).parents[1]
 
 # From the first room to the last. `__init__` stands for `import hooked_lm`, which gives out every name.
 ORDER = (
-    *("config", "names", "slicing", "precision", "files", "extras", "bundled"),
-    *("interventions", "intervention_files", "factored_matrix"),
-    *("hook_point", "hooks", "hook_points", "kv_cache", "components"),
-    *("kept_run", "lazy_cache", "offloaded_cache", "cached_activations", "activation_cache"),
-    *("weights", "weight_conversion", "tokenization", "losses", "generation", "text_interface", "intervening"),
-    "caching",
-    *("text_generation", "initialization", "weight_views", "homes", "model_weights", "transformer"),
-    *("certificate", "metrics", "sweep", "patching", "circuits", "utils", "head_detector"),
-    *(
-        "training",
-        "tasks",
-        "evals",
-        "experiments",
-        "plotting",
-        "demo",
-        "tour",
-        "tour_page",
-        "demo_page",
-        "__init__",
-        "cli",
-    ),
+    *("_support", "bundled", "config", "names", "slicing", "factored_matrix", "losses"),
+    *("hooks", "hook_points", "kv_cache", "components", "hooked_model"),
+    *("tokenization", "interventions", "metrics", "activation_cache", "weight_conversion", "weights", "generation"),
+    *("transformer", "certificate", "sweep", "patching", "circuits", "utils", "head_detector"),
+    *("training", "tasks", "evals", "experiments", "plotting", "demo", "__init__", "cli"),
 )
 RANK = {room: rank for rank, room in enumerate(ORDER)}
 

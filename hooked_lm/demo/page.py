@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from hooked_lm import plotting
-from hooked_lm.demo import DemoResult, label
+from hooked_lm.demo.induction import DemoResult, label
 from hooked_lm.demo.tour import Tour
 from hooked_lm.demo.tour_page import tour_facts, tour_figures, tour_introduction
 from hooked_lm.plotting import PageFigure

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hooked_lm.demo import label, plain_data
+from hooked_lm.demo.induction import label, plain_data
 from hooked_lm.experiments import (
     EarlyDecoding,
     IOIPatching,

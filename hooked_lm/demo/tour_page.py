@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from hooked_lm import plotting
-from hooked_lm.demo import label
+from hooked_lm.demo.induction import label
 from hooked_lm.demo.tour import Tour
 from hooked_lm.experiments import Repeats
 from hooked_lm.plotting import PageFigure
