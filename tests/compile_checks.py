@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hooked_lm import HookedTransformer, HookPoint
-from hooked_lm.components import products
+from hooked_lm.components import linear as products
 from tests.helpers import tiny_model, tiny_tokens
 from tests.test_hook_sites import ARCHITECTURES
 

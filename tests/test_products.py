@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hooked_lm import HookedTransformer
 from hooked_lm.certificate import verify
-from hooked_lm.components import products
+from hooked_lm.components import linear as products
 from tests.helpers import tiny_model, tiny_tokens
 
 LAYOUTS = ["[d_out d_in]", "[d_in d_out]", "columns of a wider one"]

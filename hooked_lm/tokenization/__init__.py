@@ -2,6 +2,7 @@
 
 from hooked_lm.tokenization.functions import (
     PaddingSide,
+    Prompts,
     TokenBatch,
     Tokenizer,
     check_padding_side,
@@ -19,6 +20,7 @@ from hooked_lm.tokenization.functions import (
 
 __all__ = [
     "PaddingSide",
+    "Prompts",
     "TokenBatch",
     "Tokenizer",
     "check_padding_side",

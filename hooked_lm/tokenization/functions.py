@@ -17,6 +17,8 @@ from torch import Tensor
 
 Tokenizer = Any  # a transformers PreTrainedTokenizerBase; naming the type would import transformers
 PaddingSide = Literal["left", "right"]
+# What a model reads: a string or several, or tokens [pos] or [batch pos].
+Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | np.ndarray
 
 
 def prepare_tokenizer(tokenizer: Tokenizer, padding_side: str) -> Tokenizer:

@@ -1,0 +1,100 @@
+"""HookedModel: what the engines (sweeps, patching, circuits, caches, tracing) may ask of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from hooked_lm.components import Embed, PosEmbed, TransformerBlock, Unembed
+from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.hooks import HookHandle, HookPoint, HookSpec
+from hooked_lm.interventions import Intervention
+from hooked_lm.tokenization import Prompts, Tokenizer
+
+
+class HookedModel(Protocol):
+    """A `HookedTransformer`, or another model with its hook points, blocks and methods.
+
+    Engines are written against this and nothing else, so that no private method crosses a file.
+
+    Attributes:
+        cfg: the architecture.
+        hook_dict: full hook name -> hook point, in the order in which they run.
+        blocks, embed, pos_embed, ln_final, unembed: the parts of the network. `pos_embed` only with learned positions.
+        tokenizer: None for a model that reads tokens only.
+        processed: the processing steps that the weights have been through.
+    """
+
+    cfg: HookedTransformerConfig
+    hook_dict: dict[str, HookPoint]
+    embed: Embed
+    pos_embed: PosEmbed
+    ln_final: nn.Module
+    unembed: Unembed
+    processed: tuple[str, ...]
+
+    @property
+    def blocks(self) -> Sequence[TransformerBlock]: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+
+    @property
+    def W_E(self) -> Tensor: ...
+
+    @property
+    def W_U(self) -> Tensor: ...
+
+    @property
+    def b_U(self) -> Tensor: ...
+
+    # Running. What comes back depends on `return_type` and `return_cache_object`, which no annotation can follow.
+
+    def __call__(self, input: Prompts, **options: Any) -> Any: ...
+
+    def run(self, input: Prompts, *, interventions: Sequence[Intervention] = (), **options: Any) -> Any: ...
+
+    def run_with_hooks(self, input: Prompts, **options: Any) -> Any: ...
+
+    def run_with_cache(self, input: Prompts, **options: Any) -> tuple[Any, Any]: ...
+
+    def logits_of(self, residual: Tensor, logits_to_keep: int | slice | Tensor | None = None) -> Tensor: ...
+
+    def tokens_and_mask(self, input: Prompts, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]: ...
+
+    # Hooks
+
+    def hook_points(self) -> Iterable[HookPoint]: ...
+
+    def hooks(
+        self, fwd_hooks: Sequence[HookSpec] = (), bwd_hooks: Sequence[HookSpec] = ()
+    ) -> AbstractContextManager[Any]: ...
+
+    def only_hooks(self, handles: Iterable[HookHandle]) -> AbstractContextManager[None]: ...
+
+    def intervening(self, interventions: Sequence[Intervention]) -> AbstractContextManager[Any]: ...
+
+    # Text
+
+    def to_tokens(self, input: str | Sequence[str], prepend_bos: bool | None = None) -> Tensor: ...
+
+    def to_string(self, tokens: Tensor | Sequence[int] | int) -> str | list[str]: ...
+
+    def to_str_tokens(
+        self, input: str | Sequence[str] | Tensor, prepend_bos: bool | None = None
+    ) -> list[str] | list[list[str]]: ...
+
+    def to_single_token(self, string: str) -> int: ...
+
+    def to_single_str_token(self, int_token: int) -> str: ...
+
+    def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Tensor: ...
+
+    # What any module has
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
