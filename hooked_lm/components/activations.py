@@ -88,6 +88,11 @@ def make_activation(cfg: HookedTransformerConfig) -> Activation:
     return XIELU() if cfg.act_fn == "xielu" else ACTIVATION_FUNCTIONS[str(cfg.act_fn)]
 
 
+def is_registered_activation(function: Activation) -> bool:
+    """Return whether an activation function is one that a config can name."""
+    return isinstance(function, XIELU) or any(function is known for known in ACTIVATION_FUNCTIONS.values())
+
+
 def soft_cap(x: Float[Tensor, "..."], cap: float) -> Float[Tensor, "..."]:
     """Return `cap * tanh(x / cap)`, or `x` itself when the cap is off (not positive)."""
     return cap * torch.tanh(x / cap) if cap > 0 else x

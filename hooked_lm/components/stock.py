@@ -1,0 +1,95 @@
+"""Which components are as this package wrote them, so that an engine may run their stages by itself.
+
+An engine that runs part of a block (a sweep, path patching) relies on what the stock components do between their hook
+points. A subclass may do something else; so may a module in another's place, a method set on an instance, a
+parametrisation or a hook of torch's. Engines ask here first, and take the plain way where the answer is not None.
+
+A subclass that overrides methods and still keeps the stages (each hook point sees what the stock component shows it,
+computed from the same inputs, position by position outside attention) may say so with `keeps_stages = True` in its body.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import lru_cache
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from hooked_lm._support.torch_internals import has_global_module_hooks
+from hooked_lm.components.activations import XIELU, is_registered_activation
+from hooked_lm.components.attention import Attention
+from hooked_lm.components.block import TransformerBlock
+from hooked_lm.components.embed import Embed, Unembed
+from hooked_lm.components.mlp import MLP, GatedMLP
+from hooked_lm.components.moe import MoE
+from hooked_lm.components.norm import LayerNorm, LayerNormPre, NoNorm, Norm, RMSNorm, RMSNormPre
+from hooked_lm.components.positions import PosEmbed
+from hooked_lm.hooks import HookPoint
+
+_NORMS = (Norm, LayerNorm, LayerNormPre, RMSNorm, RMSNormPre, NoNorm)
+_MLPS = (MLP, GatedMLP, MoE)
+STOCK: frozenset[type] = frozenset(
+    {TransformerBlock, Attention, *_MLPS, *_NORMS, Embed, Unembed, PosEmbed, XIELU, HookPoint, nn.ModuleList}
+)
+# What a subclass may define without changing what the component computes.
+_HARMLESS = frozenset(
+    {"__init__", "__module__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__qualname__", "__repr__"}
+    | {"__parameters__", "__static_attributes__", "__firstlineno__", "__orig_bases__", "extra_repr", "_get_name"}
+)
+
+
+def not_stock(root: nn.Module, stock_root: type | None = None) -> str | None:
+    """Return what in a module tree is not stock, as the end of a sentence; None if everything is.
+
+    Args:
+        root: a model, a block or any other component.
+        stock_root: the stock class of `root` itself, where it is no component: the model's.
+    """
+    if has_global_module_hooks():
+        return "torch's global module hooks may do anything"
+    for name, module in root.named_modules():
+        known = STOCK if stock_root is None or module is not root else STOCK | {stock_root}
+        reason = _own_override(module, known)
+        if reason is not None:
+            return f"{name or 'the model'} {reason}"
+    return None
+
+
+def _own_override(module: nn.Module, known: frozenset[type]) -> str | None:
+    """What about one module, its children apart, is not stock."""
+    if parametrize.is_parametrized(module):
+        return "is parametrised"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "has hooks of torch's, which may do anything"
+    kind = type(module)
+    if kind not in known:
+        override = _overridden(kind, known)
+        if override is not None:
+            return override
+    patched = vars(module).keys() & _methods_of(kind)
+    if patched:
+        return f"has a {min(patched)} of its own"
+    if isinstance(module, _MLPS) and not is_registered_activation(module.act_fn):
+        return "has an act_fn that is not registered"
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _overridden(kind: type, known: frozenset[type]) -> str | None:
+    """What a class that is not stock changes of the stock class it comes from."""
+    if vars(kind).get("keeps_stages", False):
+        return None
+    stock = next((base for base in kind.__mro__ if base in known), None)
+    if stock is None:
+        return f"is a {kind.__name__}, which is no component of this package"
+    for base in kind.__mro__[: kind.__mro__.index(stock)]:
+        for name in vars(base):
+            if name not in _HARMLESS and hasattr(stock, name):
+                return f"is a {kind.__name__}, which overrides {name}"
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _methods_of(kind: type) -> frozenset[str]:
+    return frozenset(name for name in dir(kind) if inspect.isroutine(inspect.getattr_static(kind, name)))
