@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -16,19 +17,20 @@ from hooked_lm import tokenization
 from hooked_lm.activation_cache.recording import Caching
 from hooked_lm.components import Embed, PosEmbed, SequenceLayout, TransformerBlock, Unembed
 from hooked_lm.components.norm import NoNorm, make_norm
+from hooked_lm.components.sequence import Prompt
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.generation.methods import TextGeneration
-from hooked_lm.hooks import HookPoint
+from hooked_lm.hooks import HookPoint, Pass, any_live, in_pass, is_live
 from hooked_lm.kv_cache import HookedTransformerKeyValueCache
 from hooked_lm.losses import lm_cross_entropy_loss
-from hooked_lm.tokenization import Tokenizer
+from hooked_lm.tokenization import Prompts, Tokenizer
 from hooked_lm.tokenization.methods import check_attention_mask, describe
 from hooked_lm.weights.initialization import initialize_weights
 from hooked_lm.weights.saving import WeightSaving
 from hooked_lm.weights.views import WeightViews
 
 ReturnType = Literal["logits", "loss", "both"] | None
-ModelInput = str | Sequence[str] | Tensor | np.ndarray
+ModelInput = Prompts
 
 
 class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
@@ -124,19 +126,37 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
         if past_kv_cache is not None:
             self._check_cacheable(past_kv_cache, start, stop)
         with nullcontext() if past_kv_cache is None else _rewound_on_error(past_kv_cache):
-            residual, tokens, shortformer_pos, mask, layout = self._enter(
+            prompt = self._prompt(
                 input, prepend_bos, padding_side, attention_mask, past_kv_cache, start_at_layer, tokens
             )
-            for layer, block in enumerate(islice(self.blocks, start, stop), start):
-                past = None if past_kv_cache is None else past_kv_cache[layer]
-                residual = block(residual, layout, past, shortformer_pos)
-            if stop_at_layer is not None:
-                return residual
-            normalized = self.ln_final(residual)
-            if return_type is None and not (self.unembed.hook_in.live or self.unembed.hook_out.live):
-                return None
-            logits = self.unembed(_kept(normalized, logits_to_keep))
-            return self._output(logits, tokens, mask, return_type, loss_per_token)
+            with in_pass(Pass(prompt.layout.n_past)):
+                return self._pass(
+                    prompt, start, stop, past_kv_cache, stop_at_layer, logits_to_keep, return_type, loss_per_token
+                )
+
+    def _pass(
+        self,
+        prompt: Prompt,
+        start: int,
+        stop: int,
+        past_kv_cache: HookedTransformerKeyValueCache | None,
+        stop_at_layer: int | None,
+        logits_to_keep: int | slice | Tensor | None,
+        return_type: ReturnType,
+        loss_per_token: bool,
+    ) -> Any:
+        """Run embedding, blocks and unembedding, or those of them that were asked for."""
+        prompt, residual, shortformer_pos = self._entered(prompt)
+        for layer, block in enumerate(islice(self.blocks, start, stop), start):
+            past = None if past_kv_cache is None else past_kv_cache[layer]
+            residual = block(residual, prompt.layout, past, shortformer_pos)
+        if stop_at_layer is not None:
+            return residual
+        normalized = self.ln_final(residual)
+        if return_type is None and not any_live(self.unembed.children()):
+            return None
+        logits = self.unembed(_kept(normalized, logits_to_keep))
+        return self._output(logits, prompt.tokens, prompt.mask, return_type, loss_per_token)
 
     def logits_of(self, residual: Tensor, logits_to_keep: int | slice | Tensor | None = None) -> Tensor:
         """Return the logits of the stream that leaves the last block [batch pos d_model]: final norm, unembedding.
@@ -179,7 +199,7 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
             raise ValueError(f"stop_at_layer {stop} comes before start_at_layer {start}")
         return first, last
 
-    def _enter(
+    def _prompt(
         self,
         input: ModelInput,
         prepend_bos: bool | None,
@@ -188,33 +208,40 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
         past_kv_cache: HookedTransformerKeyValueCache | None,
         start_at_layer: int | None,
         tokens: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, SequenceLayout]:
-        """Return what enters the first block: residual, tokens, shortformer positions, mask and layout."""
-        if start_at_layer is not None:
-            residual = self._check_residual(input, tokens)
+    ) -> Prompt:
+        """Return what a pass reads, checked and in one form; a key-value cache then knows of the new positions."""
+        if start_at_layer is None:
             if tokens is not None:
-                tokens = self._check_tokens(tokens)
-                attention_mask = self._infer_mask(tokens, attention_mask, prepend_bos, padding_side, past_kv_cache)
-            layout = self._layout(residual.shape[0], residual.shape[1], attention_mask, past_kv_cache)
-            if any(point.live for point in self.hook_points()):
-                # A cache would otherwise share memory with the caller's tensor, and a hook could write to it.
-                residual = residual.clone()
-            return residual, tokens, self._shortformer_pos(layout, residual.shape[0]), attention_mask, layout
+                raise ValueError("tokens= goes with start_at_layer; without it the input is the tokens")
+            tokens, attention_mask = self._read(input, prepend_bos, padding_side, attention_mask, past_kv_cache)
+            layout = self._layout(tokens.shape[0], tokens.shape[1], attention_mask, past_kv_cache)
+            return Prompt(tokens, attention_mask, None, layout)
+        residual = self._check_residual(input, tokens)
         if tokens is not None:
-            raise ValueError("tokens= goes with start_at_layer; without it the input is the tokens")
-        tokens, attention_mask = self._read(input, prepend_bos, padding_side, attention_mask, past_kv_cache)
-        layout = self._layout(tokens.shape[0], tokens.shape[1], attention_mask, past_kv_cache)
-        return *self._embed(tokens, layout), attention_mask, layout
+            tokens = self._check_tokens(tokens)
+            attention_mask = self._infer_mask(tokens, attention_mask, prepend_bos, padding_side, past_kv_cache)
+        layout = self._layout(residual.shape[0], residual.shape[1], attention_mask, past_kv_cache)
+        if any_live(self.hook_points()):
+            # A cache would otherwise share memory with the caller's tensor.
+            residual = residual.clone()
+        return Prompt(tokens, attention_mask, residual, layout)
 
-    def _embed(self, tokens: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the residual stream that enters block 0, the tokens as hooks leave them, shortformer positions."""
-        if self.hook_tokens.live:
+    def _entered(self, prompt: Prompt) -> tuple[Prompt, Tensor, Tensor | None]:
+        """Return the prompt, its tokens as hooks leave them; the stream that enters block 0; shortformer positions."""
+        layout = prompt.layout
+        if prompt.residual is not None:
+            return prompt, prompt.residual, self._shortformer_pos(layout, prompt.residual.shape[0])
+        tokens = prompt.tokens
+        assert tokens is not None
+        if is_live(self.hook_tokens):
+            # A copy: what hooks keep must not share memory with the caller's tokens.
             tokens = self._check_tokens(self.hook_tokens(tokens.clone()))
+            prompt = replace(prompt, tokens=tokens)
         residual = self.hook_embed(self.embed(tokens))
         shortformer_pos = self._shortformer_pos(layout, tokens.shape[0])
         if self.cfg.positional_embedding_type == "standard":
             residual = residual + self._positions(layout, tokens.shape[0])
-        return residual, tokens, shortformer_pos
+        return prompt, residual, shortformer_pos
 
     def _shortformer_pos(self, layout: SequenceLayout, batch: int) -> Tensor | None:
         shortformer = self.cfg.positional_embedding_type == "shortformer"
@@ -222,8 +249,8 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
 
     def _positions(self, layout: SequenceLayout, batch: int) -> Tensor:
         positions = self.pos_embed(layout, batch)
-        # The positions are a view of `W_pos`, which training writes to and hooks must not.
-        return self.hook_pos_embed(positions.clone()) if self.hook_pos_embed.live else positions
+        # The positions are a view of `W_pos`, which training writes to: a cache keeps a copy.
+        return self.hook_pos_embed(positions.clone()) if is_live(self.hook_pos_embed) else positions
 
     # What comes in
 
@@ -317,7 +344,6 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
         # A compiled graph cannot look whether anything is padded.
         padded = attention_mask is not None and (torch.compiler.is_compiling() or not bool(attention_mask.all()))
         valid = attention_mask.bool() if attention_mask is not None and padded else None
-        self.n_past = n_past
         return SequenceLayout(n_new, n_past, device, valid)
 
     def input_to_embed(
@@ -333,11 +359,12 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
         Args:
             input, prepend_bos, padding_side, attention_mask, past_kv_cache: as for a call of the model.
         """
-        tokens, mask = self._read(input, prepend_bos, padding_side, attention_mask, past_kv_cache)
         with _rewound_on_error(past_kv_cache):
-            layout = self._layout(tokens.shape[0], tokens.shape[1], mask, past_kv_cache)
-            residual, tokens, shortformer_pos = self._embed(tokens, layout)
-        return residual, tokens, shortformer_pos, mask
+            prompt = self._prompt(input, prepend_bos, padding_side, attention_mask, past_kv_cache, None, None)
+            with in_pass(Pass(prompt.layout.n_past)):
+                entered, residual, shortformer_pos = self._entered(prompt)
+        assert entered.tokens is not None
+        return residual, entered.tokens, shortformer_pos, entered.mask
 
     def loss_fn(
         self,
@@ -437,7 +464,7 @@ def _final_norm_kind(cfg: HookedTransformerConfig) -> str | None:
     return "RMSPre" if cfg.normalization_type.endswith("Pre") else "RMS"
 
 
-def _is_empty(input: Tensor | np.ndarray | Sequence[Any]) -> bool:
+def _is_empty(input: Tensor | np.ndarray | Sequence[object]) -> bool:
     """Whether there is nothing along the first axis, or no axis."""
     return (isinstance(input, (Tensor, np.ndarray)) and input.ndim == 0) or len(input) == 0
 

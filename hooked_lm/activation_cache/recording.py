@@ -97,7 +97,7 @@ class Caching(TextInterface, Intervening):
         handles = [HookHandle(self.hook_dict[name], _read, "fwd") for name in names]
         for handle in handles:
             handle.fired = run.covers(handle.point.name)
-        self._check_fired(names_filter, handles)
+        self.check_fired(names_filter, handles)
         part = Part(self.hook_dict, positions, remove_batch_dim, device)
         # What does not fit is said now and not when it is read.
         for layer, stream in list(run.residuals.items())[:1]:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.amp.autocast_mode import is_autocast_available
 
+from hooked_lm._support.torch_internals import has_global_module_hooks, has_module_hooks, times_written
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.hooks.point import HookHandle, HookPoint
+from hooked_lm.hooks import HookHandle, HookPoint, carries_run
 from hooked_lm.names import layer_of
 
 Place = int | str
@@ -54,7 +55,7 @@ def place_of(name: str) -> Place:
 def fingerprint(model: Runnable, *kept: Mapping[Any, Tensor]) -> Fingerprint:
     """Return where each parameter and kept tensor is, and how often it was written to: what changes when they do."""
     tensors = [*model.parameters(), *(one for tensors in kept for one in tensors.values())]
-    return tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in tensors)
+    return tuple((one.data_ptr(), times_written(one)) for one in tensors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,13 +267,13 @@ def keep_run(model: Any, call: dict[str, Any], device: Any, clear_contexts: bool
 def _check_keepable(model: Any, call: dict[str, Any]) -> None:
     if call["past_kv_cache"] is not None:
         raise ValueError("a key-value cache moves on after the run, so a lazy cache cannot be computed from it")
-    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+    if any(map(has_module_hooks, model.modules())) or has_global_module_hooks():
         raise ValueError("a lazy cache cannot know what torch's own hooks do: use hooks of hook points, or lazy=False")
 
 
 def _may_change(point: HookPoint) -> bool:
     """Whether hooks may change an activation, or make the run take another way to it."""
-    return any(not one.reads_only for one in point.fwd_hooks) or (point.on_demand and point.on_path)
+    return point.edited_forward or (point.on_demand and carries_run(point, torch.is_grad_enabled()))
 
 
 def _recorded(
@@ -295,11 +296,11 @@ def _recorded(
             edits[hook.name] = x.to(device=device)
 
     handles = {name: tuple(point.fwd_hooks) for name, point in model.hook_dict.items()}
-    looking = [HookHandle(model.hook_dict[name], look, "fwd", reads_only=True) for name in edited]
+    looking = [HookHandle(model.hook_dict[name], look, "fwd", reads_only=True, this_thread=True) for name in edited]
     for handle in looking:
         handle.attach(prepend=True)
     try:
-        with model._attached(model._recording_handles([(n, keep) for n in {*streams, *edited}], ())):
+        with model.attached(model.recording_handles([(n, keep) for n in {*streams, *edited}], (), this_thread=True)):
             seen["output"] = model(**call)
     finally:
         for handle in looking:

@@ -5,7 +5,7 @@ points. A subclass may do something else; so may a module in another's place, a 
 parametrisation or a hook of torch's. Engines ask here first, and take the plain way where the answer is not None.
 
 A subclass that overrides methods and still keeps the stages (each hook point sees what the stock component shows it,
-computed from the same inputs, position by position outside attention) may say so with `keeps_stages = True` in its body.
+computed from the same inputs, position by position outside attention) may say so: `keeps_stages = True` in its body.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import lru_cache
 from torch import nn
 from torch.nn.utils import parametrize
 
-from hooked_lm._support.torch_internals import has_global_module_hooks
+from hooked_lm._support.torch_internals import has_global_module_hooks, has_module_hooks
 from hooked_lm.components.activations import XIELU, is_registered_activation
 from hooked_lm.components.attention import Attention
 from hooked_lm.components.block import TransformerBlock
@@ -60,7 +60,7 @@ def _own_override(module: nn.Module, known: frozenset[type]) -> str | None:
     """What about one module, its children apart, is not stock."""
     if parametrize.is_parametrized(module):
         return "is parametrised"
-    if module._forward_hooks or module._forward_pre_hooks:
+    if has_module_hooks(module):
         return "has hooks of torch's, which may do anything"
     kind = type(module)
     if kind not in known:

@@ -6,13 +6,13 @@ nothing; a patch of a whole head changes nothing before the prompts part.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from hooked_lm.hooks.point import HookPoint
+from hooked_lm.hooks import HookPoint
 from hooked_lm.interventions import Intervention
 from hooked_lm.sweep.plan import Cell
 
@@ -26,7 +26,7 @@ def is_compared(point: HookPoint) -> bool:
 
     Nor behind the last block, where the base run need not go.
     """
-    axes = (point.axes or "").split()
+    axes = point.axes
     return "pos" in axes and not point.on_demand and str(point.name).startswith("blocks.")
 
 
@@ -45,13 +45,13 @@ def from_first_change(cell: Cell, base: Mapping[str, Tensor], points: Mapping[st
     for one in (*cell.at_entry, *cell.on_the_way):
         if not is_compared(points[one.site]):
             return cell
-        first = _first_change(one, base[one.site], (points[one.site].axes or "").split())
+        first = _first_change(one, base[one.site], points[one.site].axes)
         if first is not None:
             firsts.append(first)
     return replace(cell, first=min(firsts)) if firsts else None
 
 
-def _first_change(one: Intervention, activation: Tensor, axes: list[str]) -> int | None:
+def _first_change(one: Intervention, activation: Tensor, axes: Sequence[str]) -> int | None:
     edited = one.apply(activation, axes)[0]
     different = edited != activation
     if one.operation == "replace" and activation.dtype in (torch.float32, torch.float64):

@@ -121,7 +121,7 @@ class Walk:
         if z.shape[1] == 0:
             middle = stream
         else:
-            attn_out = block.hook_attn_out(block.ln1_post(block.attn.write(block.attn.hook_z(z))))
+            attn_out = block.attention_output(block.attn.write(block.attn.hook_z(z)))
             if block.attn_only or block.parallel:
                 return block.after_attention(stream, attn_out)
             middle = block.joined(stream, attn_out, block.ln1)
@@ -270,12 +270,12 @@ class Walk:
     # Edits on the way
 
     def _apply(self, one: Intervention, x: Tensor, site: str, n_past: int) -> Tensor:
-        return one.apply(x, (self.model.hook_dict[site].axes or "").split(), n_past)[0]
+        return one.apply(x, self.model.hook_dict[site].axes, n_past)[0]
 
     def _make(self, x: Tensor, hook: HookPoint) -> Tensor:
         """The hook at every site that is edited on the way: each edit acts on its cell's rows."""
         site = str(hook.name)
-        edits, x = self.edits[site], x.clone()
+        edits = self.edits[site]
         if self.current is not None:  # scores and patterns are shown group by group
             self._edit_rows(edits, x, self.current, site)
             return x
