@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 from collections.abc import Callable
@@ -12,42 +11,13 @@ from typing import Any
 
 import torch
 
-NORMALIZATION_TYPES = ("LN", "LNPre", "RMS", "RMSPre", None)
-POSITION_TYPES = ("standard", "rotary", "alibi", "shortformer", "none")
-ATTENTION_DIRECTIONS = ("causal", "bidirectional")
-INIT_MODES = ("gpt2", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal")
-ACTIVATIONS = (
-    "relu",
-    "gelu",
-    "silu",
-    "gelu_new",
-    "gelu_fast",
-    "gelu_pytorch_tanh",
-    "quick_gelu",
-    "relu2",
-    "identity",
-    "solu",
-    "solu_ln",
-    "xielu",
-)
-NORM_PLACEMENTS = ("before", "before_and_after", "after", "residual")
-QK_NORM_TYPES = ("RMS", "RMSPre", "LN")  # fmt: skip
-
-# Fields of the classic library's configs that this one does not keep: name -> the values that change nothing here.
-# Those are dropped, any other value raises. `...` stands for every value.
-_RETIRED: dict[str, tuple[Any, ...]] = {
-    "load_in_4bit": (False, None),
-    "n_devices": (1, None),
-    "relative_attention_max_distance": (None,),
-    "relative_attention_num_buckets": (None,),
-    "decoder_start_token_id": (None,),
-    "trust_remote_code": (False, None),
-    "layer_norm_folding": (False, None),
-}
+from hooked_lm.config.checks import fill_and_check
+from hooked_lm.config.classic import checked_fields
+from hooked_lm.config.lock import Lockable, plain
 
 
 @dataclass(slots=True, kw_only=True)
-class HookedTransformerConfig:
+class HookedTransformerConfig(Lockable):
     """The architecture of a `HookedTransformer`.
 
     A config validates itself, fills in what follows from other fields, and compares equal by value (the device aside).
@@ -242,240 +212,7 @@ class HookedTransformerConfig:
     ungroup_grouped_query_attention: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("n_layers", "d_model", "n_ctx"):
-            self._require_positive(name, at_least=0 if name == "n_layers" else 1)
-        self._fill_heads()
-        self._fill_mlp()
-        self._fill_experts()
-        self._fill_norms()
-        self._fill_vocab()
-        self._fill_positions()
-        self._fill_windows()
-        self._fill_init()
-        self._check_choices()
-        self.n_params = self._count_parameters()
-
-    # Filling in and checking, one concern each
-
-    def _fill_heads(self) -> None:
-        if self.n_heads == -1 and self.d_head == -1:
-            raise ValueError("give n_heads or d_head: one follows from d_model and the other")
-        if self.n_heads == -1:
-            self._require_positive("d_head")
-            self._require_divisible("d_model", "d_head", "give n_heads")
-            self.n_heads = self.d_model // self.d_head
-        self._require_positive("n_heads")
-        if self.d_head == -1:
-            self._require_divisible("d_model", "n_heads", "give d_head")
-            self.d_head = self.d_model // self.n_heads
-        self._require_positive("d_head")
-        if self.n_key_value_heads is not None:
-            self._require_positive("n_key_value_heads")
-            self._require_divisible("n_heads", "n_key_value_heads", "each key-value head serves as many query heads")
-        if not self.use_attn_scale:
-            self.attn_scale = 1.0
-        elif self.attn_scale == -1.0:
-            self.attn_scale = math.sqrt(self.d_head)
-        self._require_above_zero("clip_qkv", or_none=True)
-        if not self.attn_scale > 0:
-            raise ValueError(f"attn_scale is what scores are divided by, so it is positive; got {self.attn_scale}")
-
-    def _fill_mlp(self) -> None:
-        if self.attn_only:
-            if self.num_experts is not None or self.gated_mlp:
-                raise ValueError("attn_only leaves no MLP: num_experts and gated_mlp do not go with it")
-            return
-        if self.d_mlp is None:
-            self.d_mlp = 4 * self.d_model
-        self._require_positive("d_mlp")
-        if self.act_fn is None:
-            raise ValueError(f"act_fn is missing: give one of {ACTIVATIONS}, or attn_only=True for no MLPs")
-        if self.gated_mlp and self.act_fn == "solu_ln":
-            raise ValueError("solu_ln is not defined for a gated MLP")
-
-    def _fill_experts(self) -> None:
-        if (self.num_experts is None) != (self.experts_per_token is None):
-            raise ValueError("num_experts and experts_per_token go together")
-        if self.num_experts is None or self.experts_per_token is None:
-            about_experts = ("moe_layers", "d_expert", "d_shared_expert", "sparsemixer_jitter", "gated_limit")
-            for name in (*about_experts, "shared_expert_gate"):
-                if getattr(self, name) is not None and getattr(self, name) is not False:
-                    raise ValueError(f"{name} goes with num_experts: this config has no experts")
-            return
-        self._require_positive("num_experts")
-        if not 1 <= self.experts_per_token <= self.num_experts:
-            raise ValueError(f"experts_per_token {self.experts_per_token} is not in 1-{self.num_experts}")
-        if self.act_fn in ("solu_ln", "xielu"):
-            raise ValueError(f"{self.act_fn} is not defined for a mixture of experts")
-        self._require_above_zero("gated_limit", "sparsemixer_jitter", or_none=True)
-        if self.sparsemixer_jitter is not None and self.experts_per_token != 2:
-            raise ValueError(f"SparseMixer picks two experts, not experts_per_token={self.experts_per_token}")
-        if self.gated_limit is not None and not self.gated_mlp:
-            raise ValueError("gated_limit is about the two factors of gated experts: give gated_mlp=True")
-        if self.d_shared_expert is not None and not self.gated_mlp:
-            raise ValueError("the shared expert is a gated MLP: d_shared_expert needs gated_mlp=True")
-        if self.shared_expert_gate and self.d_shared_expert is None:
-            raise ValueError("shared_expert_gate needs a shared expert: give d_shared_expert")
-        for name in ("d_expert", "d_shared_expert"):
-            if getattr(self, name) is not None:
-                self._require_positive(name)
-        self._check_per_layer("moe_layers")
-
-    def _fill_norms(self) -> None:
-        if self.use_normalization_before_and_after:
-            if self.norm_placement not in ("before", "before_and_after"):
-                raise ValueError(
-                    f"use_normalization_before_and_after contradicts norm_placement={self.norm_placement!r}"
-                )
-            self.norm_placement = "before_and_after"
-        self.use_normalization_before_and_after = self.norm_placement == "before_and_after"
-        if self.final_rms and not self.final_norm:
-            raise ValueError("final_rms says what the final norm is, and final_norm=False that there is none")
-        for name in ("qk_norm_across_heads", "qk_norm_per_head_gains", "qk_norm_after_rotary"):
-            if getattr(self, name) and not self.use_qk_norm:
-                raise ValueError(f"{name} says how queries and keys are normalised: it needs use_qk_norm=True")
-        if self.norm_placement == "residual" and self.parallel_attn_mlp:
-            raise ValueError("norms on the residual stream come after attention and after the MLP: not in parallel")
-
-    def _fill_vocab(self) -> None:
-        for name in ("d_vocab", "d_vocab_out"):
-            if getattr(self, name) != -1:
-                self._require_positive(name)
-        if self.d_vocab_out == -1:
-            self.d_vocab_out = self.d_vocab
-        # A vocabulary that the tokenizer decides is compared once it is known.
-        if self.tie_word_embeddings and self.d_vocab != -1 and self.d_vocab_out != self.d_vocab:
-            raise ValueError(f"tied embeddings have one vocabulary, not {self.d_vocab} in and {self.d_vocab_out} out")
-
-    def _fill_positions(self) -> None:
-        if self.positional_embedding_type == "rotary":
-            if self.rotary_dim is None:
-                self.rotary_dim = self.d_head
-            self._require_positive("rotary_dim")
-            if self.rotary_dim % 2 or self.rotary_dim > self.d_head:
-                raise ValueError(f"rotary_dim {self.rotary_dim} is not even and at most d_head {self.d_head}")
-            self._check_rotary_scaling(self.rotary_dim // 2)
-        elif self.rotary_layers is not None:
-            raise ValueError(f"rotary_layers goes with rotary positions, not {self.positional_embedding_type!r}")
-        self._require_above_zero("rotary_base", "alibi_scale", "embedding_scale", "logit_scale")
-        self._require_above_zero("rotary_base_local", or_none=True)
-        if self.alibi_in_bfloat16 and self.attention_dir == "bidirectional":
-            raise ValueError("alibi_in_bfloat16 counts from the first key, which only causal attention allows")
-        self._check_per_layer("rotary_layers")
-
-    def _check_rotary_scaling(self, n_pairs: int) -> None:
-        switches = ("use_NTK_by_parts_rope", "use_yarn_rope", "use_dynamic_rope", "use_longrope")
-        scalings = [name for name in switches if getattr(self, name)]
-        if self.rotary_scaling_factor != 1.0:
-            scalings.append("rotary_scaling_factor")
-        if len(scalings) > 1:
-            raise ValueError(f"rotary frequencies are scaled in one way, not by {' and '.join(scalings)}")
-        if self.rotary_scaling_factor == 0:  # a negative one turns the other way
-            raise ValueError("rotary_scaling_factor is what positions are divided by, so it is not 0")
-        if self.use_NTK_by_parts_rope:
-            self._require_above_zero("NTK_by_parts_factor", "NTK_original_ctx_len")
-            low, high = self.NTK_by_parts_low_freq_factor, self.NTK_by_parts_high_freq_factor
-            if not 0 < low < high:
-                raise ValueError(f"NTK_by_parts_low_freq_factor {low} is not above 0 and below the high one, {high}")
-        if self.use_yarn_rope:
-            self._require_above_zero("yarn_factor", "yarn_beta_fast", "yarn_beta_slow")
-            self._require_above_zero("yarn_original_max_position_embeddings")
-            self._require_above_zero("yarn_attention_factor", or_none=True)
-        if self.use_dynamic_rope:
-            self._require_above_zero("dynamic_rope_factor", "dynamic_rope_original_ctx_len")
-            if n_pairs == 1:
-                raise ValueError("use_dynamic_rope stretches every pair but the fastest: rotary_dim 2 has no other")
-        if self.use_longrope:
-            self._require_above_zero("longrope_attention_factor", "longrope_original_ctx_len")
-            for name in ("longrope_short_factors", "longrope_long_factors"):
-                factors = getattr(self, name)
-                if factors is None or len(factors) != n_pairs or not all(_is_above_zero(f) for f in factors):
-                    raise ValueError(f"{name} holds one positive factor for each of {n_pairs} pairs; got {factors}")
-
-    def _check_per_layer(self, name: str) -> None:
-        per_layer = getattr(self, name)
-        if per_layer is None:
-            return
-        listed = isinstance(per_layer, (list, tuple)) and all(isinstance(value, bool) for value in per_layer)
-        if not listed or len(per_layer) < self.n_layers:
-            raise ValueError(f"{name} holds True or False for each of {self.n_layers} layers; got {per_layer}")
-        setattr(self, name, list(per_layer))
-
-    def _fill_windows(self) -> None:
-        if self.use_local_attn is None:
-            self.use_local_attn = self.window_size is not None
-        if not self.use_local_attn:
-            if self.attn_types is not None and "local" in self.attn_types and self.window_size is None:
-                raise ValueError("attn_types names local layers: give window_size")
-            return
-        if self.window_size is None:
-            raise ValueError("use_local_attn needs window_size")
-        self._require_positive("window_size")
-        if self.attn_types is None:
-            self.attn_types = ["local"] * self.n_layers
-        if len(self.attn_types) < self.n_layers or not set(self.attn_types) <= {"global", "local"}:
-            raise ValueError(
-                f"attn_types holds 'global' or 'local' for each of {self.n_layers} layers; got {self.attn_types}"
-            )
-
-    def _fill_init(self) -> None:
-        if self.initializer_range < 0:
-            self.initializer_range = 0.8 / math.sqrt(self.d_model) if self.init_mode == "gpt2" else 1.0
-        self.dtype = _parse_dtype(self.dtype)
-        if self.device is not None:
-            self.device = str(torch.device(self.device))
-
-    def _check_choices(self) -> None:
-        for name, choices in (
-            ("normalization_type", NORMALIZATION_TYPES),
-            ("positional_embedding_type", POSITION_TYPES),
-            ("attention_dir", ATTENTION_DIRECTIONS),
-            ("init_mode", INIT_MODES),
-            ("act_fn", (*ACTIVATIONS, None)),
-            ("norm_placement", NORM_PLACEMENTS),
-            ("qk_norm_type", QK_NORM_TYPES),
-            ("default_padding_side", ("left", "right")),
-        ):
-            value = getattr(self, name)
-            if value not in choices:
-                near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"{name}={value!r} is none of {choices}{hint}")
-        if self.final_rms and self.normalization_type is None:
-            raise ValueError("final_rms goes with norms: with normalization_type=None there is no final norm")
-        if not self.eps >= 0:
-            raise ValueError(f"eps is not negative; got {self.eps}")
-
-    def _require_positive(self, name: str, at_least: int = 1) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-            raise ValueError(f"{name} is an integer of at least {at_least}; got {value!r}")
-
-    def _require_above_zero(self, *names: str, or_none: bool = False) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if not (_is_above_zero(value) or (or_none and value is None)):
-                raise ValueError(f"{name} is positive; got {value!r}")
-
-    def _require_divisible(self, name: str, by: str, otherwise: str) -> None:
-        if getattr(self, name) % getattr(self, by):
-            raise ValueError(f"{name} {getattr(self, name)} is not a multiple of {by} {getattr(self, by)}: {otherwise}")
-
-    def _count_parameters(self) -> int:
-        """Weights of attention and MLPs: no embeddings, biases or norms (Kaplan et al. 2020, "Scaling Laws")."""
-        heads = 2 * self.n_heads + 2 * self.n_kv_heads
-        count = self.n_layers * self.d_model * self.d_head * heads
-        if self.d_mlp is not None and not self.attn_only:
-            per_width = (3 if self.gated_mlp else 2) * self.d_model
-            for layer in range(self.n_layers):
-                count += self._mlp_parameters(layer, per_width)
-        return count
-
-    def _mlp_parameters(self, layer: int, per_width: int) -> int:
-        if not self.has_experts(layer):
-            return per_width * (self.d_mlp or 0)
-        shared = per_width * (self.d_shared_expert or 0) + (self.d_model if self.shared_expert_gate else 0)
-        return shared + (per_width * self.expert_width + self.d_model) * (self.num_experts or 0)
+        fill_and_check(self)
 
     # What follows from the fields
 
@@ -541,7 +278,7 @@ class HookedTransformerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return every field as plain data that JSON can hold; `from_dict` reads it back."""
-        fields = dataclasses.asdict(self)
+        fields = {name: plain(value) for name, value in dataclasses.asdict(self).items()}
         fields["dtype"] = str(self.dtype).removeprefix("torch.")
         return fields
 
@@ -589,40 +326,14 @@ class HookedTransformerConfig:
         return {name: refill for name, (is_default, refill) in follows.items() if is_default}
 
 
-def _is_above_zero(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def _checked_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields a config keeps, of those given: retired ones are dropped, unknown ones raise."""
-    known = [known_field.name for known_field in dataclasses.fields(HookedTransformerConfig)]
-    kept = {}
-    for name, value in fields.items():
-        if name in known:
-            kept[name] = value
-        elif name not in _RETIRED:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"a config has no field {name!r}{hint}")
-        elif ... not in _RETIRED[name] and value not in _RETIRED[name]:
-            raise ValueError(f"{name}={value!r} is not supported; only {_RETIRED[name][0]!r} is")
-    return kept
-
-
 def _check_before(init: Callable[..., None]) -> Callable[..., None]:
+    known = [known_field.name for known_field in dataclasses.fields(HookedTransformerConfig)]
+
     @functools.wraps(init)
-    def checked_init(self: HookedTransformerConfig, **fields: Any) -> None:
-        init(self, **_checked_fields(fields))
+    def checked_init(self: HookedTransformerConfig, **fields: object) -> None:
+        init(self, **checked_fields(fields, known))
 
     return checked_init
 
 
 HookedTransformerConfig.__init__ = _check_before(HookedTransformerConfig.__init__)  # type: ignore[method-assign]
-
-
-def _parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype is a floating-point torch dtype or its name; got {dtype!r}")
-    return dtype
