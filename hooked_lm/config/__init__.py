@@ -1,7 +1,7 @@
 """HookedTransformerConfig: a whole architecture as one validated value."""
 
+from hooked_lm.config.activations import ACTIVATIONS, activation_names, register_activation
 from hooked_lm.config.choices import (
-    ACTIVATIONS,
     ATTENTION_DIRECTIONS,
     INIT_MODES,
     NORM_PLACEMENTS,
@@ -22,4 +22,6 @@ __all__ = [
     "POSITION_TYPES",
     "QK_NORM_TYPES",
     "HookedTransformerConfig",
+    "activation_names",
+    "register_activation",
 ]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hooked_lm.config.activations import activation_names
 from hooked_lm.config.choices import (
-    ACTIVATIONS,
     ATTENTION_DIRECTIONS,
     INIT_MODES,
     NORM_PLACEMENTS,
@@ -77,7 +77,7 @@ def fill_mlp(cfg: HookedTransformerConfig) -> None:
         cfg.d_mlp = 4 * cfg.d_model
     require_positive(cfg, "d_mlp")
     if cfg.act_fn is None:
-        raise ValueError(f"act_fn is missing: give one of {ACTIVATIONS}, or attn_only=True for no MLPs")
+        raise ValueError(f"act_fn is missing: give one of {activation_names()}, or attn_only=True for no MLPs")
     if cfg.gated_mlp and cfg.act_fn == "solu_ln":
         raise ValueError("solu_ln is not defined for a gated MLP")
 
@@ -226,20 +226,27 @@ def check_choices(cfg: HookedTransformerConfig) -> None:
         ("positional_embedding_type", POSITION_TYPES),
         ("attention_dir", ATTENTION_DIRECTIONS),
         ("init_mode", INIT_MODES),
-        ("act_fn", (*ACTIVATIONS, None)),
         ("norm_placement", NORM_PLACEMENTS),
         ("qk_norm_type", QK_NORM_TYPES),
         ("default_padding_side", PADDING_SIDES),
     ):
         require_choice(name, getattr(cfg, name), choices)
+    own = "a function of your own is registered first: hooked_lm.config.register_activation"
+    require_choice("act_fn", cfg.act_fn, (*activation_names(), None), otherwise=own)
     if cfg.final_rms and cfg.normalization_type is None:
         raise ValueError("final_rms goes with norms: with normalization_type=None there is no final norm")
     if not cfg.eps >= 0:
         raise ValueError(f"eps is not negative; got {cfg.eps}")
 
 
-def require_choice(name: str, value: object, choices: Sequence[object]) -> None:
+def require_choice(name: str, value: object, choices: Sequence[object], otherwise: str = "") -> None:
     """Check that a field's value is one of its choices.
+
+    Args:
+        name: the field, for the message.
+        value: its value.
+        choices: the values it may have.
+        otherwise: for the end of the message.
 
     Raises:
         ValueError: it is not; the message names the nearest choice.
@@ -247,7 +254,7 @@ def require_choice(name: str, value: object, choices: Sequence[object]) -> None:
     if value not in choices:
         near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name}={value!r} is none of {choices}{hint}")
+        raise ValueError(f"{name}={value!r} is none of {choices}{hint}{otherwise and f'; {otherwise}'}")
 
 
 def require_positive(cfg: HookedTransformerConfig, name: str, at_least: int = 1) -> None:

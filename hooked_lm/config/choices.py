@@ -6,20 +6,6 @@ NORMALIZATION_TYPES = ("LN", "LNPre", "RMS", "RMSPre", None)
 POSITION_TYPES = ("standard", "rotary", "alibi", "shortformer", "none")
 ATTENTION_DIRECTIONS = ("causal", "bidirectional")
 INIT_MODES = ("gpt2", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal")
-ACTIVATIONS = (
-    "relu",
-    "gelu",
-    "silu",
-    "gelu_new",
-    "gelu_fast",
-    "gelu_pytorch_tanh",
-    "quick_gelu",
-    "relu2",
-    "identity",
-    "solu",
-    "solu_ln",
-    "xielu",
-)
 NORM_PLACEMENTS = ("before", "before_and_after", "after", "residual")
 QK_NORM_TYPES = ("RMS", "RMSPre", "LN")
 PADDING_SIDES = ("left", "right")

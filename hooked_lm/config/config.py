@@ -32,7 +32,7 @@ class HookedTransformerConfig(Lockable):
         n_key_value_heads: heads of keys and values, where several query heads share one (grouped-query attention).
         d_mlp: hidden width of the MLPs.
         d_vocab, d_vocab_out: tokens in, tokens out; -1 for "as the tokenizer" and "as `d_vocab`".
-        act_fn: one of `config.ACTIVATIONS`; not needed when `attn_only`.
+        act_fn: one of `config.activation_names()`; not needed when `attn_only`.
         attn_only: no MLPs.
         gated_mlp: `act(x W_gate + b_gate) * (x W_in + b_in)`.
         parallel_attn_mlp: the MLP reads the same residual as attention.
@@ -272,7 +272,7 @@ class HookedTransformerConfig(Lockable):
 
     def is_layer_norm_activation(self) -> bool:
         """Whether the MLP has a layer norm after its activation function (`solu_ln`)."""
-        return self.act_fn is not None and self.act_fn.endswith("_ln")
+        return self.act_fn == "solu_ln"
 
     # In and out
 
