@@ -6,6 +6,7 @@ serves as one. Those made here also say what they read, so that a sweep unembeds
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -264,3 +265,51 @@ def _pick(read: Tensor, column: Tensor) -> Tensor:
     """The entry of each prompt's answer: [... batch vocab] -> [... batch]."""
     column = column.to(read.device).expand(read.shape[-2], 1)
     return read.gather(-1, column.expand(*read.shape[:-1], 1))[..., 0]
+
+
+# The makers of metrics by name. A maker's arguments are its own, so only what it returns has a type.
+_MAKERS: dict[str, Callable[..., Metric]] = {
+    maker.__name__: maker for maker in (logit, logit_diff, prob, log_prob, rank, accuracy, kl_to)
+}
+_BUILT_IN = frozenset(_MAKERS)
+
+
+def metric_names() -> tuple[str, ...]:
+    """Return the names of all metrics, registered ones included."""
+    return tuple(_MAKERS)
+
+
+def register_metric(name: str, maker: Callable[..., Metric], *, replace: bool = False) -> None:
+    """Make a metric known by a name, for `get_metric`.
+
+    Args:
+        name: the name; those of the metrics in this module cannot be taken.
+        maker: returns a `Metric`, from arguments of its own: usually the answers, and `pos`.
+        replace: take a name that has been registered before.
+
+    Raises:
+        ValueError: the name is taken, or is no name.
+        TypeError: the maker cannot be called.
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"a metric's name is a string that is not empty; got {name!r}")
+    if not callable(maker):
+        raise TypeError(f"a metric's maker is a function that returns a Metric; {maker!r} cannot be called")
+    if name in _BUILT_IN and _MAKERS[name] is not maker:
+        raise ValueError(f"the metric {name!r} comes with the package: register yours under another name")
+    if _MAKERS.get(name, maker) is not maker and not replace:
+        raise ValueError(f"the metric {name!r} is registered already: give another name, or replace=True")
+    _MAKERS[name] = maker
+
+
+def get_metric(name: str) -> Callable[..., Metric]:
+    """Return the function that makes a metric, such as `logit_diff` for `"logit_diff"`.
+
+    Raises:
+        ValueError: no metric has the name; the message says which there are.
+    """
+    if name not in _MAKERS:
+        near = difflib.get_close_matches(name, _MAKERS, n=1) if isinstance(name, str) else []
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no metric {name!r} among {', '.join(_MAKERS)}{hint}")
+    return _MAKERS[name]
