@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from weight_conversion.aliases import ALIASES
 from weight_conversion.errors import CheckpointError
-from weight_conversion.registry import ALIASES
 
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

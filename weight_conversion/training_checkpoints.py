@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from weight_conversion.aliases import ALIASES
 from weight_conversion.errors import CheckpointError
-from weight_conversion.registry import ALIASES
 
 
 @dataclass(frozen=True)
