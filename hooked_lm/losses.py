@@ -21,7 +21,7 @@ def lm_cross_entropy_loss(
         per_token: return [batch pos-1], zero where nothing counts, rather than the mean over what counts.
     """
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-    loss = loss.unflatten(0, (tokens.shape[0], tokens.shape[1] - 1))
+    loss = loss.reshape(tokens.shape[0], tokens.shape[1] - 1)
     if attention_mask is None:
         return loss if per_token else loss.mean()
     counts = (attention_mask[:, :-1] * attention_mask[:, 1:]).bool()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -133,7 +132,7 @@ class Metric:
         return self.per_prompt(logits).mean()
 
 
-def one_number(metric: Callable[[Tensor], Any], logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, ""]:
+def one_number(metric: Callable[[Tensor], object], logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, ""]:
     """Return what a metric makes of the logits, checked to be one number, in the logits' precision if a Python number.
 
     Args:
@@ -251,7 +250,7 @@ def kl_to(reference: Float[Tensor, "batch pos vocab"], pos: int = -1) -> Metric:
     return Metric("KL divergence", pos, None, score, n_prompts=reference.shape[0], d_vocab=reference.shape[2])
 
 
-def _column(tokens: Any, what: str) -> Tensor:
+def _column(tokens: object, what: str) -> Tensor:
     """Tokens as [batch_or_1 1]."""
     if isinstance(tokens, str) or (isinstance(tokens, list) and any(isinstance(one, str) for one in tokens)):
         raise ValueError(f"{what} is a token, or one for each prompt: model.to_single_token turns {tokens!r} into one")

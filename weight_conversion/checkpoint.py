@@ -18,11 +18,15 @@ from weight_conversion.aliases import ALIASES
 from weight_conversion.conversion import Conversion
 from weight_conversion.errors import CheckpointError as CheckpointError
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import ConfigFields, FieldValue, HFConfig
 from weight_conversion.registry import family_of
 from weight_conversion.rules import RuleTable
 from weight_conversion.source import TensorsInMemory, TensorSource, find_folder, open_tensors, read_json
 from weight_conversion.training_checkpoints import training_checkpoint
+
+# A `PreTrainedModel` and a `PreTrainedTokenizerBase`: naming these types would import transformers, in seconds.
+HFModel = Any
+Tokenizer = Any
 
 OWN_FORMAT = "hooked_lm"
 _POSITIONS = "pos_embed.W_pos"
@@ -62,16 +66,16 @@ class Loaded:
 
     cfg: HookedTransformerConfig
     weights: Weights
-    tokenizer: Any
+    tokenizer: Tokenizer
     processed: tuple[str, ...] = ()
-    origin: dict[str, Any] | None = None
+    origin: HFConfig | None = None
 
 
 def load(
     name_or_path: str | Path,
     *,
-    hf_model: Any = None,
-    tokenizer: Any = None,
+    hf_model: HFModel = None,
+    tokenizer: Tokenizer = None,
     revision: str | None = None,
     checkpoint_index: int | None = None,
     checkpoint_value: int | None = None,
@@ -123,7 +127,7 @@ def load(
 
 
 def _from_huggingface_folder(
-    folder: Path, content: dict[str, Any], tokenizer: Any, first_n_layers: int | None
+    folder: Path, content: HFConfig, tokenizer: Tokenizer, first_n_layers: int | None
 ) -> Loaded:
     # transformers knows the defaults of fields that a config.json leaves out; importing it takes seconds.
     from transformers import AutoConfig
@@ -139,7 +143,7 @@ def _from_huggingface_folder(
 
 
 def _from_model(
-    name: str, hf_model: Any, tokenizer: Any, first_n_layers: int | None, trust_remote_code: bool
+    name: str, hf_model: HFModel, tokenizer: Tokenizer, first_n_layers: int | None, trust_remote_code: bool
 ) -> Loaded:
     if tokenizer is None:
         try:
@@ -153,7 +157,7 @@ def _from_model(
         return _convert(fields, tensors, tokenizer, first_n_layers)
 
 
-def _as_on_disk(hf_model: Any) -> dict[str, Tensor]:
+def _as_on_disk(hf_model: HFModel) -> dict[str, Tensor]:
     """A model's tensors as its checkpoint has them, where transformers packs them differently in memory (experts)."""
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -161,10 +165,13 @@ def _as_on_disk(hf_model: Any) -> dict[str, Tensor]:
     # quantised tensors, so the ones that belong to the architecture are used.
     plain = copy.copy(hf_model)
     plain.__dict__.pop("_weight_conversions", None)
-    return revert_weight_conversion(plain, hf_model.state_dict())
+    on_disk: dict[str, Tensor] = revert_weight_conversion(plain, hf_model.state_dict())
+    return on_disk
 
 
-def _convert(fields: Mapping[str, Any], tensors: TensorSource, tokenizer: Any, first_n_layers: int | None) -> Loaded:
+def _convert(
+    fields: Mapping[str, FieldValue], tensors: TensorSource, tokenizer: Tokenizer, first_n_layers: int | None
+) -> Loaded:
     architecture = _architecture(fields)
     family = family_of(architecture)
     cfg, table = read_family(family, fields, architecture)
@@ -180,7 +187,7 @@ def _convert(fields: Mapping[str, Any], tensors: TensorSource, tokenizer: Any, f
     return Loaded(cfg, weights, tokenizer, origin=dict(fields))
 
 
-def _architecture(fields: Mapping[str, Any]) -> str:
+def _architecture(fields: Mapping[str, FieldValue]) -> str:
     architectures = fields.get("architectures") or []
     if len(architectures) != 1:
         raise CheckpointError(f"the config names {len(architectures)} architectures {architectures}, not one")
@@ -188,7 +195,7 @@ def _architecture(fields: Mapping[str, Any]) -> str:
 
 
 def read_family(
-    family: Family, fields: Mapping[str, Any], architecture: str
+    family: Family, fields: Mapping[str, FieldValue], architecture: str
 ) -> tuple[HookedTransformerConfig, RuleTable]:
     """Return the architecture that a HuggingFace config describes, and the rules for its tensors.
 
@@ -228,7 +235,7 @@ def _dtype(family: Family, tensors: TensorSource) -> torch.dtype:
     return torch.float32 if name is None else tensors.dtype(name)
 
 
-def _from_own_folder(folder: Path, content: dict[str, Any], tokenizer: Any, first_n_layers: int | None) -> Loaded:
+def _from_own_folder(folder: Path, content: HFConfig, tokenizer: Tokenizer, first_n_layers: int | None) -> Loaded:
     try:
         cfg = HookedTransformerConfig.from_dict(content["config"])
     except (KeyError, TypeError, ValueError) as error:
@@ -303,7 +310,7 @@ def _short_name(name_or_path: str | Path) -> str:
     return str(name_or_path).rstrip("/").rsplit("/", maxsplit=1)[-1]
 
 
-def _tokenizer_in(folder: Path, trust_remote_code: bool) -> Any:
+def _tokenizer_in(folder: Path, trust_remote_code: bool) -> Tokenizer:
     return load_tokenizer(str(folder), trust_remote_code) if _has_tokenizer(folder) else None
 
 
@@ -311,7 +318,7 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
-def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> Tokenizer:
     """Return the tokenizer of a folder, an alias or a hub id.
 
     Args:

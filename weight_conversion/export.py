@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from weight_conversion.checkpoint import read_family
 from weight_conversion.conversion import block_entries, is_per_layer
 from weight_conversion.errors import CheckpointError
 from weight_conversion.family import Family
+from weight_conversion.fields import FieldValue
 from weight_conversion.registry import family_of
 from weight_conversion.rules import Entry, RuleTable, stacked_names
 
@@ -48,7 +48,7 @@ _NOT_ARCHITECTURE = frozenset(
 
 
 def export(
-    cfg: HookedTransformerConfig, weights: Mapping[str, Tensor], origin: Mapping[str, Any], folder: str | Path
+    cfg: HookedTransformerConfig, weights: Mapping[str, Tensor], origin: Mapping[str, FieldValue], folder: str | Path
 ) -> None:
     """Write `config.json` and the weights in HuggingFace's format, in shards where they are large.
 

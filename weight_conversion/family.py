@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from hooked_lm.config import HookedTransformerConfig
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import RuleTable
 
 
@@ -47,7 +46,7 @@ class Family:
 
     name: str
     architectures: tuple[str, ...]
-    config: Callable[[ConfigFields], dict[str, Any]]
+    config: Callable[[ConfigFields], Arguments]
     rules: Callable[[HookedTransformerConfig, ConfigFields], RuleTable]
     embedding: str = "embed_tokens.weight"
     unembedding: str = "lm_head.weight"

@@ -7,6 +7,13 @@ from typing import Any
 
 from weight_conversion.errors import CheckpointError
 
+# The value of a field is a number, a string, a list or another dictionary, depending on the field's name. Its type is
+# left open, and `HookedTransformerConfig` checks the arguments that a family makes of it.
+FieldValue = Any
+HFConfig = dict[str, FieldValue]
+# Arguments of a `HookedTransformerConfig`.
+Arguments = dict[str, FieldValue]
+
 # Fields that every transformers config carries and that say nothing about the function a model computes.
 GENERIC_FIELDS = frozenset(
     [
@@ -97,11 +104,11 @@ class ConfigFields:
         family: for messages.
     """
 
-    def __init__(self, fields: Mapping[str, Any], family: str) -> None:
+    def __init__(self, fields: Mapping[str, FieldValue], family: str) -> None:
         self._fields, self.family = dict(fields), family
         self._unread = set(self._fields) - GENERIC_FIELDS
 
-    def take(self, name: str) -> Any:
+    def take(self, name: str) -> FieldValue:
         """Return a field's value.
 
         Raises:
@@ -112,7 +119,7 @@ class ConfigFields:
         self._unread.discard(name)
         return self._fields[name]
 
-    def get(self, name: str, default: Any) -> Any:
+    def get(self, name: str, default: FieldValue) -> FieldValue:
         """Return a field's value, or a default where configs of the family may lack it.
 
         Args:
@@ -125,7 +132,7 @@ class ConfigFields:
         """Leave fields unused on purpose: they do not change what a trained model computes."""
         self._unread.difference_update(names)
 
-    def require(self, name: str, value: Any) -> None:
+    def require(self, name: str, value: FieldValue) -> None:
         """Check that a field has the one value that is supported.
 
         Args:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from weight_conversion.errors import CheckpointError
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 
 _KINDS = {"sliding_attention": "local", "full_attention": "global"}
 
 
-def layer_types(fields: ConfigFields) -> dict[str, Any]:
+def layer_types(fields: ConfigFields) -> Arguments:
     """Return the window arguments of a `HookedTransformerConfig` from `layer_types` and `sliding_window`.
 
     Raises:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from weight_conversion.errors import CheckpointError
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields, FieldValue, HFConfig
 
 # What configs kept in fields of their own before they had `rope_parameters`, which transformers fills in from these.
 LEGACY_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings")
 
 
 def rotary(
-    fields: ConfigFields, d_head: int, *, partial: bool = False, parameters: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+    fields: ConfigFields, d_head: int, *, partial: bool = False, parameters: Mapping[str, FieldValue] | None = None
+) -> Arguments:
     """Return the rotary arguments of a `HookedTransformerConfig`, and `n_ctx`.
 
     Args:
@@ -53,19 +52,19 @@ def rotary(
     return arguments
 
 
-def _default(given: dict[str, Any], n_ctx: int) -> dict[str, Any]:
+def _default(given: HFConfig, n_ctx: int) -> Arguments:
     # Left over from the length the model was trained at; without scaling it says nothing.
     for name in ("original_max_position_embeddings", "factor"):
         given.pop(name, None)
     return {}
 
 
-def _linear(given: dict[str, Any], n_ctx: int) -> dict[str, Any]:
+def _linear(given: HFConfig, n_ctx: int) -> Arguments:
     given.pop("original_max_position_embeddings", None)
     return {"rotary_scaling_factor": float(given.pop("factor"))}
 
 
-def _dynamic(given: dict[str, Any], n_ctx: int) -> dict[str, Any]:
+def _dynamic(given: HFConfig, n_ctx: int) -> Arguments:
     """NTK scaling starts where the model's trained context ends, so its context is `factor` times that."""
     given.pop("original_max_position_embeddings", None)
     factor = float(given.pop("factor"))
@@ -77,7 +76,7 @@ def _dynamic(given: dict[str, Any], n_ctx: int) -> dict[str, Any]:
     }
 
 
-def _llama3(given: dict[str, Any], n_ctx: int) -> dict[str, Any]:
+def _llama3(given: HFConfig, n_ctx: int) -> Arguments:
     return {
         "use_NTK_by_parts_rope": True,
         "NTK_by_parts_factor": float(given.pop("factor")),
@@ -87,7 +86,7 @@ def _llama3(given: dict[str, Any], n_ctx: int) -> dict[str, Any]:
     }
 
 
-def _yarn(given: dict[str, Any], n_ctx: int) -> dict[str, Any]:
+def _yarn(given: HFConfig, n_ctx: int) -> Arguments:
     original = given.pop("original_max_position_embeddings")
     factor = given.pop("factor", None) or n_ctx / original
     attention_factor = given.pop("attention_factor", None)
@@ -110,7 +109,7 @@ def _yarn_amplitude(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _longrope(given: dict[str, Any], n_ctx: int) -> dict[str, Any]:
+def _longrope(given: HFConfig, n_ctx: int) -> Arguments:
     original = given.pop("original_max_position_embeddings")
     factor = given.pop("factor", None) or n_ctx / original
     amplitude = given.pop("attention_factor", None)

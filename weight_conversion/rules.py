@@ -176,7 +176,7 @@ class Split(Entry):
         lengths, sizes = self._lengths(cfg), axis_sizes(cfg)
         whole = _rearranged(self.source, tensors[self.source], self.axes, {**sizes, "part": sum(lengths)})
         made = {}
-        for piece, part in zip(self.pieces, whole.split(lengths), strict=True):
+        for piece, part in zip(self.pieces, torch.split(whole, lengths), strict=True):
             made[piece.target] = part if piece.axes is None else _rearranged(self.source, part, piece.axes, sizes)
         return made
 

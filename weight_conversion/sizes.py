@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 
 
-def sizes(fields: ConfigFields) -> dict[str, Any]:
+def sizes(fields: ConfigFields) -> Arguments:
     """Return the sizes, the activation function and whether embeddings are tied, of a config with Llama's names."""
     return {
         "n_layers": fields.take("num_hidden_layers"),

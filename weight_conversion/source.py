@@ -15,6 +15,10 @@ from torch import Tensor
 
 from weight_conversion.aliases import ALIASES
 from weight_conversion.errors import CheckpointError
+from weight_conversion.fields import HFConfig
+
+# What `safe_open` returns: its methods have no types.
+SafetensorFile = Any
 
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -60,7 +64,7 @@ def _download(name: str, revision: str | None) -> Path:
     return folder
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> HFConfig:
     """Return the contents of a JSON file that holds an object.
 
     Raises:
@@ -131,12 +135,12 @@ class SafetensorFiles(TensorSource):
     mapped = True
 
     def __init__(self, paths: list[Path]) -> None:
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, SafetensorFile] = {}
         self._paths: dict[str, Path] = {}
         for path in paths:
             self._paths |= dict.fromkeys(self._file(path).keys(), path)
 
-    def _file(self, path: Path) -> Any:
+    def _file(self, path: Path) -> SafetensorFile:
         if path not in self._open:
             try:
                 self._open[path] = safe_open(path, framework="pt")
@@ -147,9 +151,10 @@ class SafetensorFiles(TensorSource):
     def __getitem__(self, name: str) -> Tensor:
         path = self._paths[name]
         try:
-            return self._file(path).get_tensor(name)
+            tensor: Tensor = self._file(path).get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"{name} in {path} cannot be read: {error}") from error
+        return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._file(self._paths[name]).get_slice(name).get_shape())

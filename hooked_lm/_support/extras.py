@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import ModuleType
 
 
-def require_pandas(what: str) -> Any:
+def require_pandas(what: str) -> ModuleType:
     """Return pandas.
 
     Args:
@@ -18,4 +18,5 @@ def require_pandas(what: str) -> Any:
         import pandas
     except ImportError as error:
         raise ImportError(f"{what} needs pandas: pip install 'hooked-lm[notebooks]'") from error
-    return pandas
+    module: ModuleType = pandas
+    return module

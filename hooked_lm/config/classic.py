@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping
+from typing import Any
+
+# A field's value as a caller gives it, or as JSON holds it: which type it has to be depends on the field's name, and
+# `checks` looks at it when the config is made.
+FieldValue = Any
+ConfigDict = dict[str, FieldValue]
 
 # Fields of the classic library's configs that this one does not keep: name -> the values that change nothing here.
 # Those are dropped, any other value raises. `...` stands for every value.

@@ -7,12 +7,11 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from hooked_lm.config.checks import fill_and_check
-from hooked_lm.config.classic import checked_fields
+from hooked_lm.config.classic import ConfigDict, FieldValue, checked_fields
 from hooked_lm.config.lock import Lockable, plain
 
 
@@ -276,14 +275,14 @@ class HookedTransformerConfig(Lockable):
 
     # In and out
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> ConfigDict:
         """Return every field as plain data that JSON can hold; `from_dict` reads it back."""
         fields = {name: plain(value) for name, value in dataclasses.asdict(self).items()}
         fields["dtype"] = str(self.dtype).removeprefix("torch.")
         return fields
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any]) -> HookedTransformerConfig:
+    def from_dict(cls, config_dict: ConfigDict) -> HookedTransformerConfig:
         """Build a config from a dictionary, also one saved by the classic library.
 
         Raises:
@@ -299,11 +298,11 @@ class HookedTransformerConfig(Lockable):
         return cls(**fields)
 
     @classmethod
-    def unwrap(cls, config: HookedTransformerConfig | dict[str, Any]) -> HookedTransformerConfig:
+    def unwrap(cls, config: HookedTransformerConfig | ConfigDict) -> HookedTransformerConfig:
         """Return a config from a config or a dictionary."""
         return cls.from_dict(config) if isinstance(config, dict) else config
 
-    def replace(self, **changes: Any) -> HookedTransformerConfig:
+    def replace(self, **changes: FieldValue) -> HookedTransformerConfig:
         """Return a copy with some fields changed, validated anew; defaults that follow from them follow."""
         refilled = self._defaults_to_refill()
         # Two names of one thing: the one that is given decides.
@@ -313,10 +312,10 @@ class HookedTransformerConfig(Lockable):
             refilled["norm_placement"] = "before"
         return dataclasses.replace(self, **{**refilled, **changes})
 
-    def _defaults_to_refill(self) -> dict[str, Any]:
+    def _defaults_to_refill(self) -> ConfigDict:
         """The fields that hold what follows from others, each with the value that has it filled in."""
         gpt2_range = 0.8 / math.sqrt(self.d_model)
-        follows: dict[str, tuple[bool, Any]] = {
+        follows: dict[str, tuple[bool, FieldValue]] = {
             "d_mlp": (self.d_mlp == 4 * self.d_model and not self.attn_only, None),
             "d_vocab_out": (self.d_vocab_out == self.d_vocab, -1),
             "attn_scale": (self.attn_scale == math.sqrt(self.d_head), -1.0),

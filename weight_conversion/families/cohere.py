@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import Constant, Entry, Rule, RuleTable
 from weight_conversion.sizes import d_head, sizes
 
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+def config(fields: ConfigFields) -> Arguments:
     """Map a `CohereConfig`."""
     per_head = fields.take("use_qk_norm")
     return {
@@ -24,7 +22,7 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     }
 
 
-def shared_config(fields: ConfigFields) -> dict[str, Any]:
+def shared_config(fields: ConfigFields) -> Arguments:
     """Map what both generations of Cohere's configs have. Dimensions rotate with their neighbours."""
     fields.ignore("attention_dropout", "pretraining_tp")
     # How long a prompt its tokenizer lets through.

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.errors import CheckpointError
 from weight_conversion.family import Family, Sites
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rotary import LEGACY_FIELDS, rotary
 from weight_conversion.rules import Entry, Piece, RuleTable, Split
 
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+def config(fields: ConfigFields) -> Arguments:
     """Map a `FalconConfig`."""
     fields.require("apply_residual_connection_post_layernorm", False)
     fields.ignore("attention_dropout", "hidden_dropout")
@@ -42,7 +41,7 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     }
 
 
-def _alibi(fields: ConfigFields, d_head: int) -> dict[str, Any]:
+def _alibi(fields: ConfigFields, d_head: int) -> Arguments:
     """ALiBi as Falcon was trained with it: added before scores are divided, and rounded."""
     fields.ignore("rope_parameters", *LEGACY_FIELDS)
     return {

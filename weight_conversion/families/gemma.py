@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.errors import CheckpointError
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import Entry, RuleTable
 from weight_conversion.sizes import d_head
@@ -18,14 +17,14 @@ from weight_conversion.sizes import d_head
 GAIN = 1.0
 
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+def config(fields: ConfigFields) -> Arguments:
     """Map a `GemmaConfig`."""
     # A second name that some published files have; transformers reads the other.
     fields.ignore("hidden_activation")
     return {**body(fields, act_fn="hidden_act"), **rotary(fields, d_head(fields))}
 
 
-def body(fields: ConfigFields, act_fn: str = "hidden_activation") -> dict[str, Any]:
+def body(fields: ConfigFields, act_fn: str = "hidden_activation") -> Arguments:
     """Map all but the rotary positions. The activation has one of two names.
 
     Raises:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.families import gemma
 from weight_conversion.family import Family, Sites
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.layer_types import layer_types
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
 from weight_conversion.sizes import d_head
 
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+def config(fields: ConfigFields) -> Arguments:
     """Map a `Gemma2Config`."""
     # Other names, in published files, for what transformers reads elsewhere.
     fields.ignore("hidden_act", "sliding_window_size")
@@ -28,7 +27,7 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     }
 
 
-def body(fields: ConfigFields) -> dict[str, Any]:
+def body(fields: ConfigFields) -> Arguments:
     """Map what Gemmas after the first have in common."""
     return {
         **gemma.body(fields),

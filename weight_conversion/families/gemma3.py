@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.families import gemma, gemma2
 from weight_conversion.families.olmo3 import unscaled_base
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
 from weight_conversion.sizes import d_head
 
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+def config(fields: ConfigFields) -> Arguments:
     """Map a `Gemma3TextConfig`."""
     # `layer_types` and `rope_parameters` say it already.
     fields.ignore("sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq")

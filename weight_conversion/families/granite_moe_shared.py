@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion.families import granite_moe
 from weight_conversion.family import Sites
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Constant, Rule, RuleTable
 
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+def config(fields: ConfigFields) -> Arguments:
     """Map a `GraniteMoeSharedConfig`, in which a width of 0 means no shared expert."""
     return {**granite_moe.config(fields), "d_shared_expert": fields.take("shared_intermediate_size") or None}
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields, HFConfig
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
 from weight_conversion.sizes import d_head, sizes
 
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+def config(fields: ConfigFields) -> Arguments:
     """Map a `HunYuanDenseV1Config`."""
     fields.ignore("attention_dropout", "pretraining_tp")
     # Of a classifier, of images, and special tokens.
@@ -37,7 +35,7 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     }
 
 
-def _with_alpha(given: dict[str, Any], d_head: int) -> dict[str, Any]:
+def _with_alpha(given: HFConfig, d_head: int) -> HFConfig:
     """Return the rotary parameters with their `alpha` in the base.
 
     Published files call it "dynamic", but it is a fixed change of base, and nothing else they give is read then.

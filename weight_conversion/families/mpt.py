@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.family import Family, Sites
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import RuleTable
 
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+def config(fields: ConfigFields) -> Arguments:
     """Map an `MptConfig`. What its code takes for granted whatever the config says is required to be so."""
     fields.require("no_bias", True)
     fields.require("norm_type", "low_precision_layernorm")
@@ -37,7 +35,7 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     }
 
 
-def _attention(fields: ConfigFields) -> dict[str, Any]:
+def _attention(fields: ConfigFields) -> Arguments:
     """Map an `MptAttentionConfig`."""
     fields.require("attn_type", "multihead_attention")
     fields.require("alibi", True)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.families import gpt2
 from weight_conversion.family import Family, Sites
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Drop, Rule, RuleTable
 
 # By these names the model means its own functions.
 ACTIVATIONS = {"gelu": "gelu_new", "relu": "relu", "silu": "silu", "swish": "silu"}
 
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+def config(fields: ConfigFields) -> Arguments:
     """Map an `OpenAIGPTConfig`."""
     fields.ignore("attn_pdrop", "embd_pdrop", "resid_pdrop")
     # Old files repeat `n_positions`, and say how many tokens come on top of `vocab_size`.

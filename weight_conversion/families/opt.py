@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.family import Family, Sites
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Constant, Drop, Entry, Product, Rule, RuleTable
 
 # The first row of positions that is in use.
 OFFSET = 2
 
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+def config(fields: ConfigFields) -> Arguments:
     """Map an `OPTConfig`."""
     fields.ignore("activation_dropout", "attention_dropout", "dropout", "init_std", "layerdrop")
     # Galactica's files say these of embeddings.

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.errors import CheckpointError
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields, HFConfig
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
 from weight_conversion.sizes import d_head, sizes
 
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+def config(fields: ConfigFields) -> Arguments:
     """Map a `PhimoeConfig`."""
     fields.ignore("attention_dropout", "output_router_logits", "router_aux_loss_coef")
     fields.ignore("input_jitter_noise", "hidden_dropout")
@@ -31,7 +29,7 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     }
 
 
-def _rope_parameters(fields: ConfigFields) -> dict[str, Any]:
+def _rope_parameters(fields: ConfigFields) -> HFConfig:
     """The rotary parameters in the words that other families use.
 
     Transformers works out the frequencies without being told how long the prompt is, so that it divides by the short

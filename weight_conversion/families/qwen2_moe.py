@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.families import llama
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.layer_types import layer_types
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import Constant, Entry, Rule, RuleTable
 from weight_conversion.sizes import d_head
 
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+def config(fields: ConfigFields) -> Arguments:
     """Map a `Qwen2MoeConfig`."""
     fields.ignore("output_router_logits", "router_aux_loss_coef")
     # `layer_types` says which layers have a window, whatever these do.
@@ -31,7 +29,7 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     }
 
 
-def mixture(fields: ConfigFields) -> dict[str, Any]:
+def mixture(fields: ConfigFields) -> Arguments:
     """Return what both generations say alike of their experts, and of the layers that have one dense MLP instead."""
     dense, step = fields.take("mlp_only_layers"), fields.take("decoder_sparse_step")
     layers = range(fields.take("num_hidden_layers"))
