@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+__all__ = ["FactoredMatrix", "Index", "Product", "composition_scores"]
+
 # A FactoredMatrix, or a plain tensor if the other factor is a vector: the type of a tensor does not say which.
 Product = Any
 # Whatever torch indexes a tensor with.

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from hooked_lm.config import HookedTransformerConfig
 
+__all__ = ["HookedTransformerKeyValueCache", "HookedTransformerKeyValueCacheEntry"]
+
 
 class HookedTransformerKeyValueCacheEntry:
     """Keys and values of one layer, in a buffer made for as many positions as are expected; beyond, it doubles.

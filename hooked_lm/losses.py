@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+__all__ = ["lm_accuracy", "lm_cross_entropy_loss"]
+
 
 def lm_cross_entropy_loss(
     logits: Float[Tensor, "batch pos vocab"],

@@ -16,6 +16,22 @@ from torch import Tensor
 
 from hooked_lm._support.precision import at_least_single
 
+__all__ = [
+    "Metric",
+    "Tokens",
+    "accuracy",
+    "get_metric",
+    "kl_to",
+    "log_prob",
+    "logit",
+    "logit_diff",
+    "metric_names",
+    "one_number",
+    "prob",
+    "rank",
+    "register_metric",
+]
+
 Tokens = int | Tensor | list[int]
 
 

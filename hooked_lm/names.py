@@ -11,6 +11,17 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
+__all__ = [
+    "AXES",
+    "NamesFilter",
+    "UnknownHookError",
+    "describe_unknown",
+    "get_act_name",
+    "is_pattern",
+    "layer_of",
+    "select_names",
+]
+
 AXES: dict[str, str] = {
     "batch": "prompts",
     "pos": "positions of the tokens in this call",

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+__all__ = ["Slice", "SliceInput"]
+
 SliceInput = "None | int | tuple[int | None, ...] | list[int] | slice | torch.Tensor | np.ndarray | Slice"
 
 

@@ -16,13 +16,25 @@ from torch import Tensor
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion.aliases import ALIASES
 from weight_conversion.conversion import Conversion
-from weight_conversion.errors import CheckpointError as CheckpointError
+from weight_conversion.errors import CheckpointError
 from weight_conversion.family import Family
 from weight_conversion.fields import ConfigFields, FieldValue, HFConfig
 from weight_conversion.registry import family_of
 from weight_conversion.rules import RuleTable
 from weight_conversion.source import TensorsInMemory, TensorSource, find_folder, open_tensors, read_json
 from weight_conversion.training_checkpoints import training_checkpoint
+
+__all__ = [
+    "OWN_FORMAT",
+    "CheckpointError",
+    "HFModel",
+    "Loaded",
+    "Tokenizer",
+    "Weights",
+    "load",
+    "load_tokenizer",
+    "read_family",
+]
 
 # A `PreTrainedModel` and a `PreTrainedTokenizerBase`: naming these types would import transformers, in seconds.
 HFModel = Any

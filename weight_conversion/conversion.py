@@ -14,6 +14,8 @@ from weight_conversion.errors import CheckpointError
 from weight_conversion.rules import Drop, Entry, RuleTable, stacked_names
 from weight_conversion.source import TensorSource
 
+__all__ = ["Conversion", "block_entries", "is_per_layer"]
+
 
 class Conversion:
     """A checkpoint and the rules that turn it into our tensors. Creating one checks names and shapes, reads no values.

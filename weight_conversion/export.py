@@ -18,6 +18,8 @@ from weight_conversion.fields import FieldValue
 from weight_conversion.registry import family_of
 from weight_conversion.rules import Entry, RuleTable, stacked_names
 
+__all__ = ["export", "inverted"]
+
 # Fields that say nothing about the function a model computes.
 _NOT_ARCHITECTURE = frozenset(
     [

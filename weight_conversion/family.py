@@ -9,6 +9,8 @@ from hooked_lm.config import HookedTransformerConfig
 from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import RuleTable
 
+__all__ = ["Family", "Sites"]
+
 
 @dataclass(frozen=True)
 class Sites:

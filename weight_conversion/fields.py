@@ -7,6 +7,8 @@ from typing import Any
 
 from weight_conversion.errors import CheckpointError
 
+__all__ = ["GENERIC_FIELDS", "Arguments", "ConfigFields", "FieldValue", "HFConfig"]
+
 # The value of a field is a number, a string, a list or another dictionary, depending on the field's name. Its type is
 # left open, and `HookedTransformerConfig` checks the arguments that a family makes of it.
 FieldValue = Any

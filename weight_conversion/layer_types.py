@@ -5,6 +5,8 @@ from __future__ import annotations
 from weight_conversion.errors import CheckpointError
 from weight_conversion.fields import Arguments, ConfigFields
 
+__all__ = ["layer_types"]
+
 _KINDS = {"sliding_attention": "local", "full_attention": "global"}
 
 

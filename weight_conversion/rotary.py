@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from weight_conversion.errors import CheckpointError
 from weight_conversion.fields import Arguments, ConfigFields, FieldValue, HFConfig
 
+__all__ = ["LEGACY_FIELDS", "rotary"]
+
 # What configs kept in fields of their own before they had `rope_parameters`, which transformers fills in from these.
 LEGACY_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings")
 

@@ -19,6 +19,21 @@ from torch import Tensor
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion.errors import CheckpointError
 
+__all__ = [
+    "Computed",
+    "Constant",
+    "Drop",
+    "Entry",
+    "Piece",
+    "Product",
+    "Rule",
+    "RuleTable",
+    "Split",
+    "Tensors",
+    "axis_sizes",
+    "stacked_names",
+]
+
 Tensors = Mapping[str, Tensor]
 
 

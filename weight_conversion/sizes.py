@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from weight_conversion.fields import Arguments, ConfigFields
 
+__all__ = ["d_head", "sizes"]
+
 
 def sizes(fields: ConfigFields) -> Arguments:
     """Return the sizes, the activation function and whether embeddings are tied, of a config with Llama's names."""

@@ -17,6 +17,16 @@ from weight_conversion.aliases import ALIASES
 from weight_conversion.errors import CheckpointError
 from weight_conversion.fields import HFConfig
 
+__all__ = [
+    "SafetensorFile",
+    "SafetensorFiles",
+    "TensorSource",
+    "TensorsInMemory",
+    "find_folder",
+    "open_tensors",
+    "read_json",
+]
+
 # What `safe_open` returns: its methods have no types.
 SafetensorFile = Any
 

@@ -5,6 +5,28 @@ from __future__ import annotations
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion.rules import Constant, Drop, Entry, Rule
 
+__all__ = [
+    "BLOCK",
+    "attention",
+    "attention_output",
+    "biasless_layer_norm",
+    "embeddings",
+    "experts",
+    "fused_qkv",
+    "gated_mlp",
+    "linear",
+    "mlp",
+    "no_expert_biases",
+    "no_mlp_biases",
+    "no_qkv_biases",
+    "norm",
+    "qk_norm",
+    "qk_norm_across_heads",
+    "router",
+    "stored_mask",
+    "stored_rotary",
+]
+
 BLOCK = "blocks.{layer}"
 
 _ATTENTION_AXES = {"Q": "head", "K": "kv_head", "V": "kv_head"}

@@ -8,6 +8,8 @@ from fnmatch import fnmatchcase
 from weight_conversion.aliases import ALIASES
 from weight_conversion.errors import CheckpointError
 
+__all__ = ["SERIES", "Series", "TrainingCheckpoint", "training_checkpoint"]
+
 
 @dataclass(frozen=True)
 class Series:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from types import ModuleType
 
+__all__ = ["require_pandas"]
+
 
 def require_pandas(what: str) -> ModuleType:
     """Return pandas.

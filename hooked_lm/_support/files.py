@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+__all__ = ["explained", "whole_file", "write_whole"]
+
 
 def write_whole(path: str | Path, content: str | Callable[[Path], object]) -> Path:
     """Write a file under another name and then rename it, so that under its own it is never in part.

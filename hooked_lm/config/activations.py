@@ -10,6 +10,21 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+__all__ = [
+    "ACTIVATIONS",
+    "ACTIVATION_FUNCTIONS",
+    "LEARNED_ACTIVATIONS",
+    "Activation",
+    "activation_names",
+    "gelu_fast",
+    "gelu_new",
+    "identity",
+    "quick_gelu",
+    "register_activation",
+    "relu2",
+    "solu",
+]
+
 Activation = Callable[[Float[Tensor, "..."]], Float[Tensor, "..."]]
 
 

@@ -23,6 +23,30 @@ from hooked_lm.config.choices import (
 if TYPE_CHECKING:
     from hooked_lm.config.config import HookedTransformerConfig
 
+__all__ = [
+    "check_choices",
+    "check_per_layer",
+    "check_rotary_scaling",
+    "count_parameters",
+    "fill_and_check",
+    "fill_experts",
+    "fill_heads",
+    "fill_init",
+    "fill_mlp",
+    "fill_norms",
+    "fill_positions",
+    "fill_vocab",
+    "fill_windows",
+    "is_above_zero",
+    "mlp_parameters",
+    "parse_dtype",
+    "require_above_zero",
+    "require_choice",
+    "require_divisible",
+    "require_positive",
+    "require_positive_integer",
+]
+
 
 def fill_and_check(cfg: HookedTransformerConfig) -> None:
     """Fill in the fields that follow from others, and check all of them.

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+__all__ = [
+    "ATTENTION_DIRECTIONS",
+    "INIT_MODES",
+    "NORMALIZATION_TYPES",
+    "NORM_PLACEMENTS",
+    "PADDING_SIDES",
+    "POSITION_TYPES",
+    "QK_NORM_TYPES",
+]
+
 NORMALIZATION_TYPES = ("LN", "LNPre", "RMS", "RMSPre", None)
 POSITION_TYPES = ("standard", "rotary", "alibi", "shortformer", "none")
 ATTENTION_DIRECTIONS = ("causal", "bidirectional")

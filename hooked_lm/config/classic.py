@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
+__all__ = ["RETIRED", "ConfigDict", "FieldValue", "checked_fields"]
+
 # A field's value as a caller gives it, or as JSON holds it: which type it has to be depends on the field's name, and
 # `checks` looks at it when the config is made.
 FieldValue = Any

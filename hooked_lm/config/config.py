@@ -14,6 +14,8 @@ from hooked_lm.config.checks import fill_and_check
 from hooked_lm.config.classic import ConfigDict, FieldValue, checked_fields
 from hooked_lm.config.lock import Lockable, plain
 
+__all__ = ["HookedTransformerConfig"]
+
 
 @dataclass(slots=True, kw_only=True)
 class HookedTransformerConfig(Lockable):

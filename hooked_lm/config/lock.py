@@ -16,6 +16,8 @@ from hooked_lm.config.choices import ATTENTION_DIRECTIONS, INIT_MODES, PADDING_S
 if TYPE_CHECKING:
     from hooked_lm.config.config import HookedTransformerConfig
 
+__all__ = ["ASSIGNABLE", "FixedList", "Item", "Lockable", "OwnerCallback", "plain"]
+
 OwnerCallback = Callable[[str, object], object]
 Item = TypeVar("Item")
 

@@ -8,6 +8,8 @@ from weight_conversion.family import Family, Sites
 from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import RuleTable
 
+__all__ = ["FAMILY", "config", "rules"]
+
 
 def config(fields: ConfigFields) -> Arguments:
     """Map a `BloomConfig`."""

@@ -9,6 +9,8 @@ from weight_conversion.family import Family
 from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Drop, Rule, RuleTable
 
+__all__ = ["CORES", "FAMILY", "config", "rules"]
+
 CORES = 4
 
 

@@ -12,6 +12,8 @@ from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rotary import LEGACY_FIELDS, rotary
 from weight_conversion.rules import Entry, Piece, RuleTable, Split
 
+__all__ = ["FAMILY", "config", "rules"]
+
 
 def config(fields: ConfigFields) -> Arguments:
     """Map a `FalconConfig`."""

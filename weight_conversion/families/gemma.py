@@ -13,6 +13,8 @@ from weight_conversion.rotary import rotary
 from weight_conversion.rules import Entry, RuleTable
 from weight_conversion.sizes import d_head
 
+__all__ = ["FAMILY", "GAIN", "around_the_norms", "body", "config", "rules"]
+
 # What the model adds to a stored gain.
 GAIN = 1.0
 

@@ -14,6 +14,8 @@ from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
 from weight_conversion.sizes import d_head
 
+__all__ = ["FAMILY", "SITES", "body", "config", "rules", "soft_cap"]
+
 
 def config(fields: ConfigFields) -> Arguments:
     """Map a `Gemma2Config`."""

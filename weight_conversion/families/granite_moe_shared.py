@@ -10,6 +10,8 @@ from weight_conversion.family import Sites
 from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Constant, Rule, RuleTable
 
+__all__ = ["FAMILY", "config", "rules"]
+
 
 def config(fields: ConfigFields) -> Arguments:
     """Map a `GraniteMoeSharedConfig`, in which a width of 0 means no shared expert."""

@@ -7,6 +7,8 @@ from weight_conversion.family import Family
 from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.layer_types import layer_types
 
+__all__ = ["FAMILY", "config"]
+
 
 def config(fields: ConfigFields) -> Arguments:
     """Map a `MinistralConfig`."""

@@ -10,6 +10,8 @@ from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.layer_types import layer_types
 from weight_conversion.rules import RuleTable
 
+__all__ = ["FAMILY", "config", "rules"]
+
 
 def config(fields: ConfigFields) -> Arguments:
     """Map a `MistralConfig` or `MinistralConfig`."""

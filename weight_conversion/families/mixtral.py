@@ -10,6 +10,8 @@ from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
 from weight_conversion.sizes import d_head, sizes
 
+__all__ = ["FAMILY", "config", "rules"]
+
 
 def config(fields: ConfigFields) -> Arguments:
     """Map a `MixtralConfig`."""

@@ -9,6 +9,8 @@ from weight_conversion.layer_types import layer_types
 from weight_conversion.rotary import rotary
 from weight_conversion.sizes import d_head
 
+__all__ = ["FAMILY", "config", "unscaled_base"]
+
 
 def config(fields: ConfigFields) -> Arguments:
     """Map an `Olmo3Config`."""

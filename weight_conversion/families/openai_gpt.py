@@ -9,6 +9,8 @@ from weight_conversion.family import Family, Sites
 from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Drop, Rule, RuleTable
 
+__all__ = ["ACTIVATIONS", "FAMILY", "config", "rules"]
+
 # By these names the model means its own functions.
 ACTIVATIONS = {"gelu": "gelu_new", "relu": "relu", "silu": "silu", "swish": "silu"}
 

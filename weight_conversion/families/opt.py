@@ -8,6 +8,8 @@ from weight_conversion.family import Family, Sites
 from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Constant, Drop, Entry, Product, Rule, RuleTable
 
+__all__ = ["FAMILY", "OFFSET", "config", "rules"]
+
 # The first row of positions that is in use.
 OFFSET = 2
 

@@ -12,6 +12,8 @@ from weight_conversion.rotary import rotary
 from weight_conversion.rules import Constant, Entry, Rule, RuleTable
 from weight_conversion.sizes import d_head
 
+__all__ = ["FAMILY", "config", "mixture", "mlp_or_experts", "rules"]
+
 
 def config(fields: ConfigFields) -> Arguments:
     """Map a `Qwen2MoeConfig`."""

@@ -15,6 +15,8 @@ from weight_conversion.family import Family, Sites
 from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Computed, Drop, RuleTable
 
+__all__ = ["FAMILY", "OFFSET", "config", "rules", "sinusoids"]
+
 # The first position is the sinusoids' third.
 OFFSET = 2
 
