@@ -1,7 +1,7 @@
 """FactoredMatrix: a low-rank product kept as its two factors.
 
-The matrices that circuits are read from (`W_Q W_K^T`, `W_V W_O`, their products with the embedding) are products
-through a head's few dimensions. Everything here works on the factors; only `AB` multiplies them out.
+The matrices of circuits (`W_Q W_K^T`, `W_V W_O`, their products with the embedding) have the rank of a head's few
+dimensions. Everything here works on the factors; only `AB` multiplies them out.
 """
 
 from __future__ import annotations
@@ -302,7 +302,7 @@ def composition_scores(
 ) -> Float[Tensor, "*leading"]:
     """Return `||left right|| / (||left|| ||right||)` in Frobenius norms, a number between 0 and 1.
 
-    How much of what `left` writes (or reads) is what `right` reads, beyond chance (Elhage et al. 2021, "A Mathematical
+    How strongly the output of `left` feeds the input of `right` (Elhage et al. 2021, "A Mathematical
     Framework for Transformer Circuits", section on composition). Rotating the outer sides changes no norm, so each
     pair costs products of head-sized matrices only.
 

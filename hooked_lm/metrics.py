@@ -1,7 +1,7 @@
-"""What a run's logits are judged by: metrics that say which positions and tokens they read.
+"""Metrics: scores of a run's logits that declare which positions and tokens they read.
 
 A metric is called with logits [batch pos vocab] and returns their mean score, a scalar; any function that does so
-serves as one. Those made here also say what they read, so that a sweep unembeds nothing else.
+can be used as a metric. A `Metric` also declares the position and tokens it reads: a sweep unembeds nothing else.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Metric:
         tokens: the vocabulary entries that are read, [batch_or_1 token]; None for all of them.
         score: logits of those entries [... batch token], in float32 or float64 -> [... batch].
         answers: the tokens that have to be in the vocabulary, [batch_or_1 token]; by default those that are read.
-        n_prompts: for how many prompts it is made; 1 for any number.
-        d_vocab: for logits of how many tokens it is made; None for any number.
+        n_prompts: the number of prompts that the metric fits; 1 for any number.
+        d_vocab: the size of the vocabulary that the metric fits; None for any size.
     """
 
     name: str
@@ -65,8 +65,8 @@ class Metric:
         """Return each prompt's score.
 
         Raises:
-            ValueError: these are no logits [batch pos vocab], there is no such position, or prompts and answers differ
-                in number.
+            ValueError: the logits are not [batch pos vocab], lack the position, or are of another number of prompts
+                than the answers.
         """
         if logits.ndim != 3:
             raise ValueError(f"{self.name} reads logits [batch pos vocab], got shape {tuple(logits.shape)}")
@@ -78,7 +78,7 @@ class Metric:
         return self.scores(read)
 
     def scores(self, read: Float[Tensor, "*leading batch token"]) -> Float[Tensor, "*leading batch"]:
-        """Return the scores, given the logits of what it reads; those of half precision are judged in float32."""
+        """Return the scores, given the logits that the metric reads; half precision is converted to float32 first."""
         return self.score(at_least_single(read))
 
     def check(self, batch: int, n_positions: int, d_vocab: int) -> None:
@@ -118,13 +118,13 @@ class Metric:
         self.check_mask(attention_mask)
 
     def check_mask(self, attention_mask: Int[Tensor, "batch pos"] | None) -> None:
-        """Check that what is read is no padding.
+        """Check that the position that is read holds no padding.
 
         Args:
-            attention_mask: [batch pos], 0 at padding; None where there is none.
+            attention_mask: [batch pos], 0 at padding; None if nothing is padded.
 
         Raises:
-            ValueError: it is, for some prompt.
+            ValueError: it holds padding, for some prompt.
         """
         padded = [] if attention_mask is None else torch.where(attention_mask[:, self.pos] == 0)[0].tolist()
         if padded:
@@ -137,7 +137,7 @@ class Metric:
         """Check that there is an answer for every prompt, or one for all.
 
         Raises:
-            ValueError: there is neither.
+            ValueError: the number of answers is neither 1 nor that of the prompts.
         """
         answers = self.tokens if self.answers is None else self.answers
         n_prompts = self.n_prompts if answers is None else answers.shape[0]
@@ -149,7 +149,7 @@ class Metric:
 
 
 def one_number(metric: Callable[[Tensor], object], logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, ""]:
-    """Return what a metric makes of the logits, checked to be one number, in the logits' precision if a Python number.
+    """Return a metric of the logits, checked to be one number; a Python number takes the logits' precision.
 
     Args:
         metric: a function of the logits.
@@ -171,7 +171,7 @@ def logit(answer: Tokens, pos: int = -1) -> Metric:
 
     Args:
         answer: a token, or one for each prompt.
-        pos: where it is predicted.
+        pos: the position whose logits predict the answer.
     """
     return Metric("logit", pos, _column(answer, "answer"), lambda read: read[..., 0])
 
@@ -261,7 +261,7 @@ def kl_to(reference: Float[Tensor, "batch pos vocab"], pos: int = -1) -> Metric:
     def score(read: Tensor) -> Tensor:
         wanted = target.to(read)
         terms = wanted.exp() * (wanted - read.log_softmax(-1))
-        return terms.masked_fill(wanted == -torch.inf, 0.0).sum(-1)  # what cannot happen adds nothing
+        return terms.masked_fill(wanted == -torch.inf, 0.0).sum(-1)  # a token with probability 0 adds nothing
 
     return Metric("KL divergence", pos, None, score, n_prompts=reference.shape[0], d_vocab=reference.shape[2])
 
@@ -282,7 +282,7 @@ def _pick(read: Tensor, column: Tensor) -> Tensor:
     return read.gather(-1, column.expand(*read.shape[:-1], 1))[..., 0]
 
 
-# The makers of metrics by name. A maker's arguments are its own, so only what it returns has a type.
+# The functions that make metrics, by name. Their arguments differ; all return a Metric.
 _MAKERS: dict[str, Callable[..., Metric]] = {
     maker.__name__: maker for maker in (logit, logit_diff, prob, log_prob, rank, accuracy, kl_to)
 }
@@ -295,7 +295,7 @@ def metric_names() -> tuple[str, ...]:
 
 
 def register_metric(name: str, maker: Callable[..., Metric], *, replace: bool = False) -> None:
-    """Make a metric known by a name, for `get_metric`.
+    """Add a metric under a name, for `get_metric`.
 
     Args:
         name: the name; those of the metrics in this module cannot be taken.
@@ -321,7 +321,7 @@ def get_metric(name: str) -> Callable[..., Metric]:
     """Return the function that makes a metric, such as `logit_diff` for `"logit_diff"`.
 
     Raises:
-        ValueError: no metric has the name; the message says which there are.
+        ValueError: no metric has the name; the message lists the names.
     """
     if name not in _MAKERS:
         near = difflib.get_close_matches(name, _MAKERS, n=1) if isinstance(name, str) else []

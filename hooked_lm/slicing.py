@@ -55,7 +55,7 @@ class Slice:
         raise TypeError(f"cannot slice with {given!r}: give None, an int, a tuple, a slice or a list of integers")
 
     def apply(self, tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """Return `tensor` indexed along `dim`; an int drops that axis, the rest keep it.
+        """Return `tensor` indexed along `dim`; an int drops that axis, every other index keeps it.
 
         Args:
             tensor: any.

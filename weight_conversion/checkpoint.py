@@ -46,7 +46,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "to
 
 
 class Weights(Protocol):
-    """Our weights, not read yet: iterating reads them chunk by chunk, what is outside the blocks first.
+    """Our weights, not read yet: iterating reads them chunk by chunk, first the weights outside the blocks.
 
     Attributes:
         shapes: every name and its shape.
@@ -56,12 +56,12 @@ class Weights(Protocol):
 
     @property
     def mapped(self) -> bool:
-        """Whether what is read may be kept, as a private view of a file, rather than copied."""
+        """Whether the tensors that are read are private views of a file, so that a model can keep them uncopied."""
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]: ...
 
     def release(self) -> None:
-        """Give back the memory of what has been read, apart from what somebody still holds."""
+        """Free the memory of the tensors that have been read, except those still referenced elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class Loaded:
         weights: our names -> tensors in the checkpoint's own precision, possibly views of a memory-mapped file.
         tokenizer: a transformers tokenizer, or None if the checkpoint has none.
         processed: the steps of `hooked_lm.weights` that the weights have been through.
-        origin: the HuggingFace config that the architecture was read from, if it was, for the way back.
+        origin: the HuggingFace config that the architecture was read from, which an export needs; None if there was
+            none.
     """
 
     cfg: HookedTransformerConfig
@@ -109,7 +110,7 @@ def load(
     asked = {"revision": revision, "checkpoint_index": checkpoint_index, "checkpoint_value": checkpoint_value}
     if hf_model is not None and any(value is not None for value in asked.values()):
         given = ", ".join(f"{name}={value!r}" for name, value in asked.items() if value is not None)
-        raise CheckpointError(f"the weights are those of hf_model, so {given} would not be heeded: leave it out")
+        raise CheckpointError(f"the weights are those of hf_model, so {given} would have no effect: leave it out")
     step = None
     if checkpoint_index is not None or checkpoint_value is not None:
         step = training_checkpoint(str(name_or_path), checkpoint_index, checkpoint_value, revision)
@@ -149,7 +150,7 @@ def _from_huggingface_folder(
         raise CheckpointError(f"{folder / 'config.json'} has no model_type, so no defaults for its fields are known")
     try:
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers' validation raises whatever it likes
+    except Exception as error:  # transformers' validation raises errors of many types
         raise CheckpointError(f"{folder / 'config.json'} is not accepted by transformers: {error}") from error
     return _convert({**content, **hf_config.to_dict()}, open_tensors(folder), tokenizer, first_n_layers)
 
@@ -214,7 +215,7 @@ def read_family(
     Args:
         family: how the config is read.
         fields: the config, as in `config.json`.
-        architecture: the name it goes by there.
+        architecture: the class name that the config gives.
 
     Raises:
         CheckpointError: the config has a field that the family does not know, or a value that it does not support.
@@ -252,7 +253,7 @@ def _from_own_folder(folder: Path, content: HFConfig, tokenizer: Tokenizer, firs
         cfg = HookedTransformerConfig.from_dict(content["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / 'config.json'} does not hold a whole config: {error}") from error
-    # Which names there are is for the caller to know.
+    # The names of the steps are checked by the caller, `hooked_lm.weights`.
     processed = content.get("processed", [])
     if not isinstance(processed, list):
         raise CheckpointError(f"{folder / 'config.json'}: processed={processed!r} is no list of processing steps")
@@ -334,13 +335,13 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> Tokeni
     """Return the tokenizer of a folder, an alias or a hub id.
 
     Args:
-        name_or_path: where it is.
-        trust_remote_code: whether code that comes with it may run.
+        name_or_path: the folder, alias or hub id.
+        trust_remote_code: whether code that comes with the tokenizer may run.
 
     Raises:
-        CheckpointError: there is none to be had.
+        CheckpointError: the tokenizer cannot be found or read.
     """
-    # transformers makes one that knows no words where a folder has none.
+    # From a folder without a tokenizer, transformers makes an empty one instead of raising.
     if Path(name_or_path).is_dir() and not _has_tokenizer(Path(name_or_path)):
         raise CheckpointError(f"no tokenizer: the folder {name_or_path} has none of {', '.join(_TOKENIZER_FILES)}")
     # Only reading text needs transformers, whose import takes seconds.

@@ -1,4 +1,4 @@
-"""Which layers have a window, as HuggingFace configs say it."""
+"""The window of each layer, read from a HuggingFace config."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def layer_types(fields: ConfigFields) -> Arguments:
     unknown = sorted(set(given) - set(_KINDS))
     if unknown:
         raise CheckpointError(f"{fields.family} with layers of type {unknown} is not supported; {sorted(_KINDS)} are")
-    # Some families say "none" by 0.
+    # In some families a window of 0 means none.
     return {"window_size": fields.take("sliding_window") or None, "attn_types": [_KINDS[kind] for kind in given]}

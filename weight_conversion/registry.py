@@ -1,4 +1,4 @@
-"""Which family an architecture belongs to, and the door for families of one's own."""
+"""The family of each architecture, and `register_family` for families from other packages."""
 
 from __future__ import annotations
 

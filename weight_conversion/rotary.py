@@ -1,4 +1,4 @@
-"""Rotary positions as HuggingFace configs describe them."""
+"""The rotary positions of a HuggingFace config."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from weight_conversion.fields import Arguments, ConfigFields, FieldValue, HFConf
 
 __all__ = ["LEGACY_FIELDS", "rotary"]
 
-# What configs kept in fields of their own before they had `rope_parameters`, which transformers fills in from these.
+# Fields from before `rope_parameters`. transformers fills in `rope_parameters` from them.
 LEGACY_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings")
 
 
@@ -20,14 +20,14 @@ def rotary(
     """Return the rotary arguments of a `HookedTransformerConfig`, and `n_ctx`.
 
     Args:
-        fields: of a config with `rope_parameters` and `max_position_embeddings`.
+        fields: the fields of a config with `rope_parameters` and `max_position_embeddings`.
         d_head: width of a head.
-        partial: the family heeds `partial_rotary_factor`, the part of a head that rotates. In the others transformers
-            rotates whole heads whatever it says, so anything but 1 is refused.
-        parameters: one layer type's parameters where `rope_parameters` holds several; then `fields` need not be read.
+        partial: the family uses `partial_rotary_factor`, the part of a head that rotates. For others transformers
+            ignores that field and rotates whole heads, so any value but 1 is refused.
+        parameters: the parameters of one layer type, if `rope_parameters` has an entry per layer type.
 
     Raises:
-        CheckpointError: the kind of scaling is not known, or it has parameters that are not heeded.
+        CheckpointError: the kind of scaling is not supported, or one of its parameters is not.
     """
     fields.ignore(*LEGACY_FIELDS)
     given = dict(fields.take("rope_parameters") if parameters is None else parameters)
@@ -55,7 +55,7 @@ def rotary(
 
 
 def _default(given: HFConfig, n_ctx: int) -> Arguments:
-    # Left over from the length the model was trained at; without scaling it says nothing.
+    # Parameters of scalings, left in the file: without a scaling they have no effect.
     for name in ("original_max_position_embeddings", "factor"):
         given.pop(name, None)
     return {}
@@ -107,7 +107,7 @@ def _yarn(given: HFConfig, n_ctx: int) -> Arguments:
 
 
 def _yarn_amplitude(factor: float, mscale: float) -> float:
-    """What queries and keys are multiplied by under YaRN (Peng et al. 2023, equation 22)."""
+    """The factor on queries and keys under YaRN (Peng et al. 2023, equation 22)."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 

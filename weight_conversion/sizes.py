@@ -1,4 +1,4 @@
-"""What most configs since Llama call alike: how large a model is."""
+"""The sizes of a model, by the names that most configs since Llama's use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sizes(fields: ConfigFields) -> Arguments:
 
 
 def d_head(fields: ConfigFields) -> int:
-    """Return the width of a head: `head_dim`, or the heads' share of the stream where that is not given."""
+    """Return the width of a head: `head_dim`, or `hidden_size / num_attention_heads` for a config without it."""
     width: int | None = fields.get("head_dim", None)
     if width:
         return width

@@ -1,4 +1,4 @@
-"""Packages that only an extra brings."""
+"""Optional packages, installed with an extra of this package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def require_pandas(what: str) -> ModuleType:
         what: the function that needs it, for the message.
 
     Raises:
-        ImportError: it is not installed; the message says which extra brings it.
+        ImportError: pandas is not installed; the message names the extra to install.
     """
     try:
         import pandas

@@ -1,4 +1,4 @@
-"""Activation functions by name, and the door for functions of one's own."""
+"""Activation functions by name, and `register_activation` to add a name."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ ACTIVATION_FUNCTIONS: dict[str, Activation] = {
     "solu_ln": solu,
 }
 
-# With learned parameters, so that each MLP has a module of its own (`components.activations`).
+# Functions with learned parameters: each MLP has a module of its own (`components.activations`).
 LEARNED_ACTIVATIONS = ("xielu",)
 
-# The names that come with the package; `activation_names` has the registered ones too.
+# The names that come with the package; `activation_names()` has the registered names too.
 ACTIVATIONS = (*ACTIVATION_FUNCTIONS, *LEARNED_ACTIVATIONS)
 
 
@@ -86,7 +86,7 @@ def activation_names() -> tuple[str, ...]:
 
 
 def register_activation(name: str, function: Activation, *, replace: bool = False) -> None:
-    """Make an activation function known by a name, for `act_fn` of a config.
+    """Add an activation function under a name, which a config can give as `act_fn`.
 
     A config is saved with the name alone: register the function again before such a config is loaded.
 

@@ -69,6 +69,7 @@ def fill_and_check(cfg: HookedTransformerConfig) -> None:
 
 
 def fill_heads(cfg: HookedTransformerConfig) -> None:
+    """Fill in `n_heads` or `d_head`, and `attn_scale`."""
     if cfg.n_heads == -1 and cfg.d_head == -1:
         raise ValueError("give n_heads or d_head: one follows from d_model and the other")
     if cfg.n_heads == -1:
@@ -89,13 +90,14 @@ def fill_heads(cfg: HookedTransformerConfig) -> None:
         cfg.attn_scale = math.sqrt(cfg.d_head)
     require_above_zero(cfg, "clip_qkv", or_none=True)
     if not cfg.attn_scale > 0:
-        raise ValueError(f"attn_scale is what scores are divided by, so it is positive; got {cfg.attn_scale}")
+        raise ValueError(f"attn_scale divides the attention scores, so it is positive; got {cfg.attn_scale}")
 
 
 def fill_mlp(cfg: HookedTransformerConfig) -> None:
+    """Fill in `d_mlp`, and check the fields about dense MLPs."""
     if cfg.attn_only:
         if cfg.num_experts is not None or cfg.gated_mlp:
-            raise ValueError("attn_only leaves no MLP: num_experts and gated_mlp do not go with it")
+            raise ValueError("attn_only means no MLP: num_experts and gated_mlp contradict it")
         return
     if cfg.d_mlp is None:
         cfg.d_mlp = 4 * cfg.d_model
@@ -107,6 +109,7 @@ def fill_mlp(cfg: HookedTransformerConfig) -> None:
 
 
 def fill_experts(cfg: HookedTransformerConfig) -> None:
+    """Check the fields about experts."""
     if (cfg.num_experts is None) != (cfg.experts_per_token is None):
         raise ValueError("num_experts and experts_per_token go together")
     if cfg.num_experts is None or cfg.experts_per_token is None:
@@ -136,32 +139,35 @@ def fill_experts(cfg: HookedTransformerConfig) -> None:
 
 
 def fill_norms(cfg: HookedTransformerConfig) -> None:
+    """Bring the two fields about the place of norms into agreement, and check the fields about norms."""
     if cfg.use_normalization_before_and_after:
         if cfg.norm_placement not in ("before", "before_and_after"):
             raise ValueError(f"use_normalization_before_and_after contradicts norm_placement={cfg.norm_placement!r}")
         cfg.norm_placement = "before_and_after"
     cfg.use_normalization_before_and_after = cfg.norm_placement == "before_and_after"
     if cfg.final_rms and not cfg.final_norm:
-        raise ValueError("final_rms says what the final norm is, and final_norm=False that there is none")
+        raise ValueError("final_rms is about the final norm, and with final_norm=False there is none")
     for name in ("qk_norm_across_heads", "qk_norm_per_head_gains", "qk_norm_after_rotary"):
         if getattr(cfg, name) and not cfg.use_qk_norm:
-            raise ValueError(f"{name} says how queries and keys are normalised: it needs use_qk_norm=True")
+            raise ValueError(f"{name} is about the norm of queries and keys: it needs use_qk_norm=True")
     if cfg.norm_placement == "residual" and cfg.parallel_attn_mlp:
         raise ValueError("norms on the residual stream come after attention and after the MLP: not in parallel")
 
 
 def fill_vocab(cfg: HookedTransformerConfig) -> None:
+    """Fill in `d_vocab_out`, and check both vocabularies."""
     for name in ("d_vocab", "d_vocab_out"):
         if getattr(cfg, name) != -1:
             require_positive(cfg, name)
     if cfg.d_vocab_out == -1:
         cfg.d_vocab_out = cfg.d_vocab
-    # A vocabulary that the tokenizer decides is compared once it is known.
+    # A d_vocab of -1 is set from the tokenizer later, and the config checked again.
     if cfg.tie_word_embeddings and cfg.d_vocab != -1 and cfg.d_vocab_out != cfg.d_vocab:
         raise ValueError(f"tied embeddings have one vocabulary, not {cfg.d_vocab} in and {cfg.d_vocab_out} out")
 
 
 def fill_positions(cfg: HookedTransformerConfig) -> None:
+    """Fill in `rotary_dim`, and check the fields about positions."""
     if cfg.positional_embedding_type == "rotary":
         if cfg.rotary_dim is None:
             cfg.rotary_dim = cfg.d_head
@@ -179,14 +185,15 @@ def fill_positions(cfg: HookedTransformerConfig) -> None:
 
 
 def check_rotary_scaling(cfg: HookedTransformerConfig, n_pairs: int) -> None:
+    """Check that rotary frequencies are scaled in one way at most, and the numbers of that way."""
     switches = ("use_NTK_by_parts_rope", "use_yarn_rope", "use_dynamic_rope", "use_longrope")
     scalings = [name for name in switches if getattr(cfg, name)]
     if cfg.rotary_scaling_factor != 1.0:
         scalings.append("rotary_scaling_factor")
     if len(scalings) > 1:
         raise ValueError(f"rotary frequencies are scaled in one way, not by {' and '.join(scalings)}")
-    if cfg.rotary_scaling_factor == 0:  # a negative one turns the other way
-        raise ValueError("rotary_scaling_factor is what positions are divided by, so it is not 0")
+    if cfg.rotary_scaling_factor == 0:  # a negative factor reverses the rotation
+        raise ValueError("rotary_scaling_factor divides positions, so it is not 0")
     if cfg.use_NTK_by_parts_rope:
         require_above_zero(cfg, "NTK_by_parts_factor", "NTK_original_ctx_len")
         low, high = cfg.NTK_by_parts_low_freq_factor, cfg.NTK_by_parts_high_freq_factor
@@ -209,6 +216,7 @@ def check_rotary_scaling(cfg: HookedTransformerConfig, n_pairs: int) -> None:
 
 
 def check_per_layer(cfg: HookedTransformerConfig, name: str) -> None:
+    """Check a field with a bool per layer, and make it a list of the config's own."""
     per_layer = getattr(cfg, name)
     if per_layer is None:
         return
@@ -219,6 +227,7 @@ def check_per_layer(cfg: HookedTransformerConfig, name: str) -> None:
 
 
 def fill_windows(cfg: HookedTransformerConfig) -> None:
+    """Fill in `use_local_attn` and `attn_types`, and check the fields about windows."""
     if cfg.use_local_attn is None:
         cfg.use_local_attn = cfg.window_size is not None
     if not cfg.use_local_attn:
@@ -237,6 +246,7 @@ def fill_windows(cfg: HookedTransformerConfig) -> None:
 
 
 def fill_init(cfg: HookedTransformerConfig) -> None:
+    """Fill in `initializer_range`, and parse `dtype` and `device`."""
     if cfg.initializer_range < 0:
         cfg.initializer_range = 0.8 / math.sqrt(cfg.d_model) if cfg.init_mode == "gpt2" else 1.0
     cfg.dtype = parse_dtype(cfg.dtype)
@@ -245,6 +255,7 @@ def fill_init(cfg: HookedTransformerConfig) -> None:
 
 
 def check_choices(cfg: HookedTransformerConfig) -> None:
+    """Check the fields whose values are a closed list."""
     for name, choices in (
         ("normalization_type", NORMALIZATION_TYPES),
         ("positional_embedding_type", POSITION_TYPES),
@@ -282,6 +293,7 @@ def require_choice(name: str, value: object, choices: Sequence[object], otherwis
 
 
 def require_positive(cfg: HookedTransformerConfig, name: str, at_least: int = 1) -> None:
+    """Check that a field is an integer of at least 1, or of another least value."""
     require_positive_integer(name, getattr(cfg, name), at_least)
 
 
@@ -296,6 +308,7 @@ def require_positive_integer(name: str, value: object, at_least: int = 1) -> Non
 
 
 def require_above_zero(cfg: HookedTransformerConfig, *names: str, or_none: bool = False) -> None:
+    """Check that fields are positive, finite numbers."""
     for name in names:
         value = getattr(cfg, name)
         if not (is_above_zero(value) or (or_none and value is None)):
@@ -303,12 +316,13 @@ def require_above_zero(cfg: HookedTransformerConfig, *names: str, or_none: bool 
 
 
 def require_divisible(cfg: HookedTransformerConfig, name: str, by: str, otherwise: str) -> None:
+    """Check that one field is a multiple of another; `otherwise` ends the message."""
     if getattr(cfg, name) % getattr(cfg, by):
         raise ValueError(f"{name} {getattr(cfg, name)} is not a multiple of {by} {getattr(cfg, by)}: {otherwise}")
 
 
 def count_parameters(cfg: HookedTransformerConfig) -> int:
-    """Weights of attention and MLPs: no embeddings, biases or norms (Kaplan et al. 2020, "Scaling Laws")."""
+    """Return the number of weights of attention and MLPs: no embeddings, biases, norms (Kaplan et al. 2020)."""
     heads = 2 * cfg.n_heads + 2 * cfg.n_kv_heads
     count = cfg.n_layers * cfg.d_model * cfg.d_head * heads
     if cfg.d_mlp is not None and not cfg.attn_only:
@@ -319,6 +333,7 @@ def count_parameters(cfg: HookedTransformerConfig) -> int:
 
 
 def mlp_parameters(cfg: HookedTransformerConfig, layer: int, per_width: int) -> int:
+    """Return the number of weights of one layer's MLP, given their number per unit of its hidden width."""
     if not cfg.has_experts(layer):
         return per_width * (cfg.d_mlp or 0)
     shared = per_width * (cfg.d_shared_expert or 0) + (cfg.d_model if cfg.shared_expert_gate else 0)

@@ -21,7 +21,8 @@ __all__ = ["HookedTransformerConfig"]
 class HookedTransformerConfig(Lockable):
     """The architecture of a `HookedTransformer`.
 
-    A config validates itself, fills in what follows from other fields, and compares equal by value (the device aside).
+    A config checks its fields, fills in those that follow from others, and compares equal by value (the device aside).
+    The config of a built model is locked: see `lock`.
     `d_head` defaults to `d_model // n_heads`, `d_mlp` to `4 * d_model`, and `d_vocab` to that of the tokenizer.
 
     Args:
@@ -41,9 +42,9 @@ class HookedTransformerConfig(Lockable):
         eps: added to the variance (or mean square) under the root.
         final_rms: the final norm is an RMS norm whatever the others are.
         final_norm: there is a norm before the unembedding.
-        norm_placement: where the norms of a block stand. `"before"` attention and MLP read; `"before_and_after"`, also
-            on what they write; only `"after"`, on what they write; or on the `"residual"` stream itself, once they
-            have written to it (post-norm, Vaswani et al. 2017).
+        norm_placement: where the norms of a block stand. `"before"` attention and MLP, on their input;
+            `"before_and_after"`, also on their output; `"after"`, only on their output; or on the `"residual"` stream
+            itself, after each addition to it (post-norm, Vaswani et al. 2017).
         use_normalization_before_and_after: another name for `norm_placement="before_and_after"`.
         use_qk_norm: a norm on each head's queries and keys.
         qk_norm_type: `"RMS"`, `"RMSPre"` without gain, or `"LN"`.
@@ -89,8 +90,8 @@ class HookedTransformerConfig(Lockable):
         num_experts, experts_per_token: mixture of experts, and how many of them a token uses.
         moe_layers: per layer whether it has experts rather than one dense MLP; all by default.
         d_expert: hidden width of an expert; `d_mlp` by default.
-        d_shared_expert: hidden width of an expert that every token uses besides; None for none.
-        shared_expert_gate: what the shared expert writes is multiplied by a sigmoid of `x W_shared_gate`.
+        d_shared_expert: hidden width of the shared expert, which every token uses; None for none.
+        shared_expert_gate: the output of the shared expert is multiplied by a sigmoid of `x W_shared_gate`.
         norm_topk_prob: the chosen experts' weights are rescaled to sum to one.
         sparsemixer_jitter: experts are weighted as SparseMixer does (Liu et al. 2024, "GRIN"), with this tolerance.
         gated_limit: in experts, `act(min(gate, limit)) * (clamp(linear, -limit, limit) + 1)` instead of
@@ -108,7 +109,7 @@ class HookedTransformerConfig(Lockable):
 
     Raises:
         ValueError: a value out of range, or fields that contradict each other.
-        TypeError: a field nobody knows.
+        TypeError: an unknown field.
     """
 
     n_layers: int
@@ -215,7 +216,7 @@ class HookedTransformerConfig(Lockable):
     def __post_init__(self) -> None:
         fill_and_check(self)
 
-    # What follows from the fields
+    # Derived from the fields
 
     @property
     def n_kv_heads(self) -> int:
@@ -240,7 +241,7 @@ class HookedTransformerConfig(Lockable):
 
     @property
     def normalizes_writes(self) -> bool:
-        """Whether a norm comes between what attention and MLP write and where the stream goes on."""
+        """Whether the output of attention and MLP passes a norm before the next part reads it."""
         return self.norm_placement != "before"
 
     def rotates(self, layer: int) -> bool:
@@ -267,7 +268,7 @@ class HookedTransformerConfig(Lockable):
         return self.window_size
 
     def score_scale(self, layer: int) -> float:
-        """What attention scores of a layer are multiplied by."""
+        """Return the factor on the attention scores of a layer."""
         scale = 1.0 / self.attn_scale if self.use_attn_scale else 1.0
         return scale / ((layer + 1) if self.scale_attn_by_inverse_layer_idx else 1)
 
@@ -289,7 +290,7 @@ class HookedTransformerConfig(Lockable):
 
         Raises:
             ValueError: a required field is missing, or a retired field asks for something that is not supported.
-            TypeError: a field nobody knows.
+            TypeError: an unknown field.
         """
         if not isinstance(config_dict, dict):
             raise TypeError(f"a config is built from a dictionary, got {type(config_dict).__name__}")
@@ -307,7 +308,7 @@ class HookedTransformerConfig(Lockable):
     def replace(self, **changes: FieldValue) -> HookedTransformerConfig:
         """Return a copy with some fields changed, validated anew; defaults that follow from them follow."""
         refilled = self._defaults_to_refill()
-        # Two names of one thing: the one that is given decides.
+        # These two fields name one thing: the one among the changes decides.
         if "norm_placement" in changes:
             refilled["use_normalization_before_and_after"] = False
         elif "use_normalization_before_and_after" in changes and self.norm_placement == "before_and_after":
@@ -315,7 +316,7 @@ class HookedTransformerConfig(Lockable):
         return dataclasses.replace(self, **{**refilled, **changes})
 
     def _defaults_to_refill(self) -> ConfigDict:
-        """The fields that hold what follows from others, each with the value that has it filled in."""
+        """The fields that hold a default computed from other fields, each with the value that has it computed."""
         gpt2_range = 0.8 / math.sqrt(self.d_model)
         follows: dict[str, tuple[bool, FieldValue]] = {
             "d_mlp": (self.d_mlp == 4 * self.d_model and not self.attn_only, None),

@@ -23,7 +23,7 @@ Item = TypeVar("Item")
 
 
 class _Lock(NamedTuple):
-    """What a locked config keeps besides its fields.
+    """The part of a locked config that is not a field.
 
     Attributes:
         owner_callback: moves the model; called with `"dtype"` or `"device"` and the new value.
@@ -101,7 +101,7 @@ class Lockable:
         object.__delattr__(self, name)
 
     def __getstate__(self) -> object:
-        """Return what copies and pickles are made from: all but the lock."""
+        """Return the attributes without the lock, so that copies and unpickled configs are not locked."""
         # Python's own state of an object with slots is a pair (its __dict__ or None, its slots).
         state = object.__getstate__(self)
         if isinstance(state, tuple):
@@ -132,7 +132,7 @@ def plain(value: object) -> object:
     return list(value) if isinstance(value, FixedList) else value
 
 
-# What an assignment to a locked config stores, given the config and the value; each raises ValueError for a bad value.
+# Each function below checks a value that is assigned to a locked config and returns the value to store.
 
 
 def _any_value(cfg: HookedTransformerConfig, name: str, value: object) -> object:
@@ -234,7 +234,7 @@ def _assign(cfg: HookedTransformerConfig, name: str, value: object, lock: _Lock)
         return
     if name in _MOVING:
         lock.owner_callback(name, value)
-        # A model that has been moved says itself where it is: "cuda:0" for "cuda".
+        # The owner may have set the field itself, more precisely: "cuda:0" for "cuda".
         if not _is_same(getattr(cfg, name), present):
             return
     object.__setattr__(cfg, name, value)

@@ -15,7 +15,7 @@ __all__ = ["FAMILY", "config", "rules"]
 def config(fields: ConfigFields) -> Arguments:
     """Map an `ApertusConfig`."""
     fields.ignore("hidden_dropout")
-    # What published files say of the one architecture that transformers computes.
+    # Published files give these fields; transformers does not read them.
     fields.require("mlp_bias", False)
     fields.require("post_norm", False)
     fields.require("qk_norm", True)
@@ -38,7 +38,7 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
 
 
 def _activation(source: str) -> tuple[Entry, ...]:
-    """Return the rows of xIELU: two numbers that each layer learns, and two that are fixed but stored all the same."""
+    """Return the rows of xIELU: two numbers that each layer learns, and two constants that checkpoints store."""
     target = "blocks.{layer}.mlp.act_fn"
     return (
         Rule(f"{source}.alpha_p", "1 -> 1", f"{target}.alpha_p"),

@@ -16,7 +16,7 @@ CORES = 4
 
 def config(fields: ConfigFields) -> Arguments:
     """Map a `CodeGenConfig`."""
-    # `n_positions` is what counts.
+    # transformers reads `n_positions` instead.
     fields.ignore("n_ctx")
     return gptj.config(fields)
 

@@ -25,9 +25,9 @@ def config(fields: ConfigFields) -> Arguments:
 
 
 def shared_config(fields: ConfigFields) -> Arguments:
-    """Map what both generations of Cohere's configs have. Dimensions rotate with their neighbours."""
+    """Map the fields that both generations of Cohere's configs have. Adjacent dimensions rotate together."""
     fields.ignore("attention_dropout", "pretraining_tp")
-    # How long a prompt its tokenizer lets through.
+    # The longest prompt of the tokenizer.
     fields.ignore("model_max_length")
     return {
         **sizes(fields),

@@ -15,7 +15,7 @@ __all__ = ["FAMILY", "config", "rules"]
 
 def config(fields: ConfigFields) -> Arguments:
     """Map an `Exaone4Config`. Without a window every layer is global and rotates."""
-    # `layer_types` says it already.
+    # `layer_types` holds the same.
     fields.ignore("sliding_window_pattern")
     windows = layer_types(fields)
     return {

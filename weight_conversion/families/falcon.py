@@ -19,12 +19,12 @@ def config(fields: ConfigFields) -> Arguments:
     """Map a `FalconConfig`."""
     fields.require("apply_residual_connection_post_layernorm", False)
     fields.ignore("attention_dropout", "hidden_dropout")
-    # `ffn_hidden_size` says the same.
+    # `ffn_hidden_size` holds the same.
     fields.ignore("ff_factor")
     n_heads = fields.take("num_attention_heads")
     d_head = fields.take("hidden_size") // n_heads
     kv_heads, multi_query = fields.take("num_kv_heads"), fields.take("multi_query")
-    # Only new models have as many as they say.
+    # `num_kv_heads` holds only for the new architecture.
     if not fields.take("new_decoder_architecture"):
         kv_heads = 1 if multi_query else n_heads
     return {
@@ -73,7 +73,7 @@ def _norms(cfg: HookedTransformerConfig, fields: ConfigFields) -> tuple[Entry, .
     n_norms = fields.get("num_ln_in_parallel_attn", None)
     if is_new and n_norms is None:
         n_norms = 2
-    # Transformers refuses these as well, when it runs them.
+    # Transformers refuses these too, when the model runs.
     if is_new and not (parallel and n_norms in (1, 2)):
         raise CheckpointError(
             f"Falcon with new_decoder_architecture, parallel_attn={parallel} and num_ln_in_parallel_attn={n_norms}: "
@@ -127,6 +127,6 @@ FAMILY = Family(
     rules,
     embedding="word_embeddings.weight",
     prefix="transformer.",
-    # In parallel, what attention gives is added to the MLP's output in place, so that one shows both.
+    # With attention and MLP in parallel, transformers adds attention's output to that of the MLP in place.
     sites=Sites(layers="transformer.h", attn="self_attention", mlp="mlp", attention="sdpa"),
 )

@@ -15,13 +15,13 @@ from weight_conversion.sizes import d_head
 
 __all__ = ["FAMILY", "GAIN", "around_the_norms", "body", "config", "rules"]
 
-# What the model adds to a stored gain.
+# The number that the model adds to a stored gain.
 GAIN = 1.0
 
 
 def config(fields: ConfigFields) -> Arguments:
     """Map a `GemmaConfig`."""
-    # A second name that some published files have; transformers reads the other.
+    # Some published files have a second name for this field; transformers reads the first.
     fields.ignore("hidden_activation")
     return {**body(fields, act_fn="hidden_act"), **rotary(fields, d_head(fields))}
 
@@ -34,7 +34,7 @@ def body(fields: ConfigFields, act_fn: str = "hidden_activation") -> Arguments:
     """
     if fields.get("use_bidirectional_attention", None):
         raise CheckpointError(f"{fields.family} with use_bidirectional_attention=True is not supported")
-    # It says what to keep while generating.
+    # It is about the cache while generating.
     fields.ignore("cache_implementation", "attention_dropout")
     d_model = fields.take("hidden_size")
     return {

@@ -19,7 +19,7 @@ __all__ = ["FAMILY", "SITES", "body", "config", "rules", "soft_cap"]
 
 def config(fields: ConfigFields) -> Arguments:
     """Map a `Gemma2Config`."""
-    # Other names, in published files, for what transformers reads elsewhere.
+    # Published files have these names too; transformers reads the same values under other names.
     fields.ignore("hidden_act", "sliding_window_size")
     return {
         **body(fields),
@@ -30,7 +30,7 @@ def config(fields: ConfigFields) -> Arguments:
 
 
 def body(fields: ConfigFields) -> Arguments:
-    """Map what Gemmas after the first have in common."""
+    """Map the fields that all Gemmas after the first have."""
     return {
         **gemma.body(fields),
         **layer_types(fields),
@@ -40,7 +40,7 @@ def body(fields: ConfigFields) -> Arguments:
 
 
 def soft_cap(fields: ConfigFields, name: str) -> float:
-    """Return a soft-cap as our config says it, which has -1 for none."""
+    """Return a soft-cap, -1 for none, as `HookedTransformerConfig` has it."""
     cap = fields.take(name)
     return -1.0 if cap is None else float(cap)
 

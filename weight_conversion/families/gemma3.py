@@ -17,9 +17,9 @@ __all__ = ["FAMILY", "config", "rules"]
 
 def config(fields: ConfigFields) -> Arguments:
     """Map a `Gemma3TextConfig`."""
-    # `layer_types` and `rope_parameters` say it already.
+    # `layer_types` and `rope_parameters` hold the same.
     fields.ignore("sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq")
-    # Transformers has the field and leaves scores as they are.
+    # Transformers has the field and does not use it.
     fields.require("attn_logit_softcapping", None)
     by_type = fields.take("rope_parameters")
     return {

@@ -15,7 +15,7 @@ def config(fields: ConfigFields) -> Arguments:
     """Map a `GPT2Config`."""
     fields.require("add_cross_attention", False)
     fields.ignore("attn_pdrop", "embd_pdrop", "resid_pdrop", "reorder_and_upcast_attn")
-    # What old files say besides.
+    # Fields of old files, which transformers does not read.
     fields.ignore("n_ctx", "predict_special_tokens")
     fields.require("n_special", 0)
     d_model = fields.take("n_embd")

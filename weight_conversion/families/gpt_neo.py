@@ -14,7 +14,7 @@ __all__ = ["FAMILY", "config", "rules"]
 def config(fields: ConfigFields) -> Arguments:
     """Map a `GPTNeoConfig`."""
     fields.ignore("attention_dropout", "classifier_dropout", "embed_dropout", "resid_dropout")
-    # `attention_layers` says the same, layer by layer.
+    # `attention_layers` holds the same, layer by layer.
     fields.ignore("attention_types")
     d_model, layers = fields.take("hidden_size"), fields.take("attention_layers")
     window = fields.take("window_size")

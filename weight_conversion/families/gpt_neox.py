@@ -15,7 +15,7 @@ __all__ = ["FAMILY", "config", "rules"]
 def config(fields: ConfigFields) -> Arguments:
     """Map a `GPTNeoXConfig`."""
     fields.ignore("attention_dropout", "hidden_dropout", "classifier_dropout", "is_decoder")
-    # Old names of the dropouts and of what `rope_parameters` holds, and how long Polyglot was trained.
+    # Old names of the dropouts and of the fields in `rope_parameters`, and the training steps of Polyglot.
     fields.ignore("attention_probs_dropout_prob", "hidden_dropout_prob", "rotary_emb_base", "rotary_pct", "num_steps")
     d_model, n_heads = fields.take("hidden_size"), fields.take("num_attention_heads")
     return {

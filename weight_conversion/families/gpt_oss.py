@@ -23,7 +23,7 @@ def config(fields: ConfigFields) -> Arguments:
     # own only for 1.702.
     fields.ignore("hidden_act")
     fields.require("swiglu_alpha", 1.702)
-    # Other names, in published files, for what transformers reads elsewhere.
+    # Published files have these names too; transformers reads the same values under other names.
     fields.ignore("experts_per_token", "initial_context_length")
     return {
         **sizes(fields),

@@ -36,7 +36,7 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     )
 
 
-# The block adds up the experts and the shared one itself: no module's output is their sum.
+# The block adds the output of the experts and of the shared expert: no module's output is their sum.
 FAMILY = replace(
     granite_moe.FAMILY,
     name="GraniteMoE with a shared expert",

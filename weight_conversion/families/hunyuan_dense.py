@@ -19,7 +19,7 @@ def config(fields: ConfigFields) -> Arguments:
     # Of a classifier, of images, and special tokens.
     fields.ignore("add_classification_head", "class_num", "dense_list", "pool_type", "mask_init_id", "org_vocab_size")
     fields.ignore("im_start_id", "im_end_id", "im_newline_id", "text_start_id", "text_end_id", "pad_id", "eod_token_id")
-    # What published files say of the one architecture that transformers computes; `head_dim` has the head's width.
+    # Published files give these fields; transformers does not read them. `head_dim` is the width of a head.
     fields.ignore("attention_head_dim", "cla_share_factor")
     fields.require("mlp_bias", False)
     fields.require("norm_type", "rms")

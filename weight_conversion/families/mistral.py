@@ -19,8 +19,8 @@ def config(fields: ConfigFields) -> Arguments:
 
 
 def _windows(fields: ConfigFields) -> Arguments:
-    # Ministral's files name the architecture of Mistral. What tells them apart is the model type that transformers
-    # gives them for their `layer_types`, which its Mistral does not read.
+    # Ministral's files name the architecture of Mistral. The two differ in the model type: transformers sets that of
+    # Ministral for files with `layer_types`, which its Mistral does not read.
     if fields.take("model_type") == "ministral":
         return layer_types(fields)
     fields.ignore("layer_types")

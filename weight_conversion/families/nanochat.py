@@ -25,7 +25,7 @@ def config(fields: ConfigFields) -> Arguments:
         "qk_norm_type": "RMSPre",
         "qk_norm_after_rotary": True,
         "output_logits_soft_cap": -1.0 if cap is None else cap,
-        # It turns backwards, as if positions were negative.
+        # It rotates backwards, as if positions were negative.
         "rotary_scaling_factor": -arguments.get("rotary_scaling_factor", 1.0),
     }
 

@@ -40,5 +40,5 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     )
 
 
-# Its eager attention computes the softmax in float32 whatever the weights are.
+# Its eager attention computes the softmax in float32 for weights of any dtype.
 FAMILY = Family("Nemotron", ("NemotronForCausalLM",), config, rules, sites=Sites(attention="sdpa"))

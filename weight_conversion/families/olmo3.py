@@ -27,7 +27,7 @@ def config(fields: ConfigFields) -> Arguments:
 
 
 def unscaled_base(fields: ConfigFields, parameters: HFConfig) -> float:
-    """Return the rotary base of local layers, which nothing scales.
+    """Return the rotary base of local layers, whose frequencies are not scaled.
 
     Raises:
         CheckpointError: something does.

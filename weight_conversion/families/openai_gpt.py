@@ -11,14 +11,14 @@ from weight_conversion.rules import Drop, Rule, RuleTable
 
 __all__ = ["ACTIVATIONS", "FAMILY", "config", "rules"]
 
-# By these names the model means its own functions.
+# The functions that these names stand for in this model.
 ACTIVATIONS = {"gelu": "gelu_new", "relu": "relu", "silu": "silu", "swish": "silu"}
 
 
 def config(fields: ConfigFields) -> Arguments:
     """Map an `OpenAIGPTConfig`."""
     fields.ignore("attn_pdrop", "embd_pdrop", "resid_pdrop")
-    # Old files repeat `n_positions`, and say how many tokens come on top of `vocab_size`.
+    # Old files repeat `n_positions`, and give a number of tokens beyond `vocab_size`.
     fields.ignore("n_ctx", "predict_special_tokens")
     fields.require("n_special", 0)
     d_model, act_fn = fields.take("n_embd"), fields.take("afn")

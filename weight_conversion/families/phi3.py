@@ -15,7 +15,7 @@ __all__ = ["FAMILY", "config", "rules"]
 def config(fields: ConfigFields) -> Arguments:
     """Map a `Phi3Config`."""
     fields.ignore("resid_pdrop", "embd_pdrop")
-    # What published files say of the one architecture that transformers computes.
+    # Published files give these fields; transformers does not read them.
     fields.require("attention_bias", False)
     fields.require("mlp_bias", False)
     fields.require("lm_head_bias", False)

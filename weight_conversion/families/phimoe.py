@@ -32,7 +32,7 @@ def config(fields: ConfigFields) -> Arguments:
 
 
 def _rope_parameters(fields: ConfigFields) -> HFConfig:
-    """The rotary parameters in the words that other families use.
+    """The rotary parameters under the names that other families use.
 
     Transformers works out the frequencies without being told how long the prompt is, so that it divides by the short
     factors however long it is. Only the amplitude may change with the length, which is not supported.
@@ -65,5 +65,5 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     )
 
 
-# The second is the name that published files give themselves.
+# Published checkpoints name the second.
 FAMILY = Family("Phi-MoE", ("PhimoeForCausalLM", "PhiMoEForCausalLM"), config, rules)

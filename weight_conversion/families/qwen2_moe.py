@@ -18,7 +18,7 @@ __all__ = ["FAMILY", "config", "mixture", "mlp_or_experts", "rules"]
 def config(fields: ConfigFields) -> Arguments:
     """Map a `Qwen2MoeConfig`."""
     fields.ignore("output_router_logits", "router_aux_loss_coef")
-    # `layer_types` says which layers have a window, whatever these do.
+    # `layer_types` decides which layers have a window, and these fields do not matter.
     fields.ignore("use_sliding_window", "max_window_layers")
     return {
         **llama.body(fields),
@@ -32,7 +32,7 @@ def config(fields: ConfigFields) -> Arguments:
 
 
 def mixture(fields: ConfigFields) -> Arguments:
-    """Return what both generations say alike of their experts, and of the layers that have one dense MLP instead."""
+    """Return the arguments about experts, and about layers with one dense MLP instead, that both generations share."""
     dense, step = fields.take("mlp_only_layers"), fields.take("decoder_sparse_step")
     layers = range(fields.take("num_hidden_layers"))
     return {

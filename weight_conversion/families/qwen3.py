@@ -15,7 +15,7 @@ __all__ = ["FAMILY", "config", "rules"]
 
 def config(fields: ConfigFields) -> Arguments:
     """Map a `Qwen3Config`."""
-    # `layer_types` says which layers have a window, whatever these do.
+    # `layer_types` decides which layers have a window, and these fields do not matter.
     fields.ignore("use_sliding_window", "max_window_layers")
     return {**llama.config(fields), **layer_types(fields), "use_qk_norm": True}
 

@@ -21,7 +21,7 @@ def config(fields: ConfigFields) -> Arguments:
     # There is a window in every layer or in none, and none without `use_sliding_window`. The count of experts has
     # another name in files.
     fields.ignore("use_sliding_window", "max_window_layers", "num_experts")
-    # Left in checkpoints by the training code. Transformers reads none of them and computes this.
+    # Left in checkpoints by the training code. Transformers reads none of them.
     fields.require("qkv_bias", False)
     fields.require("use_qk_norm", True)
     fields.require("shared_expert_intermediate_size", 0)

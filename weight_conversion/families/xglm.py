@@ -17,7 +17,7 @@ from weight_conversion.rules import Computed, Drop, RuleTable
 
 __all__ = ["FAMILY", "OFFSET", "config", "rules", "sinusoids"]
 
-# The first position is the sinusoids' third.
+# The first position takes the third of the sinusoids.
 OFFSET = 2
 
 
