@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -57,7 +58,7 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
         cfg = HookedTransformerConfig.unwrap(cfg)
         if tokenizer is None and cfg.tokenizer_name is not None:
             tokenizer = self._load_tokenizer(cfg.tokenizer_name)
-        self.cfg = cfg = _with_vocabulary(cfg, tokenizer)
+        self._cfg = cfg = _with_vocabulary(cfg, tokenizer)
         if default_padding_side is not None:
             tokenization.check_padding_side(default_padding_side)
             cfg.default_padding_side = default_padding_side
@@ -80,6 +81,41 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
         if move_to_device and device is not None:
             self.to(device)
         self.setup()
+        self._lock_config()
+
+    # The config
+
+    @property
+    def cfg(self) -> HookedTransformerConfig:
+        """The architecture. What the forward pass computes with is what this says.
+
+        Fields that act when they are changed may be assigned: the soft caps, `attention_dir`, `n_ctx`, dtype, device
+        and the defaults of tokens. Any other assignment raises and says how to build the model anew.
+        """
+        return self._cfg
+
+    @cfg.setter
+    def cfg(self, cfg: HookedTransformerConfig) -> None:
+        raise AttributeError(
+            "a model keeps the config it was built with: assign its fields that act (cfg.n_ctx = ...), or build "
+            "another model, HookedTransformer(cfg)"
+        )
+
+    def _lock_config(self) -> None:
+        """Have the config refuse changes that would do nothing, and tell this model of those that move it."""
+        model = weakref.ref(self)
+
+        def moved(name: str, value: torch.dtype | str) -> None:
+            owner = model()
+            if owner is not None:
+                owner.to(dtype=value) if isinstance(value, torch.dtype) else owner.to(device=value)
+
+        self._cfg.lock(moved)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy of a config is free; a copy of the model has one of its own to lock.
+        super().__setstate__(state)
+        self._lock_config()
 
     # The forward pass
 
@@ -121,7 +157,7 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
             ValueError: tokens out of range, too long a sequence, layers out of range, shapes that do not match, or
                 options that exclude each other.
         """
-        start, stop = self._layer_range(start_at_layer, stop_at_layer)
+        start, stop = self.layer_range(start_at_layer, stop_at_layer)
         _check_return(return_type, stop_at_layer, logits_to_keep, loss_per_token)
         if past_kv_cache is not None:
             self._check_cacheable(past_kv_cache, start, stop)
@@ -187,7 +223,12 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
                 "a key-value cache needs every layer: start_at_layer and stop_at_layer would leave some without keys"
             )
 
-    def _layer_range(self, start: int | None, stop: int | None) -> tuple[int, int]:
+    def layer_range(self, start: int | None, stop: int | None) -> tuple[int, int]:
+        """Return the first block that runs and the first that does not, for these options of `forward`.
+
+        Raises:
+            ValueError: one is out of range, or they are in the wrong order.
+        """
         n_layers = self.cfg.n_layers
         if start is not None and not -n_layers <= start < n_layers:
             raise ValueError(f"start_at_layer {start} is out of range: this model has blocks 0-{n_layers - 1}")
@@ -254,13 +295,19 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
 
     # What comes in
 
-    def tokens_and_mask(self, input: ModelInput, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def tokens_and_mask(
+        self,
+        input: ModelInput,
+        attention_mask: Tensor | None = None,
+        prepend_bos: bool | None = None,
+        padding_side: Literal["left", "right"] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the tokens [batch pos] that an input stands for, and their mask; None if nothing is padded.
 
         Args:
-            input, attention_mask: as for a call of the model.
+            input, attention_mask, prepend_bos, padding_side: as for a call of the model.
         """
-        return self._read(input, None, None, attention_mask, None)
+        return self._read(input, prepend_bos, padding_side, attention_mask, None)
 
     def _read(
         self,
@@ -419,26 +466,30 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
         """Keep the config's dtype and device true after `.to()`, `.half()`, `.cuda()` and their like."""
         super()._apply(fn, recurse)
         if hasattr(self, "unembed"):
-            self.cfg.dtype, self.cfg.device = self.unembed.W_U.dtype, str(self.unembed.W_U.device)
+            self.cfg.set_unlocked(dtype=self.unembed.W_U.dtype, device=str(self.unembed.W_U.device))
         return self
 
     def mps(self) -> HookedTransformer:
         """Move the model to Apple's GPU."""
         return self.to("mps")
 
-    # The classic library's gates. Every hook point exists here without them, so there is nothing to set.
+    # The classic library's gates. Every hook point exists whatever they say.
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
-        """Accepted, without effect: `hook_result` is computed whenever something listens to it."""
+        """Set `cfg.use_attn_result`."""
+        self.cfg.use_attn_result = use_attn_result
 
     def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
-        """Accepted, without effect: `hook_q_input` and its like are made whenever something listens to them."""
+        """Set `cfg.use_split_qkv_input`."""
+        self.cfg.use_split_qkv_input = use_split_qkv_input
 
     def set_use_attn_in(self, use_attn_in: bool) -> None:
-        """Accepted, without effect: `hook_attn_in` is made whenever something listens to it."""
+        """Set `cfg.use_attn_in`."""
+        self.cfg.use_attn_in = use_attn_in
 
     def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
-        """Accepted, without effect: `hook_mlp_in` always exists."""
+        """Set `cfg.use_hook_mlp_in`."""
+        self.cfg.use_hook_mlp_in = use_hook_mlp_in
 
     def set_ungroup_grouped_query_attention(self, ungroup_grouped_query_attention: bool) -> None:
         """Accepted, without effect: keys and values are hooked per key-value head."""

@@ -64,7 +64,7 @@ def test_a_safetensors_file_of_something_else(folder: Path) -> None:
     fails(folder, r"model\.safetensors is damaged or not a safetensors file")
 
 
-def test_a_pointer_of_git_lfs_in_place_of_the_weights(folder: Path) -> None:
+def test_a_pointer_of_git_lfs_in_segment_of_the_weights(folder: Path) -> None:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234\n"
     (folder / "model.safetensors").write_text(pointer)
     fails(folder, r"model\.safetensors is damaged or not a safetensors file")
@@ -128,7 +128,7 @@ def test_a_tensor_that_the_index_promises_and_no_shard_holds(folder: Path) -> No
     fails(folder, r"lacks 2 tensors that the config implies: h\.1\.ln_2\.weight, h\.1\.ln_2\.bias$")
 
 
-def test_integers_in_place_of_the_embedding(folder: Path) -> None:
+def test_integers_in_segment_of_the_embedding(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     embedding = torch.ones(300, 24, dtype=torch.int8)
     save_file({**tensors, "transformer.wte.weight": embedding}, folder / "model.safetensors")
@@ -356,7 +356,7 @@ def test_a_dtype_that_is_none(folder: Path) -> None:
         HookedTransformer.from_pretrained(folder, dtype="float23")
 
 
-def test_a_file_in_place_of_a_folder(folder: Path) -> None:
+def test_a_file_in_segment_of_a_folder(folder: Path) -> None:
     fails(folder / "config.json", r"config\.json is a file: give the folder")
 
 

@@ -44,10 +44,8 @@ class Attention(nn.Module):
         self.b_V = nn.Parameter(torch.zeros(kv_heads, cfg.d_head))
         self.b_O = nn.Parameter(torch.zeros(cfg.d_model))
 
-        self.causal = cfg.attention_dir == "causal"
         self.window = cfg.window(layer_id)
         self.scale = cfg.score_scale(layer_id)
-        self.score_cap = cfg.attn_scores_soft_cap
         self.clip = cfg.clip_qkv
         self.alibi = _alibi(cfg)
         self.rotary = RotarySpec.of(cfg, layer_id) if cfg.rotates(layer_id) else None
@@ -66,6 +64,16 @@ class Attention(nn.Module):
         self.hook_pattern = HookPoint("batch head query key")
         self.hook_z = HookPoint("batch pos head d_head")
         self.hook_result = HookPoint("batch pos head d_model", on_demand=True)
+
+    @property
+    def causal(self) -> bool:
+        """Whether queries see no later keys: `cfg.attention_dir`, which may be changed."""
+        return self.cfg.attention_dir == "causal"
+
+    @property
+    def score_cap(self) -> float:
+        """Where scores are soft-capped, off if not positive: `cfg.attn_scores_soft_cap`, which may be changed."""
+        return self.cfg.attn_scores_soft_cap
 
     def forward(
         self,

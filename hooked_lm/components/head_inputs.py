@@ -6,8 +6,8 @@ The norm's own hook points show the shared stream. What a head reads is then
     shared + (norm(copy) - norm(stream))
 
 where `shared` is the norm of the stream as the norm's hooks leave it. A copy that nobody has edited adds exactly
-nothing, so observing the copies changes no number; and the gradient at the norm's hook points is that of all heads, while
-each copy's is that of its own head.
+nothing, so observing the copies changes no number; and the gradient at the norm's hook points is that of all heads,
+while each copy's is that of its own head.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class HeadSource:
             different = (before != after).flatten(3).any(3).flatten(0, 1).any(0)
             # Copies per query head, of which several share a key-value head.
             found |= different if len(different) == heads else different.unflatten(0, (heads, -1)).any(1)
-        return found.tolist()  # type: ignore[no-any-return]
+        return found.tolist()
 
     def shown_to(self, point: nn.Module, heads: int) -> HeadSource:
         """Return the source as a hook point leaves its copies.
@@ -113,11 +113,11 @@ class _HookedNorm:
     def __call__(self, source: HeadSource) -> Tensor:
         stream = source.stream
         if stream is self.resid_pre:
-            if self.shared is None:
-                self.shared = self.ln1(stream)
-            return self.shared
-        if self.shared is None:
-            return self._quietly(stream)  # type: ignore[no-any-return]
+            shared: Tensor = self.ln1(stream) if self.shared is None else self.shared
+            self.shared = shared
+            return shared
+        if not self.hooked or self.shared is None:
+            return self._quietly(stream)
         if stream.shape[0] != self.shared.shape[0]:
             return self._head_by_head(stream, range(stream.shape[2]))
         if not self.edited:
@@ -126,12 +126,14 @@ class _HookedNorm:
 
     def _quietly(self, x: Tensor) -> Tensor:
         with without_hooks():
-            return self.ln1(x)  # type: ignore[no-any-return]
+            normalized: Tensor = self.ln1(x)
+        return normalized
 
     def _as_edited(self, x: Tensor) -> Tensor:
         """The norm under its editing hooks."""
         with editing_hooks_only():
-            return self.ln1(x)  # type: ignore[no-any-return]
+            normalized: Tensor = self.ln1(x)
+        return normalized
 
     def _head_by_head(self, stream: Tensor, heads: range) -> Tensor:
         # Hooks at a norm know activations without a head axis.

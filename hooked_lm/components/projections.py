@@ -25,5 +25,6 @@ def project(
 ) -> Float[Tensor, "batch pos head d_head"]:
     """Return `x W + b` for every head: one GEMM on a view of `W` when the heads share their input."""
     if x.ndim == 4:
-        return einsum(x, W, "batch pos head d_model, head d_model d_head -> batch pos head d_head") + b
+        projected: Tensor = einsum(x, W, "batch pos head d_model, head d_model d_head -> batch pos head d_head")
+        return projected + b
     return linear(x, W.mT.flatten(0, 1), b.flatten()).unflatten(-1, b.shape)

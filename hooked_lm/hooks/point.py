@@ -36,7 +36,7 @@ class HookPoint(nn.Module):
         fwd_hooks, bwd_hooks: the `HookHandle`s in the order they run.
     """
 
-    # Whether calls go through torch: where its own hooks were registered, and in subclasses with a forward of their own.
+    # Whether calls go through torch: its own hooks were registered, or a subclass has a forward of its own.
     _always_runs = False
 
     def __init__(

@@ -298,7 +298,7 @@ class HookedRootModule(nn.Module):
         remove_batch_dim: bool = False,
         cache: MutableMapping[str, Tensor] | None = None,
         pos_slice: object = None,
-    ) -> tuple[dict[str, Tensor], list[tuple[str, HookFunction]], list[tuple[str, HookFunction]]]:
+    ) -> tuple[MutableMapping[str, Tensor], list[tuple[str, HookFunction]], list[tuple[str, HookFunction]]]:
         """Return an empty cache and the (name, function) pairs that fill it, as (cache, fwd_hooks, bwd_hooks).
 
         Args:
@@ -310,7 +310,7 @@ class HookedRootModule(nn.Module):
             cache: an existing dictionary to fill.
             pos_slice: the positions to keep (anything `Slice` takes); query positions for attention patterns.
         """
-        store: dict[str, Tensor] = {} if cache is None else cache
+        store: MutableMapping[str, Tensor] = {} if cache is None else cache
         how = (Slice.unwrap(pos_slice), remove_batch_dim, device)
         names = self.names_to_cache(names_filter)
         fwd: list[tuple[str, HookFunction]] = [(name, Recorder(store, "", *how)) for name in names]
@@ -331,7 +331,7 @@ class HookedRootModule(nn.Module):
         device: torch.device | str | None = None,
         remove_batch_dim: bool = False,
         cache: MutableMapping[str, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> MutableMapping[str, Tensor]:
         """Add hooks that fill a dictionary on every run until they are reset, and return that dictionary.
 
         Args:
@@ -352,7 +352,7 @@ class HookedRootModule(nn.Module):
         incl_bwd: bool = False,
         device: torch.device | str | None = None,
         remove_batch_dim: bool = False,
-    ) -> dict[str, Tensor]:
+    ) -> MutableMapping[str, Tensor]:
         """Record every activation into `cache` on every run until the hooks are reset.
 
         Args:
@@ -368,7 +368,7 @@ class HookedRootModule(nn.Module):
         incl_bwd: bool = False,
         device: torch.device | str | None = None,
         remove_batch_dim: bool = False,
-    ) -> dict[str, Tensor]:
+    ) -> MutableMapping[str, Tensor]:
         """Record the named activations into `cache` on every run until the hooks are reset.
 
         Args:
@@ -394,18 +394,12 @@ class HookedRootModule(nn.Module):
             fwd, bwd: as `get_caching_hooks` returns them.
             level, this_thread: as for `plan_hooks`.
         """
+        directions: tuple[tuple[Direction, Sequence[tuple[str, HookFunction]]], ...] = (("fwd", fwd), ("bwd", bwd))
         return [
             HookHandle(
-                self.hook_dict[name],
-                function,
-                dir,
-                False,
-                level,
-                reads_only=True,
-                by_keyword=False,
-                this_thread=this_thread,
+                self.hook_dict[name], function, dir, False, level, True, by_keyword=False, this_thread=this_thread
             )
-            for dir, pairs in (("fwd", fwd), ("bwd", bwd))
+            for dir, pairs in directions
             for name, function in pairs
         ]
 

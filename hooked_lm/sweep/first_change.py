@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hooked_lm.hooks import HookPoint
 from hooked_lm.interventions import Intervention
-from hooked_lm.sweep.plan import Cell
+from hooked_lm.sweep.plan import SweepCell
 
 # Two ways of computing one activation (attention fused or not) differ by some forty roundings of an entry, or of one of
 # middling size at its position.
@@ -30,7 +30,7 @@ def is_compared(point: HookPoint) -> bool:
     return "pos" in axes and not point.on_demand and str(point.name).startswith("blocks.")
 
 
-def from_first_change(cell: Cell, base: Mapping[str, Tensor], points: Mapping[str, HookPoint]) -> Cell | None:
+def from_first_change(cell: SweepCell, base: Mapping[str, Tensor], points: Mapping[str, HookPoint]) -> SweepCell | None:
     """Return the cell with the first position that it changes, or None if it changes nothing.
 
     As long as no edit changes a position, all activations there are the base run's; so it is enough to make each edit
