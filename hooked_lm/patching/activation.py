@@ -118,7 +118,7 @@ class IndexTable(Protocol):
     def itertuples(self, index: bool = ..., name: str | None = ...) -> Iterable[tuple[object, ...]]: ...
 
 
-# Returns `Any`: a tensor, or with `return_index_df` a pair; a union would need a cast at every call.
+# The result's type is open: a tensor, or with `return_index_df` a pair. A union would need a cast at every call.
 @torch.no_grad()
 def generic_activation_patch(
     model: HookedModel,
@@ -280,7 +280,7 @@ def _rows(table: object) -> list[list[object]]:
     return [list(row) for row in table.itertuples(index=False, name=None)]
 
 
-# `Any`: a DataFrame; naming its type would import pandas.
+# A DataFrame, here and below; naming its type would import pandas.
 def _data_frame(indices: Sequence[Sequence[object]], names: Sequence[str]) -> Any:
     return require_pandas("a table of indices").DataFrame(indices, columns=list(names))
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex, cast
 
 from torch import Tensor
 
 from hooked_lm.interventions import Intervention
 from hooked_lm.patching.sites import grid_axis
 
-# `Any`: the columns of an `index_df` may hold whatever the caller's own setter understands.
-Index = Sequence[Any]
-# (activation of the corrupted run, index of the cell, activation of the clean run) -> the activation to go on with
+# The index of a cell: a number for each axis.
+Index = Sequence[object]
+# (activation of the corrupted run, index of the cell, activation of the clean run) -> the activation to go on with.
+# The type of an index is open: the columns of an `index_df` hold whatever the caller's own setter understands.
 SetterFunction = Callable[[Tensor, list[Any], Tensor], Tensor | None]
 
 
@@ -70,7 +71,7 @@ class PatchSetter:
         if len(index) != len(self.index_axes):
             raise ValueError(f"{self.name} takes an index ({', '.join(self.index_axes)}), got {list(index)}")
         try:
-            entries = [operator.index(entry) for entry in index]
+            entries = [operator.index(cast(SupportsIndex, entry)) for entry in index]
         except TypeError:
             raise ValueError(f"the index of {self.name} is made of integers, got {list(index)}") from None
         return dict(zip(self.index_axes[1:], entries[1:], strict=True))
