@@ -458,7 +458,7 @@ def test_sites_that_an_architecture_lacks_are_named() -> None:
         patched(tiny_model(parallel_attn_mlp=True), [("resid_mid", 0)], "logits")
     with pytest.raises(ValueError, match="there is no path from Node"):  # both read the stream that enters
         patched(tiny_model(parallel_attn_mlp=True), [("attn_out", 1)], ("mlp_in", 1))
-    with pytest.raises(ValueError, match="they send nothing"):
+    with pytest.raises(ValueError, match="they cannot be senders"):
         patched(tiny_model(positional_embedding_type="shortformer"), ["pos_embed"], "logits")
 
 

@@ -1,8 +1,8 @@
 """Patching: replace part of one run by part of another, and measure how the answer changes.
 
 `activation` has the classic module's functions, `statistics` many pairs of prompts at once, `tracing` causal tracing,
-`ablation` ablation, `attribution` the estimate by one backward pass, `path` single paths. `register_patch_site` adds a
-grid of one's own.
+`ablation` ablation, `attribution` the estimate by one backward pass, `path` single paths. `register_patch_site` adds
+a grid.
 """
 
 from hooked_lm.patching.ablation import (

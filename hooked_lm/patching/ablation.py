@@ -44,15 +44,15 @@ _METHODS = ("zero", "mean", "resample")
 class AblationScores:
     """The metric without each of the model's parts.
 
-    The prompt axis has length 1 where the metric is a function of one's own, which scores all prompts together.
+    The prompt axis has length 1 where the metric is a plain function, which scores all prompts together.
 
     Attributes:
-        unit, method: what was ablated, and how.
-        axes: of the grid.
-        layers, positions, neurons: what the entries along the grid's axes are; `positions` and `neurons` are None
-            where the grid has no such axis.
-        intact: the metric of the whole model, [prompt].
-        scores: of the ablated one, [*axes prompt]; over several draws their mean.
+        unit, method: the arguments of `ablate`.
+        axes: the names of the grid's axes.
+        layers, positions, neurons: the entries along the grid's axes; `positions` and `neurons` are None where the grid
+            has no such axis.
+        intact: the metric of the model without ablation, [prompt].
+        scores: the metric with each ablation, [*axes prompt]; the mean over several draws.
     """
 
     unit: Unit
@@ -114,11 +114,11 @@ def ablate(
             are always apart for `"positions"`.
         layers, neurons: those to ablate; all by default. Neurons are the same in each layer.
         reference: the prompts that means and other activations are taken from; by default `tokens`. Means are over all
-            of them, the ablated prompt included; for `"resample"` a prompt never stands in for itself.
-        per_position: take means at each position; the reference is then as long as the prompts. Otherwise over all
-            positions, padding apart.
-        n_draws: over how many draws of other prompts the scores are averaged, for `"resample"`.
-        seed: of the draws.
+            of them, the ablated prompt included; for `"resample"` a prompt never gets its own.
+        per_position: take means at each position; the reference is then as long as the prompts. Otherwise means are
+            over all positions but padding.
+        n_draws: the number of draws of other prompts over which scores are averaged, for `"resample"`.
+        seed: for the draws.
         attention_mask, reference_mask: [batch pos], 0 at padding.
         memory_budget, verbose: as for `sweep`.
 

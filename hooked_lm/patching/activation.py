@@ -2,7 +2,7 @@
 
 The classic module's names. Each function returns the metric of every patched run, one per cell of a grid; all cells of
 a call are swept at once (`hooked_lm.sweep`), so a grid costs a few runs and not one per cell. A patch that none of the
-setters describes is a function of one's own, and costs one run per cell.
+setters describes can be given as a function, and costs one run per cell.
 
 The direction taken here is "denoising": the corrupted run is patched with activations of the clean one
 (Heimersheim and Nanda 2024, "How to use and interpret activation patching").
@@ -145,8 +145,8 @@ def generic_activation_patch(
             prompts; as many prompts, or one for all.
         patching_metric: one of `hooked_lm.metrics`, or a function from logits [batch pos vocab] to a scalar.
         patch_setter: a setter of this module, whose cells are swept together; or a function (activation of the
-            corrupted run, index, activation of the clean run) that returns what the run goes on with, or changes the
-            first in place. It costs one run per cell.
+            corrupted run, index, activation of the clean run) that returns the activation to go on with, or
+            changes the first in place. It costs one run per cell.
         activation_name: short name of an activation of the blocks: `"resid_pre"`, `"z"`, `"pattern"`.
         index_axis_names: the axes of the grid, `"layer"` first, then any of `"pos"`, `"head"` (or `"head_index"`),
             `"dest_pos"` and `"src_pos"`. Keys and values have key-value heads, which may be fewer.
@@ -242,7 +242,7 @@ def _indices(
 
 
 def _grid_shape(model: HookedModel, activation: str, axes: Sequence[str], n_positions: int) -> tuple[int, ...]:
-    """How long each axis is. A function may index by head or position what has no such axis."""
+    """The lengths of the axes. A function may index by head or position an activation that has no such axis."""
     cfg = model.cfg
     if not cfg.n_layers:
         raise ValueError("a model without layers has nothing to patch")

@@ -62,9 +62,9 @@ class Attribution:
     """Estimated effects of patching, grid by grid: `attribution["resid_pre"]` is [layer pos].
 
     Attributes:
-        corrupted: the metric of the corrupted run; an exact grid, less this, is what a grid here estimates.
+        corrupted: the metric of the corrupted run. A grid here estimates an exact grid less this number.
         grids: name -> estimated change of the metric, with the axes of `GRIDS[name]`.
-        audits: name -> how well exact patching agrees; empty unless asked for.
+        audits: name -> comparison with exact patching; empty if `audit` was 0.
     """
 
     corrupted: float

@@ -39,7 +39,7 @@ class Audit:
 
     Attributes:
         grid: its name.
-        axes: what a cell's numbers mean.
+        axes: the names of the grid's axes, one for each number of a cell.
         cells: the cells with the largest estimates, in that order, then the random ones.
         rank_correlation: Spearman's, between estimate and exact effect over these cells; NaN where all are equal.
         resolution: an effect smaller than this is rounding: it has no sign, and counts as zero among the ranks.
@@ -66,7 +66,7 @@ class Audit:
 
     @property
     def sign_flips(self) -> tuple[AuditedCell, ...]:
-        """The cells whose effect has the other sign than its estimate."""
+        """The cells whose exact effect and estimate differ in sign."""
         return tuple(
             one for one in self.cells if one.estimate * one.exact < 0 and min(map(abs, _pair(one))) > self.resolution
         )

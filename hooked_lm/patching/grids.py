@@ -86,7 +86,7 @@ def _swept(
 
 
 def _classic(function: _Function) -> _Function:
-    """Add to a docstring what is the same for all functions of this module."""
+    """Add the arguments to a docstring; they are the same for all classic functions."""
     if function.__doc__ is not None:  # None under `python -OO`
         function.__doc__ += """
 

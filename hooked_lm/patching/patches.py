@@ -1,7 +1,7 @@
-"""The grids that can be patched, by name, and a door for grids of one's own.
+"""The grids that can be patched, by name, and a function that adds others.
 
-A `Patch` says which activation a grid patches and what its axes are; everything that patches a grid (the classic
-functions, `patch_pairs`, attribution patching, its audit) makes its interventions from that.
+A `Patch` holds the activation that a grid patches and the names of the grid's axes. The classic functions,
+`patch_pairs`, attribution patching and its audit all make their interventions from it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from hooked_lm.patching.sites import axes_at, axis_index, grid_axis
 
 @dataclass(frozen=True)
 class Patch:
-    """What a grid patches.
+    """The activation that a grid patches, and the grid's axes.
 
     Attributes:
         activation: short name of the activation, `"z"`, one in each layer; or a full hook name with `{layer}` in it,
             `"blocks.{layer}.mlp.hook_post"`.
-        axes: of the grid, the layer first. What they leave out is patched as a whole.
-        setter: the classic setter that does the same, where there is one.
+        axes: names of the grid's axes, the layer first. Along the activation's other axes all entries are patched.
+        setter: the classic setter that does the same, if there is one.
     """
 
     activation: str
@@ -67,7 +67,7 @@ PATCHES: dict[str, Patch] = {
     ),
 }
 
-# The grids of attribution patching: `"resid_pre"` estimates what `get_act_patch_resid_pre` computes.
+# The grids of attribution patching: `"resid_pre"` is an estimate of `get_act_patch_resid_pre`.
 GRIDS: dict[str, Patch] = {
     **{name: patch for name, patch in PATCHES.items() if name != "attn_head_pattern_dest_src_pos"},
     "mlp_in": Patch("mlp_in", ("layer", "pos")),
@@ -77,19 +77,19 @@ GRIDS: dict[str, Patch] = {
 
 
 def register_patch_site(name: str, activation: str, axes: Sequence[str]) -> Patch:
-    """Add a grid of one's own to `PATCHES` and `GRIDS`, and return it.
+    """Add a grid to `PATCHES` and `GRIDS`, and return it.
 
     `get_act_patch(name, ...)`, `patch_pairs(..., name)` and `attribution_patch(..., [name])` then patch it.
 
     Args:
-        name: of the grid; one that is not taken.
+        name: of the new grid; not one in use.
         activation: short name of an activation, `"expert_weights"`, or a full hook name with `{layer}` in it,
             `"blocks.{layer}.hook_mlp_out.hook_sae_acts_post"`.
-        axes: of the grid: `"layer"` first, then any of `"pos"`, `"head"`, `"dest_pos"`, `"src_pos"`, or the name of
-            the activation's last axis, `"d_mlp"` or `"d_sae"`.
+        axes: names of its axes: `"layer"` first, then any of `"pos"`, `"head"`, `"dest_pos"`, `"src_pos"`, or the name
+            of the activation's last axis, `"d_mlp"` or `"d_sae"`.
 
     Raises:
-        ValueError: the name is taken, or the axes cannot be those of a grid.
+        ValueError: the name is in use, or these are no axes of a grid.
     """
     if not isinstance(name, str) or not name or name in PATCHES or name in GRIDS:
         raise ValueError(f"a grid named {name!r} cannot be added: names in use are {', '.join({**PATCHES, **GRIDS})}")
@@ -112,7 +112,7 @@ def patch_sites(model: HookedModel, patch: Patch) -> list[str]:
 
     Args:
         model: the model.
-        patch: what is patched.
+        patch: the grid.
 
     Raises:
         UnknownHookError: a layer has no such hook.
@@ -129,11 +129,11 @@ def patch_sites(model: HookedModel, patch: Patch) -> list[str]:
 
 
 def patch_shape(model: HookedModel, patch: Patch, clean: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """Return how long each axis of a grid is.
+    """Return the length of each axis of a grid.
 
     Args:
         model: the model.
-        patch: what is patched.
+        patch: the grid.
         clean: full hook name -> the activation [batch ...] in every layer.
 
     Raises:
@@ -154,7 +154,7 @@ def patch_cell(model: HookedModel, patch: Patch, cell: Sequence[int], clean: Map
 
     Args:
         model: the model.
-        patch: what is patched.
+        patch: the grid.
         cell: its place in the grid.
         clean: full hook name -> the activation [batch ...] that values are taken from.
     """
@@ -174,7 +174,7 @@ def patch_cells(
 
     Args:
         model: the model.
-        patch: what is patched.
+        patch: the grid.
         clean: full hook name -> the activation [batch ...] that values are taken from.
     """
     shape = patch_shape(model, patch, clean)

@@ -7,7 +7,7 @@ appendix B. Two runs on the corrupted prompts:
    value. The inputs of the receivers in this run are recorded.
 2. The receivers' inputs are replaced by the recorded ones, and everything else is computed as usual.
 
-The routes say what else, besides the residual stream, may carry the change from senders to receivers in the first run:
+The routes name what else, besides the residual stream, may carry the change from senders to receivers in the first run:
 
     "direct"  nothing: every attention output and every MLP output has its corrupted value
     "mlps"    the MLPs, which are computed anew; attention outputs have their corrupted values (the paper's choice)
@@ -201,7 +201,7 @@ def get_act_patch_direct_path(
         model: a `HookedTransformer` without hooks.
         corrupted_tokens: the prompts that are run.
         clean_cache: a cache of the clean run, with `hook_z`; or the clean prompts.
-        corrupted_cache: a cache of the corrupted run, which saves a run; None computes what is needed.
+        corrupted_cache: a cache of the corrupted run, which saves a run; None runs the prompts.
         patching_metric: logits [batch pos vocab] -> a scalar.
         src_layer, src_head: the sender.
         component: the receivers' input that is patched: `"q"`, `"k"` or `"v"` (the result has key-value heads for the
@@ -244,7 +244,7 @@ class _PathPatching:
 
     Args:
         model, corrupted_tokens, clean, attention_mask, memory_budget: as for `path_patch`.
-        routes: what is computed anew between senders and receivers.
+        routes: what may carry the change.
         corrupted_cache: of a run on `corrupted_tokens`, if there is one.
     """
 
@@ -412,7 +412,7 @@ class _PathPatching:
 
 # For each receiver, the intervention that puts in its input from the first run.
 _Arrivals = dict[Node, Intervention]
-# Some sets of senders, and a function that is told how many are done -> what arrives, for each set.
+# (sets of senders, function to call with the number of sets just done) -> the interventions for each set
 _FirstRun = Callable[[Sequence[Sequence[Node]], Callable[[int], object]], list[_Arrivals]]
 
 

@@ -30,7 +30,7 @@ _WITHOUT_LAYER = ("embed", "pos_embed", "logits")
 
 @dataclass(frozen=True)
 class Node:
-    """One end of a path. A tuple `("z", 0, 3)` does as well.
+    """One end of a path; functions also take it as a tuple, `("z", 0, 3)`.
 
     Attributes:
         name: of a sender `"z"` (a head's output), `"attn_out"`, `"mlp_out"`, `"embed"`, `"pos_embed"`, `"resid_pre"`,
@@ -66,12 +66,12 @@ Nodes = NodeLike | Sequence[NodeLike]
 
 @dataclass(frozen=True)
 class NodeRules:
-    """What nodes there are for a model, prompts and routes.
+    """Checks of nodes against a model, its prompts and the routes.
 
     Attributes:
         model: the model.
         n_positions: of the prompts.
-        routes: what may carry the message.
+        routes: what may carry the change from senders to receivers.
     """
 
     model: HookedModel
@@ -113,7 +113,7 @@ class NodeRules:
         if site not in axes:
             raise UnknownHookError(describe_unknown(site, list(axes)))
         if node.name == "pos_embed" and cfg.positional_embedding_type != "standard":
-            raise ValueError("this model's position embeddings are not written to the stream: they send nothing")
+            raise ValueError("this model's position embeddings are not written to the stream: they cannot be senders")
         Intervention(site, "zero", pos=node.pos, head=node.head).check(cfg, axes)
         n_pos = self.n_positions
         wrong = [one for one in as_tuple(node.pos) if not -n_pos <= one < n_pos]

@@ -1,8 +1,9 @@
 """The first run of path patching as an ordinary hooked run of the model, one for each set of senders.
 
-Used where components are not stock: nothing is assumed of them but that they call their hook points. In every block the
-outputs of attention and (along "direct") of the MLP are held at the corrupted run's values, where they are added to the
-stream; in the layer of a sending head it is z that is held, and the module computes its output from that.
+Used where components are not stock. The only assumption is that the hook points are called. In every block the outputs
+of attention and (along "direct") of the MLP are set to the corrupted run's values at `hook_attn_out` and
+`hook_mlp_out`. In the layer of a sending head z is set instead, to the corrupted z with the sender's clean part, and
+the attention module computes its output from that.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class PathRuns:
 
     Attributes:
         model: the model.
-        routes: what may carry the message.
+        routes: what may carry the change from senders to receivers.
         tokens, mask: the corrupted prompts and their padding.
         clean: full hook name -> clean activation at the senders.
         corrupted: full hook name -> corrupted activation at the senders, and wherever the first run holds it.
@@ -129,7 +129,7 @@ class StreamBatch:
         return self._row_by_row(block.joined(stream.flatten(0, 1), mlp_out.flatten(0, 1), block.ln2))
 
     def _layout(self) -> tuple[SequenceLayout, Tensor | None]:
-        """The layout of all rows, and what is added to the inputs of queries and keys in shortformer models."""
+        """The layout of all rows; in shortformer models also the positions that are added for queries and keys."""
         n_pos, valid = self.rows.shape[2], self.valid
         layout = SequenceLayout(
             n_pos, 0, self.rows.device, None if valid is None else valid.repeat(len(self.active), 1)

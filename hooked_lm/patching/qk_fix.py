@@ -1,8 +1,8 @@
 """Attribution patching of queries and keys by way of the attention that they would cause.
 
 A gradient through a saturated softmax is near zero. So here attention is computed anew from the clean queries or keys,
-and only what comes after it is taken to first order (Kramar et al. 2024, "AtP*: An efficient and scalable method for
-localizing LLM behaviour to components").
+and only the effect of its output z is taken to first order (Kramar et al. 2024, "AtP*: An efficient and scalable method
+for localizing LLM behaviour to components").
 """
 
 from __future__ import annotations

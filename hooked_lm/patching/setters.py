@@ -25,7 +25,7 @@ class PatchSetter:
 
     Attributes:
         name: its name in this module.
-        index_axes: what the numbers of an index mean; the first is the layer.
+        index_axes: the axes that the numbers of an index are along; the first is the layer.
         activation_axes: the axes that an activation must have after `batch`.
     """
 

@@ -1,7 +1,7 @@
-"""What every engine of this package asks of a hook site and of the clean run.
+"""Hook sites and the clean run, for every engine of this package.
 
-Here is decided what `clean` may be, for all of patching: the clean prompts themselves, or a cache of a run on them; as
-many prompts as corrupted ones, or one for all of them; with or without the batch axis if it is one.
+`clean` is the same everywhere: the clean prompts themselves, or a cache of a run on them; as many prompts as corrupted
+ones, or one for all of them. A cache of one prompt may lack the batch axis.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def axes_at(model: HookedModel, site: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class GridAxis:
-    """What an axis of a grid goes along.
+    """An axis of a grid, in terms of activations and interventions.
 
     Attributes:
         along: the axis of an activation, by any of the names that sites give it.
@@ -81,7 +81,7 @@ GRID_AXES: dict[str, GridAxis] = {
 
 
 def grid_axis(name: str) -> GridAxis:
-    """Return what an axis of a grid goes along; a name that is not in `GRID_AXES` stands for the last axis, so named.
+    """Return an axis of a grid by its name; other names than those of `GRID_AXES` are of the activation's last axis.
 
     Args:
         name: of the grid's axis.
@@ -141,7 +141,7 @@ def replacement(
             value = value.select(where, selection)
             kept.remove(axis)
     if (pos, head, feature) != (None, None, None):
-        value = value.clone()  # a part must not keep the whole alive
+        value = value.clone()  # so that the part does not keep the whole activation alive
     return Intervention(site, "replace", value, pos=pos, head=head, feature=feature)
 
 
@@ -182,8 +182,8 @@ def clean_activations(
         sites: full hook names.
         tokens: the prompts that are patched.
         mask: their padding, as `read_prompts` returns it; None if nothing is padded.
-        attention_mask: the mask that the caller was given for prompts in tokens; it is that of the clean ones too.
-        run: what to call the run in errors; a corrupted one has as many prompts as `tokens`.
+        attention_mask: the mask given by the user for prompts in tokens; clean prompts in tokens have it too.
+        run: the name of the run in errors; a corrupted one has as many prompts as `tokens`.
 
     Raises:
         UnknownHookError: the model has no such site, or the cache lacks it.
@@ -306,7 +306,7 @@ def check_padding(clean_mask: Tensor, mask: Tensor, run: str = "clean") -> None:
     Args:
         clean_mask: [batch pos] or [1 pos], 0 at padding.
         mask: [batch pos].
-        run: what to call the clean run.
+        run: the name of the clean run in errors.
 
     Raises:
         ValueError: some are not.

@@ -38,13 +38,13 @@ class PairScores:
     """A grid of patched runs, for many pairs of prompts.
 
     Attributes:
-        patch: what was patched, a name in `PATCHES`.
+        patch: the grid's name in `PATCHES`.
         direction: `"denoising"` or `"noising"`.
         axes: of the grid.
         normalize: the unit of the scores: see `normalize_scores`. None for the metric's own.
         per_pair: each pair's score, [*axes pair].
-        base: each pair's score in the run that was patched, before it was.
-        clean, corrupted: each pair's metric in both runs, as it is.
+        base: each pair's score in the same run without a patch.
+        clean, corrupted: each pair's metric in both runs, not normalized.
         mean: over pairs, [*axes].
         low, high: ends of the bootstrap interval of the mean, [*axes].
         same_sign: the share of pairs that are changed in the direction of the mean change, [*axes]. A pair that does
@@ -95,13 +95,13 @@ def patch_pairs(
         clean_tokens, corrupted_tokens: the pairs; prompt `i` of one belongs to prompt `i` of the other, position by
             position. One clean prompt is paired with every corrupted one.
         metric: one of `hooked_lm.metrics`, with an answer for every pair or one for all.
-        patch: what to patch: `get_act_patch_resid_pre` is `"resid_pre"`; the names are those of `PATCHES`.
+        patch: the grid's name in `PATCHES`: `"resid_pre"` for `get_act_patch_resid_pre`.
         direction: `"denoising"` puts clean activations into corrupted runs, `"noising"` the other way round.
-        normalize: `"mean"` or `"pair"`: 0 is the corrupted run and 1 the clean one, see `normalize_scores`. None leaves
-            the metric as it is.
+        normalize: `"mean"` or `"pair"`: 0 is the corrupted run and 1 the clean one, see `normalize_scores`. None keeps
+            the metric's own unit.
         confidence: share of bootstrap means within the interval.
-        n_resamples: how often the pairs are drawn anew.
-        seed: of those draws.
+        n_resamples: number of bootstrap draws.
+        seed: for the draws.
         attention_mask: [pair pos], 0 at padding, of both runs.
         memory_budget, verbose: as for `sweep`.
 
@@ -110,19 +110,19 @@ def patch_pairs(
         ValueError: an unknown patch or direction, prompts that do not match, fewer than two pairs, runs that the metric
             does not tell apart, or a metric that is not one of `hooked_lm.metrics`.
     """
-    what = _checked_patch(patch, direction, normalize, metric)
+    grid = _checked_patch(patch, direction, normalize, metric)
     _check_bootstrap(confidence, n_resamples)
     clean, corrupted, mask = _matching(model, clean_tokens, corrupted_tokens, attention_mask)
     metric.check_run(clean, model.cfg.d_vocab_out, mask)
     tokens, source = (corrupted, clean) if direction == "denoising" else (clean, corrupted)
-    sites = patch_sites(model, what)
+    sites = patch_sites(model, grid)
     logits, cache = model.run_with_cache(source, names_filter=sites, attention_mask=mask)
     base, other = metric.per_prompt(model(tokens, attention_mask=mask)), metric.per_prompt(logits)
     del logits
     ends = (other, base) if direction == "denoising" else (base, other)
     in_unit = partial(normalize_scores, clean=ends[0], corrupted=ends[1], unit=normalize) if normalize else _as_it_is
     base_in_unit = in_unit(base)  # raises before the work is done
-    cells, shape = patch_cells(model, what, clean_activations(model, cache, sites, tokens))
+    cells, shape = patch_cells(model, grid, clean_activations(model, cache, sites, tokens))
     patched = sweep(
         model,
         tokens,
@@ -138,7 +138,7 @@ def patch_pairs(
     return PairScores(
         patch=patch,
         direction=direction,
-        axes=what.axes,
+        axes=grid.axes,
         normalize=normalize,
         per_pair=scores,
         base=base_in_unit,
@@ -157,7 +157,7 @@ def _as_it_is(scores: Tensor) -> Tensor:
 
 
 def _moved(patched: Float[Tensor, "*axes pair"], base: Float[Tensor, " pair"]) -> Tensor:
-    """Whether a score has changed by more than rounding; logits, which it is made of, are about 1 in size or larger."""
+    """Whether a score has changed by more than rounding; it is computed from logits, of size 1 or larger."""
     size = torch.maximum(patched.abs(), base.abs()).clamp(min=1.0)
     return (patched - base).abs() > 100 * torch.finfo(patched.dtype).eps * size
 

@@ -2,7 +2,7 @@
 
 Meng et al. 2022, "Locating and Editing Factual Associations in GPT", section 2.1. Three kinds of run: the clean one;
 the corrupted one, with noise on the embeddings of the subject's tokens; and the corrupted one in which one hidden
-state, or one in each of several neighbouring layers, is what it was in the clean run.
+state, or one in each of several neighbouring layers, has its value of the clean run.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _EMBEDDINGS = "hook_embed"
 class CausalTrace:
     """The metric with each state restored.
 
-    The prompt axis has length 1 where the metric is a function of one's own, which scores all prompts together.
+    The prompt axis has length 1 where the metric is a plain function, which scores all prompts together.
 
     Attributes:
         site: short name of the restored state.
         window: how many layers were restored together.
         noise: standard deviation of the noise.
         clean: the metric without noise, [prompt].
-        corrupted: with noise, [sample prompt].
-        restored: with noise and the state restored, [layer pos sample prompt].
+        corrupted: the metric with noise, [sample prompt].
+        restored: the metric with noise and the state restored, [layer pos sample prompt].
     """
 
     site: str
@@ -101,8 +101,8 @@ def causal_trace(
             The paper takes 10 for MLPs and attention.
         noise: standard deviation of the normal noise; None for the paper's 3 times that of the embeddings, measured
             over all entries of the subjects' embeddings.
-        n_samples: how many draws of the noise.
-        seed: of the noise. Draws do not depend on the device.
+        n_samples: number of draws of the noise.
+        seed: for the noise. Draws do not depend on the device.
         attention_mask: [batch pos], 0 at padding.
         memory_budget, verbose: as for `sweep`.
 
