@@ -229,6 +229,8 @@ def _recorded(
 ) -> dict[str, Tensor]:
     mask = torch.ones_like(tokens) if mask is None else mask
     own = clean_prompts(model, prompts, tokens, mask, attention_mask, run)
+    if not sites:
+        return {}
     if own.shape[0] == 1 and bool((mask == mask[:1]).all()):
         mask = mask[:1]
     _, cache = model.run_with_cache(
