@@ -2,6 +2,6 @@
 
 from hooked_lm import hooked_model
 
-# Under pytest, annotations are checked by beartype, which cannot check a Protocol that is not `runtime_checkable`
-# (and a check by `hasattr` would compute every weight property). mypy checks the protocol; at run time it is any object.
+# Under pytest, annotations are checked by beartype, which cannot check a Protocol that is not `runtime_checkable` (and
+# a check by `hasattr` would compute every weight property). mypy checks the protocol; here it is any object.
 hooked_model.HookedModel = object  # type: ignore[misc, assignment]

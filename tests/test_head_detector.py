@@ -223,7 +223,7 @@ def test_a_cache_needs_the_layers_that_are_asked_for_and_no_others() -> None:
 @pytest.mark.parametrize(
     ("texts", "cached", "said"),
     [
-        (TEXT, OTHERS[0], "the cache is of another run"),
+        (TEXT, OTHERS[0], "the cache is from another run"),
         (["Mary John", "John Mary"], "Mary John", r"for 2 texts of \d+ tokens"),
         ("Mary John", ["Mary John", "John Mary"], r"for 1 texts of \d+ tokens"),
         (OTHERS, OTHERS, "a cache goes with texts of the same length"),
@@ -257,8 +257,8 @@ def test_a_cache_with_attention_that_is_not_finite_raises() -> None:
         ({"heads": []}, "no heads were asked for"),
         ({"heads": {1: []}}, "no heads were asked for"),
         ({"heads": [0, 1]}, r"pairs \(layer, head\), or a dictionary from layers to lists of heads; got 0"),
-        ({"seq": ""}, "has 1 tokens; to see where heads attend takes 2 to 64"),
-        ({"seq": "Mary " * 80}, "tokens; to see where heads attend takes 2 to 64"),
+        ({"seq": ""}, "has 1 tokens; attention is scored on 2 to 64"),
+        ({"seq": "Mary " * 80}, "tokens; attention is scored on 2 to 64"),
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 import re
@@ -16,6 +17,7 @@ from hooked_lm.circuits.induction import repeated_random_tokens
 from hooked_lm.tasks import (
     TASKS,
     Example,
+    Task,
     TaskBatches,
     TaskSet,
     capitals,
@@ -24,6 +26,7 @@ from hooked_lm.tasks import (
     ioi,
     lexicon,
     prose,
+    register_task,
     relations,
     repeated_tokens,
     score,
@@ -61,6 +64,36 @@ def test_a_task_is_found_by_its_name() -> None:
 def test_an_unknown_task_is_an_error_that_lists_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"unknown task 'ioy': the tasks are ioi, .*greater_than"):
         get_task("ioy")
+
+
+@pytest.fixture
+def counting() -> Iterator[Task]:
+    """A task that is registered, and afterwards no longer."""
+    task = Task(
+        "counting",
+        "the number that follows",
+        lambda rng: " one two three",
+        lambda n, seed: TaskSet("counting", (Example(" one two", " three", " two", " two two", None),) * n),
+        lambda: iter([" one two three zebracrossing"]),
+    )
+    register_task(task)
+    yield task
+    del TASKS["counting"]
+
+
+def test_a_registered_task_is_found_by_its_name_and_its_words_are_in_the_lexicon(counting: Task) -> None:
+    assert get_task("counting") is counting
+    assert get_task("counting").examples(3).answers == [" three"] * 3
+    assert " one two three zebracrossing" in set(lexicon())
+
+
+def test_a_taken_or_empty_name_of_a_task_is_refused(counting: Task) -> None:
+    for name in ("counting", "ioi", ""):
+        with pytest.raises(ValueError, match=f"the task '{name}' cannot be registered: it is (taken|an empty name)"):
+            register_task(dataclasses.replace(counting, name=name))
+    assert get_task("ioi") is ioi.TASK
+    with pytest.raises(TypeError, match=r"a hooked_lm\.tasks\.Task, got module"):
+        register_task(ioi)  # type: ignore[arg-type]
 
 
 # All tasks

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -45,7 +46,7 @@ class LogitAttribution:
         """
         if not self.grid_shape:
             raise ValueError("a split by component has no grid: look at values and labels")
-        return self.values[: self._grid_size()].unflatten(0, self.grid_shape)
+        return torch.unflatten(self.values[: self._grid_size()], 0, self.grid_shape)
 
     @property
     def rest(self) -> Float[Tensor, "component batch"]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from hooked_lm.activation_cache import ActivationCache
 from hooked_lm.circuits.attribution_parts import LogitParts, RecordedRun
 from hooked_lm.circuits.attribution_result import LogitAttribution, Split
+from hooked_lm.circuits.stock_only import override_of
 from hooked_lm.components.norm import Norm
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.names import get_act_name
@@ -97,8 +98,9 @@ def logit_attribution(
 
     Raises:
         ValueError: logits are soft-capped, so that no sum of parts equals them (pass `before_soft_cap=True`); neurons
-            of a mixture of experts or of a model without MLPs; a token, position or layer out of range; or parts that
-            do not sum to the logit, because a hook changed the run or a component is overridden.
+            of a mixture of experts or of a model without MLPs; a token, position or layer out of range; an overridden
+            unembedding; or parts that do not sum to the logit, because a hook changed the run or another component is
+            overridden.
         UnknownHookError: the cache lacks an activation.
     """
     model = cast("HookedModel", cache.model)
@@ -107,6 +109,12 @@ def logit_attribution(
         raise ValueError(
             f"this model's logits are soft-capped at {model.cfg.output_logits_soft_cap}, and a capped logit is no sum "
             "of parts; pass before_soft_cap=True to split the logit before the cap"
+        )
+    # What happens to the logits after `unembed.hook_out` is not in the cache, so the check of the sum cannot see it.
+    reason = override_of("unembed", model.unembed)
+    if reason is not None:
+        raise ValueError(
+            f"logit attribution takes the stock unembedding: a component computes something else ({reason})"
         )
     run = RecordedRun(cache, pos, precision)
     right = _tokens(model, tokens, run.batch)

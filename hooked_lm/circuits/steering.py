@@ -157,7 +157,7 @@ def steering_effect(
             memory_budget=memory_budget,
             verbose=verbose,
         )
-        steered = scores[1:].unflatten(0, tuple(values.shape[:-1]))  # [variant name layer prompt]
+        steered = torch.unflatten(scores[1:], 0, tuple(values.shape[:-1]))  # [variant name layer prompt]
         steered = steered[:, 0] if names is None else steered
         found |= {f"base_{what}": scores[0], what: steered[0], f"control_{what}": steered[1:].mean(0)}
     return SteeringEffect(names, chosen, **found)
@@ -170,8 +170,9 @@ def _random_like(
     if n_draws < 1:
         raise ValueError(f"n_controls is at least 1, got {n_draws}: an effect means little without a control")
     drawn = torch.randn(n_draws, vectors.shape[-1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    directions = (drawn / drawn.norm(dim=-1, keepdim=True)).to(vectors)
-    return einsum(directions, vectors.norm(dim=-1), "draw d_model, name layer -> draw name layer d_model")
+    directions: Tensor = (drawn / drawn.norm(dim=-1, keepdim=True)).to(vectors)
+    lengths: Tensor = vectors.norm(dim=-1)
+    return einsum(directions, lengths, "draw d_model, name layer -> draw name layer d_model")
 
 
 def _vectors(

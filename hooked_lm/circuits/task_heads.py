@@ -73,7 +73,8 @@ class HeadEffects:
         n_prompts = len(self.base)
         if n_prompts < 2:
             raise ValueError("a standard error needs two prompts or more, and these effects are of one")
-        return self.per_prompt.std(-1) / n_prompts**0.5
+        error: Tensor = self.per_prompt.std(-1) / n_prompts**0.5
+        return error
 
     def top(self, n_heads: int = _DEFAULT_N_HEADS) -> list[Head]:
         """Return the (layer, head) of the largest effects, the largest first.
@@ -142,7 +143,7 @@ def head_effects(
         memory_budget=memory_budget,
         verbose=verbose,
     )
-    return HeadEffects(measure, scores[0], scores[1:].unflatten(0, (model.cfg.n_layers, model.cfg.n_heads)))
+    return HeadEffects(measure, scores[0], torch.unflatten(scores[1:], 0, (model.cfg.n_layers, model.cfg.n_heads)))
 
 
 # The vector that they write
@@ -229,7 +230,7 @@ def _heads(
             expected = f"[layer head] = ({n_layers}, {per_layer})"
             raise ValueError(f"effects are {expected} for this model, got {tuple(effects.shape)}")
         return _top_heads(effects, _DEFAULT_N_HEADS if n_heads is None else n_heads)
-    heads = [tuple(one) for one in effects]
+    heads = [(layer, head) for layer, head in effects]
     if n_heads is not None:
         raise ValueError(f"n_heads={n_heads} chooses among effects, and here are the {len(heads)} heads themselves")
     if not heads or len(set(heads)) < len(heads):
