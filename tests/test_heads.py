@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -157,7 +158,8 @@ def test_a_pattern_under_a_taken_or_empty_name_is_refused(name: str) -> None:
     assert before == DETECTION_PATTERNS
 
 
-def test_what_is_no_pattern_cannot_be_registered() -> None:
+def test_what_is_no_pattern_cannot_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside the tests
     with pytest.raises(TypeError, match="a name and a function from tokens to a pattern"):
         register_head_pattern("mine", torch.ones(3, 3))  # type: ignore[arg-type]
 
