@@ -34,14 +34,14 @@ _Kwargs = dict[str, Tensor]
 
 
 class _Output(Protocol):
-    """What a language model of `transformers` returns, as far as it is compared."""
+    """The compared part of the output of a language model of `transformers`."""
 
     logits: Tensor
     attentions: tuple[Tensor, ...] | None
 
 
 class _Reference(Protocol):
-    """What is asked of a language model of `transformers`."""
+    """The used part of a language model of `transformers`."""
 
     config: object
 

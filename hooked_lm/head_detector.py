@@ -86,7 +86,7 @@ _OTHER_NAMES = frozenset({"previous_token", "duplicate_token", "induction"})
 
 def _one_prompt(tokens: Int[Tensor, "*batch pos"]) -> Int[Tensor, "one pos"]:
     if tokens.ndim not in (1, 2) or (tokens.ndim == 2 and len(tokens) != 1) or tokens.numel() == 0:
-        raise ValueError(f"a detection pattern is that of one prompt, [pos] or [1 pos]; got {tuple(tokens.shape)}")
+        raise ValueError(f"a detection pattern belongs to one prompt, [pos] or [1 pos]; got {tuple(tokens.shape)}")
     return tokens.reshape(1, -1)
 
 
@@ -105,7 +105,7 @@ def detect_head(
     exclude_current_token: bool = False,
     error_measure: ErrorMeasure = "mul",
 ) -> Float[Tensor, "layer head"]:
-    """Return how well each head's attention matches a pattern, [layer head] on the CPU; -1 for heads not asked for.
+    """Return how well each head's attention matches a pattern, [layer head] on the CPU; -1 for heads not chosen.
 
     Args:
         model: a `HookedTransformer` with a tokenizer.
@@ -114,7 +114,7 @@ def detect_head(
             [query key] with entries between 0 and 1, none above the diagonal where attention is causal, which has to
             fit every text.
         heads: pairs (layer, head), or a dictionary from layers to lists of heads; all by default.
-        cache: of a run of the model on `seq`, with `blocks.{layer}.attn.hook_pattern` of the layers asked for, to save
+        cache: of a run of the model on `seq`, with `blocks.{layer}.attn.hook_pattern` of the chosen layers, to save
             running it again. With several texts, they have to be equally long and its batch that of the texts.
         exclude_bos: leave out the attention to the first position.
         exclude_current_token: leave out the attention of each position to itself.
@@ -248,7 +248,7 @@ def _chosen_heads(
             )
         chosen[layer, head] = True
     if not pairs:
-        raise ValueError("no heads were asked for: give pairs (layer, head), or None for all")
+        raise ValueError("heads is empty: give pairs (layer, head), or None for all")
     return chosen
 
 

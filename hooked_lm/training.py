@@ -69,7 +69,7 @@ class TrainingConfig:
         checkpoint_every: steps between checkpoints; 0: after the last step only.
 
     Raises:
-        ValueError: a value is out of range; the message says which and what it may be.
+        ValueError: a value is out of range; the message names it and its range.
     """
 
     steps: int
@@ -133,7 +133,9 @@ def row_batches(rows: Int[Tensor, "row pos"], batch: int, seed: int) -> Batches:
         ValueError: there are fewer rows than a batch has.
     """
     if rows.ndim != 2 or len(rows) < batch:
-        raise ValueError(f"batches of {batch} rows need [row pos] with so many rows, got shape {tuple(rows.shape)}")
+        raise ValueError(
+            f"batches of {batch} rows need at least {batch} rows of tokens [row pos], got shape {tuple(rows.shape)}"
+        )
     per_pass = len(rows) // batch
 
     def batch_of(step: int) -> Tensor:

@@ -20,12 +20,12 @@ from hooked_lm.names import get_act_name
 
 __all__ = ["LogitParts", "RecordedRun"]
 
-# A sum counts as exact when it is off by less than so many roundings of the largest that its terms could be.
+# A sum counts as exact if its error is below this number of rounding errors of the largest possible terms.
 _ROUNDINGS = 64
 
 
 class RecordedRun:
-    """A cached run at one position of each prompt: activations [batch ...] in a precision that sums can be taken in.
+    """A cached run at one position of each prompt: activations [batch ...], half precision as float32.
 
     Args:
         cache: of the run.
@@ -79,7 +79,7 @@ class RecordedRun:
         cap = cfg.output_logits_soft_cap
         if cap <= 0:
             return logit
-        # The cap cannot be undone where it has rounded to its limit, so the logit before it is computed again.
+        # A capped logit that has rounded to the cap cannot be inverted, so the logit before the cap is computed again.
         direction, bias = self.exact(unembed.W_U[:, tokens].mT), self.exact(unembed.b_U[tokens])
         stream = self.at("unembed.hook_in")
         uncapped = ((stream * direction).sum(-1) + bias) * cfg.logit_scale
@@ -88,7 +88,7 @@ class RecordedRun:
         return uncapped
 
     def require_equal(self, what: str, came: Tensor, expected: Tensor, size: Tensor) -> float:
-        """Return how far `came` [batch] is from `expected`, at most.
+        """Return the largest difference between `came` [batch] and `expected`.
 
         Args:
             what: describes `came` in an error.
@@ -110,14 +110,14 @@ class RecordedRun:
         return float(off.max())
 
     def _override(self) -> str:
-        """A cause that the model's components give away, for an error; empty if all of them are stock."""
+        """The first overridden component, as a cause for an error; empty if all components are stock."""
         model = cast("nn.Module", self.model)
         reason = not_stock(model, stock_root=type(model))
         return "" if reason is None else f"a component computes something else ({reason}), "
 
 
 class LogitParts:
-    """The parts of a logit as they are found, from the end of the model to its start.
+    """The parts of a logit, collected from the end of the model to its start.
 
     Attributes:
         size: the sum of the parts' largest possible absolute values, [batch]: rounding errors are relative to it.
@@ -166,7 +166,7 @@ class LogitParts:
             self._add_read("pos_embed", self.run.at("hook_pos_embed"), direction)
         self._add_read("embed", self.run.at("hook_embed"), direction)
 
-    # One thing that is written
+    # Single parts
 
     def _add_write(self, site: str, layer: int, direction: Float[Tensor, "batch d_model"], split: bool) -> None:
         """Add the whole output of attention or MLP as a part; if it is to be split, only count its size."""

@@ -73,7 +73,7 @@ def logit_attribution(
 ) -> LogitAttribution:
     """Return a logit at a position, or a difference of two, as a sum over the parts of the model.
 
-    Splits; in each, the embeddings and the biases outside the other parts are parts of their own:
+    Splits; in each, the embeddings and those biases that no other part includes are separate parts:
 
     - `"component"`: embeddings, and what attention and MLP of each layer add (their biases included).
     - `"head"`: attention into its heads and `b_O`.
@@ -129,7 +129,7 @@ def logit_attribution(
     return parts.finished(logit, split, chosen, off)
 
 
-# What is asked for
+# Checks of the arguments
 
 
 def _split_layers(model: HookedModel, split: str, layers: Sequence[int] | None) -> list[int]:

@@ -1,8 +1,9 @@
 """Full circuits: what a head does between the vocabulary it reads and the vocabulary it writes, from the weights alone.
 
-`W_E W_QK W_E^T` says which token a query token attends to, `W_E W_OV W_U` which logits a token raises once it is
-attended to (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"). Both are [vocab vocab] and of the
-rank of a head: they are kept as factors, and questions about their entries are answered block by block.
+`W_E W_QK W_E^T` holds how strongly each query token attends to each token, `W_E W_OV W_U` how much a token that is
+attended to raises each logit (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"). Both are
+[vocab vocab] and of the rank of a head: they are kept as factors, and questions about their entries are answered block
+by block.
 """
 
 from __future__ import annotations

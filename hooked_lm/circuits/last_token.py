@@ -182,6 +182,10 @@ def answer_tokens(model: HookedModel, answers: Answers, n_prompts: int) -> Int[T
 def check_means(model: HookedModel, mean_z: Tensor) -> None:
     """Check that mean head outputs are [layer head d_head] of this model, and finite.
 
+    Args:
+        model: a `HookedTransformer`.
+        mean_z: the means.
+
     Raises:
         ValueError: they are not.
     """
@@ -212,6 +216,10 @@ def check_finite(values: Tensor, what: str) -> None:
 def layer_index(layer: int, n_layers: int) -> int:
     """Return a layer counted from 0; a negative one counts from the end.
 
+    Args:
+        layer: the layer.
+        n_layers: of the model.
+
     Raises:
         ValueError: no such layer.
     """
@@ -222,6 +230,10 @@ def layer_index(layer: int, n_layers: int) -> int:
 
 def chosen_layers(model: HookedModel, layers: Sequence[int] | None) -> tuple[int, ...]:
     """Return the chosen layers, counted from 0; all of them by default.
+
+    Args:
+        model: a `HookedTransformer`.
+        layers: negative ones count from the end; None for all.
 
     Raises:
         ValueError: a layer that the model lacks, or no layer at all.

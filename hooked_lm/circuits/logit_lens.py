@@ -1,4 +1,4 @@
-"""The logit lens: what a model would say if it stopped at a layer (nostalgebraist 2020, "interpreting GPT").
+"""The logit lens: the tokens that a model would predict if it stopped at a layer (nostalgebraist 2020).
 
 Every residual stream on the way is read as the last one is: by the model's own final norm, with the stream's own
 statistics, and its own unembedding. The result is a distribution over tokens for each site and position. Its readings
@@ -41,7 +41,7 @@ Row = dict[str, str | int | float]
 
 @dataclass(frozen=True, eq=False)
 class LogitLens:
-    """What the residual stream says at each site and position. The last site is the end of the model.
+    """The tokens that can be read from the residual stream at each site and position. The last site is the model's end.
 
     Padding has no readings: numbers are NaN there, tokens and ranks -1.
 
@@ -54,7 +54,7 @@ class LogitLens:
         entropy: of the distribution, in nats, [component batch pos].
         kl: `KL(final || here)` in nats, [component batch pos]: from the model's final distribution to the one read here
             (the direction of Belrose et al. 2023, "Tuned Lens"). 0 at the last site.
-        targets: the tokens that were asked about, [batch pos target].
+        targets: the given target tokens, [batch pos target].
         target_ranks: how many tokens are likelier, so that 0 is the likeliest, [component batch pos target].
         target_log_probs: their log-probabilities in nats, [component batch pos target].
         strings: every token that occurs above, as a string; None without a tokenizer.
@@ -79,7 +79,7 @@ class LogitLens:
 
     @property
     def target_probs(self) -> Float[Tensor, "component batch pos target"]:
-        """The probabilities of the tokens that were asked about."""
+        """The probabilities of the target tokens."""
         return self.target_log_probs.exp()
 
     def str_token(self, token: int) -> str:
@@ -158,9 +158,9 @@ def logit_lens(
     block: int | None = None,
     verbose: bool = True,
 ) -> LogitLens:
-    """Run a model and return what its residual stream says at every site, layer and position.
+    """Run a model and return the tokens that its residual stream would predict at every site, layer and position.
 
-    The last site is the end of the model, whatever else is asked for, and its readings are those of the model's own
+    The last site is the end of the model, whatever other sites are chosen: its readings are those of the model's own
     output. Hooks and interventions that are in place act in the run; those of the final norm and the unembedding act
     on that last site alone. Each other stream goes through `model.logits_of` without hooks, so that an overridden final
     norm or unembedding reads it as it reads the last. Memory: the streams, the model's logits, and two blocks of
@@ -169,8 +169,8 @@ def logit_lens(
     Args:
         model: a `HookedTransformer`.
         input: a string, a list of strings, or tokens [pos] or [batch pos].
-        targets: tokens whose rank and probability are wanted: one or a list, as strings or numbers, for every position;
-            or a tensor [batch pos] or [batch pos target] with those of each position (as many as `positions` keeps).
+        targets: tokens whose rank and probability to read: one or a list, as strings or numbers, for every position; or
+            a tensor [batch pos] or [batch pos target] with the tokens of each position that `positions` keeps.
         sites: some of `"resid_pre"`, `"resid_mid"` and `"resid_post"`; by default all that the model has.
         layers: the blocks to look at; by default all.
         positions: the positions to look at, anything `Slice` takes; by default all.

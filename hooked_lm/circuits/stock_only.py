@@ -37,7 +37,7 @@ def override_of(name: str, component: nn.Module, *, alone: bool = False) -> str 
 
 
 def require_stock(what: str, name: str, component: nn.Module, *, alone: bool = False) -> None:
-    """Raise a ValueError that says why, unless a component is a stock one.
+    """Raise a ValueError with the reason, unless a component is a stock one.
 
     Args:
         what: is computed from the component's weights; for the message.

@@ -41,7 +41,7 @@ _DEFAULT_N_HEADS = 10
 
 @dataclass(frozen=True, eq=False)
 class HeadEffects:
-    """How much each head's mean output over a task's prompts does for the answer in prompts that do not show the task.
+    """How much each head's mean output over a task's prompts raises the answer in prompts that do not show the task.
 
     Attributes:
         measure: `"prob"`, the probability of the answer, or `"log_prob"`, its logarithm, in nats.
@@ -105,7 +105,7 @@ def head_effects(
     memory_budget: int = 2**29,
     verbose: bool = True,
 ) -> HeadEffects:
-    """Return what each head does for the answer when its output at the last token is the task's mean.
+    """Return how much the answer gains from each head when its output at the last token is the task's mean.
 
     Args:
         model: a `HookedTransformer`.
@@ -170,7 +170,7 @@ class FunctionVector:
 
         Args:
             layer: negative counts from the end.
-            scale: what the vector is multiplied by.
+            scale: the factor of the vector.
 
         Raises:
             ValueError: no such layer.
@@ -195,7 +195,7 @@ def function_vector(
     Args:
         model: a `HookedTransformer`.
         mean_z: from `mean_head_outputs`.
-        effects_or_heads: from `head_effects`, or any grid [layer head] in which large is good; or the heads themselves.
+        effects_or_heads: from `head_effects`, or any scores [layer head], high for good heads; or the heads.
         n_heads: how many heads of the largest effects, 10 by default; not for given heads.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a task's prompts have in common: the mean output of each head, and the mean stream, at the last token."""
+"""Means over the prompts of a task: the output of each head, and the residual stream, at the last token."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def mean_head_outputs(
     batch_size: int = 32,
     verbose: bool = True,
 ) -> Float[Tensor, "layer head d_head"]:
-    """Return what every head holds at the last token, `hook_z`, averaged over prompts: [layer head d_head].
+    """Return `hook_z` of every head at the last token, averaged over prompts: [layer head d_head].
 
     Args:
         model: a `HookedTransformer`.

@@ -33,7 +33,7 @@ from hooked_lm.tasks import TaskSet, get_task
 __all__ = ["VECTORS", "TaskVectors", "transplant_task"]
 
 VECTORS = ("state", "heads", "other relations", "shuffled")
-# Draw so many times the examples that are needed: a tokenizer may know the answers of few.
+# Draw this many times the examples that are needed: with some tokenizers few answers are one token.
 _SPARE = 8
 
 
@@ -99,7 +99,7 @@ def transplant_task(
         verbose: show progress bars.
 
     Raises:
-        ValueError: an unknown relation, more heads than there are, a tokenizer that knows none of the answers as one
+        ValueError: an unknown relation, more heads than there are, a tokenizer in which no answer is one
             token, or so many prompts that no query is left to steer.
     """
     shown, shuffled = (_drawn(model, n, seed, relation, shots, kind) for kind in ("relation", "shuffled"))
@@ -120,13 +120,13 @@ def transplant_task(
 
 
 def _drawn(model: HookedModel, n: int, seed: int, relation: str, shots: int, corruption: str) -> TaskSet:
-    """Prompts with examples whose answers the tokenizer knows."""
+    """Prompts with examples, with answers of one token."""
     drawn = get_task("relations").examples(_SPARE * n, seed, relation=relation, shots=shots, corruption=corruption)
     return answerable(drawn, model.tokenizer, n)
 
 
 def _asked_elsewhere(model: HookedModel, n: int, seed: int, relation: str, shown: TaskSet) -> TaskSet:
-    """Prompts without examples, each query once, none of which is asked in the prompts with examples."""
+    """Prompts without examples, each query once, without the queries of the prompts with examples."""
     drawn = get_task("relations").examples(_SPARE * n, seed, relation=relation, shots=0)
     taken = {_query(prompt) for prompt in shown.clean}
     left = {one.prompt: one for one in drawn.examples if _query(one.prompt) not in taken}

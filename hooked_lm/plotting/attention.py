@@ -69,7 +69,7 @@ def attention_heads(
 def _checked(
     patterns: ArrayLike, tokens: Sequence[str], names: Sequence[str] | None, start: int
 ) -> tuple[np.ndarray, list[str]]:
-    """The patterns as numbers from 0 to 1, and the names of the heads; or an error, as `attention_heads` says."""
+    """The patterns as numbers from 0 to 1, and the names of the heads; raises the errors of `attention_heads`."""
     values = to_numpy(patterns)
     if values.ndim != 3 or values.size == 0:
         raise ValueError(f"patterns of attention have shape [head query key], got {values.shape}")

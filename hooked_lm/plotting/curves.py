@@ -148,7 +148,7 @@ def training_curves(
 
 
 def _quantities(rows: Sequence[Mapping[str, float]], keys: Sequence[str] | None) -> list[str]:
-    """The quantities to draw, or an error, as `training_curves` says."""
+    """The quantities to draw; raises the errors of `training_curves`."""
     if not rows:
         raise ValueError("there are no records to draw")
     for place, row in enumerate(rows):

@@ -83,8 +83,8 @@ class Figure(_PlotlyFigure):
 
         Raises:
             ValueError: the path has another ending, or cannot be written.
-            ImportError: an image is asked for, and kaleido is not installed.
-            RuntimeError: an image is asked for, and there is no browser to draw it.
+            ImportError: the file is an image, and kaleido is not installed.
+            RuntimeError: the file is an image, and there is no browser to draw it.
         """
         images = {ending: partial(self._image, ending, width, scale) for ending in ("png", "svg", "pdf")}
         return _save(path, self.html, images)
@@ -170,8 +170,8 @@ class HtmlFigure:
 
         Raises:
             ValueError: the path has another ending, or cannot be written.
-            ImportError: a picture is asked for, and kaleido is not installed.
-            RuntimeError: a picture is asked for, and there is no browser to take it.
+            ImportError: the file is a picture, and kaleido is not installed.
+            RuntimeError: the file is a picture, and there is no browser to draw it.
         """
         return _save(path, self.html, {"png": lambda: page_image(self.html(), width, scale)})
 

@@ -30,7 +30,7 @@ def find_browser() -> str:
     """Return the path of the Chrome or Chromium that images are drawn with: `BROWSER_PATH`, or the one kaleido finds.
 
     Raises:
-        ImportError: kaleido, which knows where browsers are, is not installed.
+        ImportError: kaleido, which finds the browser, is not installed.
         RuntimeError: there is no browser, or `BROWSER_PATH` is no file.
     """
     try:
@@ -97,7 +97,7 @@ def page_image(html: str, width: int, scale: float) -> bytes:
         scale: pixels of the image for each pixel of the window.
 
     Raises:
-        ImportError: kaleido, which knows where browsers are, is not installed.
+        ImportError: kaleido, which finds the browser, is not installed.
         RuntimeError: there is no browser, or it failed.
     """
     browser = find_browser()

@@ -58,7 +58,7 @@ FONT = "-apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, system-ui, s
 
 Scale = list[tuple[float, str]]
 
-# One hue from light to dark: lightness says how much, also in print and to the colour-blind.
+# One hue from light to dark: lightness shows the value, also in print and for the colour-blind.
 SEQUENTIAL: Scale = [(0.0, "#fbfaf6"), (0.15, "#dbe8f5"), (0.4, "#92bde6"), (0.7, "#2f7bc8"), (1.0, "#0f3d73")]
 # Paper in the middle: values above it are blue, below it orange, and darker with the distance.
 DIVERGING: Scale = [

@@ -49,7 +49,7 @@ def make_examples(
         held_out: False allows questions that training may have asked word for word.
 
     Raises:
-        ValueError: there is no such question, or there are not so many countries.
+        ValueError: there is no such question, or there are fewer countries.
     """
     if question is not None and not 0 <= question < len(QUESTIONS):
         raise ValueError(f"there is no question {question} about capitals: they are 0 to {len(QUESTIONS) - 1}")

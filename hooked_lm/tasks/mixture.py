@@ -38,8 +38,8 @@ class TaskBatches:
         seed: of the data.
         shares: the proportion of documents of each kind.
         early_steps, early_shares: the first `early_steps` steps have these shares instead.
-        early_tokens: in these steps random tokens are drawn from `early_alphabet`, at least so many evenly spaced
-            tokens of the vocabulary.
+        early_tokens: in these steps random tokens are drawn from `early_alphabet`, at least
+            this many evenly spaced tokens of the vocabulary.
 
     Raises:
         ValueError: an unknown kind of document, or rows without room for one.

@@ -116,7 +116,7 @@ def _others(relation: str, word: str) -> list[str]:
 
 
 def _shots_before(rng: random.Random, relation: str, query: str, shots: int) -> list[str]:
-    """Words to show before a query, the last of which training never shows before it."""
+    """Words to show before a query; training never shows the last one right before it."""
     if shots == 0:
         return []
     taken = (query, RELATIONS[relation][query])
@@ -130,7 +130,7 @@ def _shots_before(rng: random.Random, relation: str, query: str, shots: int) -> 
 
 
 def _draw(rng: random.Random, relation: str, n: int, taken: tuple[str, ...]) -> list[str]:
-    """Draw words of a relation, none of which is a taken one or the answer to another, and no neighbours held out."""
+    """Draw words of a relation: no taken word, no answer to another, no held-out neighbours."""
     table = RELATIONS[relation]
     words: list[str] = []
     used = set(taken)

@@ -187,7 +187,7 @@ class Task:
             options: of the task, as its module's `make_examples` describes them.
 
         Raises:
-            ValueError: `n` is not positive, or an option's value is not one the task knows.
+            ValueError: `n` is not positive, or an option has an unknown value.
         """
         check_count(n)
         return self.make_examples(n, seed, **options)
