@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, settings
 from jaxtyping import config as jaxtyping_config
 from transformers import PreTrainedTokenizerFast
 
@@ -20,6 +21,9 @@ from hooked_lm.tasks import lexicon, word_tokenizer
 from tests.helpers import tiny_gpt2, tiny_tokenizer
 
 transformers.utils.logging.disable_progress_bar()
+# How long an example takes is a matter of what else the machine does.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
