@@ -1,16 +1,22 @@
 # Two commands: `make demo` and `make test`. Each sets up what it needs in .venv; the second call is quick.
+# While working: `make check`, which is `make test` without the tests that take long.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test format lint types tests bench notebooks docs certificates clean
+# Tests run in as many processes as there are processors. A file's tests stay together, since they share what they make.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test check format lint types tests core breakages bench notebooks docs certificates clean
 
 demo: $(VENV)/.installed-viz
 	$(BIN)/hooked-lm demo --html demo.html
 
 test: lint types tests
+
+check: lint types core
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -20,7 +26,14 @@ types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 tests: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+core: $(VENV)/.installed-dev
+	$(PYTEST) --core
+
+# Does the suite notice faults? Minutes; see scripts/break_on_purpose.py.
+breakages: $(VENV)/.installed-dev
+	$(BIN)/python -m scripts.break_on_purpose
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

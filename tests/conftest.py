@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
+# Before torch starts its threads. The models here are so small that a second thread only waits for the first, and for
+# hundreds of times as long when something else runs beside the tests. Interpreters that tests start inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
+from hypothesis import HealthCheck, settings
 from jaxtyping import config as jaxtyping_config
 from transformers import PreTrainedTokenizerFast
 
@@ -13,6 +21,46 @@ from hooked_lm.tasks import lexicon, word_tokenizer
 from tests.helpers import tiny_gpt2, tiny_tokenizer
 
 transformers.utils.logging.disable_progress_bar()
+# How long an example takes is a matter of what else the machine does.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+# What `make check` runs: seconds of computing from model, hooks, weights and text, and no program but this one.
+CORE = (
+    *("architectures", "caching", "config", "factored_matrix", "forward", "hooks", "imports", "interventions"),
+    *("kv_cache", "layers_of_the_package", "losses", "metrics", "names", "padding", "rotary_scalings", "rules"),
+    *("slicing", "tokens", "utils", "weight_views", "weights"),
+)
+# Files whose tests take longest come first, so that no process is left with one of them at the end.
+LONG = ("families", "docs", "notebooks", "compile", "hook_sites", "sweep", "browser", "readme", "benchmarks", "wheel")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--core", action="store_true", help="run the tests that `make check` runs, in seconds")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out, with `--core`, the files that are not among those."""
+    is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    left_out = is_test and config.getoption("core") and subject(collection_path) not in CORE
+    return True if left_out else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files whose tests take longest first, and leave the others in their order."""
+    items.sort(key=lambda item: LONG.index(subject(item.path)) if subject(item.path) in LONG else len(LONG))
+
+
+def subject(path: Path) -> str:
+    """Return what a file of tests is about: tests/test_names.py -> names."""
+    return path.stem.removeprefix("test_")
+
+
+def pytest_runtest_setup() -> None:
+    """A test draws the same random numbers whichever ran before it, and in whichever process."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

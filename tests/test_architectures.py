@@ -396,14 +396,15 @@ def test_the_feature_bites(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("site", ["hook_pattern", "hook_attn_scores"])
-def test_fused_and_eager_attention_agree(variant: str, site: str) -> None:
+def test_fused_and_eager_attention_agree(variant: str) -> None:
     model, tokens = tiny_model(**fields_of(variant)), tiny_tokens(2, 7)
-    shapes = []
-    hooks = [(f"blocks.*.attn.{site}", lambda x, hook: shapes.append(tuple(x.shape)))]
-    eager = model.run_with_hooks(tokens, fwd_hooks=hooks)
-    assert shapes == [(2, model.cfg.n_heads, 7, 7)] * 2
-    torch.testing.assert_close(eager, model(tokens), **EXACT)
+    fused = model(tokens)
+    for site in ("hook_pattern", "hook_attn_scores"):
+        shapes: list[tuple[int, ...]] = []
+        hooks = [(f"blocks.*.attn.{site}", lambda x, hook, seen=shapes: seen.append(tuple(x.shape)))]
+        eager = model.run_with_hooks(tokens, fwd_hooks=hooks)
+        assert shapes == [(2, model.cfg.n_heads, 7, 7)] * 2
+        torch.testing.assert_close(eager, fused, **EXACT)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

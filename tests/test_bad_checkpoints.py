@@ -52,31 +52,31 @@ def test_the_good_checkpoints_load(folder: Path, own_folder: Path) -> None:
 
 @pytest.mark.parametrize("kept", [0, 4, 100, 0.5, 0.999])
 @pytest.mark.parametrize("which", ["folder", "own_folder"])
-def test_a_truncated_safetensors_file(which: str, kept: float, request: pytest.FixtureRequest) -> None:
+def test_a_truncated_safetensors_file_is_refused(which: str, kept: float, request: pytest.FixtureRequest) -> None:
     path = request.getfixturevalue(which) / "model.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
     fails(path.parent, r"model\.safetensors is damaged or not a safetensors file")
 
 
-def test_a_safetensors_file_of_something_else(folder: Path) -> None:
+def test_a_safetensors_file_of_something_else_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"<html>not found</html>" * 50)
     fails(folder, r"model\.safetensors is damaged or not a safetensors file")
 
 
-def test_a_pointer_of_git_lfs_in_segment_of_the_weights(folder: Path) -> None:
+def test_a_pointer_of_git_lfs_in_place_of_the_weights_is_refused(folder: Path) -> None:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234\n"
     (folder / "model.safetensors").write_text(pointer)
     fails(folder, r"model\.safetensors is damaged or not a safetensors file")
 
 
-def test_no_weights_at_all(folder: Path, own_folder: Path) -> None:
+def test_a_folder_without_weights_is_refused(folder: Path, own_folder: Path) -> None:
     for path in (folder, own_folder):
         (path / "model.safetensors").unlink()
         fails(path, r"has no weights: expected model\.safetensors, pytorch_model\.bin")
 
 
-def test_an_empty_safetensors_file(folder: Path, own_folder: Path) -> None:
+def test_an_empty_safetensors_file_is_refused(folder: Path, own_folder: Path) -> None:
     for path, named in ((folder, r"wte\.weight"), (own_folder, r"embed\.W_E")):
         save_file({}, path / "model.safetensors")
         fails(path, named)
@@ -88,13 +88,13 @@ def sharded(folder: Path) -> Path:
     return folder
 
 
-def test_an_absent_shard(folder: Path) -> None:
+def test_an_absent_shard_is_refused(folder: Path) -> None:
     gone = sorted(sharded(folder).glob("model-*.safetensors"))[1]
     gone.unlink()
     fails(folder, rf"index\.json names files that are absent: {re.escape(gone.name)}$")
 
 
-def test_a_damaged_shard(folder: Path) -> None:
+def test_a_damaged_shard_is_refused(folder: Path) -> None:
     shard = sorted(sharded(folder).glob("model-*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-10])
     fails(folder, rf"{re.escape(shard.name)} is damaged")
@@ -115,12 +115,12 @@ def test_a_damaged_shard(folder: Path) -> None:
         '{"weight_map": {"a": ""}}',
     ],
 )
-def test_an_index_that_is_not_one(content: str, folder: Path) -> None:
+def test_an_index_that_is_not_one_is_refused(content: str, folder: Path) -> None:
     (sharded(folder) / "model.safetensors.index.json").write_text(content)
     fails(folder, r"model\.safetensors\.index\.json")
 
 
-def test_a_tensor_that_the_index_promises_and_no_shard_holds(folder: Path) -> None:
+def test_a_tensor_that_the_index_promises_and_no_shard_holds_is_refused(folder: Path) -> None:
     shard = next(
         path for path in sharded(folder).glob("model-*.safetensors") if "h.1.ln_2" in str(load_file(path).keys())
     )
@@ -128,7 +128,7 @@ def test_a_tensor_that_the_index_promises_and_no_shard_holds(folder: Path) -> No
     fails(folder, r"lacks 2 tensors that the config implies: h\.1\.ln_2\.weight, h\.1\.ln_2\.bias$")
 
 
-def test_integers_in_segment_of_the_embedding(folder: Path) -> None:
+def test_integers_in_place_of_the_embedding_are_refused(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     embedding = torch.ones(300, 24, dtype=torch.int8)
     save_file({**tensors, "transformer.wte.weight": embedding}, folder / "model.safetensors")
@@ -199,7 +199,7 @@ def test_the_payload_would_run_if_it_were_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("write", [torch.save, write_old_format])
 @pytest.mark.parametrize("kept", [0.2, 0.9, 0.999])
-def test_a_truncated_pickle(kept: float, write: Any, folder: Path) -> None:
+def test_a_truncated_pickle_is_refused(kept: float, write: Any, folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     path = folder / "pytorch_model.bin"
     write(tiny_gpt2().state_dict(), path)
@@ -222,14 +222,14 @@ def test_code_in_one_of_several_pickles_is_not_run(folder: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("content", [b"", b"rubbish" * 20])
-def test_a_damaged_pickle(content: bytes, folder: Path) -> None:
+def test_a_damaged_pickle_is_refused(content: bytes, folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(content)
     fails(folder, r"pytorch_model\.bin is damaged")
 
 
 @pytest.mark.parametrize("content", [[torch.ones(2)], torch.ones(2), {"state_dict": {"a": torch.ones(2)}}, {"a": 3}])
-def test_a_pickle_of_something_else_than_tensors_by_name(content: Any, folder: Path) -> None:
+def test_a_pickle_of_something_else_than_tensors_by_name_is_refused(content: Any, folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save(content, folder / "pytorch_model.bin")
     fails(folder, r"pytorch_model\.bin")
@@ -238,39 +238,39 @@ def test_a_pickle_of_something_else_than_tensors_by_name(content: Any, folder: P
 # Configs
 
 
-def test_no_config(folder: Path) -> None:
+def test_a_folder_without_a_config_is_refused(folder: Path) -> None:
     (folder / "config.json").unlink()
     fails(folder, r"has no config\.json: it is not the folder of a checkpoint")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"not json", b"\xff\xfe\x00"])
-def test_a_config_that_is_not_json(content: bytes, folder: Path) -> None:
+def test_a_config_that_is_not_json_is_refused(content: bytes, folder: Path) -> None:
     (folder / "config.json").write_bytes(content)
     fails(folder, r"config\.json is not JSON")
 
 
-def test_a_config_that_is_no_object(folder: Path) -> None:
+def test_a_config_that_is_no_object_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text("[1, 2]")
     fails(folder, r"config\.json holds a list, not an object")
 
 
-def test_a_config_without_a_model_type(folder: Path) -> None:
+def test_a_config_without_a_model_type_is_refused(folder: Path) -> None:
     edit_config(folder, model_type=...)
     fails(folder, r"config\.json has no model_type")
 
 
-def test_a_config_with_a_model_type_that_transformers_does_not_know(folder: Path) -> None:
+def test_a_config_with_a_model_type_that_transformers_does_not_know_is_refused(folder: Path) -> None:
     edit_config(folder, model_type="gtp2")
     fails(folder, r"config\.json is not accepted by transformers.*gtp2")
 
 
 @pytest.mark.parametrize("architectures", [..., [], None])
-def test_a_config_that_names_no_architecture(architectures: Any, folder: Path) -> None:
+def test_a_config_that_names_no_architecture_is_refused(architectures: Any, folder: Path) -> None:
     edit_config(folder, architectures=architectures)
     fails(folder, "names 0 architectures")
 
 
-def test_a_config_that_names_two_architectures(folder: Path) -> None:
+def test_a_config_that_names_two_architectures_is_refused(folder: Path) -> None:
     edit_config(folder, architectures=["GPT2LMHeadModel", "GPT2Model"])
     fails(folder, "names 2 architectures")
 
@@ -291,33 +291,35 @@ def test_an_unknown_architecture_names_the_nearest(folder: Path) -> None:
         ({"n_inner": 100}, r"mlp\.c_fc\.weight has shape \(24, 96\)"),
     ],
 )
-def test_a_config_that_does_not_fit_the_weights_or_itself(changes: dict[str, Any], match: str, folder: Path) -> None:
+def test_a_config_that_does_not_fit_the_weights_or_itself_is_refused(
+    changes: dict[str, Any], match: str, folder: Path
+) -> None:
     edit_config(folder, **changes)
     fails(folder, match)
 
 
 @pytest.mark.parametrize("missing", ["n_layers", "d_model", "n_ctx"])
-def test_a_config_of_our_own_format_that_lacks_a_field(missing: str, own_folder: Path) -> None:
+def test_a_config_of_our_own_format_that_lacks_a_field_is_refused(missing: str, own_folder: Path) -> None:
     config = json.loads((own_folder / "config.json").read_text())["config"]
     del config[missing]
     edit_config(own_folder, config=config)
     fails(own_folder, rf"config\.json does not hold a whole config: the config lacks {missing}")
 
 
-def test_a_config_of_our_own_format_with_a_misspelt_field(own_folder: Path) -> None:
+def test_a_config_of_our_own_format_with_a_misspelt_field_is_refused(own_folder: Path) -> None:
     config = json.loads((own_folder / "config.json").read_text())["config"]
     edit_config(own_folder, config={**config, "n_head": 3})
     fails(own_folder, r"no field 'n_head'; did you mean 'n_heads'")
 
 
 @pytest.mark.parametrize("config", [..., None, [], 3])
-def test_a_config_of_our_own_format_that_holds_none(config: Any, own_folder: Path) -> None:
+def test_a_config_of_our_own_format_that_holds_none_is_refused(config: Any, own_folder: Path) -> None:
     edit_config(own_folder, config=config)
     fails(own_folder, r"config\.json does not hold a whole config")
 
 
 @pytest.mark.parametrize("processed", ["fold_ln", ["fold_nl"], [3], None])
-def test_a_list_of_processing_steps_that_is_none(processed: Any, own_folder: Path) -> None:
+def test_a_list_of_processing_steps_that_is_none_is_refused(processed: Any, own_folder: Path) -> None:
     edit_config(own_folder, processed=processed)
     fails(own_folder, r"config\.json.*processed")
 
@@ -326,16 +328,16 @@ def test_a_list_of_processing_steps_that_is_none(processed: Any, own_folder: Pat
 
 
 @pytest.mark.parametrize("first_n_layers", [-1, 4])
-def test_layers_that_are_not_there(first_n_layers: int, folder: Path) -> None:
+def test_layers_that_are_not_there_are_refused(first_n_layers: int, folder: Path) -> None:
     fails(folder, rf"first_n_layers={first_n_layers} is not in 0-3", first_n_layers=first_n_layers)
 
 
 @pytest.mark.parametrize("first_n_layers", [-1, 3])
-def test_layers_that_are_not_there_in_our_own_format(first_n_layers: int, own_folder: Path) -> None:
+def test_layers_that_are_not_there_in_our_own_format_are_refused(first_n_layers: int, own_folder: Path) -> None:
     fails(own_folder, rf"first_n_layers={first_n_layers} is not in 0-2", first_n_layers=first_n_layers)
 
 
-def test_a_context_longer_than_the_learned_positions(folder: Path, own_folder: Path) -> None:
+def test_a_context_longer_than_the_learned_positions_is_refused(folder: Path, own_folder: Path) -> None:
     fails(folder, "n_ctx=33 is more than the 32 positions this model has learned", n_ctx=33)
     fails(own_folder, "n_ctx=17 is more than the 16 positions this model has learned", n_ctx=17)
 
@@ -346,21 +348,21 @@ def test_the_longest_context_and_every_layer_may_be_asked_for(folder: Path) -> N
 
 
 @pytest.mark.parametrize("n_ctx", [0, -1])
-def test_a_context_of_no_length(n_ctx: int, folder: Path) -> None:
+def test_a_context_of_no_length_is_refused(n_ctx: int, folder: Path) -> None:
     with pytest.raises(ValueError, match=f"n_ctx is an integer of at least 1; got {n_ctx}"):
         HookedTransformer.from_pretrained(folder, n_ctx=n_ctx)
 
 
-def test_a_dtype_that_is_none(folder: Path) -> None:
+def test_a_dtype_that_is_none_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="dtype is a floating-point torch dtype or its name; got 'float23'"):
         HookedTransformer.from_pretrained(folder, dtype="float23")
 
 
-def test_a_file_in_segment_of_a_folder(folder: Path) -> None:
+def test_a_file_in_place_of_a_folder_is_refused(folder: Path) -> None:
     fails(folder / "config.json", r"config\.json is a file: give the folder")
 
 
-def test_a_damaged_tokenizer(folder: Path) -> None:
+def test_a_damaged_tokenizer_is_refused(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{")
     fails(folder, "no tokenizer")
 

@@ -94,7 +94,7 @@ def test_a_ratio_above_its_target_is_missed_and_bold() -> None:
 
 
 @pytest.mark.parametrize(("number", "text"), [(12.345, "12.35"), (0.5, "0.50"), (0.0333, "0.033"), (0.0004, "4.0e-04")])
-def test_figures_of_ratios(number: float, text: str) -> None:
+def test_a_small_ratio_keeps_two_digits(number: float, text: str) -> None:
     assert figure(number) == text
 
 
@@ -213,7 +213,9 @@ def test_bytes_are_a_result_of_their_own(tmp_path: Path) -> None:
         ({"x": torch.tensor([1.0, 2.0]), "y": torch.zeros(1)}, 0.0),
     ],
 )
-def test_differences(theirs: dict[str, torch.Tensor], difference: float) -> None:
+def test_values_that_are_missing_or_of_another_shape_differ_without_end(
+    theirs: dict[str, torch.Tensor], difference: float
+) -> None:
     assert largest_difference({"x": torch.tensor([1.0, 2.0])}, theirs) == difference
 
 

@@ -93,7 +93,9 @@ def test_fields_that_only_published_files_have_are_known() -> None:
     }
     for row_id, extra in published.items():
         architecture = row_named(row_id).architecture
-        checkpoint.read_family(family_of(architecture), fields_of(row_id, **extra), architecture)
+        family = family_of(architecture)
+        cfg, _ = checkpoint.read_family(family, fields_of(row_id, **extra), architecture)
+        assert cfg == checkpoint.read_family(family, fields_of(row_id), architecture)[0], row_id
 
 
 @torch.no_grad()

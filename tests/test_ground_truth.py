@@ -168,7 +168,7 @@ def test_the_stream_holds_each_token_and_the_one_before_it(previous: Head, induc
 
 
 @everywhere
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(drawn=st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=N_CTX - 1))
 def test_the_model_predicts_what_came_after_the_earlier_copies_of_the_token(
     previous: Head, induction: Head, drawn: list[int]

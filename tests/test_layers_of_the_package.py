@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import pytest
 
 import hooked_lm
 
@@ -30,9 +29,6 @@ ORDER = (
     *("training", "tasks", "evals", "experiments", "plotting", "demo", "__init__", "cli"),
 )
 RANK = {room: rank for rank, room in enumerate(ORDER)}
-
-# weight_conversion makes configs and weights; it knows the config's fields and the glossary, and nothing of the model.
-CONVERSION_MAY_IMPORT = {"hooked_lm.config", "hooked_lm.names", "weight_conversion"}
 
 FILES = sorted([*(ROOT / "hooked_lm").rglob("*.py"), *(ROOT / "weight_conversion").rglob("*.py")])
 MODULES = [path for path in FILES if path != ROOT / "hooked_lm" / "__init__.py"]
@@ -69,42 +65,59 @@ def imported(node: ast.AST) -> Iterator[str]:
 
 
 def imports_of(path: Path) -> set[str]:
-    return set(imported(ast.parse(path.read_text())))
+    return set(imported(parsed(path)))
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def offenders(paths: list[Path], wrong: Callable[[Path], set[str]]) -> dict[str, set[str]]:
+    """Return what is wrong in each of the modules in which something is."""
+    found = {dotted(path): wrong(path) for path in paths}
+    return {module: names for module, names in found.items() if names}
+
+
+def above(path: Path) -> set[str]:
+    """What a module imports from the rooms that come after its own."""
+    here = RANK[room(dotted(path))]
+    return {name for name in imports_of(path) if RANK.get(room(name), len(ORDER)) > here}
 
 
 def test_every_room_has_its_place_in_the_order() -> None:
+    assert len(MODULES) > 100
     assert {room(dotted(path)) for path in MODULES} <= set(RANK)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=dotted)
-def test_a_module_imports_only_from_the_rooms_above_it(path: Path) -> None:
-    here = room(dotted(path))
-    wrong = {name for name in imports_of(path) if RANK.get(room(name), len(ORDER)) > RANK[here]}
-    assert not wrong
+def test_a_module_imports_only_from_the_rooms_above_it() -> None:
+    assert offenders(MODULES, above) == {}
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if room(dotted(path)) == "weight_conversion"], ids=dotted)
-def test_weight_conversion_knows_the_config_and_nothing_of_the_model(path: Path) -> None:
-    wrong = {
-        name for name in imports_of(path) if name not in CONVERSION_MAY_IMPORT and room(name) != "weight_conversion"
-    }
-    assert not wrong
+def test_weight_conversion_knows_the_config_and_nothing_of_the_model() -> None:
+    conversion = [path for path in MODULES if room(dotted(path)) == "weight_conversion"]
+    known = {"hooked_lm.config", "hooked_lm.names"}
+
+    def of_the_model(path: Path) -> set[str]:
+        return {name for name in imports_of(path) - known if room(name) != "weight_conversion"}
+
+    assert conversion
+    assert offenders(conversion, of_the_model) == {}
 
 
-@pytest.mark.parametrize("path", FILES, ids=dotted)
-def test_nothing_imports_the_command_line(path: Path) -> None:
-    if not dotted(path).startswith("hooked_lm.cli"):
-        assert not {name for name in imports_of(path) if name.startswith("hooked_lm.cli")}
+def test_nothing_imports_the_command_line() -> None:
+    others = [path for path in FILES if not dotted(path).startswith("hooked_lm.cli")]
+    assert offenders(others, lambda path: {name for name in imports_of(path) if name.startswith("hooked_lm.cli")}) == {}
 
 
-@pytest.mark.parametrize("path", FILES, ids=dotted)
-def test_transformers_and_plotly_are_not_imported_when_a_module_is(path: Path) -> None:
-    if dotted(path).startswith("hooked_lm.plotting"):
-        return
-    at_top = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    sources = {alias.name for node in at_top if isinstance(node, ast.Import) for alias in node.names}
-    sources |= {node.module or "" for node in at_top if isinstance(node, ast.ImportFrom)}
-    assert not {source for source in sources if source.partition(".")[0] in {"transformers", "plotly", "pandas"}}
+def test_transformers_and_plotly_are_not_imported_when_a_module_is() -> None:
+    def heavy(path: Path) -> set[str]:
+        at_top = parsed(path).body
+        sources = {alias.name for node in at_top if isinstance(node, ast.Import) for alias in node.names}
+        sources |= {node.module or "" for node in at_top if isinstance(node, ast.ImportFrom)}
+        return {source for source in sources if source.partition(".")[0] in {"transformers", "plotly", "pandas"}}
+
+    assert offenders([path for path in FILES if not dotted(path).startswith("hooked_lm.plotting")], heavy) == {}
 
 
 def names_of_families(tree: ast.AST) -> set[str]:
@@ -126,13 +139,13 @@ def names_of_families(tree: ast.AST) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if dotted(path).startswith("hooked_lm")], ids=dotted)
-def test_no_architecture_is_looked_at_outside_weight_conversion(path: Path) -> None:
-    found = names_of_families(ast.parse(path.read_text()))
-    if room(dotted(path)) == "config" or dotted(path) == "hooked_lm.weights.initialization":
-        # "gpt2" is also the name of an init mode.
-        found.discard("gpt2")
-    assert not found
+def test_no_architecture_is_looked_at_outside_weight_conversion() -> None:
+    # "gpt2" is also the name of an init mode.
+    def families(path: Path) -> set[str]:
+        named_so = room(dotted(path)) == "config" or dotted(path) == "hooked_lm.weights.initialization"
+        return names_of_families(parsed(path)) - ({"gpt2"} if named_so else set())
+
+    assert offenders([path for path in MODULES if dotted(path).startswith("hooked_lm")], families) == {}
 
 
 def test_the_search_for_architectures_finds_one() -> None:

@@ -45,7 +45,7 @@ def test_even_odds_cost_the_log_of_the_vocabulary() -> None:
     assert loss == pytest.approx(math.log(20))
 
 
-def test_certainty_costs_nothing() -> None:
+def test_a_certain_prediction_costs_nothing() -> None:
     tokens = tiny_tokens()
     logits = torch.zeros(2, 7, 20, dtype=torch.float64)
     logits[:, :-1].scatter_(2, tokens[:, 1:, None], 1000.0)

@@ -57,7 +57,7 @@ SCORES: dict[str, tuple[Callable[..., Metric], Callable[[list[float], int], floa
     "accuracy": (accuracy, lambda row, answer: float(all(row[answer] >= score for score in row))),
 }
 
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=60)
 # Multiples of a half, so that ties are frequent and sums of two are exact.
 halves = st.integers(-20, 20).map(lambda one: one / 2)
 

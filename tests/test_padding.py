@@ -15,6 +15,7 @@ from tests.helpers import CORPUS, VOCAB, randomise_, tiny_config, tiny_model, ti
 EXACT = {"atol": 1e-10, "rtol": 0.0}
 TEXTS = [CORPUS[0], "Mary", CORPUS[2], "of Rome."]
 LENGTHS = (7, 3, 1, 6)
+SIDES = ("left", "right")
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "standard": {},
@@ -81,17 +82,20 @@ def ignore(x: Tensor, hook: object) -> None:
     """A hook that does nothing but listen, so that attention has to form its pattern."""
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_prompt_has_the_logits_it_has_alone(variant: str, side: str) -> None:
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+@every_variant
+def test_a_padded_prompt_has_the_logits_it_has_alone(variant: str) -> None:
     model = tiny_model(**VARIANTS[variant])
-    tokens, mask = padded(side)
-    assert_each_as_alone(model, model(tokens, attention_mask=mask), tokens, mask)
-    eager = model.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=[("blocks.*.attn.hook_pattern", ignore)])
-    assert_each_as_alone(model, eager, tokens, mask)
+    for side in SIDES:
+        tokens, mask = padded(side)
+        assert_each_as_alone(model, model(tokens, attention_mask=mask), tokens, mask)
+        eager = model.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=[("blocks.*.attn.hook_pattern", ignore)])
+        assert_each_as_alone(model, eager, tokens, mask)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@every_variant
 def test_without_the_mask_left_padding_would_change_the_logits(variant: str) -> None:
     model = tiny_model(**VARIANTS[variant])
     tokens, mask = padded("left")
@@ -100,56 +104,56 @@ def test_without_the_mask_left_padding_would_change_the_logits(variant: str) -> 
     assert difference.abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_what_stands_at_padding_does_not_matter(variant: str, side: str) -> None:
+@every_variant
+def test_what_stands_at_padding_does_not_matter(variant: str) -> None:
     model = tiny_model(**VARIANTS[variant])
-    tokens, mask = padded(side)
-    others = torch.where(mask.bool(), tokens, (tokens + 5) % 20)
-    real = mask.bool()
-    logits, other_logits = model(tokens, attention_mask=mask), model(others, attention_mask=mask)
-    torch.testing.assert_close(logits[real], other_logits[real], **EXACT)
+    for side in SIDES:
+        tokens, mask = padded(side)
+        others = torch.where(mask.bool(), tokens, (tokens + 5) % 20)
+        real = mask.bool()
+        logits, other_logits = model(tokens, attention_mask=mask), model(others, attention_mask=mask)
+        torch.testing.assert_close(logits[real], other_logits[real], **EXACT)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_nothing_in_a_padded_cache_is_nan(variant: str, side: str) -> None:
+@every_variant
+def test_nothing_in_a_padded_cache_is_nan(variant: str) -> None:
     model = tiny_model(**VARIANTS[variant])
-    tokens, mask = padded(side)
-    logits, cache = model.run_with_cache(tokens, attention_mask=mask)
-    assert [name for name, tensor in cache.items() if tensor.isnan().any()] == []
-    assert logits.isfinite().all()
-    # Of the masked scores alone an infinity is right.
-    infinite = {name for name, tensor in cache.items() if not tensor.isfinite().all()}
-    assert all(name.endswith("hook_attn_scores") for name in infinite)
-    loss = model(tokens, attention_mask=mask, return_type="loss")
-    loss.backward()
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    for side in SIDES:
+        tokens, mask = padded(side)
+        logits, cache = model.run_with_cache(tokens, attention_mask=mask)
+        assert [name for name, tensor in cache.items() if tensor.isnan().any()] == []
+        assert logits.isfinite().all()
+        # Of the masked scores alone an infinity is right.
+        infinite = {name for name, tensor in cache.items() if not tensor.isfinite().all()}
+        assert all(name.endswith("hook_attn_scores") for name in infinite)
+        model.zero_grad()
+        model(tokens, attention_mask=mask, return_type="loss").backward()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_gets_no_attention(variant: str, side: str) -> None:
+@every_variant
+def test_padding_gets_no_attention(variant: str) -> None:
     model = tiny_model(**VARIANTS[variant])
-    tokens, mask = padded(side)
-    _, cache = model.run_with_cache(tokens, attention_mask=mask, names_filter="blocks.*.attn.hook_pattern")
-    for pattern in cache.values():
-        torch.testing.assert_close(pattern.sum(-1), torch.ones_like(pattern[..., 0]), **EXACT)
-        for row in range(len(tokens)):
-            real = mask[row].bool()
-            assert pattern[row][:, real][:, :, ~real].abs().sum() == 0
+    for side in SIDES:
+        tokens, mask = padded(side)
+        _, cache = model.run_with_cache(tokens, attention_mask=mask, names_filter="blocks.*.attn.hook_pattern")
+        for pattern in cache.values():
+            torch.testing.assert_close(pattern.sum(-1), torch.ones_like(pattern[..., 0]), **EXACT)
+            for row in range(len(tokens)):
+                real = mask[row].bool()
+                assert pattern[row][:, real][:, :, ~real].abs().sum() == 0
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_gets_no_gradient_from_real_positions(variant: str, side: str) -> None:
+@every_variant
+def test_padding_gets_no_gradient_from_real_positions(variant: str) -> None:
     model = tiny_model(**VARIANTS[variant])
-    tokens, mask = padded(side)
-    residual = model(tokens, attention_mask=mask, stop_at_layer=0).detach().requires_grad_()
-    loss = model(residual, start_at_layer=0, tokens=tokens, attention_mask=mask, return_type="loss")
-    loss.backward()
-    assert residual.grad[~mask.bool()].abs().sum() == 0
-    assert residual.grad[0, 0].abs().sum() > 0
+    for side in SIDES:
+        tokens, mask = padded(side)
+        residual = model(tokens, attention_mask=mask, stop_at_layer=0).detach().requires_grad_()
+        loss = model(residual, start_at_layer=0, tokens=tokens, attention_mask=mask, return_type="loss")
+        loss.backward()
+        assert residual.grad[~mask.bool()].abs().sum() == 0
+        assert residual.grad[0, 0].abs().sum() > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
@@ -301,7 +305,7 @@ def test_a_batch_with_no_next_token_at_all_has_no_loss() -> None:
 # Holes
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@every_variant
 def test_a_prompt_with_masked_tokens_inside_is_the_prompt_without_them(variant: str) -> None:
     model = tiny_model(**VARIANTS[variant])
     tokens = tiny_tokens(3)

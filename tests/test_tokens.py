@@ -353,7 +353,7 @@ def test_residual_directions_of_tokens_that_do_not_exist_raise(token: int) -> No
 # Round trips
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.text(min_size=1, max_size=30))
 def test_text_to_tokens_to_text_is_the_text(text: str) -> None:
     tokens = MODEL.to_tokens(text, prepend_bos=False)[0]
@@ -365,7 +365,7 @@ def test_text_to_tokens_to_text_is_the_text(text: str) -> None:
     assert len(MODEL.to_str_tokens(text)) == len(with_bos)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=4),
     st.sampled_from(["left", "right"]),
@@ -381,7 +381,7 @@ def test_a_batch_holds_what_each_string_gives_alone(texts: list[str], side: Any,
         assert (row[:n_pads] if side == "left" else row[len(alone) :]).eq(BOS).all()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text(alphabet=st.characters(max_codepoint=127), max_size=30))
 def test_the_strings_of_the_tokens_of_ascii_text_join_to_it(text: str) -> None:
     assert "".join(MODEL.to_str_tokens(text)) == "<|endoftext|>" + text

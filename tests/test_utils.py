@@ -141,7 +141,7 @@ def test_composition_scores_are_norms_of_products_over_products_of_norms() -> No
     torch.testing.assert_close(utils.composition_scores(left, right), product.norm() / sizes)
 
 
-def test_shapes_of_matrices() -> None:
+def test_square_matrices_and_lower_triangular_ones_are_told_from_others() -> None:
     assert utils.is_square(torch.ones(3, 3))
     for other in (torch.ones(3, 4), torch.ones(3), torch.ones(3, 3, 3)):
         assert not utils.is_square(other)

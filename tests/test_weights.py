@@ -121,34 +121,27 @@ def rebuilt(cfg: HookedTransformerConfig, state: Weights) -> HookedTransformer:
 
 
 def preserves(kind: str, step: str) -> bool:
-    return STEPS[step].obstacle(model_of(kind).cfg) is None
+    return STEPS[step].obstacle(tiny_config(**KINDS[kind])) is None
 
 
-PRESERVING = [(kind, step) for kind in KINDS for step in STEPS if preserves(kind, step)]
+def preserving(kind: str) -> list[str]:
+    return [step for step in STEPS if preserves(kind, step)]
+
+
 OBSTRUCTED = [(kind, step) for kind in KINDS for step in STEPS if not preserves(kind, step)]
 
-
-@pytest.mark.parametrize(("kind", "step"), PRESERVING)
-def test_a_step_alone_leaves_the_log_probabilities_as_they_were(kind: str, step: str) -> None:
-    model = model_of(kind)
-    processed = rebuilt(*process(model.cfg, model.state_dict(), [step]))
-    assert (log_probabilities(processed) - log_probabilities(model)).abs().max().item() < EXACT
+every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_all_steps_together_leave_the_log_probabilities_as_they_were(kind: str) -> None:
-    model = model_of(kind)
-    plan = [step for step in STEPS if preserves(kind, step)]
-    processed = rebuilt(*process(model.cfg, model.state_dict(), plan))
-    assert (log_probabilities(processed) - log_probabilities(model)).abs().max().item() < EXACT
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_steps_preserve_log_probabilities_in_the_reverse_order_too(kind: str) -> None:
-    model = model_of(kind)
-    plan = [step for step in reversed(STEPS) if preserves(kind, step)]
-    processed = rebuilt(*process(model.cfg, model.state_dict(), plan))
-    assert (log_probabilities(processed) - log_probabilities(model)).abs().max().item() < EXACT
+@every_kind
+def test_each_step_and_all_of_them_in_either_order_leave_the_log_probabilities_as_they_were(kind: str) -> None:
+    model, steps = model_of(kind), preserving(kind)
+    before, errors = log_probabilities(model), {}
+    for plan in (*([step] for step in steps), steps, steps[::-1]):
+        processed = rebuilt(*process(model.cfg, model.state_dict(), plan))
+        errors[", ".join(plan)] = (log_probabilities(processed) - before).abs().max().item()
+    assert len(errors) >= 4
+    assert {plan: error for plan, error in errors.items() if not error < EXACT} == {}
 
 
 def test_the_obstacles_are_those_that_there_are() -> None:
@@ -177,19 +170,19 @@ def test_a_step_with_an_obstacle_would_change_the_log_probabilities(kind: str, s
     assert (log_probabilities(processed) - log_probabilities(model)).abs().max().item() > 1e-4
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("step", STEPS)
-def test_a_step_writes_to_nothing_it_is_given(kind: str, step: str) -> None:
-    if step == "refactor_factored_attn_matrices" and not preserves(kind, step):
-        return
+@every_kind
+def test_a_step_writes_to_nothing_it_is_given(kind: str) -> None:
     model = model_of(kind)
     state, cfg = model.state_dict(), model.cfg.replace()
     before = {name: value.clone() for name, value in state.items()}
     names = list(state)
-    process(cfg, state, [step])
-    assert list(state) == names
-    assert all(torch.equal(state[name], before[name]) for name in names)
-    assert cfg == model.cfg
+    for step in STEPS:
+        if step == "refactor_factored_attn_matrices" and not preserves(kind, step):
+            continue
+        process(cfg, state, [step])
+        assert list(state) == names, step
+        assert [name for name in names if not torch.equal(state[name], before[name])] == [], step
+        assert cfg == model.cfg, step
 
 
 # Each does what it says
@@ -380,17 +373,17 @@ def test_refactoring_raises_where_the_basis_of_a_head_is_fixed(kind: str, match:
         "norms on the stream",
     ],
 )
-@pytest.mark.parametrize("step", STEPS)
-def test_a_step_does_to_one_block_what_it_does_to_that_block_in_the_whole(kind: str, step: str) -> None:
-    if not preserves(kind, step) and step == "refactor_factored_attn_matrices":
-        return
+def test_a_step_does_to_one_block_what_it_does_to_that_block_in_the_whole(kind: str) -> None:
     model = model_of(kind)
-    whole_cfg, whole = process(model.cfg, model.state_dict(), [step])
     part = {name: value for name, value in model.state_dict().items() if name.startswith("blocks.1.")}
-    part_cfg, processed = process(model.cfg, part, [step])
-    assert part_cfg == whole_cfg
-    assert set(processed) == {name for name in whole if name.startswith("blocks.1.")}
-    assert all(torch.equal(value, whole[name]) for name, value in processed.items())
+    for step in STEPS:
+        if step == "refactor_factored_attn_matrices" and not preserves(kind, step):
+            continue
+        whole_cfg, whole = process(model.cfg, model.state_dict(), [step])
+        part_cfg, processed = process(model.cfg, part, [step])
+        assert part_cfg == whole_cfg, step
+        assert set(processed) == {name for name in whole if name.startswith("blocks.1.")}, step
+        assert [name for name, value in processed.items() if not torch.equal(value, whole[name])] == [], step
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -422,22 +415,20 @@ def test_dense_layers_among_mixtures_do_not_stack_and_say_where_to_look() -> Non
 # What is planned
 
 
-@pytest.mark.parametrize(("kind", "step"), PRESERVING)
-def test_a_step_that_preserves_the_function_is_planned_in_silence(kind: str, step: str) -> None:
-    assert plan_processing(model_of(kind).cfg, {name: name == step for name in STEPS}) == [step]
-
-
-@pytest.mark.parametrize(("kind", "step"), OBSTRUCTED)
-def test_a_step_that_would_change_the_function_is_left_out_and_warns_if_it_was_asked_for(kind: str, step: str) -> None:
-    with pytest.warns(UserWarning, match=f"{step} is left out, since it would change what the model computes"):
-        assert plan_processing(model_of(kind).cfg, {name: name == step for name in STEPS}) == []
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_by_default_what_preserves_the_function_is_planned_in_silence(kind: str) -> None:
-    steps = [step for step in STEPS if preserves(kind, step) and step != "refactor_factored_attn_matrices"]
-    assert plan_processing(model_of(kind).cfg, dict.fromkeys(STEPS)) == steps
-    assert plan_processing(model_of(kind).cfg, {}) == steps
+@every_kind
+def test_what_preserves_the_function_is_planned_in_silence_and_what_would_change_it_warns_if_asked_for(
+    kind: str,
+) -> None:
+    cfg = tiny_config(**KINDS[kind])
+    for step in STEPS:
+        asked = {name: name == step for name in STEPS}
+        if preserves(kind, step):
+            assert plan_processing(cfg, asked) == [step]
+            continue
+        with pytest.warns(UserWarning, match=f"{step} is left out, since it would change what the model computes"):
+            assert plan_processing(cfg, asked) == []
+    by_default = [step for step in preserving(kind) if step != "refactor_factored_attn_matrices"]
+    assert plan_processing(cfg, dict.fromkeys(STEPS)) == plan_processing(cfg, {}) == by_default
 
 
 def test_what_is_not_wanted_is_not_planned() -> None:

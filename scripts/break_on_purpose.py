@@ -1,0 +1,474 @@
+"""Break the library on purpose, one small fault at a time, and see whether the tests notice.
+
+`python -m scripts.break_on_purpose` makes each of the breakages below in a copy of the working tree and runs the tests
+that should fail there. It lists which of them do, and exits with 1 where none does: then a test is missing.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = "hooked_lm"
+TESTS_FAILED, ALL_PASSED = 1, 0
+
+app = typer.Typer(add_completion=False)
+
+
+class AnchorError(Exception):
+    """The code that a breakage changes is not where it was."""
+
+
+@dataclass(frozen=True)
+class Breakage:
+    """One fault.
+
+    Attributes:
+        name: what is broken, in words with hyphens.
+        file: the module, from the root of the repository.
+        anchor: a regular expression of the code that is changed, found once in that file.
+        broken: what stands there instead; `\\1` is the anchor's first group.
+        tests: the files under `tests` that should notice.
+    """
+
+    name: str
+    file: str
+    anchor: str
+    broken: str
+    tests: tuple[str, ...]
+
+    def applied(self, source: str) -> str:
+        """Return the module's source with the fault in it.
+
+        Raises:
+            AnchorError: the anchor is found nowhere, or in several places.
+        """
+        places = len(re.findall(self.anchor, source))
+        if places != 1:
+            raise AnchorError(
+                f"{self.name}: {self.file} has {places or 'no'} places like {self.anchor!r}. The code has changed: "
+                "give the breakage an anchor that is found once"
+            )
+        broken = re.sub(self.anchor, self.broken, source)
+        if broken == source:
+            raise AnchorError(f"{self.name}: the replacement changes nothing in {self.file}")
+        return broken
+
+
+COMPONENTS, ARCHITECTURES = "hooked_lm/components", ("test_architectures.py",)
+
+BREAKAGES = (
+    # Positions and masks
+    Breakage(
+        "rotary-turns-the-other-way",
+        f"{COMPONENTS}/positions.py",
+        r"torch\.cat\(\(-second, first\), -1\)",
+        "torch.cat((second, -first), -1)",
+        ARCHITECTURES,
+    ),
+    Breakage(
+        "rotary-neighbours-swapped",
+        f"{COMPONENTS}/positions.py",
+        r"\(-turning\[\.\.\., 1::2\], turning\[\.\.\., ::2\]\)",
+        "(-turning[..., ::2], turning[..., 1::2])",
+        ARCHITECTURES,
+    ),
+    Breakage(
+        "rotary-by-parts-keeps-what-it-should-slow",
+        f"{COMPONENTS}/positions.py",
+        r"keep \* frequencies \+ \(1 - keep\) \* frequencies / self\.factor",
+        "(1 - keep) * frequencies + keep * frequencies / self.factor",
+        ("test_rotary_scalings.py",),
+    ),
+    Breakage(
+        "longrope-changes-one-position-early",
+        f"{COMPONENTS}/positions.py",
+        r"lengths > self\.original_ctx",
+        "lengths >= self.original_ctx",
+        ("test_rotary_scalings.py",),
+    ),
+    Breakage(
+        "alibi-slopes-start-one-late",
+        f"{COMPONENTS}/positions.py",
+        r"2\.0 \*\* \(-8 \* \(i \+ 1\) / n\)",
+        "2.0 ** (-8 * (i + 2) / n)",
+        ARCHITECTURES,
+    ),
+    Breakage(
+        "window-is-one-position-shorter",
+        f"{COMPONENTS}/sequence.py",
+        r"there > here - window\)",
+        "there > here - window + 1)",
+        ARCHITECTURES,
+    ),
+    Breakage(
+        "causal-mask-shows-the-next-position",
+        f"{COMPONENTS}/sequence.py",
+        r"keys <= queries if causal",
+        "keys <= queries + 1 if causal",
+        ("test_architectures.py", "test_kv_cache.py"),
+    ),
+    Breakage(
+        "padding-counts-as-positions",
+        f"{COMPONENTS}/sequence.py",
+        r"self\.valid\.long\(\)\.cumsum\(-1\) - 1",
+        "torch.ones_like(self.valid).long().cumsum(-1) - 1",
+        ("test_padding.py",),
+    ),
+    Breakage(
+        "padding-is-looked-at",
+        f"{COMPONENTS}/sequence.py",
+        r"allowed & self\.valid\[:, None, None, :\]",
+        "allowed & torch.ones_like(self.valid)[:, None, None, :]",
+        ("test_padding.py",),
+    ),
+    Breakage(
+        "group-of-queries-reads-the-wrong-key-head",
+        f"{COMPONENTS}/attention.py",
+        r"\bk\.repeat_interleave\(group, (?:dim=)?2\)",
+        "k.repeat(1, 1, group, 1)",
+        ("test_architectures.py", "test_hook_sites.py"),
+    ),
+    # Norms and MLPs
+    Breakage(
+        "eps-outside-the-root",
+        f"{COMPONENTS}/norm.py",
+        r"\(exact\.square\(\)\.mean\(over, keepdim=True\) \+ self\.eps\)\.sqrt\(\)",
+        "exact.square().mean(over, keepdim=True).sqrt() + self.eps",
+        ("test_hook_sites.py", "test_architectures.py"),
+    ),
+    Breakage(
+        "norm-with-hooks-does-not-centre",
+        f"{COMPONENTS}/norm.py",
+        r"exact = exact - exact\.mean\(over, keepdim=True\)",
+        "exact = exact * 1.0",
+        ("test_hook_sites.py", "test_architectures.py"),
+    ),
+    Breakage(
+        "experts-weights-do-not-sum-to-one",
+        f"{COMPONENTS}/moe.py",
+        r"weights = weights / weights\.sum\(-1, keepdim=True\)",
+        "weights = weights / weights.amax(-1, keepdim=True)",
+        ("test_architectures.py", "test_experts.py"),
+    ),
+    # Weights
+    Breakage(
+        "gain-not-folded",
+        "hooked_lm/weights/processing.py",
+        r"W\.mul_\(gain\[:, None\]\)",
+        "W.mul_(torch.ones_like(gain)[:, None])",
+        ("test_weights.py",),
+    ),
+    Breakage(
+        "norms-bias-lost-in-folding",
+        "hooked_lm/weights/processing.py",
+        r"if bias is not None:",
+        "if bias is not None and norm == 'none':",
+        ("test_weights.py",),
+    ),
+    Breakage(
+        "writing-weights-centred-along-the-wrong-axis",
+        "hooked_lm/weights/processing.py",
+        r"value\.sub_\(value\.mean\(-1, keepdim=True\)\)",
+        "value.sub_(value.mean(0, keepdim=True))",
+        ("test_weights.py",),
+    ),
+    Breakage(
+        "value-biases-go-to-the-wrong-heads",
+        "hooked_lm/weights/processing.py",
+        r"b_V\.repeat_interleave\(W_O\.shape\[0\] // b_V\.shape\[0\], dim=0\)",
+        "b_V.repeat(W_O.shape[0] // b_V.shape[0], 1)",
+        ("test_weights.py",),
+    ),
+    Breakage(
+        "even-factors-are-not",
+        "hooked_lm/factored_matrix.py",
+        r"root = S\.sqrt\(\)",
+        "root = S",
+        ("test_factored_matrix.py",),
+    ),
+    Breakage(
+        "composition-counts-one-norm-twice",
+        "hooked_lm/factored_matrix.py",
+        r"sizes = left\.norm\(\) \* right\.norm\(\)",
+        "sizes = left.norm() * left.norm()",
+        ("test_factored_matrix.py", "test_composition.py"),
+    ),
+    # Checkpoints of HuggingFace
+    Breakage(
+        "gpt2-heads-and-dimensions-exchanged",
+        "weight_conversion/families/gpt2.py",
+        r'"\(head d_head\) d_model -> head d_head d_model"',
+        '"(d_head head) d_model -> head d_head d_model"',
+        ("test_gpt2_conversion.py",),
+    ),
+    Breakage(
+        "gate-and-up-projection-exchanged",
+        "weight_conversion/tables.py",
+        r"gate, up, down = \(f\"\{module\}\.\{name\}\" for name in names\)",
+        'up, gate, down = (f"{module}.{name}" for name in names)',
+        ("test_families.py", "-k", "certificate and (llama or gemma)"),
+    ),
+    Breakage(
+        "gemma-gains-without-the-one",
+        "weight_conversion/tables.py",
+        r"f\"\{target\}\.w\", add=add, again=again\)",
+        'f"{target}.w", again=again)',
+        ("test_families.py", "-k", "certificate and gemma"),
+    ),
+    # Text
+    Breakage(
+        "bos-at-the-end",
+        "hooked_lm/tokenization/functions.py",
+        r"\(start \+ encode\(tokenizer, one\)\)",
+        "(encode(tokenizer, one) + start)",
+        ("test_tokens.py",),
+    ),
+    Breakage(
+        "bos-taken-for-padding",
+        "hooked_lm/tokenization/functions.py",
+        r"padded = torch\.cat\(\(padded\[:, 1:\], torch\.zeros_like\(padded\[:, :1\]\)\), 1\) & padded",
+        "padded = padded & padded",
+        ("test_tokens.py", "test_padding.py"),
+    ),
+    # Loss, metrics, decoding
+    Breakage(
+        "loss-predicts-the-token-itself",
+        "hooked_lm/losses.py",
+        r"tokens\[:, 1:\]\.flatten\(\)",
+        "tokens[:, :-1].flatten()",
+        ("test_losses.py",),
+    ),
+    Breakage(
+        "loss-counts-predictions-of-padding",
+        "hooked_lm/losses.py",
+        r"\(attention_mask\[:, :-1\] \* attention_mask\[:, 1:\]\)",
+        "(attention_mask[:, :-1])",
+        ("test_losses.py",),
+    ),
+    Breakage(
+        "logit-difference-adds",
+        "hooked_lm/metrics.py",
+        r"read\[\.\.\., 0\] - read\[\.\.\., 1\]",
+        "read[..., 0] + read[..., 1]",
+        ("test_metrics.py",),
+    ),
+    Breakage(
+        "kl-divergence-the-wrong-way-round",
+        "hooked_lm/metrics.py",
+        r"wanted\.exp\(\) \* \(wanted - read\.log_softmax\(-1\)\)",
+        "read.softmax(-1) * (read.log_softmax(-1) - wanted)",
+        ("test_metrics.py",),
+    ),
+    Breakage(
+        "rank-counts-the-answer-itself",
+        "hooked_lm/metrics.py",
+        r"read > _pick\(read, column\)",
+        "read >= _pick(read, column)",
+        ("test_metrics.py",),
+    ),
+    Breakage(
+        "frequency-penalty-is-a-bonus",
+        "hooked_lm/generation/decoding.py",
+        r"logits - self\.freq_penalty \* counts",
+        "logits + self.freq_penalty * counts",
+        ("test_generation.py",),
+    ),
+    Breakage(
+        "nucleus-leaves-out-the-token-that-fills-it",
+        "hooked_lm/generation/decoding.py",
+        r"\.cumsum\(-1\)\.roll\(1, -1\)",
+        ".cumsum(-1)",
+        ("test_generation.py",),
+    ),
+    Breakage(
+        "finished-prompts-go-on",
+        "hooked_lm/generation/decoding.py",
+        r"torch\.where\(finished, ends\[0\], chosen\)",
+        "torch.where(finished & False, ends[0], chosen)",
+        ("test_generation.py",),
+    ),
+    # Caches
+    Breakage(
+        "frozen-cache-remembers-its-mask",
+        "hooked_lm/kv_cache.py",
+        r"if not self\.frozen:\n",
+        "if True:\n",
+        ("test_kv_cache.py",),
+    ),
+    Breakage(
+        "rewound-cache-keeps-a-position",
+        "hooked_lm/kv_cache.py",
+        r"self\._length = min\(length, self\._length\)",
+        "self._length = min(length + 1, self._length)",
+        ("test_kv_cache.py", "test_bad_input.py"),
+    ),
+    Breakage(
+        "grown-cache-stays-in-the-graph",
+        "hooked_lm/kv_cache.py",
+        r"buffer\[:, : self\._length\]\.detach\(\)",
+        "buffer[:, : self._length]",
+        ("test_kv_cache.py",),
+    ),
+    Breakage(
+        "components-of-the-stream-are-not-centred",
+        "hooked_lm/activation_cache/decomposition.py",
+        r"residual_stack = residual_stack - residual_stack\.mean\(-1, keepdim=True\)",
+        "residual_stack = residual_stack * 1.0",
+        ("test_activation_cache.py",),
+    ),
+    # Hooks, interventions, sweeps
+    Breakage(
+        "removed-hook-stays",
+        "hooked_lm/hooks/point.py",
+        r"handles\.remove\(self\)",
+        "pass",
+        ("test_hooks.py",),
+    ),
+    Breakage(
+        "reset-removes-permanent-hooks",
+        "hooked_lm/hooks/point.py",
+        r"\w+\.is_permanent and not including_permanent",
+        "False",
+        ("test_hooks.py",),
+    ),
+    Breakage(
+        "intervention-forgets-what-was-read-before",
+        "hooked_lm/interventions/intervention.py",
+        r"else one - n_past for one in entries",
+        "else one for one in entries",
+        ("test_interventions.py",),
+    ),
+    Breakage(
+        "sweep-reads-the-wrong-position",
+        "hooked_lm/sweep/engine.py",
+        r"% self\.tokens\.shape\[1\] - group\.start\]",
+        "% self.tokens.shape[1] - group.start - 1]",
+        ("test_sweep.py",),
+    ),
+    Breakage(
+        "sweep-starts-from-another-position",
+        "hooked_lm/sweep/walk.py",
+        r"self\._entering\(cell\)\[:, group\.start :\]",
+        "self._entering(cell).roll(1, 1)[:, group.start :]",
+        ("test_sweep.py",),
+    ),
+)
+
+
+def copy_of_the_tree(folder: Path) -> Path:
+    """Copy what git tracks or would add into a folder, and return the folder."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def failing(folder: Path, tests: tuple[str, ...]) -> list[str]:
+    """Return the first few tests that fail in a copy of the tree; none if all pass.
+
+    Raises:
+        RuntimeError: they could not be run.
+    """
+    files = [f"tests/{name}" if name.endswith(".py") else name for name in tests]
+    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=3", "-p", "no:cacheprovider", "--tb=no", *files]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode == ALL_PASSED:
+        return []
+    failed = re.findall(r"^FAILED (?:tests/)?(.+?)(?: - .*)?$", done.stdout, flags=re.MULTILINE)
+    if done.returncode != TESTS_FAILED or not failed:
+        raise RuntimeError(f"the tests do not run: {' '.join(command)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    return failed
+
+
+def check_copy(folder: Path) -> None:
+    """Check that the tests of a copy are tests of the copy.
+
+    Raises:
+        RuntimeError: they would import the library from elsewhere.
+    """
+    code = f"import {LIBRARY}; print({LIBRARY}.__file__)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    if not Path(found.stdout.strip()).is_relative_to(folder):
+        raise RuntimeError(f"the tests in {folder} would import {found.stdout.strip()}")
+
+
+def noticed_by(breakage: Breakage, everything: bool) -> list[str]:
+    """Return the first few tests that fail when something is broken, those that should first."""
+    with tempfile.TemporaryDirectory(prefix="broken-") as temporary:
+        folder = copy_of_the_tree(Path(temporary).resolve())
+        check_copy(folder)
+        path = folder / breakage.file
+        path.write_text(breakage.applied(path.read_text()))
+        return failing(folder, breakage.tests) or (failing(folder, ()) if everything else [])
+
+
+def tried(breakage: Breakage, everything: bool) -> tuple[list[str], str]:
+    """Return which tests notice a breakage, and what to say if none does."""
+    try:
+        return noticed_by(breakage, everything), "NOT NOTICED"
+    except RuntimeError as error:
+        return [], f"NOT TRIED: {error}"
+
+
+@app.command()
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help="Breakages to try; all of them by default.")] = None,
+    show: Annotated[bool, typer.Option("--list", help="Name the breakages and stop.")] = False,
+    control: Annotated[bool, typer.Option(help="First see that the same tests pass when nothing is broken.")] = True,
+    everything: Annotated[bool, typer.Option(help="Run all tests where those that should notice do not.")] = False,
+    at_once: Annotated[int, typer.Option(min=1, help="How many are tried at the same time.")] = 2,
+) -> None:
+    """Break the library, one fault at a time, and list which tests notice."""
+    by_name = {breakage.name: breakage for breakage in BREAKAGES}
+    unknown = sorted(set(names or ()) - set(by_name))
+    if unknown:
+        raise typer.BadParameter(f"no breakage is named {', '.join(unknown)}; --list names them")
+    chosen = [by_name[name] for name in names] if names else list(BREAKAGES)
+    for breakage in chosen:
+        breakage.applied((ROOT / breakage.file).read_text())
+        if show:
+            print(f"{breakage.name}  ({breakage.file})")
+    if show:
+        return
+    with ThreadPoolExecutor(at_once) as pool:
+        if control:
+            with tempfile.TemporaryDirectory(prefix="whole-") as temporary:
+                whole = copy_of_the_tree(Path(temporary).resolve())
+                check_copy(whole)
+                groups = sorted({breakage.tests for breakage in chosen})
+                failed = [test for tests in pool.map(lambda group: failing(whole, group), groups) for test in tests]
+            if failed:
+                print("these fail when nothing is broken:", *failed, sep="\n  ")
+                raise typer.Exit(1)
+        missed = 0
+        for breakage, (found, trouble) in zip(
+            chosen, pool.map(lambda one: tried(one, everything), chosen), strict=True
+        ):
+            missed += not found
+            print(f"{breakage.name}: {'noticed by' if found else trouble}", *found, sep="\n  ", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} were noticed")
+    if missed:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()
