@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 from torch import Tensor, nn
 
 from hooked_lm.components import Embed, PosEmbed, TransformerBlock, Unembed
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.hooks import HookFunction, HookHandle, HookPoint, HookSpec
+from hooked_lm.hooks import HookFunction, HookHandle, HookPoint, HookSpec, ModelOutput
 from hooked_lm.interventions import Intervention
 from hooked_lm.tokenization import Prompts, Tokenizer
+
+if TYPE_CHECKING:
+    from hooked_lm.activation_cache import ActivationCache
 
 
 class HookedModel(Protocol):
@@ -51,15 +54,23 @@ class HookedModel(Protocol):
     @property
     def b_U(self) -> Tensor: ...
 
-    # Running. What comes back depends on `return_type` and `return_cache_object`, which no annotation can follow.
+    # Running. Any: the options are named parameters of the model's methods, each of its own type.
 
-    def __call__(self, input: Prompts, **options: Any) -> Any: ...
+    def __call__(self, input: Prompts, **options: Any) -> ModelOutput: ...
 
-    def run(self, input: Prompts, *, interventions: Sequence[Intervention] = (), **options: Any) -> Any: ...
+    def run(self, input: Prompts, *, interventions: Sequence[Intervention] = (), **options: Any) -> ModelOutput: ...
 
-    def run_with_hooks(self, input: Prompts, **options: Any) -> Any: ...
+    def run_with_hooks(self, input: Prompts, **options: Any) -> ModelOutput: ...
 
-    def run_with_cache(self, input: Prompts, **options: Any) -> tuple[Any, Any]: ...
+    @overload
+    def run_with_cache(
+        self, input: Prompts, *, return_cache_object: Literal[True] = True, **options: Any
+    ) -> tuple[ModelOutput, ActivationCache]: ...
+
+    @overload
+    def run_with_cache(
+        self, input: Prompts, *, return_cache_object: Literal[False], **options: Any
+    ) -> tuple[ModelOutput, dict[str, Tensor]]: ...
 
     def logits_of(self, residual: Tensor, logits_to_keep: int | slice | Tensor | None = None) -> Tensor: ...
 
@@ -79,7 +90,7 @@ class HookedModel(Protocol):
 
     def hooks(
         self, fwd_hooks: Sequence[HookSpec] = (), bwd_hooks: Sequence[HookSpec] = ()
-    ) -> AbstractContextManager[Any]: ...
+    ) -> AbstractContextManager[object]: ...
 
     def attached(self, handles: Sequence[HookHandle]) -> AbstractContextManager[None]: ...
 
@@ -95,7 +106,7 @@ class HookedModel(Protocol):
 
     def only_hooks(self, handles: Iterable[HookHandle]) -> AbstractContextManager[None]: ...
 
-    def intervening(self, interventions: Sequence[Intervention]) -> AbstractContextManager[Any]: ...
+    def intervening(self, interventions: Sequence[Intervention]) -> AbstractContextManager[object]: ...
 
     # Text
 

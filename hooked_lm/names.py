@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 
 __all__ = [
     "AXES",
+    "ActivationKey",
     "NamesFilter",
     "UnknownHookError",
     "describe_unknown",
@@ -39,6 +40,8 @@ AXES: dict[str, str] = {
 }
 
 NamesFilter = None | str | Iterable[str] | Callable[[str], bool]
+# One activation: a hook name, or the arguments of `get_act_name`, `("z", 3)`.
+ActivationKey = str | tuple[str | int | None, ...]
 
 # Where a short name lives inside a block.
 _BLOCK_SITES = [

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_lm import tokenization
+from hooked_lm._support.plain_data import PlainData
 from hooked_lm.activation_cache.recording import Caching
 from hooked_lm.components import Embed, PosEmbed, SequenceLayout, TransformerBlock, Unembed
 from hooked_lm.components.norm import NoNorm, make_norm
@@ -32,6 +33,7 @@ from hooked_lm.weights.views import WeightViews
 
 ReturnType = Literal["logits", "loss", "both"] | None
 ModelInput = Prompts
+Output = Tensor | tuple[Tensor, Tensor] | None
 
 
 class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
@@ -49,7 +51,7 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
 
     def __init__(
         self,
-        cfg: HookedTransformerConfig | dict[str, Any],
+        cfg: HookedTransformerConfig | PlainData,
         tokenizer: Tokenizer | None = None,
         move_to_device: bool = True,
         default_padding_side: Literal["left", "right"] | None = None,
@@ -91,7 +93,7 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
         """The architecture. What the forward pass computes with is what this says.
 
         Fields that act when they are changed may be assigned: the soft caps, `attention_dir`, `n_ctx`, dtype, device
-        and the defaults of tokens. Any other assignment raises and says how to build the model anew.
+        and the defaults of tokens. Every other assignment raises and says how to build the model anew.
         """
         return self._cfg
 
@@ -113,7 +115,7 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
 
         self._cfg.lock(moved)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: PlainData) -> None:
         # A copy of a config is free; a copy of the model has one of its own to lock.
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._lock_config()
@@ -133,7 +135,7 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
         stop_at_layer: int | None = None,
         past_kv_cache: HookedTransformerKeyValueCache | None = None,
         logits_to_keep: int | slice | Tensor | None = None,
-    ) -> Any:
+    ) -> Output:
         """Run the model.
 
         Args:
@@ -181,7 +183,7 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
         logits_to_keep: int | slice | Tensor | None,
         return_type: ReturnType,
         loss_per_token: bool,
-    ) -> Any:
+    ) -> Output:
         """Run embedding, blocks and unembedding, or those of them that were asked for."""
         prompt, residual, shortformer_pos = self._entered(prompt)
         for layer, block in enumerate(islice(self.blocks, start, stop), start):
@@ -207,7 +209,7 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
 
     def _output(
         self, logits: Tensor, tokens: Tensor | None, mask: Tensor | None, return_type: ReturnType, per_token: bool
-    ) -> Any:
+    ) -> Output:
         if return_type is None:
             return None
         if return_type == "logits":
@@ -464,7 +466,7 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
 
     # Housekeeping
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keep the config's dtype and device true after `.to()`, `.half()`, `.cuda()` and their like."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if hasattr(self, "unembed"):

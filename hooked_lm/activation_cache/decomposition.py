@@ -9,11 +9,11 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_lm.activation_cache.mapping import CachedActivations, CacheKey
+from hooked_lm.activation_cache.mapping import CachedActivations
 from hooked_lm.components.norm import NoNorm, Norm
 from hooked_lm.components.stock import not_stock, require_stock
 from hooked_lm.hooks import without_hooks
-from hooked_lm.names import UnknownHookError, get_act_name
+from hooked_lm.names import ActivationKey, UnknownHookError, get_act_name
 from hooked_lm.slicing import Slice
 
 Stack = Float[Tensor, "component *batch_and_pos d_model"]
@@ -68,7 +68,7 @@ class ActivationCache(CachedActivations):
         n_layers = self.model.cfg.n_layers
         if mlp_input and last == n_layers:
             raise ValueError("mlp_input needs a layer whose MLP is meant: the end of the model has none")
-        keys: list[tuple[str, CacheKey]] = []
+        keys: list[tuple[str, ActivationKey]] = []
         for depth in range(last + 1):
             if depth == n_layers:
                 keys.append(("final_post", ("resid_post", n_layers - 1)))
@@ -115,7 +115,7 @@ class ActivationCache(CachedActivations):
                 "no sum of what the layers write; accumulated_resid gives the stream at every layer"
             )
         last = self._final(layer)
-        keys: list[tuple[str, CacheKey]] = self._embedding_keys() if incl_embeds else []
+        keys: list[tuple[str, ActivationKey]] = self._embedding_keys() if incl_embeds else []
         for depth in range(last + int(mlp_input)):
             if mode != "mlp":
                 keys.append((f"{depth}_attn_out", ("attn_out", depth)))
@@ -128,8 +128,8 @@ class ActivationCache(CachedActivations):
             stack = self.apply_ln_to_stack(stack, layer, mlp_input, positions)
         return (stack, [label for label, _ in keys]) if return_labels else stack
 
-    def _embedding_keys(self) -> list[tuple[str, CacheKey]]:
-        keys: list[tuple[str, CacheKey]] = [("embed", "hook_embed")]
+    def _embedding_keys(self) -> list[tuple[str, ActivationKey]]:
+        keys: list[tuple[str, ActivationKey]] = [("embed", "hook_embed")]
         # Shortformer's positions never enter the stream.
         if self.model.cfg.positional_embedding_type == "standard":
             keys.append(("pos_embed", "hook_pos_embed"))
@@ -460,8 +460,8 @@ class ActivationCache(CachedActivations):
     def logit_attrs(
         self,
         residual_stack: Stack,
-        tokens: Any,
-        incorrect_tokens: Any = None,
+        tokens: str | int | Tensor,
+        incorrect_tokens: str | int | Tensor | None = None,
         pos_slice: object = None,
         batch_slice: object = None,
         has_batch_dim: bool = True,

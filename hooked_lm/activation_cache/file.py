@@ -9,12 +9,14 @@ import json
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from hooked_lm._support.files import explained, whole_file
+from hooked_lm._support.plain_data import PlainData
 from hooked_lm._support.torch_internals import memory_reference, times_written
 
 _TYPES = {
@@ -34,7 +36,7 @@ _PADDING = "padding {}"
 # Of one entry, besides its name: type, a shape of few axes and two offsets, with what JSON puts around them.
 _ENTRY = 160
 
-Memory = tuple[Any, ...]
+Memory = tuple[object, ...]
 
 
 def memory_of(tensor: Tensor) -> Memory:
@@ -67,7 +69,7 @@ class Offloading(dict[str, Tensor]):
         # Of each name: its entry, one of padding before it, its place in the order, and a name it is the same as.
         self._room = 1024 + sum(3 * length + 2 * _ENTRY for length in lengths) + len(lengths) * max(lengths, default=0)
         self._room += -self._room % _LENGTH
-        self._table: dict[str, Any] = {}
+        self._table: PlainData = {}
         self._order: dict[str, None] = {}
         self._aliases: dict[str, str] = {}
         self._written: dict[Memory, str] = {}
@@ -82,8 +84,10 @@ class Offloading(dict[str, Tensor]):
             self._exit = stack.pop_all()
         return self
 
-    def __exit__(self, *error: Any) -> Any:
-        return self._exit.__exit__(*error)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._exit.__exit__(kind, error, traceback)
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         if name in self._order:
@@ -110,7 +114,7 @@ class Offloading(dict[str, Tensor]):
             self._file.write(data.data)
         self._at = end
 
-    def _finish(self, error: Any, *rest: Any) -> None:
+    def _finish(self, error: type[BaseException] | None, *_: object) -> None:
         """Write the table, if nothing has gone wrong."""
         if error is not None:
             return
@@ -127,5 +131,5 @@ class Offloading(dict[str, Tensor]):
             self._file.write(self._room.to_bytes(_LENGTH, "little") + table.ljust(self._room))
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)

@@ -3,39 +3,49 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, MutableMapping, ValuesView
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, MutableMapping, Sequence, ValuesView
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, Self, cast
+from typing import Protocol, Self, cast
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from hooked_lm._support.torch_internals import memory_reference
 from hooked_lm.activation_cache.file import Memory, Offloading, memory_of
 from hooked_lm.activation_cache.lazy import LazyActivations
+from hooked_lm.components import TransformerBlock
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.names import NamesFilter, UnknownHookError, describe_unknown, get_act_name, is_pattern, select_names
+from hooked_lm.hooks import HookPoint
+from hooked_lm.names import (
+    ActivationKey,
+    NamesFilter,
+    UnknownHookError,
+    describe_unknown,
+    get_act_name,
+    is_pattern,
+    select_names,
+)
 from hooked_lm.slicing import Slice
-
-CacheKey = str | tuple[Any, ...]
 
 
 class CacheModel(Protocol):
-    """What a cache needs of the model it came from."""
+    """The part of a model that a cache reads."""
 
     cfg: HookedTransformerConfig
-    blocks: Any
-    hook_dict: dict[str, Any]
-    ln_final: Any
+    hook_dict: dict[str, HookPoint]
+    ln_final: nn.Module
 
-    def tokens_to_residual_directions(self, tokens: Any) -> Tensor: ...
+    @property
+    def blocks(self) -> Sequence[TransformerBlock]: ...
+
+    def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Tensor: ...
 
     def accumulated_bias(self, layer: int, mlp_input: bool, include_mlp_biases: bool) -> Tensor: ...
 
 
-class CachedActivations(Mapping[Any, Tensor]):
+class CachedActivations(Mapping[str, Tensor]):
     """A mapping from names to tensors. Names may be short: `cache["q", 3]`, `cache["scale", 4, "ln1"]`, `cache["k2a"]`.
 
     Attributes:
@@ -49,7 +59,7 @@ class CachedActivations(Mapping[Any, Tensor]):
         self.model = model
         self.has_batch_dim = has_batch_dim
 
-    def full_name(self, key: CacheKey) -> str:
+    def full_name(self, key: ActivationKey) -> str:
         """Return the hook name that a key stands for; negative layers count from the last.
 
         Raises:
@@ -65,7 +75,7 @@ class CachedActivations(Mapping[Any, Tensor]):
         except (ValueError, TypeError) as error:
             raise UnknownHookError(f"{key!r} names no activation: {error}") from error
 
-    def __getitem__(self, key: CacheKey) -> Tensor:
+    def __getitem__(self, key: ActivationKey) -> Tensor:
         name = self.full_name(key)
         if name in self.cache_dict:
             return self.cache_dict[name]
@@ -98,7 +108,7 @@ class CachedActivations(Mapping[Any, Tensor]):
         """Return the tensors; of a lazy cache, computed block by block."""
         return self.cache_dict.values()
 
-    def prefetch(self, names: NamesFilter | Iterable[CacheKey]) -> Self:
+    def prefetch(self, names: NamesFilter | Iterable[ActivationKey]) -> Self:
         """Compute activations of a lazy cache, each block once, and hold them. Returns this cache.
 
         A full cache holds everything, and is only checked for them.
@@ -188,7 +198,7 @@ class CachedActivations(Mapping[Any, Tensor]):
         """Turn gradients on or off for all of torch: caches of long runs with gradients keep whole graphs alive."""
         torch.set_grad_enabled(mode)
 
-    def _read(self, keys: Iterable[CacheKey]) -> list[Tensor]:
+    def _read(self, keys: Iterable[ActivationKey]) -> list[Tensor]:
         """The tensors of several keys; of a lazy cache each block is run once for all of them."""
         names = [self.full_name(key) for key in keys]
         if not isinstance(self.cache_dict, LazyActivations) or not all(name in self.cache_dict for name in names):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -19,11 +19,29 @@ from torch.amp.autocast_mode import is_autocast_available
 
 from hooked_lm._support.torch_internals import times_written
 from hooked_lm.hooked_model import HookedModel
-from hooked_lm.hooks import HookHandle, HookPoint, carries_run
+from hooked_lm.hooks import HookHandle, HookPoint, ModelOutput, carries_run
+from hooked_lm.kv_cache import HookedTransformerKeyValueCache
 from hooked_lm.names import layer_of
+from hooked_lm.tokenization import PaddingSide, Prompts
 
 Segment = int | str
 Fingerprint = tuple[tuple[int, int], ...]
+
+
+class ForwardCall(TypedDict):
+    """The arguments of a call of `HookedTransformer.forward`, by name."""
+
+    input: Prompts
+    return_type: str | None
+    loss_per_token: bool
+    prepend_bos: bool | None
+    padding_side: PaddingSide | None
+    start_at_layer: int | None
+    tokens: Tensor | None
+    attention_mask: Tensor | None
+    stop_at_layer: int | None
+    past_kv_cache: HookedTransformerKeyValueCache | None
+    logits_to_keep: int | slice | Tensor | None
 
 
 def segment_of(name: str) -> Segment:
@@ -34,7 +52,7 @@ def segment_of(name: str) -> Segment:
     return "final" if name.startswith(("ln_final.", "unembed.")) else "embed"
 
 
-def fingerprint(model: HookedModel, *kept: Mapping[Any, Tensor]) -> Fingerprint:
+def fingerprint(model: HookedModel, *kept: Mapping[int, Tensor] | Mapping[str, Tensor]) -> Fingerprint:
     """Return where each parameter and kept tensor is, and how often it was written to: what changes when they do."""
     tensors = [*model.parameters(), *(one for tensors in kept for one in tensors.values())]
     return tuple((one.data_ptr(), times_written(one)) for one in tensors)
@@ -65,7 +83,7 @@ class ReplayableRun:
     residuals: dict[int, Tensor]
     edits: dict[str, Tensor]
     ends: bool
-    logits_to_keep: Any
+    logits_to_keep: int | slice | Tensor | None
     autocast: tuple[bool, torch.dtype | None]
     fingerprint: Fingerprint
 
@@ -166,11 +184,11 @@ class ReplayableRun:
 
     # A copy has its own tensors in other places.
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         self.check()
         return {name: value for name, value in self.__dict__.items() if name != "fingerprint"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self.__dict__["fingerprint"] = fingerprint(self.model, self.residuals, self.edits)
 
@@ -208,8 +226,8 @@ def _agree(left: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
 
 
 def record_run(
-    model: HookedModel, call: dict[str, Any], device: torch.device | str | None, clear_contexts: bool = False
-) -> tuple[Any, ReplayableRun]:
+    model: HookedModel, call: ForwardCall, device: torch.device | str | None, clear_contexts: bool = False
+) -> tuple[ModelOutput, ReplayableRun]:
     """Run a model and keep what its parts can be run again from; return its output and what is kept.
 
     Args:
@@ -223,7 +241,7 @@ def record_run(
         RuntimeError: hooks were added or removed during the run.
     """
     _check_keepable(model, call)
-    call = dict(call)
+    call = call.copy()
     tokens, mask = _what_is_read(model, call)
     first, last = model.layer_range(call["start_at_layer"], call["stop_at_layer"])
     streams = {layer: f"blocks.{layer}.hook_resid_pre" for layer in range(first, last)}
@@ -231,14 +249,14 @@ def record_run(
     if first < last:
         streams[last] = f"blocks.{last - 1}.hook_resid_post"
     elif call["start_at_layer"] is not None:
-        residuals[first] = call["input"].detach().clone()
+        residuals[first] = cast(Tensor, call["input"]).detach().clone()
     keep = call["logits_to_keep"]
     edited = [name for name, point in model.hook_dict.items() if _may_change(point)]
-    seen, edits = _recorded(model, call, list(streams.values()), edited, device, clear_contexts)
+    output, seen, edits = _recorded(model, call, list(streams.values()), edited, device, clear_contexts)
     residuals |= {layer: seen[name] for layer, name in streams.items()}
     kind = model.W_E.device.type
     autocast = is_autocast_available(kind)
-    return seen["output"], ReplayableRun(
+    return output, ReplayableRun(
         model=model,
         first=first,
         last=last,
@@ -253,7 +271,7 @@ def record_run(
     )
 
 
-def _check_keepable(model: HookedModel, call: dict[str, Any]) -> None:
+def _check_keepable(model: HookedModel, call: ForwardCall) -> None:
     if call["past_kv_cache"] is not None:
         raise ValueError("a key-value cache moves on after the run, so a lazy cache cannot be computed from it")
 
@@ -265,14 +283,14 @@ def _may_change(point: HookPoint) -> bool:
 
 def _recorded(
     model: HookedModel,
-    call: dict[str, Any],
+    call: ForwardCall,
     streams: Sequence[str],
     edited: Sequence[str],
     device: torch.device | str | None,
     clear_contexts: bool,
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Run, and return the streams and the output by name, and what hooks have changed."""
-    seen: dict[str, Any] = {}
+) -> tuple[ModelOutput, dict[str, Tensor], dict[str, Tensor]]:
+    """Run, and return the output; the streams by name; and, by name, the activations that hooks have changed."""
+    seen: dict[str, Tensor] = {}
     before: dict[str, Tensor] = {}
     edits: dict[str, Tensor] = {}
 
@@ -293,7 +311,7 @@ def _recorded(
         handle.attach(prepend=True)
     try:
         with model.attached(model.recording_handles([(n, keep) for n in {*streams, *edited}], (), this_thread=True)):
-            seen["output"] = model(**call)
+            output = model(**call)
     finally:
         for handle in looking:
             handle.remove()
@@ -301,7 +319,7 @@ def _recorded(
             model.clear_contexts()
     if handles != _acting(model):
         raise RuntimeError("hooks were added or removed while the model ran, which a lazy cache cannot follow")
-    return seen, edits
+    return output, seen, edits
 
 
 def _acting(model: HookedModel) -> list[HookHandle]:
@@ -309,7 +327,7 @@ def _acting(model: HookedModel) -> list[HookHandle]:
     return [handle for point in model.hook_points() for handle in tuple(point.fwd_hooks) if handle.acts]
 
 
-def _what_is_read(model: HookedModel, call: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+def _what_is_read(model: HookedModel, call: ForwardCall) -> tuple[Tensor | None, Tensor | None]:
     """Tokens and mask of a call, as copies; no tokens if it begins with a residual. The call then has them."""
     how = call["attention_mask"], call["prepend_bos"], call["padding_side"]
     if call["start_at_layer"] is None:
@@ -323,6 +341,6 @@ def _what_is_read(model: HookedModel, call: dict[str, Any]) -> tuple[Tensor | No
     return None, _own(call["attention_mask"])
 
 
-def _own(mask: Any) -> Any:
+def _own(mask: Tensor | None) -> Tensor | None:
     """A copy of a mask; what is none is left to the model, which says so."""
     return mask.clone() if isinstance(mask, Tensor) else mask

@@ -79,6 +79,7 @@ class Unembed(nn.Module):
         logits = einsum(x, directions, "cell batch d_model, batch token d_model -> cell batch token")
         return self.scaled(logits + self.b_U[tokens])
 
+    # Any: parameters, buffers and modules all come through torch's lookup.
     def __getattr__(self, name: str) -> Any:
         # Only where there is no parameter of that name does torch's lookup come to nothing.
         if name == "W_U" and self._tied_to is not None:

@@ -76,6 +76,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class _DifferentiableProduct(torch.autograd.Function):
     """oneDNN's product, which torch knows no derivative of; what it keeps for the way back is what `F.linear` keeps."""
 
+    # Any: torch gives the context attributes that its own class does not declare.
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         needs_x, needs_weight, _ = ctx.needs_input_grad

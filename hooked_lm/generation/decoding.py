@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from hooked_lm.kv_cache import HookedTransformerKeyValueCache
 class LanguageModel(Protocol):
     """What the decoding loop needs of a model."""
 
-    def __call__(self, input: Tensor, **kwargs: Any) -> Any: ...
+    def __call__(self, input: Tensor, **options: object) -> Tensor: ...
 
     def new_kv_cache(self, batch_size: int, capacity: int) -> HookedTransformerKeyValueCache: ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class TextGeneration(TextInterface, Intervening):
         verbose: bool = True,
         attention_mask: Tensor | None = None,
         interventions: Sequence[Intervention] = (),
-    ) -> Any:
+    ) -> Tensor | str | list[str]:
         """Extend prompts token by token and return them, extended.
 
         Whatever hooks the model has act at every step, and so do the interventions. With the key-value cache a step
@@ -106,7 +106,7 @@ class TextGeneration(TextInterface, Intervening):
         padding_side: Literal["left", "right"] | None = None,
         return_type: ReturnAs = "input",
         verbose: bool = True,
-    ) -> Iterator[Any]:
+    ) -> Iterator[Tensor | str]:
         """Yield what `generate` would return in pieces of `max_tokens_per_yield` new tokens, the prompt with the first.
 
         Joined, the pieces are the whole.
@@ -146,7 +146,7 @@ class TextGeneration(TextInterface, Intervening):
         so_far, sent = tokens[:, :skip], ""
         parts, pending = [tokens[:, skip:] if as_text else tokens], 0
 
-        def piece(last: bool) -> Any:
+        def piece(last: bool) -> Tensor | str:
             nonlocal so_far, sent
             new = torch.cat(parts, 1)
             if not as_text:

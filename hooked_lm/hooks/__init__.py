@@ -3,7 +3,7 @@
 from hooked_lm.hooks.handle import Direction, HookFunction, HookHandle
 from hooked_lm.hooks.point import HookPoint, any_live, carries_run, is_live, may_edit_forward
 from hooked_lm.hooks.recorder import Recorder, recorded_part
-from hooked_lm.hooks.root_module import HookedRootModule, HookSpec
+from hooked_lm.hooks.root_module import HookedRootModule, HookSpec, ModelOutput
 from hooked_lm.hooks.thread import Pass, current_pass, in_pass, without_hooks
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "HookPoint",
     "HookSpec",
     "HookedRootModule",
+    "ModelOutput",
     "Pass",
     "Recorder",
     "any_live",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from hooked_lm.hooks.thread import Token, here
 if TYPE_CHECKING:
     from hooked_lm.hooks.point import HookPoint
 
-HookFunction = Callable[..., Any]
+HookFunction = Callable[..., object]
 Direction = Literal["fwd", "bwd", "both"]
 
 # Held while a list of hooks changes. One for all models: a lock cannot be copied with a model.
@@ -83,10 +83,9 @@ class HookHandle:
             return x
         if self.dir == "bwd" and isinstance(returned, tuple) and len(returned) == 1:
             returned = returned[0]
-        self._check(returned, x)
-        return returned  # type: ignore[no-any-return]
+        return self._checked(returned, x)
 
-    def _check(self, returned: object, x: Tensor) -> None:
+    def _checked(self, returned: object, x: Tensor) -> Tensor:
         where = f"the {'backward ' if self.dir == 'bwd' else ''}hook at {self.point.name!r}"
         if not isinstance(returned, Tensor):
             raise TypeError(f"{where} returned {type(returned).__name__}: return a tensor, or None to change nothing")
@@ -104,6 +103,7 @@ class HookHandle:
                     f"{where} returned {what} {getattr(returned, what)}, but the activation has {what} "
                     f"{getattr(x, what)}"
                 )
+        return returned
 
     def attach(self, prepend: bool = False) -> None:
         """Put this handle on its hook point, first in line if `prepend`."""

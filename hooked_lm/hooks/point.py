@@ -10,7 +10,7 @@ Hooks see tensors under one contract:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from hooked_lm.hooks.handle import Direction, HookFunction, HookHandle, changing_hooks
 from hooked_lm.names import layer_of
+
+# Any: torch gives its hooks the arguments and outputs of the module, of whatever types.
+TorchHook = Callable[..., Any]
 
 
 class HookPoint(nn.Module):
@@ -47,11 +50,11 @@ class HookPoint(nn.Module):
         self.on_demand = on_demand
         self.differentiable = differentiable
         self.name: str = ""
-        self.ctx: dict[Any, Any] = {}
+        self.ctx: dict[object, Any] = {}  # Any: hooks put values of any type here, under keys of their own
         self.fwd_hooks: list[HookHandle] = []
         self.bwd_hooks: list[HookHandle] = []
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         cls._always_runs = cls.forward is not HookPoint.forward
 
@@ -199,25 +202,29 @@ class HookPoint(nn.Module):
 
     # Torch's own hooks run here as at any module: from the first one on, calls go through torch.
 
-    def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+    def register_forward_hook(
+        self, hook: TorchHook, *, prepend: bool = False, with_kwargs: bool = False, always_call: bool = False
+    ) -> RemovableHandle:
         """Register a hook of torch's, called as `hook(module, args, output)`."""
         self._always_runs = True
-        return super().register_forward_hook(*args, **kwargs)
+        return super().register_forward_hook(hook, prepend=prepend, with_kwargs=with_kwargs, always_call=always_call)
 
-    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+    def register_forward_pre_hook(
+        self, hook: TorchHook, *, prepend: bool = False, with_kwargs: bool = False
+    ) -> RemovableHandle:
         """Register a hook of torch's, called as `hook(module, args)`."""
         self._always_runs = True
-        return super().register_forward_pre_hook(*args, **kwargs)
+        return super().register_forward_pre_hook(hook, prepend=prepend, with_kwargs=with_kwargs)
 
-    def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+    def register_full_backward_hook(self, hook: TorchHook, prepend: bool = False) -> RemovableHandle:
         """Register a hook of torch's, called as `hook(module, grad_input, grad_output)`."""
         self._always_runs = True
-        return super().register_full_backward_hook(*args, **kwargs)
+        return super().register_full_backward_hook(hook, prepend)
 
-    def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+    def register_full_backward_pre_hook(self, hook: TorchHook, prepend: bool = False) -> RemovableHandle:
         """Register a hook of torch's, called as `hook(module, grad_output)`."""
         self._always_runs = True
-        return super().register_full_backward_pre_hook(*args, **kwargs)
+        return super().register_full_backward_pre_hook(hook, prepend)
 
 
 def _through(handles: Sequence[HookHandle], x: Tensor, check_acts: bool = True) -> Tensor:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Generator, Iterable, MutableMapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,6 +20,8 @@ from hooked_lm.names import NamesFilter, is_pattern, select_names
 from hooked_lm.slicing import Slice
 
 HookSpec = tuple[NamesFilter, HookFunction]
+# Any: a call of the model returns whatever its forward does, which may depend on arguments (`return_type`).
+ModelOutput = Any
 
 
 class _Levels(threading.local):
@@ -183,7 +185,7 @@ class HookedRootModule(nn.Module):
         bwd_hooks: Sequence[HookSpec] = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
-    ) -> Generator[Any, None, None]:
+    ) -> Generator[Self, None, None]:
         """Add hooks for the length of a `with` block. They act in this thread.
 
         Args:
@@ -244,13 +246,13 @@ class HookedRootModule(nn.Module):
 
     def run_with_hooks(
         self,
-        *model_args: Any,
+        *model_args: object,
         fwd_hooks: Sequence[HookSpec] = (),
         bwd_hooks: Sequence[HookSpec] = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
-        **model_kwargs: Any,
-    ) -> Any:
+        **model_kwargs: object,
+    ) -> ModelOutput:
         """Run the model once under hooks and return its output.
 
         Args:
@@ -262,9 +264,9 @@ class HookedRootModule(nn.Module):
             RuntimeError: after the run, if a forward hook never ran, for example beyond `stop_at_layer`.
         """
         level, fwd_hooks = self.context_level + 1, list(fwd_hooks)
-        how: dict[str, Any] = {"level": level, "this_thread": reset_hooks_end}
-        planned = [self.plan_hooks([spec], "fwd", **how) for spec in fwd_hooks]
-        handles = [*chain.from_iterable(planned), *self.plan_hooks(bwd_hooks, "bwd", **how)]
+        planned = [self.plan_hooks([spec], "fwd", level=level, this_thread=reset_hooks_end) for spec in fwd_hooks]
+        backward = self.plan_hooks(bwd_hooks, "bwd", level=level, this_thread=reset_hooks_end)
+        handles = [*chain.from_iterable(planned), *backward]
         with self.attached(handles, reset_hooks_end, clear_contexts):
             output = self(*model_args, **model_kwargs)
         for spec, group in zip(fwd_hooks, planned, strict=True):
@@ -405,7 +407,7 @@ class HookedRootModule(nn.Module):
 
     def run_with_cache(
         self,
-        *model_args: Any,
+        *model_args: object,
         names_filter: NamesFilter = None,
         device: torch.device | str | None = None,
         remove_batch_dim: bool = False,
@@ -413,9 +415,9 @@ class HookedRootModule(nn.Module):
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
         pos_slice: object = None,
-        store: MutableMapping[str, Tensor] | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[Any, Any]:
+        store: dict[str, Tensor] | None = None,
+        **model_kwargs: object,
+    ) -> tuple[ModelOutput, dict[str, Tensor]]:
         """Run the model once; return its output and a dictionary of the activations on the way.
 
         A cached tensor is never changed by a later hook or run. Entries that are one tensor share their memory.
@@ -432,8 +434,8 @@ class HookedRootModule(nn.Module):
             UnknownHookError: before the run, if a name or pattern matches nothing.
             RuntimeError: after it, if an activation asked for by name was not computed in this run.
         """
-        given = store
-        store, fwd, bwd = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, given, pos_slice)
+        recorded: dict[str, Tensor] = {} if store is None else store
+        _, fwd, bwd = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, recorded, pos_slice)
         handles = self.recording_handles(fwd, bwd, self.context_level + 1, this_thread=reset_hooks_end)
         with self.attached(handles, reset_hooks_end, clear_contexts):
             output = self(*model_args, **model_kwargs)
@@ -441,13 +443,13 @@ class HookedRootModule(nn.Module):
                 _check_scalar(output)
                 output.backward()
         self.check_fired(names_filter, [handle for handle in handles if handle.dir == "fwd"])
-        if given is not None:
-            return output, given
-        recorded = dict(store)
+        if store is not None:
+            return output, store
+        result = dict(recorded)
         if reset_hooks_end:
-            # A graph keeps its backward hooks, and these keep `store`: full, it would keep every tensor in a cycle.
-            store.clear()
-        return output, recorded
+            # A graph keeps its backward hooks, and these keep `recorded`: full, it would keep every tensor in a cycle.
+            recorded.clear()
+        return output, result
 
 
 def _check_scalar(output: object) -> None:

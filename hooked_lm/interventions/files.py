@@ -7,13 +7,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hooked_lm._support.files import write_whole
+from hooked_lm._support.plain_data import PlainData
 from hooked_lm.interventions.intervention import Intervention
 
 _FORMAT, _VERSION = "hooked_lm interventions", 1
@@ -46,7 +46,7 @@ def save_interventions(path: str | Path, interventions: Cells) -> None:
     write_whole(path, text + "\n")
 
 
-def load_interventions(path: str | Path) -> list[Any]:
+def load_interventions(path: str | Path) -> list[Intervention | list[Intervention]]:
     """Return what `save_interventions` has written: interventions, and lists of them.
 
     Raises:
@@ -71,20 +71,21 @@ def interventions_to_json(interventions: Cells) -> tuple[str, dict[str, Tensor]]
             tensors[names[id(value)]] = value.detach().clone(memory_format=torch.contiguous_format)
         return names[id(value)]
 
-    def described(one: Any) -> dict[str, Any] | list[Any]:
-        if isinstance(one, (list, tuple)):
-            return [described(each) for each in one]
+    def described(one: object) -> PlainData:
         if not isinstance(one, Intervention):
             raise TypeError(f"an intervention is an Intervention, got {one!r}")
-        value: Any = {"tensor": named(one.value)} if isinstance(one.value, Tensor) else _number(one.value)
+        value = {"tensor": named(one.value)} if isinstance(one.value, Tensor) else _number(one.value)
         fields = {"site": one.site, "operation": one.operation, "value": value, **one.selections()}
         return {field: entry for field, entry in fields.items() if entry is not None}
 
-    document = {"format": _FORMAT, "version": _VERSION, "interventions": [described(one) for one in interventions]}
+    entries = [
+        [described(each) for each in one] if isinstance(one, (list, tuple)) else described(one) for one in interventions
+    ]
+    document = {"format": _FORMAT, "version": _VERSION, "interventions": entries}
     return json.dumps(document, indent=2, allow_nan=False), tensors
 
 
-def interventions_from_json(text: str, tensors: Mapping[str, Tensor]) -> list[Any]:
+def interventions_from_json(text: str, tensors: Mapping[str, Tensor]) -> list[Intervention | list[Intervention]]:
     """Return the interventions, and lists of them, that `interventions_to_json` has described.
 
     Args:
@@ -106,16 +107,16 @@ def interventions_from_json(text: str, tensors: Mapping[str, Tensor]) -> list[An
         raise ValueError("the description has no list of interventions")
     used: set[str] = set()
 
-    def read(one: Any) -> Any:
-        return [read(each) for each in one] if isinstance(one, list) else _read(one, tensors, used)
-
-    interventions = [read(one) for one in document["interventions"]]
+    interventions = [
+        [_read(each, tensors, used) for each in one] if isinstance(one, list) else _read(one, tensors, used)
+        for one in document["interventions"]
+    ]
     if set(tensors) - used:
         raise ValueError(f"tensors that no intervention uses: {sorted(set(tensors) - used)}. Are they another file's?")
     return interventions
 
 
-def _read(described: Any, tensors: Mapping[str, Tensor], used: set[str]) -> Intervention:
+def _read(described: object, tensors: Mapping[str, Tensor], used: set[str]) -> Intervention:
     known = [field.name for field in dataclasses.fields(Intervention)]
     if not isinstance(described, dict) or not {"site", "operation"} <= set(described) <= set(known):
         raise ValueError(f"an intervention has site, operation and some of {', '.join(known[2:])}; got {described!r}")

@@ -10,14 +10,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Self, TypedDict, Unpack
+from typing import Literal, Protocol, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from hooked_lm._support.precision import at_least_single
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.names import UnknownHookError, describe_unknown
+from hooked_lm.hooks import HookPoint
+from hooked_lm.names import ActivationKey, UnknownHookError, describe_unknown
 
 Operation = Literal["replace", "add", "scale", "zero"]
 # Which entries along an axis: None for all, one (the axis is then dropped from the value's shape), or several.
@@ -50,15 +51,24 @@ class Selections(TypedDict, total=False):
     batch: Selection
 
 
+class HasHookPoints(Protocol):
+    """A model whose hook points are found by name."""
+
+    @property
+    def hook_dict(self) -> Mapping[str, HookPoint]: ...
+
+
 class Recorded(Protocol):
-    """What values are taken from: an `ActivationCache`."""
+    """A cache that values are taken from: an `ActivationCache`."""
 
     has_batch_dim: bool
-    model: Any
 
-    def full_name(self, key: Any) -> str: ...
+    @property
+    def model(self) -> HasHookPoints: ...
 
-    def __getitem__(self, key: Any) -> Tensor: ...
+    def full_name(self, key: ActivationKey) -> str: ...
+
+    def __getitem__(self, key: ActivationKey) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +120,7 @@ class Intervention:
     @classmethod
     def from_cache(
         cls,
-        site: Any,
+        site: ActivationKey,
         cache: Recorded,
         **selections: Unpack[Selections],
     ) -> Self:
@@ -130,7 +140,7 @@ class Intervention:
     @classmethod
     def mean(
         cls,
-        site: Any,
+        site: ActivationKey,
         cache: Recorded,
         *,
         per_position: bool = False,
@@ -165,7 +175,7 @@ class Intervention:
     @classmethod
     def resample(
         cls,
-        site: Any,
+        site: ActivationKey,
         cache: Recorded,
         *,
         n_prompts: int | None = None,
@@ -194,16 +204,19 @@ class Intervention:
         return cls._replacing(site, cache, value[drawn], (), selections)
 
     @classmethod
-    def _replacing(cls, site: Any, cache: Recorded, value: Tensor, averaged: Sequence[int], fields: Selections) -> Self:
+    def _replacing(
+        cls, site: ActivationKey, cache: Recorded, value: Tensor, averaged: Sequence[int], fields: Selections
+    ) -> Self:
         name = cache.full_name(site)
         axes = _axes(name, cache)
         # A placeholder value: what is selected is known before what is put there.
         made = cls(name, "replace", 0.0, **fields)
         chosen = {_find_axis(name, axes, field): selection for field, selection in made.selections().items()}
+        index: int | slice | list[int]
         for axis, selection in sorted(chosen.items(), reverse=True):
             size = value.shape[axis]
             if axis in averaged:
-                index: Any = 0 if isinstance(selection, int) else slice(None)
+                index = 0 if isinstance(selection, int) else slice(None)
             elif all(-size <= one < size for one in (selection if isinstance(selection, tuple) else (selection,))):
                 index = selection if isinstance(selection, int) else list(selection)
             else:
@@ -366,12 +379,12 @@ def draw_prompts(n_cached: int, n_prompts: int | None, generator: torch.Generato
     return drawn + (drawn >= torch.arange(n_cached))  # any but its own
 
 
-def _where(x: Tensor, chosen: Mapping[int, tuple[int, ...]]) -> tuple[Any, ...]:
+def _where(x: Tensor, chosen: Mapping[int, tuple[int, ...]]) -> tuple[slice | Tensor, ...]:
     """An index of the chosen entries along some axes, which keeps every axis: slices where that is possible."""
     by_axis = [[one % x.shape[axis] for one in chosen[axis]] if axis in chosen else None for axis in range(x.ndim)]
     slices = [slice(None) if entries is None else _as_slice(entries) for entries in by_axis]
-    if all(one is not None for one in slices):
-        return tuple(slices)
+    if None not in slices:
+        return tuple(one for one in slices if one is not None)
     # Index tensors that broadcast against each other pick out a box.
     indices = [
         torch.arange(size, device=x.device) if entries is None else torch.tensor(entries, device=x.device)
@@ -423,8 +436,7 @@ def _axes(site: str, cache: Recorded) -> Sequence[str]:
     """The axes of a cached activation."""
     if not cache.has_batch_dim:
         raise ValueError(f"the cache has no batch axis, and {site!r} is taken by prompt: leave out remove_batch_dim")
-    axes: Sequence[str] = cache.model.hook_dict[site].axes
-    return axes
+    return cache.model.hook_dict[site].axes
 
 
 def _mask_weights(site: str, value: Tensor, averaged: Sequence[int], mask: Tensor | None) -> Tensor | None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Self
 
 from torch import Tensor
 
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.hooks import HookedRootModule, HookPoint, current_pass
+from hooked_lm.hooks import HookedRootModule, HookPoint, ModelOutput, current_pass
 from hooked_lm.interventions.intervention import Intervention
 
 
@@ -44,7 +44,7 @@ class Intervening(HookedRootModule):
     cfg: HookedTransformerConfig
 
     @contextmanager
-    def intervening(self, interventions: Sequence[Intervention]) -> Generator[Any, None, None]:
+    def intervening(self, interventions: Sequence[Intervention]) -> Generator[Self, None, None]:
         """Make the interventions in every pass within a `with` block, in the order given.
 
         Raises:
@@ -70,7 +70,7 @@ class Intervening(HookedRootModule):
             intervention.check(self.cfg, axes)
         return [(one.site, InterventionHook(one)) for one in interventions]
 
-    def run(self, *args: Any, interventions: Sequence[Intervention] = (), **kwargs: Any) -> Any:
+    def run(self, *args: object, interventions: Sequence[Intervention] = (), **kwargs: object) -> ModelOutput:
         """Run the model once under interventions; arguments and result are those of the model.
 
         Raises:

@@ -7,7 +7,6 @@ by cell, and recomputes only what a cell can change.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -266,7 +265,7 @@ def _check(model: HookedModel, plans: Iterable[Sequence[Intervention]], tokens: 
             one.check_fit(model.cfg, axes, *tokens.shape)
 
 
-def _check_numbers(results: Tensor, plans: Sequence[Any]) -> None:
+def _check_numbers(results: Tensor, plans: Sequence[object]) -> None:
     wrong = torch.where(results.isnan().any(-1))[0].tolist()
     if wrong:
         raise ValueError(

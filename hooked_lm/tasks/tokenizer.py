@@ -18,8 +18,8 @@ def word_tokenizer(texts: Iterable[str], merges: int = 256) -> Tokenizer:
     """Return a byte-level BPE tokenizer in which every word of the texts is one token.
 
     A word comes with the space in front of it, as in GPT-2's: `"Mary"` and `" Mary"` are two tokens. Numbers fall into
-    pieces of two digits: `" 1732"` is `" 17"` and `"32"`. Any other text is spelled with merges learned from the words,
-    or byte by byte. `<|endoftext|>`, token 0, is BOS and EOS.
+    pieces of two digits: `" 1732"` is `" 17"` and `"32"`. Other text is spelled with merges learned from the words, or
+    byte by byte. `<|endoftext|>`, token 0, is BOS and EOS.
 
     Args:
         texts: the texts to take the words from.

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Tokenizer = Any  # a transformers PreTrainedTokenizerBase; naming the type would import transformers
+# Any: a transformers PreTrainedTokenizerBase; naming the type would import transformers.
+Tokenizer = Any
 PaddingSide = Literal["left", "right"]
 # What a model reads: a string or several, or tokens [pos] or [batch pos].
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | np.ndarray
@@ -224,6 +225,7 @@ def token_position(single: int, tokens: Tensor, what: str, mode: Literal["first"
     return int(found[0 if mode == "first" else -1])
 
 
+# Any: a `Dataset` goes in and comes out, and the `datasets` package is not a dependency.
 def tokenize_and_concatenate(
     dataset: Any,
     tokenizer: Tokenizer,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hooked_lm import bundled
+from hooked_lm._support.plain_data import PlainData
 from hooked_lm.components import Norm, Unembed
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.tokenization import Tokenizer
@@ -29,7 +30,7 @@ class WeightLoading(nn.Module):
     # The processing steps that the weights have been through, so that a saved model is not put through them again.
     processed: tuple[str, ...] = ()
     # The HuggingFace config that the model was loaded with, for the way back.
-    origin: dict[str, Any] | None = None
+    origin: PlainData | None = None
     unembed: Unembed
 
     # Checkpoints
@@ -44,7 +45,7 @@ class WeightLoading(nn.Module):
         center_unembed: bool | None = None,
         fold_value_biases: bool | None = None,
         refactor_factored_attn_matrices: bool | None = None,
-        hf_model: Any = None,
+        hf_model: checkpoint.HFModel = None,
         tokenizer: Tokenizer | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
@@ -158,6 +159,7 @@ class WeightLoading(nn.Module):
         model.processed, model.origin = (*loaded.processed, *plan), loaded.origin
         return model
 
+    # Any: the keyword arguments are those of from_pretrained, each of its own type.
     @classmethod
     def from_pretrained_no_processing(cls, name_or_path: str | Path, **kwargs: Any) -> Self:
         """Load a model with its weights as they were trained: its logits equal HuggingFace's. See `from_pretrained`."""
@@ -170,7 +172,8 @@ class WeightLoading(nn.Module):
 
     # State dicts
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    # Any: torch has no public name for the type that its own load_state_dict returns.
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """Copy weights in. With `strict`, a state dict of the classic library will do: see `weights.from_classic`.
 
         Args:

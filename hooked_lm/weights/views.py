@@ -41,6 +41,7 @@ class WeightViews(nn.Module):
             )
         return torch.stack(layers)
 
+    # Any: parameters, buffers and modules all come through torch's lookup.
     def __getattr__(self, name: str) -> Any:
         # A property that meets a missing parameter ends up here, its own message lost.
         if isinstance(getattr(type(self), name, None), property):
