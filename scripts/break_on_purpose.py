@@ -322,7 +322,7 @@ BREAKAGES = (
     ),
     Breakage(
         "components-of-the-stream-are-not-centred",
-        "hooked_lm/activation_cache/decomposition.py",
+        "hooked_lm/activation_cache/streams.py",
         r"residual_stack = residual_stack - residual_stack\.mean\(-1, keepdim=True\)",
         "residual_stack = residual_stack * 1.0",
         ("test_activation_cache.py",),
