@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import isnan
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Protocol, cast
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from hooked_lm import bundled
+from hooked_lm._support.plain_data import PlainData
 from hooked_lm.names import get_act_name
 from hooked_lm.transformer import HookedTransformer
 from weight_conversion.checkpoint import OWN_FORMAT
@@ -23,12 +24,38 @@ from weight_conversion.family import Sites
 from weight_conversion.registry import family_of
 from weight_conversion.source import find_folder, read_json
 
+__all__ = ["EXACT", "GRADIENT_TOLERANCE", "TOLERANCE", "Certificate", "Comparison", "Precision", "verify"]
+
 Precision = Literal["float32", "float64"]
+
+# The positional arguments of a module of the reference, and those by name.
+_Args = tuple[Tensor, ...]
+_Kwargs = dict[str, Tensor]
+
+
+class _Output(Protocol):
+    """The compared part of the output of a language model of `transformers`."""
+
+    logits: Tensor
+    attentions: tuple[Tensor, ...] | None
+
+
+class _Reference(Protocol):
+    """The used part of a language model of `transformers`."""
+
+    config: object
+
+    def __call__(self, tokens: Tensor, **options: object) -> _Output: ...
+
+    def get_submodule(self, target: str) -> nn.Module: ...
+
+    def get_output_embeddings(self) -> nn.Module: ...
+
 
 # Largest error allowed, relative to the largest value at the site; gradients go through the model twice.
 TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
-# Below this, float64 has been reached: the reference rounds nothing to float32 on its way.
+# Below this relative error the reference computes in float64 throughout, without rounding to float32.
 EXACT = 1e-9
 
 
@@ -37,11 +64,11 @@ class Comparison:
     """How far one site's values are from the reference's.
 
     Attributes:
-        check: what was compared: `"activations"`, `"cached decoding"`, `"left padding"` or `"gradients"`.
+        check: the kind of comparison: `"activations"`, `"cached decoding"`, `"left padding"` or `"gradients"`.
         site: our name of the activation.
         precision: `"float32"` or `"float64"`.
         absolute: the largest difference.
-        relative: that over the largest value of the reference.
+        relative: `absolute` over the largest value of the reference.
         tolerance: the largest `relative` that passes.
     """
 
@@ -54,20 +81,20 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within the tolerance; an error that is not a number is not."""
+        """Whether the error is within the tolerance; NaN is not."""
         return self.relative <= self.tolerance
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What `verify` found.
+    """The result of `verify`.
 
     Attributes:
         name, architecture: of the checkpoint.
         torch, transformers: versions of the reference.
         tokens: shape of the prompts, [batch pos].
         comparisons: every site that was compared.
-        not_compared: what was not -> why.
+        not_compared: the name of each site that was not compared -> the reason.
     """
 
     name: str
@@ -100,10 +127,10 @@ class Certificate:
             for comparison in self.comparisons
             if check in (None, comparison.check) and precision in (None, comparison.precision)
         ]
-        # No number is as bad as none.
+        # NaN counts as the largest error.
         return max(among, key=lambda comparison: (isnan(comparison.relative), comparison.relative), default=None)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> PlainData:
         """Return everything as plain data."""
         return {**asdict(self), "passed": self.passed, "exact_in_float64": self.exact_in_float64}
 
@@ -136,8 +163,8 @@ def verify(
 ) -> Certificate:
     """Load a checkpoint here and in `transformers`, run both on random tokens, and compare every site.
 
-    Compared are, in float32 and (`float64`) in float64: the residual stream before and after every block, what
-    attention and MLP write, the patterns where the reference gives them, what the unembedding reads, and the logits;
+    Compared are, in float32 and (`float64`) in float64: the residual stream before and after every block, the outputs
+    of attention and MLP, the patterns where the reference returns them, the input of the unembedding, and the logits;
     decoding with a key-value cache; a prompt padded on the left against the same prompt alone; and the gradients of a
     random sum of logits with respect to the embeddings that enter the first block.
 
@@ -150,10 +177,10 @@ def verify(
         float64: compare in float64 too.
 
     Raises:
-        CheckpointError: it cannot be loaded, or is of the format that only this library reads.
+        CheckpointError: the checkpoint cannot be loaded, or has the format that only this library reads.
         ValueError: `positions` is not a length that the model reads.
     """
-    import transformers  # only a certificate needs the reference, whose import takes seconds
+    import transformers  # imported here, because it takes seconds and only a certificate needs it
 
     folder = find_folder(bundled.find(str(name_or_path)) or name_or_path, revision)
     content = read_json(folder / "config.json")
@@ -169,16 +196,17 @@ def verify(
         tokens = _random_tokens(ours, batch, positions, seed)
         shape = (tokens.shape[0], tokens.shape[1])
         try:
-            theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
                 attn_implementation=sites.attention,
                 experts_implementation="eager",
                 trust_remote_code=False,
-            ).eval()
+            )
         except Exception as error:  # transformers raises many kinds
             raise CheckpointError(f"transformers does not load {name_or_path}: {error}") from error
-        architecture = type(theirs).__name__
+        theirs = cast(_Reference, loaded.eval())
+        architecture = type(loaded).__name__
         obstacle = _obstacle(theirs, tokens) if precision == "float64" else None
         if obstacle is not None:
             not_compared["float64"] = f"the reference does not run in it: {obstacle}"
@@ -186,8 +214,8 @@ def verify(
         pair = _Pair(ours, theirs, sites, precision)
         comparisons += pair.comparisons(tokens)
         not_compared |= pair.not_compared
-        # One precision's models go before the next one's come.
-        del ours, theirs, pair
+        # Free the models of this precision before those of the next are loaded.
+        del ours, theirs, loaded, pair
     return Certificate(
         name=str(name_or_path),
         architecture=architecture,
@@ -199,8 +227,8 @@ def verify(
     )
 
 
-def _obstacle(reference: Any, tokens: Int[Tensor, "batch pos"]) -> str | None:
-    """Why the reference does not run in its precision, if it does not. Of ours an error is an error."""
+def _obstacle(reference: _Reference, tokens: Int[Tensor, "batch pos"]) -> str | None:
+    """Why the reference does not run in its precision, or None if it does. Errors of our own model are not caught."""
     try:
         with torch.no_grad():
             reference(tokens, use_cache=False)
@@ -214,16 +242,16 @@ def _random_tokens(model: HookedTransformer, batch: int, positions: int | None, 
     if not 1 <= length <= model.cfg.n_ctx:
         raise ValueError(f"positions={positions} is not in 1-{model.cfg.n_ctx}, the context of this model")
     generator = torch.Generator().manual_seed(seed)
-    # The first few tokens of a vocabulary are special ones, which some models treat as padding.
+    # The first few tokens of a vocabulary are often special tokens, which some models treat as padding.
     return torch.randint(min(5, model.cfg.d_vocab - 1), model.cfg.d_vocab, (batch, length), generator=generator)
 
 
 class _Pair:
     """Our model and the reference, in one precision."""
 
-    def __init__(self, ours: HookedTransformer, theirs: Any, sites: Sites, precision: Precision) -> None:
+    def __init__(self, ours: HookedTransformer, theirs: _Reference, sites: Sites, precision: Precision) -> None:
         self.ours, self.theirs, self.sites, self.precision = ours, theirs, sites, precision
-        self.layers: Any = theirs.get_submodule(sites.layers)
+        self.layers = cast(nn.ModuleList, theirs.get_submodule(sites.layers))
         self.not_compared: dict[str, str] = {}
 
     def comparisons(self, tokens: Int[Tensor, "batch pos"]) -> Iterator[Comparison]:
@@ -239,15 +267,15 @@ class _Pair:
         scale = theirs.abs().max().item()
         return Comparison(check, site, self.precision, absolute, absolute / scale if scale else absolute, tolerance)
 
-    def reference(self, tokens: Int[Tensor, "batch pos"], **options: Any) -> Any:
-        """Return what the reference makes of a prompt, whatever it has read before."""
+    def reference(self, tokens: Int[Tensor, "batch pos"], **options: object) -> _Output:
+        """Return the reference's output for a prompt, independent of prompts that it has read before."""
         self.forget_lengths(tokens)
         return self.theirs(tokens, use_cache=False, **options)
 
     def forget_lengths(self, tokens: Int[Tensor, "batch pos"]) -> None:
-        """Have the reference forget the longest prompt it has read, by which it rotates with dynamic NTK scaling.
+        """Reset the rotary frequencies of the reference, which with dynamic NTK scaling depend on its longest prompt.
 
-        A prompt within the original context does that.
+        Running a prompt within the original context resets them.
         """
         if self.ours.cfg.use_dynamic_rope:
             with torch.no_grad():
@@ -275,19 +303,19 @@ class _Pair:
 
     @contextmanager
     def watching(self) -> Iterator[dict[str, Tensor]]:
-        """Record the reference's activations under our names, in the order in which they come to be."""
+        """Record the reference's activations under our names, in the order of computation."""
         seen: dict[str, Tensor] = {}
         scale = 1.0 if self.sites.write_scale is None else getattr(self.theirs.config, self.sites.write_scale)
 
         def keep_input(name: str) -> Callable[..., None]:
-            def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            def keep(module: nn.Module, args: _Args, kwargs: _Kwargs) -> None:
                 # A copy: some blocks add to their input in place.
                 seen[name] = (args[0] if args else kwargs["hidden_states"]).clone()
 
             return keep
 
         def keep_output(name: str, factor: float = 1.0) -> Callable[..., None]:
-            def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            def keep(module: nn.Module, args: _Args, output: Tensor | tuple[Tensor, ...] | list[Tensor]) -> None:
                 seen[name] = factor * (output[0] if isinstance(output, (tuple, list)) else output)
 
             return keep
@@ -312,9 +340,9 @@ class _Pair:
                 handle.remove()
 
     def cached_decoding(self, tokens: Int[Tensor, "batch pos"], logits: Tensor) -> Iterator[Comparison]:
-        """Compare our logits of half a prompt read at once, and the rest token by token, with the reference's run."""
+        """Compare our logits, for half a prompt at once and the other half token by token, with the reference's run."""
         length, start = tokens.shape[1], max(tokens.shape[1] // 2, 1)
-        # Where rotary frequencies depend on the prompt's length, a cache serves up to where they change.
+        # Where rotary frequencies depend on the length of the prompt, a cache is valid up to where they change.
         changes = [pos for pos in range(start, length) if self.ours.cfg.rotation_changes(pos, pos + 1)]
         end = changes[0] if changes else length
         if end < length:
@@ -325,7 +353,7 @@ class _Pair:
         yield self.compare("cached decoding", "unembed.hook_out", torch.cat(steps, 1), logits)
 
     def left_padding(self, tokens: Int[Tensor, "batch pos"]) -> Iterator[Comparison]:
-        """Compare a prompt that we read padded on the left with what the reference makes of it alone."""
+        """Compare our logits of a prompt padded on the left with the reference's logits of the prompt alone."""
         padding = tokens.shape[1] // 3
         if padding == 0 or tokens.shape[0] < 2:
             self.not_compared["left padding"] = "it takes two prompts of at least three tokens"
@@ -337,12 +365,12 @@ class _Pair:
         yield self.compare("left padding", "unembed.hook_out", ours, alone)
 
     def gradients(self, tokens: Int[Tensor, "batch pos"]) -> Iterator[Comparison]:
-        """Compare gradients of the same random sum of logits where the embeddings enter the first block."""
+        """Compare gradients of the same random sum of logits at the input of the first block."""
         site = get_act_name("resid_pre", 0)
         self.forget_lengths(tokens)
         entered: list[Tensor] = []
 
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        def keep(module: nn.Module, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs]:
             stream = (args[0] if args else kwargs["hidden_states"]).detach().requires_grad_()
             entered.append(stream)
             return ((stream, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": stream})

@@ -5,8 +5,8 @@ induction_loss(model, subseq_len=100)             # near 0 where induction heads
 ioi_eval(model, num_samples=200)                  # {"Logit Difference": ..., "Accuracy": ...}
 ioi_eval(model, IOIDataset(model.tokenizer, names=["Alice", "Bob"]))
 
-They run the model as it stands, hooks included, and leave it so. The classic evaluations on downloaded text (the
-`make_*_data_loader` functions and `evaluate`) are left out: nothing here fetches data.
+They run the model as it is, with its hooks, and do not change it. The classic evaluations on downloaded text (the
+`make_*_data_loader` functions and `evaluate`) are left out: no function here downloads data.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -24,9 +24,24 @@ from torch.utils.data import Dataset
 
 from hooked_lm._support.precision import at_least_single
 from hooked_lm.circuits.induction import repeated_random_tokens
+from hooked_lm.hooked_model import HookedModel
 from hooked_lm.losses import lm_cross_entropy_loss
 from hooked_lm.tasks import ioi, words
 from hooked_lm.tokenization import Tokenizer, encode, str_tokens
+
+if TYPE_CHECKING:
+    from hooked_lm.transformer import HookedTransformer
+
+__all__ = [
+    "PARAGRAPH",
+    "PLACEHOLDER",
+    "PLAUSIBLE_SHARE",
+    "IOIDataset",
+    "WhenImplausible",
+    "induction_loss",
+    "ioi_eval",
+    "sanity_check",
+]
 
 # Loss on a paragraph
 
@@ -39,30 +54,33 @@ PARAGRAPH = (
     "but the people here have seen enough changes not to worry about the next one."
 )
 
-PLAUSIBLE_SHARE = 2 / 3  # of a uniform guess's loss
+PLAUSIBLE_SHARE = 2 / 3  # of the loss of a uniform guess
 WhenImplausible = Literal["warn", "raise", "ignore"]
 
 
 @torch.no_grad()
-def sanity_check(model: Any, *, implausible: WhenImplausible = "warn") -> Float[Tensor, ""]:
-    """Return the loss on `PARAGRAPH`, in nats a token: a quick look at whether a model was loaded as it should be.
+def sanity_check(model: HookedModel, *, implausible: WhenImplausible = "warn") -> Float[Tensor, ""]:
+    """Return the loss on `PARAGRAPH`, in nats a token: a quick check of whether a model was loaded correctly.
 
-    Two thirds of what a uniform guess has, `log(d_vocab)`, is about what knowing no more than how common each token is
-    would give: 7.2 nats for GPT-2's vocabulary. A loss that is not below it, or is no number at all, is implausible for
-    a model of English: the weights, the tokenizer or the config are not what it was trained with. Less proves little.
+    Two thirds of the loss of a uniform guess, `log(d_vocab)`, is about the loss of a guess by the frequency of tokens:
+    7.2 nats for GPT-2's vocabulary. A loss that is not below it, or is NaN, is implausible for a model of English: the
+    weights, the tokenizer or the config are not those of the training. A lower loss proves little.
 
     Args:
-        model: a `HookedTransformer` with a tokenizer. BOS as the model has it; the paragraph is cut at `n_ctx` tokens.
+        model: a `HookedTransformer` with a tokenizer. BOS is prepended by the model's default; the paragraph is cut at
+            `n_ctx` tokens.
         implausible: `"warn"`, `"raise"` a ValueError, or `"ignore"` an implausible loss.
 
     Raises:
-        ValueError: the model has no tokenizer, `implausible` is none of the three, or the loss is implausible and this
-            was to raise.
+        ValueError: the model has no tokenizer, `implausible` is none of the three, or it is `"raise"` and the loss is
+            implausible.
     """
     if implausible not in get_args(WhenImplausible):
         raise ValueError(f"implausible is 'warn', 'raise' or 'ignore', not {implausible!r}")
-    tokens = model.to_tokens(PARAGRAPH, truncate=False)[:, : model.cfg.n_ctx]
-    loss = model.loss_fn(at_least_single(model(tokens)), tokens)
+    # `HookedModel` has neither `truncate` nor `loss_fn`.
+    whole = cast("HookedTransformer", model)
+    tokens = whole.to_tokens(PARAGRAPH, truncate=False)[:, : model.cfg.n_ctx]
+    loss = whole.loss_fn(at_least_single(whole(tokens)), tokens)
     uniform = math.log(model.cfg.d_vocab_out)
     if not float(loss) < PLAUSIBLE_SHARE * uniform and implausible != "ignore":  # NaN is not less
         message = (
@@ -81,7 +99,7 @@ def sanity_check(model: Any, *, implausible: WhenImplausible = "warn") -> Float[
 
 @torch.no_grad()
 def induction_loss(
-    model: Any,
+    model: HookedModel,
     tokenizer: Tokenizer | None = None,
     batch_size: int = 4,
     subseq_len: int = 384,
@@ -92,23 +110,22 @@ def induction_loss(
 ) -> Float[Tensor, ""]:
     """Return the loss on the repeat of random tokens, in nats a token: near 0 for a model with good induction heads.
 
-    `subseq_len` random tokens stand twice in a row. The mean is over the tokens of the second half but its first, which
-    nothing announces. The tokens of a row differ from one another, so that each determines the next; where there is a
-    tokenizer they are tokens it knows, special ones left out.
+    `subseq_len` random tokens occur twice in a row. The mean is over the tokens of the second half but its first, which
+    cannot be predicted. The tokens of a row differ from one another, so that each determines the next; with a tokenizer
+    they are its tokens, without the special ones.
 
     Args:
         model: a `HookedTransformer`.
-        tokenizer: says which tokens there are, and what BOS is; by default the model's. Without one, any token is
-            drawn.
-        batch_size: rows, which run together.
+        tokenizer: defines the tokens that are drawn, and BOS; by default the model's. Without one, any token is drawn.
+        batch_size: the number of rows, which run together.
         subseq_len: tokens in the block that is repeated.
         prepend_bos: put BOS in front; by default as the model's `default_prepend_bos`, and not without a tokenizer.
-        device: for old calls. The model is not moved, so that it has to be the model's.
-        generator: where the randomness comes from; by default one seeded with 0, so that calls agree.
+        device: for old calls; it has to be the model's device, since the model is not moved.
+        generator: the source of randomness; by default one seeded with 0, so that calls agree.
 
     Raises:
-        ValueError: the block stands not twice in the model's context, or is of less than two tokens or of more than
-            there are; BOS is asked for and there is none; a tokenizer with tokens the model lacks; another device.
+        ValueError: two blocks exceed the model's context, or a block has less than two tokens or more than there are;
+            `prepend_bos` without a BOS token; a tokenizer with tokens that the model lacks; another device.
     """
     _check_device(model, device)
     tokenizer = model.tokenizer if tokenizer is None else tokenizer
@@ -127,7 +144,7 @@ def induction_loss(
             f"subseq_len={subseq_len}, batch_size={batch_size}"
         )
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    # Indices into the tokens that may be drawn; the one past them stands for BOS.
+    # Indices into the tokens that may be drawn; the index after the last stands for BOS.
     drawn = repeated_random_tokens(batch_size, subseq_len, len(known) + 1, generator, start_token=len(known))
     tokens = torch.tensor([*known, _bos(tokenizer) if prepend_bos else 0])[drawn.cpu()]
     tokens = (tokens if prepend_bos else tokens[:, 1:]).to(model.W_E.device)
@@ -135,7 +152,7 @@ def induction_loss(
     return lm_cross_entropy_loss(at_least_single(logits), tokens[:, -subseq_len:])
 
 
-def _check_device(model: Any, device: str | torch.device | None) -> None:
+def _check_device(model: HookedModel, device: str | torch.device | None) -> None:
     if device is None:
         return
     asked, actual = torch.device(device), model.W_E.device
@@ -143,8 +160,8 @@ def _check_device(model: Any, device: str | torch.device | None) -> None:
         raise ValueError(f"induction_loss runs where the model is, on {actual}, not on {asked}: move it with model.to")
 
 
-def _ordinary_tokens(model: Any, tokenizer: Tokenizer | None) -> list[int]:
-    """Return the tokens that a text may have, in order."""
+def _ordinary_tokens(model: HookedModel, tokenizer: Tokenizer | None) -> list[int]:
+    """Return all tokens without the special ones, in order."""
     if tokenizer is None:
         return list(range(model.cfg.d_vocab))
     known = sorted(set(tokenizer.get_vocab().values()))
@@ -155,13 +172,13 @@ def _ordinary_tokens(model: Any, tokenizer: Tokenizer | None) -> list[int]:
 
 
 def _bos(tokenizer: Tokenizer | None) -> int:
-    """Return what stands at the start: a tokenizer's BOS, or else its end-of-sequence token."""
+    """Return the token at the start: a tokenizer's BOS, or else its end-of-sequence token."""
     if tokenizer is None:
         raise ValueError("prepend_bos=True takes a tokenizer, to know what BOS is, and the model has none: pass one")
     bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if bos is None:
         raise ValueError("the tokenizer has neither a bos_token nor an eos_token to put in front: prepend_bos=False")
-    return bos
+    return int(bos)
 
 
 # Indirect object identification
@@ -170,17 +187,17 @@ PLACEHOLDER = re.compile(r"\[(\w+)\]")
 
 
 class IOIDataset(Dataset[dict[str, Tensor]]):
-    """Sentences of indirect object identification, as tokens: one of two gives something, so it is to the other.
+    """Sentences of indirect object identification, as tokens: one of two people gives something to the other.
 
-    An item is `{"prompt": [pos], "IO": [1], "S": [1]}`: the tokens of a whole sentence, whose last is the indirect
-    object's name `IO`; and the name `S` of the subject, who is named twice before it. Both with their leading space.
-    Special tokens other than BOS are not added, whatever the tokenizer does by itself.
+    An item is `{"prompt": [pos], "IO": [1], "S": [1]}`: the tokens of a whole sentence, which ends in the indirect
+    object's name `IO`; and the name `S` of the subject, which occurs twice before it. Both with their leading space.
+    Special tokens other than BOS are not added, even where the tokenizer adds them by default.
 
     Source: Wang et al. 2022, "Interpretability in the Wild". The words are those of `hooked_lm.tasks`; a model trained
     on that task has seen some of these sentences, and `tasks.score` asks about those it has not.
 
     Args:
-        tokenizer: of the model that is to be asked.
+        tokenizer: of the model that is evaluated.
         templates: texts with `[A]`, the indirect object, and `[B]`, the subject, that end in ` [A]`. Any other
             `[KIND]` stands for a word of `nouns[KIND]`, the same wherever it occurs in a sentence.
         names: at least two. Each has to be one token, its leading space included.
@@ -188,7 +205,7 @@ class IOIDataset(Dataset[dict[str, Tensor]]):
         num_samples: sentences; an even number where they are `symmetric`.
         symmetric: each sentence is followed by the one with its names exchanged.
         prepend_bos: start each with BOS, the end-of-sequence token where the tokenizer has none.
-        generator: where the randomness comes from; by default one seeded with 0, so that two datasets agree.
+        generator: the source of randomness; by default one seeded with 0, so that two datasets agree.
 
     Where no names or no nouns are given, the words are the default ones that are a single token.
 
@@ -196,9 +213,9 @@ class IOIDataset(Dataset[dict[str, Tensor]]):
         samples: for each sentence its `text` and the names `IO` and `S`, as strings.
 
     Raises:
-        ValueError: a name or noun of several tokens, or of none of its own; too few of them, or a name twice; a
-            template that lacks a name, does not end in ` [A]`, or has a kind of noun that is not there; a kind of noun
-            that no template has; a number of samples that cannot be; no BOS.
+        ValueError: a name or noun that is not exactly one token; fewer than two names, or one twice; a template that
+            lacks a name, does not end in ` [A]`, or has an unknown kind of noun; a kind of noun that no template has; a
+            number of samples below 1, or odd with `symmetric`; no BOS.
     """
 
     def __init__(
@@ -255,12 +272,12 @@ class IOIDataset(Dataset[dict[str, Tensor]]):
 
     @staticmethod
     def get_default_names() -> list[str]:
-        """Return the names that are drawn from, where they are one token, when none are given."""
+        """Return the default names; those that are one token are drawn from."""
         return list(words.NAMES)
 
     @staticmethod
     def get_default_templates() -> list[str]:
-        """Return the templates that are used when none are given: each with either name first."""
+        """Return the default templates: each with either name first."""
         return [
             template.format(first=first, second=second, giver="[B]", place="[LOCATION]", object="[OBJECT]") + " [A]"
             for template in ioi.TEMPLATES
@@ -269,7 +286,7 @@ class IOIDataset(Dataset[dict[str, Tensor]]):
 
     @staticmethod
     def get_default_nouns() -> dict[str, list[str]]:
-        """Return the nouns, by kind, that are drawn from, where they are one token, when none are given."""
+        """Return the default nouns, by kind; those that are one token are drawn from."""
         return {"LOCATION": list(words.PLACES), "OBJECT": [noun for noun in words.OBJECTS if " " not in noun]}
 
     def _check_templates(self, nouns_given: bool) -> None:
@@ -325,9 +342,9 @@ def _several(what: str, given: Sequence[str]) -> list[str]:
 
 
 def _spelling(tokenizer: Tokenizer, word: str) -> list[int]:
-    """Return the tokens of a word inside a text, the space in front of it included; [] if they cannot be told apart.
+    """Return the tokens of a word inside a text, the space in front of it included; [] if they cannot be separated.
 
-    They are looked for behind another word: at the start of a text some tokenizers put a space of their own.
+    The word is encoded after another one: at the start of a text some tokenizers insert a space.
     """
     before, both = encode(tokenizer, "to"), encode(tokenizer, f"to {word}")
     tokens = both[len(before) :]
@@ -351,7 +368,7 @@ def _one_token(tokenizer: Tokenizer, what: str, word: str) -> int:
 
 @torch.no_grad()
 def ioi_eval(
-    model: Any,
+    model: HookedModel,
     dataset: Dataset[dict[str, Tensor]] | Sequence[Mapping[str, Tensor]] | None = None,
     batch_size: int = 8,
     num_samples: int = 1000,
@@ -362,21 +379,21 @@ def ioi_eval(
 ) -> dict[str, float]:
     """Return how well a model tells the indirect object from the subject: `"Logit Difference"` and `"Accuracy"`.
 
-    The first is the logit of the indirect object less that of the subject, where the name is to come, the mean over
-    sentences; the second the share of sentences where it is positive.
+    The first is the logit of the indirect object less that of the subject at the end of the prompt, averaged over
+    sentences; the second is the share of sentences where this difference is positive.
 
     Args:
         model: a `HookedTransformer`. It reads each sentence without its last token, the answer.
-        dataset: an `IOIDataset`, or another with such items and a length, or a list of items. By default one is made
-            from what follows, with BOS as the model has it.
+        dataset: an `IOIDataset`, another dataset with such items and a length, or a list of items. By default a new
+            `IOIDataset` of the arguments below, with BOS by the model's default.
         batch_size: sentences that run together; it does not change the result.
-        num_samples: see `IOIDataset`. Without meaning for a dataset that is given, as is `tokenizer`.
+        num_samples: see `IOIDataset`. Not used with a given dataset; nor is `tokenizer`.
         tokenizer: by default the model's.
         symmetric, generator: see `IOIDataset`.
 
     Raises:
-        ValueError: no tokenizer and no dataset; a dataset together with `symmetric` or `generator`, which come too late
-            for it; an empty one, or one with an item that is no such sentence; a batch of none.
+        ValueError: neither a tokenizer nor a dataset; a dataset together with `symmetric` or `generator`, which only a
+            new dataset can take; an empty dataset, or one with an item that is no such sentence; `batch_size` below 1.
     """
     if dataset is None:
         tokenizer = model.tokenizer if tokenizer is None else tokenizer
@@ -392,8 +409,10 @@ def ioi_eval(
     if count < 1 or batch_size < 1:
         raise ValueError(f"ioi_eval takes at least one sentence at a time; got {count}, and batch_size={batch_size}")
     differences = [
-        _logit_differences(model, [_checked(dataset[index], index) for index in indices.tolist()])
-        for indices in torch.arange(count).split(batch_size)
+        _logit_differences(
+            model, [_checked(dataset[index], index) for index in range(start, min(start + batch_size, count))]
+        )
+        for start in range(0, count, batch_size)
     ]
     difference = torch.cat(differences).double()
     return {"Logit Difference": difference.mean().item(), "Accuracy": (difference > 0).double().mean().item()}
@@ -409,12 +428,12 @@ def _checked(item: Mapping[str, Tensor], index: int) -> Mapping[str, Tensor]:
     return item
 
 
-def _logit_differences(model: Any, items: list[Mapping[str, Tensor]]) -> Float[Tensor, " batch"]:
+def _logit_differences(model: HookedModel, items: list[Mapping[str, Tensor]]) -> Float[Tensor, " batch"]:
     """Return the logit of IO less that of S after each prompt but its last token."""
     prompts = [item["prompt"][:-1] for item in items]
     tokens = torch.zeros(len(items), max(map(len, prompts)), dtype=torch.long)
     mask = torch.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):  # padded on the left, so that the last position is everyone's
+    for row, prompt in enumerate(prompts):  # padded on the left, so that every prompt ends at the last position
         tokens[row, -len(prompt) :] = prompt
         mask[row, -len(prompt) :] = 1
     logits = at_least_single(model(tokens, attention_mask=mask, logits_to_keep=1)[:, -1])

@@ -1,17 +1,26 @@
 """FactoredMatrix: a low-rank product kept as its two factors.
 
-The matrices that circuits are read from (`W_Q W_K^T`, `W_V W_O`, their products with the embedding) are products
-through a head's few dimensions. Everything here works on the factors; only `AB` multiplies them out.
+The matrices of circuits (`W_Q W_K^T`, `W_V W_O`, their products with the embedding) have the rank of a head's few
+dimensions. Everything here works on the factors; only `AB` multiplies them out.
 """
 
 from __future__ import annotations
 
 import operator
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, overload
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+__all__ = ["FactoredMatrix", "Index", "Product", "composition_scores"]
+
+# A FactoredMatrix, or a plain tensor if the other factor is a vector: the type of a tensor does not say which.
+Product = Any
+# Whatever torch indexes a tensor with.
+Index = Any
 
 
 class FactoredMatrix:
@@ -29,8 +38,8 @@ class FactoredMatrix:
         if A.ndim < 2 or B.ndim < 2 or A.shape[-1] != B.shape[-2]:
             raise ValueError(f"cannot multiply A with shape {tuple(A.shape)} and B with shape {tuple(B.shape)}")
         try:
-            leading = torch.broadcast_shapes(A.shape[:-2], B.shape[:-2])
-        except RuntimeError as error:
+            leading = np.broadcast_shapes(A.shape[:-2], B.shape[:-2])
+        except ValueError as error:
             raise ValueError(
                 f"the leading axes of A {tuple(A.shape)} and B {tuple(B.shape)} do not broadcast"
             ) from error
@@ -96,7 +105,13 @@ class FactoredMatrix:
         """The transpose."""
         return FactoredMatrix(self.B.mT, self.A.mT)
 
-    def __matmul__(self, other: FactoredMatrix | Tensor) -> Any:
+    @overload
+    def __matmul__(self, other: FactoredMatrix) -> FactoredMatrix: ...
+
+    @overload
+    def __matmul__(self, other: Tensor) -> Product: ...
+
+    def __matmul__(self, other: FactoredMatrix | Tensor) -> Product:
         """Return `self @ other`: a FactoredMatrix, or a plain tensor when `other` is a vector.
 
         Between two factored matrices the narrower inner dimension becomes that of the product.
@@ -114,7 +129,7 @@ class FactoredMatrix:
             return (self.A @ (self.B @ other)[..., None])[..., 0]
         return FactoredMatrix(self.A, self.B @ other)
 
-    def __rmatmul__(self, other: Tensor) -> Any:
+    def __rmatmul__(self, other: Tensor) -> Product:
         """Return `other @ self`: a FactoredMatrix, or a plain tensor when `other` is a vector."""
         if not isinstance(other, Tensor):
             return NotImplemented
@@ -123,13 +138,18 @@ class FactoredMatrix:
             return ((other @ self.A)[..., None, :] @ self.B)[..., 0, :]
         return FactoredMatrix(other @ self.A, self.B)
 
-    # Without this, `tensor @ factored` would be torch's to answer, and torch raises instead of deferring.
+    # Without this, torch would answer `tensor @ factored` itself: it raises instead of trying `__rmatmul__`.
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.Tensor.matmul, torch.Tensor.__matmul__, torch.matmul) and isinstance(args[0], Tensor):
-            return args[1].__rmatmul__(args[0])
-        if func in (torch.Tensor.mul, torch.Tensor.__mul__, torch.mul) and isinstance(args[0], Tensor):
-            return args[1].__rmul__(args[0])
+    def __torch_function__(
+        cls, func: Callable[..., object], types: Sequence[type], args: Sequence[object] = (), kwargs: object = None
+    ) -> object:
+        """Return the product for `tensor @ factored` and `tensor * factored`; torch raises for any other function."""
+        if len(args) == 2 and isinstance(args[0], Tensor) and isinstance(args[1], FactoredMatrix):
+            left, right = args[0], args[1]
+            if func in (torch.Tensor.matmul, torch.Tensor.__matmul__, torch.matmul):
+                return right.__rmatmul__(left)
+            if func in (torch.Tensor.mul, torch.Tensor.__mul__, torch.mul):
+                return right.__rmul__(left)
         return NotImplemented
 
     def __mul__(self, scalar: int | float | Tensor) -> FactoredMatrix:
@@ -178,13 +198,15 @@ class FactoredMatrix:
     @property
     def eigenvalues(self) -> Tensor:
         """The `mdim` eigenvalues that can be non-zero, complex, read from `BA`. Raises ValueError if not square."""
-        return torch.linalg.eigvals(self.BA)
+        eigenvalues: Tensor = torch.linalg.eigvals(self.BA)
+        return eigenvalues
 
     def norm(self) -> Float[Tensor, "*leading"]:
         """Return the Frobenius norm, from the factors' triangular parts: Gram matrices would square the error."""
         R_left = torch.linalg.qr(self.A, mode="r").R
         R_right = torch.linalg.qr(self.B.mT, mode="r").R
-        return torch.linalg.matrix_norm(R_left @ R_right.mT)
+        norm: Tensor = torch.linalg.matrix_norm(R_left @ R_right.mT)
+        return norm
 
     def make_even(self) -> FactoredMatrix:
         """Return the same product with its singular values shared equally: `A = U sqrt(S)`, `B = sqrt(S) V^T`."""
@@ -204,7 +226,7 @@ class FactoredMatrix:
 
     # Indexing
 
-    def __getitem__(self, index: Any) -> FactoredMatrix:
+    def __getitem__(self, index: Index) -> FactoredMatrix:
         """Index the leading axes, then rows, then columns; the result stays factored.
 
         A single row or column keeps its axis, with length 1.
@@ -220,7 +242,7 @@ class FactoredMatrix:
             B = B[..., _keep_axis(column, self.rdim)]
         return FactoredMatrix(A, B)
 
-    def _expand_index(self, index: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _expand_index(self, index: tuple[Index, ...]) -> tuple[Index, ...]:
         if any(part is None for part in index):
             raise IndexError("a FactoredMatrix has no new axes by None: use unsqueeze")
         if sum(part is Ellipsis for part in index) > 1:
@@ -264,7 +286,7 @@ class FactoredMatrix:
             raise ValueError(f"cannot multiply a FactoredMatrix {tuple(self.shape)} with {tuple(other.shape)}")
 
 
-def _keep_axis(index: Any, size: int) -> Any:
+def _keep_axis(index: Index, size: int) -> Index:
     """Turn a whole-number index into a range of one, so that a row stays a 1-row matrix."""
     try:
         index = operator.index(index)  # also of numpy's integers and of tensors that are one number
@@ -280,7 +302,7 @@ def composition_scores(
 ) -> Float[Tensor, "*leading"]:
     """Return `||left right|| / (||left|| ||right||)` in Frobenius norms, a number between 0 and 1.
 
-    How much of what `left` writes (or reads) is what `right` reads, beyond chance (Elhage et al. 2021, "A Mathematical
+    How strongly the output of `left` feeds the input of `right` (Elhage et al. 2021, "A Mathematical
     Framework for Transformer Circuits", section on composition). Rotating the outer sides changes no norm, so each
     pair costs products of head-sized matrices only.
 

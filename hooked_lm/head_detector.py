@@ -5,7 +5,7 @@ Two measures, of a head's attention `A` [query key] and a detection pattern `D`:
     mul    sum(A * D) / sum(A)              the share of the attention that falls where the pattern is
     abs    1 - sum(|A - D|) / positions     1 for a perfect match, less for every difference, down to -1
 
-Queries without a key in the pattern count here, and attend to something all the same, so that few heads come near 1;
+Queries without a key in the pattern count here, although they too attend somewhere, so that few heads come near 1;
 `circuits.heads.attention_scores` leaves them out, takes tokens as well as text, and patterns of your own as functions.
 """
 
@@ -13,13 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_lm.activation_cache import ActivationCache
 from hooked_lm.circuits.heads import (
+    DETECTION_PATTERNS,
     check_attention,
     check_pattern_entries,
     duplicate_token_pattern,
@@ -27,6 +29,23 @@ from hooked_lm.circuits.heads import (
     previous_token_pattern,
     read_patterns,
 )
+from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.hooked_model import HookedModel
+
+if TYPE_CHECKING:
+    from hooked_lm.transformer import HookedTransformer
+
+__all__ = [
+    "HEAD_NAMES",
+    "ErrorMeasure",
+    "HeadName",
+    "LayerHeadTuple",
+    "LayerToHead",
+    "detect_head",
+    "get_duplicate_token_head_detection_pattern",
+    "get_induction_head_detection_pattern",
+    "get_previous_token_head_detection_pattern",
+]
 
 HeadName = Literal["previous_token_head", "duplicate_token_head", "induction_head"]
 HEAD_NAMES: tuple[str, ...] = get_args(HeadName)
@@ -61,9 +80,13 @@ _PATTERNS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# Under these names `circuits.heads` has the patterns above; the classic detector takes them under its own names only.
+_OTHER_NAMES = frozenset({"previous_token", "duplicate_token", "induction"})
+
+
 def _one_prompt(tokens: Int[Tensor, "*batch pos"]) -> Int[Tensor, "one pos"]:
     if tokens.ndim not in (1, 2) or (tokens.ndim == 2 and len(tokens) != 1) or tokens.numel() == 0:
-        raise ValueError(f"a detection pattern is that of one prompt, [pos] or [1 pos]; got {tuple(tokens.shape)}")
+        raise ValueError(f"a detection pattern belongs to one prompt, [pos] or [1 pos]; got {tuple(tokens.shape)}")
     return tokens.reshape(1, -1)
 
 
@@ -72,30 +95,31 @@ def _one_prompt(tokens: Int[Tensor, "*batch pos"]) -> Int[Tensor, "one pos"]:
 
 @torch.no_grad()
 def detect_head(
-    model: Any,
+    model: HookedModel,
     seq: str | list[str],
-    detection_pattern: Tensor | HeadName,
+    detection_pattern: Tensor | str,
     heads: Sequence[LayerHeadTuple] | LayerToHead | None = None,
-    cache: Any = None,
+    cache: ActivationCache | None = None,
     *,
     exclude_bos: bool = False,
     exclude_current_token: bool = False,
     error_measure: ErrorMeasure = "mul",
 ) -> Float[Tensor, "layer head"]:
-    """Return how well each head's attention matches a pattern, [layer head] on the CPU; -1 for heads not asked for.
+    """Return how well each head's attention matches a pattern, [layer head] on the CPU; -1 for heads not chosen.
 
     Args:
         model: a `HookedTransformer` with a tokenizer.
         seq: a text, or several; the scores are then means over them. Each is read by itself, BOS as the model has it.
-        detection_pattern: one of `HEAD_NAMES`, or a tensor [query key] with entries between 0 and 1, without any above
-            the diagonal where attention is causal. It then has to fit every text.
+        detection_pattern: one of `HEAD_NAMES`; a name given by `circuits.heads.register_head_pattern`; or a tensor
+            [query key] with entries between 0 and 1, none above the diagonal where attention is causal, which has to
+            fit every text.
         heads: pairs (layer, head), or a dictionary from layers to lists of heads; all by default.
-        cache: of a run of the model on `seq`, with `blocks.{layer}.attn.hook_pattern` of the layers asked for, to save
+        cache: of a run of the model on `seq`, with `blocks.{layer}.attn.hook_pattern` of the chosen layers, to save
             running it again. With several texts, they have to be equally long and its batch that of the texts.
         exclude_bos: leave out the attention to the first position.
         exclude_current_token: leave out the attention of each position to itself.
-        error_measure: `"mul"` or `"abs"`, see the top of this module. A head all of whose attention is left out
-            scores 0 by the first.
+        error_measure: `"mul"` or `"abs"`, see the top of this module. By `"mul"`, a head whose whole attention is left
+            out scores 0.
 
     Raises:
         TypeError: `seq` is not text, or the pattern neither a name nor a tensor.
@@ -147,7 +171,7 @@ def _kept(target: Float[Tensor, "query key"], exclude_bos: bool, exclude_current
     return kept.fill_diagonal_(0.0) if exclude_current else kept
 
 
-# What is asked for
+# Checks of the arguments
 
 
 def _texts(seq: object) -> list[str]:
@@ -160,22 +184,21 @@ def _texts(seq: object) -> list[str]:
     return list(texts)
 
 
-def _tokens(model: Any, text: str) -> Int[Tensor, "one pos"]:
-    tokens = model.to_tokens(text, truncate=False)
+def _tokens(model: HookedModel, text: str) -> Int[Tensor, "one pos"]:
+    # `HookedModel.to_tokens` has no `truncate`; a text that is too long has to be seen as such.
+    tokens = cast("HookedTransformer", model).to_tokens(text, truncate=False)
     if not 1 < tokens.shape[1] <= model.cfg.n_ctx:
         raise ValueError(
-            f"the text {text[:40]!r} has {tokens.shape[1]} tokens; to see where heads attend takes 2 to "
+            f"the text {text[:40]!r} has {tokens.shape[1]} tokens; attention is scored on 2 to "
             f"{model.cfg.n_ctx}, the model's n_ctx"
         )
     return tokens
 
 
-def _detection_pattern(model: Any, asked: object, tokens: Int[Tensor, "one pos"]) -> Float[Tensor, "query key"]:
-    precise = torch.promote_types(model.cfg.dtype, torch.float32)
+def _detection_pattern(model: HookedModel, asked: object, tokens: Int[Tensor, "one pos"]) -> Float[Tensor, "query key"]:
+    precise, causal = torch.promote_types(model.cfg.dtype, torch.float32), model.cfg.attention_dir == "causal"
     if isinstance(asked, str):
-        if asked not in _PATTERNS:
-            raise ValueError(f"detection_pattern {asked!r} is none of {', '.join(map(repr, HEAD_NAMES))}, nor a tensor")
-        return _PATTERNS[asked](tokens).to(precise)
+        return _named_pattern(asked, tokens, causal).to(tokens.device, precise)
     if not isinstance(asked, Tensor):
         raise TypeError(f"detection_pattern is a name or a tensor [query key], got {type(asked).__name__}")
     n_pos = tokens.shape[1]
@@ -185,11 +208,32 @@ def _detection_pattern(model: Any, asked: object, tokens: Int[Tensor, "one pos"]
             "model puts it in front): it should be [query key] of these"
         )
     pattern = asked.to(tokens.device, precise)
-    check_pattern_entries(pattern, causal=model.cfg.attention_dir == "causal")
+    check_pattern_entries(pattern, causal)
     return pattern
 
 
-def _chosen_heads(cfg: Any, heads: Sequence[LayerHeadTuple] | LayerToHead | None) -> Bool[Tensor, "layer head"]:
+def _named_pattern(name: str, tokens: Int[Tensor, "one pos"], causal: bool) -> Float[Tensor, "query key"]:
+    if name in _PATTERNS:
+        return _PATTERNS[name](tokens)
+    registered = [one for one in DETECTION_PATTERNS if one not in _OTHER_NAMES]
+    if name not in registered:
+        known = ", ".join(map(repr, (*HEAD_NAMES, *registered)))
+        raise ValueError(f"detection_pattern {name!r} is none of {known}, nor a tensor")
+    made, n_pos = DETECTION_PATTERNS[name](tokens), tokens.shape[1]
+    if not isinstance(made, Tensor) or tuple(made.shape) not in ((n_pos, n_pos), (1, n_pos, n_pos)):
+        came = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+        raise ValueError(
+            f"the registered head pattern {name!r} made {came} of {n_pos} tokens; a pattern is a tensor [query key] or "
+            "[1 query key]"
+        )
+    pattern = made.reshape(n_pos, n_pos)
+    check_pattern_entries(pattern, causal)
+    return pattern
+
+
+def _chosen_heads(
+    cfg: HookedTransformerConfig, heads: Sequence[LayerHeadTuple] | LayerToHead | None
+) -> Bool[Tensor, "layer head"]:
     chosen = torch.zeros(cfg.n_layers, cfg.n_heads, dtype=torch.bool)
     if heads is None:
         pairs = [(layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
@@ -204,7 +248,7 @@ def _chosen_heads(cfg: Any, heads: Sequence[LayerHeadTuple] | LayerToHead | None
             )
         chosen[layer, head] = True
     if not pairs:
-        raise ValueError("no heads were asked for: give pairs (layer, head), or None for all")
+        raise ValueError("heads is empty: give pairs (layer, head), or None for all")
     return chosen
 
 
@@ -214,18 +258,20 @@ def _pair(one: object) -> LayerHeadTuple:
     return one[0], one[1]
 
 
-def _check_cache(cache: Any, prompts: Sequence[Int[Tensor, "one pos"]]) -> None:
+def _check_cache(cache: ActivationCache | None, prompts: Sequence[Int[Tensor, "one pos"]]) -> None:
     lengths = [tokens.shape[1] for tokens in prompts]
     if cache is not None and len(set(lengths)) > 1:
         raise ValueError(f"a cache goes with texts of the same length; these have {lengths} tokens: leave it out")
 
 
-def _cached_pattern(cache: Any, layer: int, row: int, n_texts: int, n_pos: int) -> Float[Tensor, "one head query key"]:
+def _cached_pattern(
+    cache: ActivationCache, layer: int, row: int, n_texts: int, n_pos: int
+) -> Float[Tensor, "one head query key"]:
     attention = cache["pattern", layer]
     attention = attention if cache.has_batch_dim else attention[None]
     if (len(attention), *attention.shape[-2:]) != (n_texts, n_pos, n_pos):
         raise ValueError(
-            f"the cache is of another run: its attention in layer {layer} has shape {tuple(attention.shape)}, for "
+            f"the cache is from another run: its attention in layer {layer} has shape {tuple(attention.shape)}, for "
             f"{n_texts} texts of {n_pos} tokens"
         )
     check_attention(layer, attention)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
 from hooked_lm.components import Embed, PosEmbed, TransformerBlock, Unembed
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.hooks import HookHandle, HookPoint, HookSpec
+from hooked_lm.hooks import HookFunction, HookHandle, HookPoint, HookSpec
 from hooked_lm.interventions import Intervention
 from hooked_lm.tokenization import Prompts, Tokenizer
 
@@ -63,7 +63,15 @@ class HookedModel(Protocol):
 
     def logits_of(self, residual: Tensor, logits_to_keep: int | slice | Tensor | None = None) -> Tensor: ...
 
-    def tokens_and_mask(self, input: Prompts, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]: ...
+    def tokens_and_mask(
+        self,
+        input: Prompts,
+        attention_mask: Tensor | None = None,
+        prepend_bos: bool | None = None,
+        padding_side: Literal["left", "right"] | None = None,
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+    def layer_range(self, start: int | None, stop: int | None) -> tuple[int, int]: ...
 
     # Hooks
 
@@ -72,6 +80,18 @@ class HookedModel(Protocol):
     def hooks(
         self, fwd_hooks: Sequence[HookSpec] = (), bwd_hooks: Sequence[HookSpec] = ()
     ) -> AbstractContextManager[Any]: ...
+
+    def attached(self, handles: Sequence[HookHandle]) -> AbstractContextManager[None]: ...
+
+    def recording_handles(
+        self,
+        fwd: Sequence[tuple[str, HookFunction]],
+        bwd: Sequence[tuple[str, HookFunction]],
+        level: int | None = None,
+        this_thread: bool = False,
+    ) -> list[HookHandle]: ...
+
+    def clear_contexts(self) -> None: ...
 
     def only_hooks(self, handles: Iterable[HookHandle]) -> AbstractContextManager[None]: ...
 

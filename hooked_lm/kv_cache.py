@@ -1,4 +1,4 @@
-"""The key-value cache: what attention remembers of the positions that have been read."""
+"""The key-value cache: the keys and values of earlier positions, so that a longer prompt need not recompute them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from torch import Tensor
 
 from hooked_lm.config import HookedTransformerConfig
 
+__all__ = ["HookedTransformerKeyValueCache", "HookedTransformerKeyValueCacheEntry"]
+
 
 class HookedTransformerKeyValueCacheEntry:
-    """Keys and values of one layer, in a buffer made for as many positions as are expected; beyond, it doubles.
+    """Keys and values of one layer, in a buffer that doubles when it is full.
 
-    Keys are kept as attention uses them, that is, rotated.
+    Keys are stored after the rotary rotation.
 
     Attributes:
-        past_keys, past_values: [batch pos kv_head d_head], views of what has been stored.
+        past_keys, past_values: [batch pos kv_head d_head], views of the stored positions.
         frozen: `append` then returns the longer keys and values but stores nothing.
     """
 
@@ -64,7 +66,7 @@ class HookedTransformerKeyValueCacheEntry:
             self._length = self._keys.shape[1]
             return self._keys, self._values
         end = self._length + keys.shape[1]
-        # What a graph holds, or was made under inference_mode, can no longer be written to here: it is copied too.
+        # A buffer in an autograd graph, or made under inference_mode, must not be written to in place: it is copied.
         sealed = self._in_a_graph or (past.is_inference() and not torch.is_inference_mode_enabled())
         if sealed or end > past.shape[1]:
             self._grow(max(end, 2 * self._length, 64))
@@ -131,20 +133,20 @@ class HookedTransformerKeyValueCache:
 
     @property
     def length(self) -> int:
-        """Positions stored."""
+        """The number of stored positions."""
         return self.previous_attention_mask.shape[1]
 
     @property
     def batch_size(self) -> int:
-        """How many prompts."""
+        """The number of prompts."""
         return self.previous_attention_mask.shape[0]
 
     def freeze(self) -> None:
-        """Use what is stored, and store nothing more."""
+        """Stop storing: later calls use the stored positions and add none."""
         self._set_frozen(True)
 
     def unfreeze(self) -> None:
-        """Store again."""
+        """Store new positions again."""
         self._set_frozen(False)
 
     def _set_frozen(self, frozen: bool) -> None:
@@ -160,7 +162,7 @@ class HookedTransformerKeyValueCache:
         return mask
 
     def rewind(self, length: int) -> None:
-        """Forget every position from `length` on, in every layer; undoes a run that failed half-way.
+        """Forget every position from `length` on, in every layer; used to undo a run that failed half-way.
 
         Raises:
             ValueError: a negative length.

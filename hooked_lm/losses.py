@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+__all__ = ["lm_accuracy", "lm_cross_entropy_loss"]
+
 
 def lm_cross_entropy_loss(
     logits: Float[Tensor, "batch pos vocab"],
@@ -18,14 +20,14 @@ def lm_cross_entropy_loss(
     Args:
         logits, tokens: the last position's logits predict nothing here and are not used.
         attention_mask: 0 at padding; a prediction counts where both it and its next token are real.
-        per_token: return [batch pos-1], zero where nothing counts, rather than the mean over what counts.
+        per_token: return [batch pos-1], zero where a prediction does not count, rather than the mean.
     """
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-    loss = loss.unflatten(0, (tokens.shape[0], tokens.shape[1] - 1))
+    loss = loss.reshape(tokens.shape[0], tokens.shape[1] - 1)
     if attention_mask is None:
         return loss if per_token else loss.mean()
     counts = (attention_mask[:, :-1] * attention_mask[:, 1:]).bool()
-    # Not a product: what is not finite at padding would stay.
+    # `where`, not a product with the mask: 0 * inf is nan.
     loss = loss.where(counts, 0.0)
     return loss if per_token else loss.sum() / counts.sum()
 
@@ -37,7 +39,7 @@ def lm_accuracy(
 
     Args:
         logits, tokens: the last position's logits predict nothing here and are not used.
-        per_token: return [batch pos-1], whether each was right, rather than the share.
+        per_token: return [batch pos-1], True where the prediction is right, rather than the share.
     """
     correct = logits[:, :-1].argmax(-1) == tokens[:, 1:]
     return correct if per_token else correct.float().mean()

@@ -1,20 +1,36 @@
-"""What a run's logits are judged by: metrics that say which positions and tokens they read.
+"""Metrics: scores of a run's logits that declare which positions and tokens they read.
 
 A metric is called with logits [batch pos vocab] and returns their mean score, a scalar; any function that does so
-serves as one. Those made here also say what they read, so that a sweep unembeds nothing else.
+can be used as a metric. A `Metric` also declares the position and tokens it reads: a sweep unembeds nothing else.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_lm._support.precision import at_least_single
+
+__all__ = [
+    "Metric",
+    "Tokens",
+    "accuracy",
+    "get_metric",
+    "kl_to",
+    "log_prob",
+    "logit",
+    "logit_diff",
+    "metric_names",
+    "one_number",
+    "prob",
+    "rank",
+    "register_metric",
+]
 
 Tokens = int | Tensor | list[int]
 
@@ -29,8 +45,8 @@ class Metric:
         tokens: the vocabulary entries that are read, [batch_or_1 token]; None for all of them.
         score: logits of those entries [... batch token], in float32 or float64 -> [... batch].
         answers: the tokens that have to be in the vocabulary, [batch_or_1 token]; by default those that are read.
-        n_prompts: for how many prompts it is made; 1 for any number.
-        d_vocab: for logits of how many tokens it is made; None for any number.
+        n_prompts: the number of prompts that the metric fits; 1 for any number.
+        d_vocab: the size of the vocabulary that the metric fits; None for any size.
     """
 
     name: str
@@ -49,8 +65,8 @@ class Metric:
         """Return each prompt's score.
 
         Raises:
-            ValueError: these are no logits [batch pos vocab], there is no such position, or prompts and answers differ
-                in number.
+            ValueError: the logits are not [batch pos vocab], lack the position, or are of another number of prompts
+                than the answers.
         """
         if logits.ndim != 3:
             raise ValueError(f"{self.name} reads logits [batch pos vocab], got shape {tuple(logits.shape)}")
@@ -62,7 +78,7 @@ class Metric:
         return self.scores(read)
 
     def scores(self, read: Float[Tensor, "*leading batch token"]) -> Float[Tensor, "*leading batch"]:
-        """Return the scores, given the logits of what it reads; those of half precision are judged in float32."""
+        """Return the scores, given the logits that the metric reads; half precision is converted to float32 first."""
         return self.score(at_least_single(read))
 
     def check(self, batch: int, n_positions: int, d_vocab: int) -> None:
@@ -102,13 +118,13 @@ class Metric:
         self.check_mask(attention_mask)
 
     def check_mask(self, attention_mask: Int[Tensor, "batch pos"] | None) -> None:
-        """Check that what is read is no padding.
+        """Check that the position that is read holds no padding.
 
         Args:
-            attention_mask: [batch pos], 0 at padding; None where there is none.
+            attention_mask: [batch pos], 0 at padding; None if nothing is padded.
 
         Raises:
-            ValueError: it is, for some prompt.
+            ValueError: it holds padding, for some prompt.
         """
         padded = [] if attention_mask is None else torch.where(attention_mask[:, self.pos] == 0)[0].tolist()
         if padded:
@@ -121,7 +137,7 @@ class Metric:
         """Check that there is an answer for every prompt, or one for all.
 
         Raises:
-            ValueError: there is neither.
+            ValueError: the number of answers is neither 1 nor that of the prompts.
         """
         answers = self.tokens if self.answers is None else self.answers
         n_prompts = self.n_prompts if answers is None else answers.shape[0]
@@ -132,8 +148,8 @@ class Metric:
         return self.per_prompt(logits).mean()
 
 
-def one_number(metric: Callable[[Tensor], Any], logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, ""]:
-    """Return what a metric makes of the logits, checked to be one number, in the logits' precision if a Python number.
+def one_number(metric: Callable[[Tensor], object], logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, ""]:
+    """Return a metric of the logits, checked to be one number; a Python number takes the logits' precision.
 
     Args:
         metric: a function of the logits.
@@ -155,7 +171,7 @@ def logit(answer: Tokens, pos: int = -1) -> Metric:
 
     Args:
         answer: a token, or one for each prompt.
-        pos: where it is predicted.
+        pos: the position whose logits predict the answer.
     """
     return Metric("logit", pos, _column(answer, "answer"), lambda read: read[..., 0])
 
@@ -245,12 +261,12 @@ def kl_to(reference: Float[Tensor, "batch pos vocab"], pos: int = -1) -> Metric:
     def score(read: Tensor) -> Tensor:
         wanted = target.to(read)
         terms = wanted.exp() * (wanted - read.log_softmax(-1))
-        return terms.masked_fill(wanted == -torch.inf, 0.0).sum(-1)  # what cannot happen adds nothing
+        return terms.masked_fill(wanted == -torch.inf, 0.0).sum(-1)  # a token with probability 0 adds nothing
 
     return Metric("KL divergence", pos, None, score, n_prompts=reference.shape[0], d_vocab=reference.shape[2])
 
 
-def _column(tokens: Any, what: str) -> Tensor:
+def _column(tokens: object, what: str) -> Tensor:
     """Tokens as [batch_or_1 1]."""
     if isinstance(tokens, str) or (isinstance(tokens, list) and any(isinstance(one, str) for one in tokens)):
         raise ValueError(f"{what} is a token, or one for each prompt: model.to_single_token turns {tokens!r} into one")
@@ -264,3 +280,51 @@ def _pick(read: Tensor, column: Tensor) -> Tensor:
     """The entry of each prompt's answer: [... batch vocab] -> [... batch]."""
     column = column.to(read.device).expand(read.shape[-2], 1)
     return read.gather(-1, column.expand(*read.shape[:-1], 1))[..., 0]
+
+
+# The functions that make metrics, by name. Their arguments differ; all return a Metric.
+_MAKERS: dict[str, Callable[..., Metric]] = {
+    maker.__name__: maker for maker in (logit, logit_diff, prob, log_prob, rank, accuracy, kl_to)
+}
+_BUILT_IN = frozenset(_MAKERS)
+
+
+def metric_names() -> tuple[str, ...]:
+    """Return the names of all metrics, registered ones included."""
+    return tuple(_MAKERS)
+
+
+def register_metric(name: str, maker: Callable[..., Metric], *, replace: bool = False) -> None:
+    """Add a metric under a name, for `get_metric`.
+
+    Args:
+        name: the name; those of the metrics in this module cannot be taken.
+        maker: returns a `Metric`, from arguments of its own: usually the answers, and `pos`.
+        replace: take a name that has been registered before.
+
+    Raises:
+        ValueError: the name is taken, or is no name.
+        TypeError: the maker cannot be called.
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"a metric's name is a string that is not empty; got {name!r}")
+    if not callable(maker):
+        raise TypeError(f"a metric's maker is a function that returns a Metric; {maker!r} cannot be called")
+    if name in _BUILT_IN and _MAKERS[name] is not maker:
+        raise ValueError(f"the metric {name!r} comes with the package: register yours under another name")
+    if _MAKERS.get(name, maker) is not maker and not replace:
+        raise ValueError(f"the metric {name!r} is registered already: give another name, or replace=True")
+    _MAKERS[name] = maker
+
+
+def get_metric(name: str) -> Callable[..., Metric]:
+    """Return the function that makes a metric, such as `logit_diff` for `"logit_diff"`.
+
+    Raises:
+        ValueError: no metric has the name; the message lists the names.
+    """
+    if name not in _MAKERS:
+        near = difflib.get_close_matches(name, _MAKERS, n=1) if isinstance(name, str) else []
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no metric {name!r} among {', '.join(_MAKERS)}{hint}")
+    return _MAKERS[name]

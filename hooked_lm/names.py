@@ -1,7 +1,7 @@
 """The axis glossary and the grammar of hook names.
 
-One place decides what an axis is called in annotations and contractions, how a hook is named, and what
-"these hooks" means when a caller gives a name, a glob, a list or a predicate.
+Three things are decided here and nowhere else: the names of axes in annotations and contractions, the names of hooks,
+and which hooks a caller selects with a name, a glob, a list or a predicate.
 """
 
 from __future__ import annotations
@@ -10,6 +10,17 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+
+__all__ = [
+    "AXES",
+    "NamesFilter",
+    "UnknownHookError",
+    "describe_unknown",
+    "get_act_name",
+    "is_pattern",
+    "layer_of",
+    "select_names",
+]
 
 AXES: dict[str, str] = {
     "batch": "prompts",
@@ -81,7 +92,8 @@ def get_act_name(name: str, layer: int | str | None = None, layer_type: str | No
             (`"attn"` or `"a"`, `"mlp"` or `"m"`). `scale` and `normalized` without a layer mean the final norm.
 
     Raises:
-        ValueError: a name nobody knows, a layer missing or given where there is none, or a module that lacks the site.
+        ValueError: an unknown name, a missing layer, a layer for a site of the whole model, or a module without the
+            site.
 
     >>> get_act_name("resid_pre", 3)
     'blocks.3.hook_resid_pre'

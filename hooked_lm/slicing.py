@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+__all__ = ["Slice", "SliceInput"]
+
 SliceInput = "None | int | tuple[int | None, ...] | list[int] | slice | torch.Tensor | np.ndarray | Slice"
 
 
@@ -53,7 +55,7 @@ class Slice:
         raise TypeError(f"cannot slice with {given!r}: give None, an int, a tuple, a slice or a list of integers")
 
     def apply(self, tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """Return `tensor` indexed along `dim`; an int drops that axis, the rest keep it.
+        """Return `tensor` indexed along `dim`; an int drops that axis, every other index keeps it.
 
         Args:
             tensor: any.

@@ -1,10 +1,10 @@
-"""A small trainer: AdamW, warm-up and cosine, clipping, checkpoints that a kill cannot spoil, metrics in a JSONL file.
+"""A small trainer: AdamW, warm-up and cosine, clipping, checkpoints written whole or not at all, metrics as JSONL.
 
     config = TrainingConfig(steps=1000, batch=32, lr=1e-3)
     train(model, tokens, config, folder="runs/first")
 
-Run it again after a kill, and it goes on from the last checkpoint to the very same weights: every batch is a function
-of the seed and the step, and the checkpoint holds whatever else the rest of the run depends on.
+Run it again after an interruption, and it goes on from the last checkpoint to the very same weights: every batch is a
+function of the seed and the step, and the checkpoint holds everything else that later steps depend on.
 """
 
 from __future__ import annotations
@@ -16,35 +16,52 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-Batches = Callable[[int], Any]
-LossFn = Callable[[Any, Any], Tensor]
+from hooked_lm.hooked_model import HookedModel
+
+__all__ = [
+    "CHECKPOINT",
+    "METRICS",
+    "Batches",
+    "LossFn",
+    "MetricsFn",
+    "Record",
+    "TrainingConfig",
+    "make_optimizer",
+    "next_token_loss",
+    "row_batches",
+    "train",
+]
+
+Batches = Callable[[int], object]
+# The model and a batch to a scalar, and the model to numbers: they are the caller's, with the types that these have.
+LossFn = Callable[..., Tensor]
+MetricsFn = Callable[..., Mapping[str, float]]
 Record = dict[str, int | float]
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
-# How often to look and to save changes nothing in the weights, so a run may go on with others.
+# The intervals of logging and saving do not change the weights, so a run may go on with other ones.
 _FREE_TO_CHANGE = ("log_every", "evaluate_every", "checkpoint_every")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Everything that decides a run, but the model and the data.
+    """All settings of a run besides the model and the data.
 
     Attributes:
         steps: optimizer steps.
-        batch: rows in a step, where `train` is given rows of tokens. Batches from a function have what size they have.
+        batch: rows in a step, where `train` is given rows of tokens. Batches from a function may have any size.
         lr: the learning rate at its peak.
         warmup: steps that it takes to rise to the peak, in a straight line.
-        final_lr: what part of the peak is left after the last step; down to it leads half a cosine.
+        final_lr: the share of the peak after the last step; half a cosine leads down to it.
         weight_decay: of matrices; biases, gains and other vectors have none.
-        clip: the longest gradient; a longer one is scaled down to it. None: no limit.
+        clip: the largest norm of the gradient; a longer gradient is scaled down to it. None: no limit.
         betas: AdamW's.
         seed: of the order of the rows, and of torch's generator as the run starts.
         log_every: steps between metrics.
@@ -52,7 +69,7 @@ class TrainingConfig:
         checkpoint_every: steps between checkpoints; 0: after the last step only.
 
     Raises:
-        ValueError: a value is out of range; the message says which and what it may be.
+        ValueError: a value is out of range; the message names it and its range.
     """
 
     steps: int
@@ -105,18 +122,20 @@ class TrainingConfig:
 def row_batches(rows: Int[Tensor, "row pos"], batch: int, seed: int) -> Batches:
     """Return the function from a step to its batch [batch pos], which passes over all rows in a new order each time.
 
-    Rows that do not fill a batch are left for the next pass, which draws anew from all.
+    Rows that do not fill a batch wait for the next pass, which orders all rows anew.
 
     Args:
         rows: the data.
         batch: rows at a time.
-        seed: of the orders.
+        seed: of the random orders.
 
     Raises:
         ValueError: there are fewer rows than a batch has.
     """
     if rows.ndim != 2 or len(rows) < batch:
-        raise ValueError(f"batches of {batch} rows need [row pos] with so many rows, got shape {tuple(rows.shape)}")
+        raise ValueError(
+            f"batches of {batch} rows need at least {batch} rows of tokens [row pos], got shape {tuple(rows.shape)}"
+        )
     per_pass = len(rows) // batch
 
     def batch_of(step: int) -> Tensor:
@@ -128,20 +147,21 @@ def row_batches(rows: Int[Tensor, "row pos"], batch: int, seed: int) -> Batches:
     return batch_of
 
 
-def next_token_loss(model: Any, batch: Tensor) -> Tensor:
+def next_token_loss(model: HookedModel, batch: Tensor) -> Tensor:
     """Return the mean next-token loss of tokens [batch pos], in nats: what `train` minimizes unless told otherwise.
 
     Args:
         model: a `HookedTransformer`.
         batch: tokens [batch pos].
     """
-    return model(batch, return_type="loss")
+    loss: Tensor = model(batch, return_type="loss")
+    return loss
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """Return AdamW over the parameters that are trained, with weight decay on the matrices.
 
-    A head's biases [head d_head] have two axes and are no matrix; they are known by their name, `b_Q` or `bias`.
+    Biases [head d_head] have two axes and are no matrices; they are recognised by their name, `b_Q` or `bias`.
 
     Args:
         model: whose parameters.
@@ -169,7 +189,7 @@ def train(
     config: TrainingConfig,
     folder: str | Path | None = None,
     loss_fn: LossFn | None = None,
-    metrics: Callable[[Any], Mapping[str, float]] | None = None,
+    metrics: MetricsFn | None = None,
     resume: bool = True,
     verbose: bool = True,
 ) -> list[Record]:
@@ -177,20 +197,20 @@ def train(
 
     Args:
         model: any module; the default loss takes a `HookedTransformer`.
-        batches: a function from a step, counted from 0, to its batch: what `loss_fn` takes, tensors or tuples or
-            dictionaries of them, which are moved to the model's device. A function of the step alone, so that a run can
-            start again anywhere. Or rows of tokens, of which each step takes `config.batch`.
+        batches: a function from a step, counted from 0, to the batch that `loss_fn` takes: tensors, or tuples or
+            dictionaries of tensors, which are moved to the model's device. It must depend on the step alone, so that a
+            run can start again at any step. Or rows of tokens, `config.batch` of them in each step.
         config: the run's settings.
-        folder: where the checkpoint and the metrics go; None keeps nothing.
+        folder: the folder of the checkpoint and the metrics; None keeps neither.
         loss_fn: `(model, batch)` to a scalar; by default the next-token loss.
         metrics: called with the model in eval mode and without gradients, every `config.evaluate_every` steps and after
-            the last; what it returns is logged.
+            the last; its result is logged.
         resume: go on from the folder's checkpoint, if it has one. False starts over.
         verbose: show a progress bar.
 
     Returns:
         A record for each logged step: `step`, the steps done; `loss`, the mean since the last record, in nats for the
-        default loss; `lr`; `grad_norm`, before clipping, of that step; and what `metrics` returned. The file
+        default loss; `lr`; `grad_norm`, before clipping, of that step; and the numbers from `metrics`. The file
         `metrics.jsonl` holds the same, one JSON object a line.
 
     Raises:
@@ -201,7 +221,7 @@ def train(
     run = _Run(model, config, None if folder is None else Path(folder), verbose)
     batch_of = row_batches(batches, config.batch, config.seed) if isinstance(batches, Tensor) else batches
     mode = model.training
-    # The run seeds torch's generator, for dropout and the like; afterwards it is the caller's again.
+    # The run seeds torch's generator, for dropout and the like; afterwards the generator's state is restored.
     with run.own_randomness():
         run.begin(resume)
         model.train()
@@ -217,7 +237,7 @@ def train(
 
 
 class _Run:
-    """What changes while a model trains: the step, the optimizer, the records."""
+    """The state of a training run: the step, the optimizer, the records."""
 
     def __init__(self, model: nn.Module, config: TrainingConfig, folder: Path | None, verbose: bool) -> None:
         self.model, self.config, self.folder, self.verbose = model, config, folder, verbose
@@ -251,14 +271,14 @@ class _Run:
                 if self.records:
                     bar.set_postfix_str(f"loss {self.records[-1]['loss']:.3f}", refresh=False)
 
-    def take_step(self, step: int, batch: Any, loss_fn: LossFn) -> None:
+    def take_step(self, step: int, batch: object, loss_fn: LossFn) -> None:
         """Change the weights once."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate(step)
         loss = loss_fn(self.model, _on_device(batch, self.device))
         self._require_finite(loss, "loss", step)
         self.optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         trained = [value for group in self.optimizer.param_groups for value in group["params"]]
         norm = nn.utils.clip_grad_norm_(trained, math.inf if self.config.clip is None else self.config.clip)
         self._require_finite(norm, "gradient's norm", step)
@@ -277,7 +297,7 @@ class _Run:
                 f"{self.config.learning_rate(step):g}: try a lower lr, a longer warmup or a smaller clip"
             )
 
-    def record(self, done: int, metrics: Callable[[Any], Mapping[str, float]] | None) -> None:
+    def record(self, done: int, metrics: MetricsFn | None) -> None:
         """Log after `done` steps, if it is time to."""
         config, last = self.config, done == self.config.steps
         evaluate = metrics is not None and (last or bool(config.evaluate_every and done % config.evaluate_every == 0))
@@ -301,7 +321,7 @@ class _Run:
                 file.write(json.dumps(record) + "\n")
 
     def save(self, done: int) -> None:
-        """Write the checkpoint, in one go: a kill leaves the old one or the new one, never half of one."""
+        """Write the checkpoint in one step: an interruption leaves the old file or the new one, never a part."""
         if self.folder is None:
             return
         state = {
@@ -333,7 +353,7 @@ class _Run:
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
 
-    def _require_same_run(self, path: Path, saved: Mapping[str, Any]) -> None:
+    def _require_same_run(self, path: Path, saved: Mapping[str, object]) -> None:
         ours = asdict(self.config)
         differ = [
             f"{field.name} {saved.get(field.name)!r} (now {ours[field.name]!r})"
@@ -358,20 +378,22 @@ class _Run:
 
 
 def _parsed(line: str) -> Record | None:
-    """A record; None for a line that a kill has cut short."""
+    """A record; None for a line that an interruption has cut short."""
     try:
-        return json.loads(line)
+        record: Record = json.loads(line)
     except json.JSONDecodeError:
         return None
+    return record
 
 
-def _on_device(batch: Any, device: torch.device) -> Any:
-    """The batch with every tensor in it moved."""
+def _on_device(batch: object, device: torch.device) -> object:
+    """The batch with every tensor in it moved to the device."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, tuple | list):
         parts = [_on_device(part, device) for part in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+        make: Callable[..., object] = type(batch)
+        return make(*parts) if hasattr(batch, "_fields") else make(parts)
     if isinstance(batch, Mapping):
         return {name: _on_device(part, device) for name, part in batch.items()}
     return batch

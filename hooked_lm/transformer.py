@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -16,19 +18,20 @@ from hooked_lm import tokenization
 from hooked_lm.activation_cache.recording import Caching
 from hooked_lm.components import Embed, PosEmbed, SequenceLayout, TransformerBlock, Unembed
 from hooked_lm.components.norm import NoNorm, make_norm
+from hooked_lm.components.sequence import Prompt
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.generation.methods import TextGeneration
-from hooked_lm.hooks import HookPoint
+from hooked_lm.hooks import HookPoint, Pass, any_live, in_pass, is_live
 from hooked_lm.kv_cache import HookedTransformerKeyValueCache
 from hooked_lm.losses import lm_cross_entropy_loss
-from hooked_lm.tokenization import Tokenizer
+from hooked_lm.tokenization import Prompts, Tokenizer
 from hooked_lm.tokenization.methods import check_attention_mask, describe
 from hooked_lm.weights.initialization import initialize_weights
 from hooked_lm.weights.saving import WeightSaving
 from hooked_lm.weights.views import WeightViews
 
 ReturnType = Literal["logits", "loss", "both"] | None
-ModelInput = str | Sequence[str] | Tensor | np.ndarray
+ModelInput = Prompts
 
 
 class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
@@ -55,7 +58,7 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
         cfg = HookedTransformerConfig.unwrap(cfg)
         if tokenizer is None and cfg.tokenizer_name is not None:
             tokenizer = self._load_tokenizer(cfg.tokenizer_name)
-        self.cfg = cfg = _with_vocabulary(cfg, tokenizer)
+        self._cfg = cfg = _with_vocabulary(cfg, tokenizer)
         if default_padding_side is not None:
             tokenization.check_padding_side(default_padding_side)
             cfg.default_padding_side = default_padding_side
@@ -78,6 +81,41 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
         if move_to_device and device is not None:
             self.to(device)
         self.setup()
+        self._lock_config()
+
+    # The config
+
+    @property
+    def cfg(self) -> HookedTransformerConfig:
+        """The architecture. What the forward pass computes with is what this says.
+
+        Fields that act when they are changed may be assigned: the soft caps, `attention_dir`, `n_ctx`, dtype, device
+        and the defaults of tokens. Any other assignment raises and says how to build the model anew.
+        """
+        return self._cfg
+
+    @cfg.setter
+    def cfg(self, cfg: HookedTransformerConfig) -> None:
+        raise AttributeError(
+            "a model keeps the config it was built with: assign its fields that act (cfg.n_ctx = ...), or build "
+            "another model, HookedTransformer(cfg)"
+        )
+
+    def _lock_config(self) -> None:
+        """Have the config refuse changes that would do nothing, and tell this model of those that move it."""
+        model = weakref.ref(self)
+
+        def moved(name: str, value: torch.dtype | str) -> None:
+            owner = model()
+            if owner is not None:
+                owner.to(dtype=value) if isinstance(value, torch.dtype) else owner.to(device=value)
+
+        self._cfg.lock(moved)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy of a config is free; a copy of the model has one of its own to lock.
+        super().__setstate__(state)
+        self._lock_config()
 
     # The forward pass
 
@@ -119,24 +157,42 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
             ValueError: tokens out of range, too long a sequence, layers out of range, shapes that do not match, or
                 options that exclude each other.
         """
-        start, stop = self._layer_range(start_at_layer, stop_at_layer)
+        start, stop = self.layer_range(start_at_layer, stop_at_layer)
         _check_return(return_type, stop_at_layer, logits_to_keep, loss_per_token)
         if past_kv_cache is not None:
             self._check_cacheable(past_kv_cache, start, stop)
         with nullcontext() if past_kv_cache is None else _rewound_on_error(past_kv_cache):
-            residual, tokens, shortformer_pos, mask, layout = self._enter(
+            prompt = self._prompt(
                 input, prepend_bos, padding_side, attention_mask, past_kv_cache, start_at_layer, tokens
             )
-            for layer, block in enumerate(islice(self.blocks, start, stop), start):
-                past = None if past_kv_cache is None else past_kv_cache[layer]
-                residual = block(residual, layout, past, shortformer_pos)
-            if stop_at_layer is not None:
-                return residual
-            normalized = self.ln_final(residual)
-            if return_type is None and not (self.unembed.hook_in.live or self.unembed.hook_out.live):
-                return None
-            logits = self.unembed(_kept(normalized, logits_to_keep))
-            return self._output(logits, tokens, mask, return_type, loss_per_token)
+            with in_pass(Pass(prompt.layout.n_past)):
+                return self._pass(
+                    prompt, start, stop, past_kv_cache, stop_at_layer, logits_to_keep, return_type, loss_per_token
+                )
+
+    def _pass(
+        self,
+        prompt: Prompt,
+        start: int,
+        stop: int,
+        past_kv_cache: HookedTransformerKeyValueCache | None,
+        stop_at_layer: int | None,
+        logits_to_keep: int | slice | Tensor | None,
+        return_type: ReturnType,
+        loss_per_token: bool,
+    ) -> Any:
+        """Run embedding, blocks and unembedding, or those of them that were asked for."""
+        prompt, residual, shortformer_pos = self._entered(prompt)
+        for layer, block in enumerate(islice(self.blocks, start, stop), start):
+            past = None if past_kv_cache is None else past_kv_cache[layer]
+            residual = block(residual, prompt.layout, past, shortformer_pos)
+        if stop_at_layer is not None:
+            return residual
+        normalized = self.ln_final(residual)
+        if return_type is None and not any_live(self.unembed.children()):
+            return None
+        logits = self.unembed(_kept(normalized, logits_to_keep))
+        return self._output(logits, prompt.tokens, prompt.mask, return_type, loss_per_token)
 
     def logits_of(self, residual: Tensor, logits_to_keep: int | slice | Tensor | None = None) -> Tensor:
         """Return the logits of the stream that leaves the last block [batch pos d_model]: final norm, unembedding.
@@ -167,7 +223,12 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
                 "a key-value cache needs every layer: start_at_layer and stop_at_layer would leave some without keys"
             )
 
-    def _layer_range(self, start: int | None, stop: int | None) -> tuple[int, int]:
+    def layer_range(self, start: int | None, stop: int | None) -> tuple[int, int]:
+        """Return the first block that runs and the first that does not, for these options of `forward`.
+
+        Raises:
+            ValueError: one is out of range, or they are in the wrong order.
+        """
         n_layers = self.cfg.n_layers
         if start is not None and not -n_layers <= start < n_layers:
             raise ValueError(f"start_at_layer {start} is out of range: this model has blocks 0-{n_layers - 1}")
@@ -179,7 +240,7 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
             raise ValueError(f"stop_at_layer {stop} comes before start_at_layer {start}")
         return first, last
 
-    def _enter(
+    def _prompt(
         self,
         input: ModelInput,
         prepend_bos: bool | None,
@@ -188,33 +249,40 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
         past_kv_cache: HookedTransformerKeyValueCache | None,
         start_at_layer: int | None,
         tokens: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, SequenceLayout]:
-        """Return what enters the first block: residual, tokens, shortformer positions, mask and layout."""
-        if start_at_layer is not None:
-            residual = self._check_residual(input, tokens)
+    ) -> Prompt:
+        """Return what a pass reads, checked and in one form; a key-value cache then knows of the new positions."""
+        if start_at_layer is None:
             if tokens is not None:
-                tokens = self._check_tokens(tokens)
-                attention_mask = self._infer_mask(tokens, attention_mask, prepend_bos, padding_side, past_kv_cache)
-            layout = self._layout(residual.shape[0], residual.shape[1], attention_mask, past_kv_cache)
-            if any(point.live for point in self.hook_points()):
-                # A cache would otherwise share memory with the caller's tensor, and a hook could write to it.
-                residual = residual.clone()
-            return residual, tokens, self._shortformer_pos(layout, residual.shape[0]), attention_mask, layout
+                raise ValueError("tokens= goes with start_at_layer; without it the input is the tokens")
+            tokens, attention_mask = self._read(input, prepend_bos, padding_side, attention_mask, past_kv_cache)
+            layout = self._layout(tokens.shape[0], tokens.shape[1], attention_mask, past_kv_cache)
+            return Prompt(tokens, attention_mask, None, layout)
+        residual = self._check_residual(input, tokens)
         if tokens is not None:
-            raise ValueError("tokens= goes with start_at_layer; without it the input is the tokens")
-        tokens, attention_mask = self._read(input, prepend_bos, padding_side, attention_mask, past_kv_cache)
-        layout = self._layout(tokens.shape[0], tokens.shape[1], attention_mask, past_kv_cache)
-        return *self._embed(tokens, layout), attention_mask, layout
+            tokens = self._check_tokens(tokens)
+            attention_mask = self._infer_mask(tokens, attention_mask, prepend_bos, padding_side, past_kv_cache)
+        layout = self._layout(residual.shape[0], residual.shape[1], attention_mask, past_kv_cache)
+        if any_live(self.hook_points()):
+            # A cache would otherwise share memory with the caller's tensor.
+            residual = residual.clone()
+        return Prompt(tokens, attention_mask, residual, layout)
 
-    def _embed(self, tokens: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the residual stream that enters block 0, the tokens as hooks leave them, shortformer positions."""
-        if self.hook_tokens.live:
+    def _entered(self, prompt: Prompt) -> tuple[Prompt, Tensor, Tensor | None]:
+        """Return the prompt, its tokens as hooks leave them; the stream that enters block 0; shortformer positions."""
+        layout = prompt.layout
+        if prompt.residual is not None:
+            return prompt, prompt.residual, self._shortformer_pos(layout, prompt.residual.shape[0])
+        tokens = prompt.tokens
+        assert tokens is not None
+        if is_live(self.hook_tokens):
+            # A copy: what hooks keep must not share memory with the caller's tokens.
             tokens = self._check_tokens(self.hook_tokens(tokens.clone()))
+            prompt = replace(prompt, tokens=tokens)
         residual = self.hook_embed(self.embed(tokens))
         shortformer_pos = self._shortformer_pos(layout, tokens.shape[0])
         if self.cfg.positional_embedding_type == "standard":
             residual = residual + self._positions(layout, tokens.shape[0])
-        return residual, tokens, shortformer_pos
+        return prompt, residual, shortformer_pos
 
     def _shortformer_pos(self, layout: SequenceLayout, batch: int) -> Tensor | None:
         shortformer = self.cfg.positional_embedding_type == "shortformer"
@@ -222,18 +290,24 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
 
     def _positions(self, layout: SequenceLayout, batch: int) -> Tensor:
         positions = self.pos_embed(layout, batch)
-        # The positions are a view of `W_pos`, which training writes to and hooks must not.
-        return self.hook_pos_embed(positions.clone()) if self.hook_pos_embed.live else positions
+        # The positions are a view of `W_pos`, which training writes to: a cache keeps a copy.
+        return self.hook_pos_embed(positions.clone()) if is_live(self.hook_pos_embed) else positions
 
     # What comes in
 
-    def tokens_and_mask(self, input: ModelInput, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def tokens_and_mask(
+        self,
+        input: ModelInput,
+        attention_mask: Tensor | None = None,
+        prepend_bos: bool | None = None,
+        padding_side: Literal["left", "right"] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the tokens [batch pos] that an input stands for, and their mask; None if nothing is padded.
 
         Args:
-            input, attention_mask: as for a call of the model.
+            input, attention_mask, prepend_bos, padding_side: as for a call of the model.
         """
-        return self._read(input, None, None, attention_mask, None)
+        return self._read(input, prepend_bos, padding_side, attention_mask, None)
 
     def _read(
         self,
@@ -317,7 +391,6 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
         # A compiled graph cannot look whether anything is padded.
         padded = attention_mask is not None and (torch.compiler.is_compiling() or not bool(attention_mask.all()))
         valid = attention_mask.bool() if attention_mask is not None and padded else None
-        self.n_past = n_past
         return SequenceLayout(n_new, n_past, device, valid)
 
     def input_to_embed(
@@ -333,11 +406,12 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
         Args:
             input, prepend_bos, padding_side, attention_mask, past_kv_cache: as for a call of the model.
         """
-        tokens, mask = self._read(input, prepend_bos, padding_side, attention_mask, past_kv_cache)
         with _rewound_on_error(past_kv_cache):
-            layout = self._layout(tokens.shape[0], tokens.shape[1], mask, past_kv_cache)
-            residual, tokens, shortformer_pos = self._embed(tokens, layout)
-        return residual, tokens, shortformer_pos, mask
+            prompt = self._prompt(input, prepend_bos, padding_side, attention_mask, past_kv_cache, None, None)
+            with in_pass(Pass(prompt.layout.n_past)):
+                entered, residual, shortformer_pos = self._entered(prompt)
+        assert entered.tokens is not None
+        return residual, entered.tokens, shortformer_pos, entered.mask
 
     def loss_fn(
         self,
@@ -392,26 +466,30 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
         """Keep the config's dtype and device true after `.to()`, `.half()`, `.cuda()` and their like."""
         super()._apply(fn, recurse)
         if hasattr(self, "unembed"):
-            self.cfg.dtype, self.cfg.device = self.unembed.W_U.dtype, str(self.unembed.W_U.device)
+            self.cfg.set_unlocked(dtype=self.unembed.W_U.dtype, device=str(self.unembed.W_U.device))
         return self
 
     def mps(self) -> HookedTransformer:
         """Move the model to Apple's GPU."""
         return self.to("mps")
 
-    # The classic library's gates. Every hook point exists here without them, so there is nothing to set.
+    # The classic library's gates. Every hook point exists whatever they say.
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
-        """Accepted, without effect: `hook_result` is computed whenever something listens to it."""
+        """Set `cfg.use_attn_result`."""
+        self.cfg.use_attn_result = use_attn_result
 
     def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
-        """Accepted, without effect: `hook_q_input` and its like are made whenever something listens to them."""
+        """Set `cfg.use_split_qkv_input`."""
+        self.cfg.use_split_qkv_input = use_split_qkv_input
 
     def set_use_attn_in(self, use_attn_in: bool) -> None:
-        """Accepted, without effect: `hook_attn_in` is made whenever something listens to it."""
+        """Set `cfg.use_attn_in`."""
+        self.cfg.use_attn_in = use_attn_in
 
     def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
-        """Accepted, without effect: `hook_mlp_in` always exists."""
+        """Set `cfg.use_hook_mlp_in`."""
+        self.cfg.use_hook_mlp_in = use_hook_mlp_in
 
     def set_ungroup_grouped_query_attention(self, ungroup_grouped_query_attention: bool) -> None:
         """Accepted, without effect: keys and values are hooked per key-value head."""
@@ -437,7 +515,7 @@ def _final_norm_kind(cfg: HookedTransformerConfig) -> str | None:
     return "RMSPre" if cfg.normalization_type.endswith("Pre") else "RMS"
 
 
-def _is_empty(input: Tensor | np.ndarray | Sequence[Any]) -> bool:
+def _is_empty(input: Tensor | np.ndarray | Sequence[object]) -> bool:
     """Whether there is nothing along the first axis, or no axis."""
     return (isinstance(input, (Tensor, np.ndarray)) and input.ndim == 0) or len(input) == 0
 

@@ -1,10 +1,10 @@
-"""Small helpers under their classic names; most live elsewhere and are gathered here."""
+"""Small helpers under their classic names; most are defined in other modules and imported here."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar, cast, overload
 
 import numpy as np
 import torch
@@ -15,10 +15,11 @@ from hooked_lm._support.extras import require_pandas
 from hooked_lm.components.activations import gelu_fast, gelu_new, solu
 from hooked_lm.factored_matrix import FactoredMatrix, composition_scores
 from hooked_lm.generation import sample_logits
+from hooked_lm.hooked_model import HookedModel
 from hooked_lm.losses import lm_accuracy, lm_cross_entropy_loss
 from hooked_lm.names import get_act_name
 from hooked_lm.slicing import Slice, SliceInput
-from hooked_lm.tokenization import tokenize_and_concatenate
+from hooked_lm.tokenization import Tokenizer, tokenize_and_concatenate
 from hooked_lm.weights.initialization import (
     calc_fan_in_and_fan_out,
     init_kaiming_normal_,
@@ -27,7 +28,11 @@ from hooked_lm.weights.initialization import (
     init_xavier_uniform_,
 )
 
+if TYPE_CHECKING:
+    import pandas
+
 __all__ = [
+    "ArrayLike",
     "FactoredMatrix",
     "PromptReport",
     "Slice",
@@ -63,7 +68,13 @@ __all__ = [
 ]
 
 
-def to_numpy(tensor: Any) -> np.ndarray:
+# What `to_numpy` takes: a tensor or parameter, an array, nested lists, a number.
+ArrayLike = Tensor | np.ndarray | Sequence[object] | float
+
+T = TypeVar("T")
+
+
+def to_numpy(tensor: ArrayLike) -> np.ndarray:
     """Return a tensor, parameter, list or number as a numpy array on the CPU; bfloat16 becomes float32.
 
     Raises:
@@ -73,18 +84,23 @@ def to_numpy(tensor: Any) -> np.ndarray:
         return tensor
     if isinstance(tensor, Tensor):
         tensor = tensor.detach().cpu()
-        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        array: np.ndarray = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        return array
     if isinstance(tensor, (list, tuple, int, float, bool, str, np.generic)):
         return np.array(tensor)
     raise TypeError(f"cannot make a numpy array of {type(tensor).__name__}")
 
 
-def get_corner(tensor: Any, n: int = 3) -> Any:
+@overload
+def get_corner(tensor: Tensor | FactoredMatrix, n: int = 3) -> Tensor: ...
+@overload
+def get_corner(tensor: np.ndarray, n: int = 3) -> np.ndarray: ...
+def get_corner(tensor: Tensor | np.ndarray | FactoredMatrix, n: int = 3) -> Tensor | np.ndarray:
     """Return the first `n` entries along every axis of a tensor or a FactoredMatrix.
 
     Args:
         tensor: a tensor, an array or a `FactoredMatrix`.
-        n: how many.
+        n: how many entries.
     """
     if isinstance(tensor, FactoredMatrix):
         return get_corner(tensor.get_corner(n), n)
@@ -123,21 +139,21 @@ def repeat_along_head_dimension(tensor: Tensor, n_heads: int, clone_tensor: bool
     return repeated.clone() if clone_tensor else repeated
 
 
-def override_or_use_default_value(default_flag: Any, override: Any = None) -> Any:
+def override_or_use_default_value(default_flag: T, override: T | None = None) -> T:
     """Return the override, or the default where that is None.
 
     Args:
         default_flag: the default.
-        override: what goes before it, or None.
+        override: the value that takes precedence, or None.
     """
     return default_flag if override is None else override
 
 
-def get_attention_mask(tokenizer: Any, tokens: Tensor, prepend_bos: bool) -> Tensor:
+def get_attention_mask(tokenizer: Tokenizer, tokens: Tensor, prepend_bos: bool) -> Tensor:
     """Return the mask [batch pos] of padded tokens, 0 at padding, on the side the tokenizer pads.
 
     Args:
-        tokenizer: which knows its padding token and on which side it pads.
+        tokenizer: its padding token and padding side decide.
         tokens: [batch pos].
         prepend_bos: whether prompts start with BOS.
     """
@@ -149,9 +165,9 @@ def get_cumsum_along_dim(tensor: Tensor, dim: int, reverse: bool = False) -> Ten
     """Return the cumulative sum along an axis, from its end if `reverse`.
 
     Args:
-        tensor: any.
+        tensor: any tensor.
         dim: the axis.
-        reverse: each entry with all that come after it.
+        reverse: sum each entry with all entries after it.
     """
     return tensor.flip(dim).cumsum(dim).flip(dim) if reverse else tensor.cumsum(dim)
 
@@ -160,14 +176,14 @@ def get_offset_position_ids(past_kv_pos_offset: int, attention_mask: Tensor) -> 
     """Return each token's position in its own prompt, padding not counted, from a mask over past and new tokens.
 
     Args:
-        past_kv_pos_offset: how many positions are past.
+        past_kv_pos_offset: how many positions are in the past.
         attention_mask: [batch pos], 0 at padding.
     """
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
     return positions[:, past_kv_pos_offset:]
 
 
-def get_tokenizer_with_bos(tokenizer: Any) -> Any:
+def get_tokenizer_with_bos(tokenizer: Tokenizer) -> Tokenizer:
     """Return a copy of a tokenizer that has a BOS token; strings get it from the model, not from the tokenizer."""
     return tokenization.prepare_tokenizer(tokenizer, tokenizer.padding_side)
 
@@ -178,9 +194,9 @@ class AnswerToken:
 
     Attributes:
         token: the token as a string.
-        rank: 0 for the likeliest.
-        logit, probability: the model's.
-        top: the likeliest tokens at this point, as (string, logit, probability).
+        rank: the token's rank, 0 for the likeliest.
+        logit, probability: the token's.
+        top: the likeliest tokens at this position, as (string, logit, probability).
     """
 
     token: str
@@ -196,7 +212,7 @@ class PromptReport:
 
     Attributes:
         prompt_tokens: as strings.
-        answers: for each answer that was given, its tokens.
+        answers: the tokens of each answer.
     """
 
     prompt_tokens: list[str]
@@ -224,7 +240,7 @@ class PromptReport:
 def test_prompt(
     prompt: str,
     answer: str | Sequence[str],
-    model: Any,
+    model: HookedModel,
     prepend_space_to_answer: bool = True,
     print_details: bool = True,
     prepend_bos: bool | None = None,
@@ -248,24 +264,24 @@ def test_prompt(
     """
     answers = [answer] if isinstance(answer, str) else list(answer)
     prompt_tokens = model.to_tokens(prompt, prepend_bos=prepend_bos)
-    judged = []
+    ranked = []
     for one in answers:
         text = f" {one}" if prepend_space_to_answer and not one.startswith(" ") else one
         tokens = model.to_tokens(text, prepend_bos=False)
         both = torch.cat((prompt_tokens, tokens), 1)
         logits = model(both, attention_mask=torch.ones_like(both))[0, prompt_tokens.shape[1] - 1 : -1]
-        judged.append(tuple(_judge(model, *pair, top_k) for pair in zip(logits, tokens[0].tolist(), strict=True)))
-    report = PromptReport(model.to_str_tokens(prompt_tokens[0]), tuple(judged))
+        ranked.append(tuple(_rank_token(model, *pair, top_k) for pair in zip(logits, tokens[0].tolist(), strict=True)))
+    report = PromptReport(cast("list[str]", model.to_str_tokens(prompt_tokens[0])), tuple(ranked))
     if print_details:
         print(report)
     return report
 
 
-# pytest would otherwise take it for a test wherever it is imported.
+# Without this pytest would collect the function as a test wherever it is imported.
 test_prompt.__test__ = False  # type: ignore[attr-defined]
 
 
-def _judge(model: Any, logits: Tensor, token: int, top_k: int) -> AnswerToken:
+def _rank_token(model: HookedModel, logits: Tensor, token: int, top_k: int) -> AnswerToken:
     probabilities = logits.softmax(-1)
     best = logits.topk(min(top_k, logits.shape[-1]))
     top = tuple(
@@ -281,24 +297,24 @@ def _judge(model: Any, logits: Tensor, token: int, top_k: int) -> AnswerToken:
     )
 
 
-def logits_to_df(logits: Tensor, model: Any, k: int = 20) -> Any:
+def logits_to_df(logits: Tensor, model: HookedModel, k: int = 20) -> pandas.DataFrame:
     """Return the `k` likeliest tokens for one position's logits [vocab] as a pandas DataFrame, the likeliest first.
 
     Args:
         logits: [vocab].
         model: whose tokenizer gives the strings.
-        k: how many; all, if there are fewer.
+        k: how many tokens; all of them if there are fewer.
 
     Raises:
         ImportError: pandas is not installed; the `notebooks` extra brings it.
         ValueError: the logits are of more than one position.
     """
-    pandas = require_pandas("logits_to_df")
+    pd = require_pandas("logits_to_df")
     if logits.ndim != 1:
         raise ValueError(f"logits of one position [vocab] are expected, got shape {tuple(logits.shape)}")
     log_probabilities = logits.log_softmax(-1)
     best = logits.topk(min(k, logits.shape[-1]))
-    return pandas.DataFrame(
+    frame: pandas.DataFrame = pd.DataFrame(
         {
             "token": best.indices.tolist(),
             "string": [model.to_single_str_token(int(index)) for index in best.indices],
@@ -307,3 +323,4 @@ def logits_to_df(logits: Tensor, model: Any, k: int = 20) -> Any:
             "probability": to_numpy(log_probabilities[best.indices].exp()),
         }
     )
+    return frame

@@ -410,10 +410,12 @@ def test_arguments_that_cannot_be_are_named_before_anything_runs(changes: dict[s
     model.register_forward_pre_hook(lambda *_: runs.append(1))
     with pytest.raises(ValueError, match=message):
         attributed(model, **changes)
-    with pytest.raises(ValueError, match="the clean ones are 2 of 4 positions each, the corrupted ones 2 of 5"):
+    with pytest.raises(ValueError, match="clean prompts have 4 positions and corrupted ones 5"):
         attribution_patch(model, CORRUPTED, CLEAN[:, :4], METRIC, verbose=False)
-    with pytest.raises(ValueError, match="the clean ones are 1 of 5 positions each"):
-        attribution_patch(model, CORRUPTED, CLEAN[:1], METRIC, verbose=False)
+    with pytest.raises(
+        ValueError, match="there are 3 clean prompts and 2 corrupted ones: give as many, or one for all"
+    ):
+        attribution_patch(model, CORRUPTED, tiny_tokens(batch=3, pos=5), METRIC, verbose=False)
     with pytest.raises(UnknownHookError, match=r"no hook 'blocks\.0\.hook_resid_mid'"):
         attributed(tiny_model(attn_only=True), "resid_mid")
     with pytest.raises(ValueError, match="a model without layers has nothing to patch"):
@@ -424,7 +426,9 @@ def test_arguments_that_cannot_be_are_named_before_anything_runs(changes: dict[s
 def test_caches_that_do_not_fit_are_named() -> None:
     model = tiny_model()
     short = model.run_with_cache(CLEAN[:, :4])[1]
-    with pytest.raises(ValueError, match=r"clean cache's 'blocks\.0\.attn\.hook_pattern' has shape \(2, 3, 4, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"clean prompts have 4 positions and corrupted ones 5 \('blocks\.0\.attn\.hook_pat"
+    ):
         attribution_patch(model, CORRUPTED, short, METRIC, "attn_head_pattern_all_pos", verbose=False)
     few = model.run_with_cache(CLEAN, names_filter="blocks.0.*")[1]
     with pytest.raises(UnknownHookError, match=r"the clean cache has no 'blocks\.1\.hook_resid_pre'"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hooked_lm import HookedTransformer, Intervention
-from hooked_lm.circuits import function_vectors
+from hooked_lm.circuits import last_token
 from hooked_lm.circuits.function_vectors import (
     FunctionVector,
     HeadEffects,
@@ -349,13 +349,13 @@ def test_accuracy_is_the_share_of_likeliest_tokens() -> None:
 
 def test_controls_have_the_norm_of_the_vector_and_another_direction(monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = tiny_model(), []
-    sweep = function_vectors.sweep
+    sweep = last_token.sweep
 
     def watched(model: Any, tokens: Tensor, cells: Any, *args: Any, **kwargs: Any) -> Tensor:
         seen.append([one.value for one in cells[1:]])
         return sweep(model, tokens, cells, *args, **kwargs)
 
-    monkeypatch.setattr(function_vectors, "sweep", watched)
+    monkeypatch.setattr(last_token, "sweep", watched)
     given = {"task": 2 * random_vector(2, 12), "other": random_vector()}
     effect = steering_effect(model, ZERO_SHOT, 3, given, n_controls=2, seed=7, **QUIET)
     values = torch.stack(seen[0]).reshape(3, 2, 2, 12)  # variant, name, layer

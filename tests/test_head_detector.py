@@ -77,7 +77,7 @@ def test_the_patterns_of_a_small_prompt_are_the_ones_drawn_here() -> None:
 @pytest.mark.parametrize("make", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize("shape", [(2, 5), (0,), (1, 1, 5)], ids=str)
 def test_a_pattern_of_more_or_less_than_one_prompt_raises(make: Any, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="a detection pattern is that of one prompt"):
+    with pytest.raises(ValueError, match="a detection pattern belongs to one prompt"):
         make(torch.zeros(shape, dtype=torch.long))
 
 
@@ -223,7 +223,7 @@ def test_a_cache_needs_the_layers_that_are_asked_for_and_no_others() -> None:
 @pytest.mark.parametrize(
     ("texts", "cached", "said"),
     [
-        (TEXT, OTHERS[0], "the cache is of another run"),
+        (TEXT, OTHERS[0], "the cache is from another run"),
         (["Mary John", "John Mary"], "Mary John", r"for 2 texts of \d+ tokens"),
         ("Mary John", ["Mary John", "John Mary"], r"for 1 texts of \d+ tokens"),
         (OTHERS, OTHERS, "a cache goes with texts of the same length"),
@@ -254,11 +254,11 @@ def test_a_cache_with_attention_that_is_not_finite_raises() -> None:
         ({"heads": [(2, 0)]}, "no head L2H0: this model has layers 0-1 and heads 0-2"),
         ({"heads": {0: [0, 3]}}, "no head L0H3"),
         ({"heads": [(0, -1)]}, "no head L0H-1"),
-        ({"heads": []}, "no heads were asked for"),
-        ({"heads": {1: []}}, "no heads were asked for"),
+        ({"heads": []}, "heads is empty"),
+        ({"heads": {1: []}}, "heads is empty"),
         ({"heads": [0, 1]}, r"pairs \(layer, head\), or a dictionary from layers to lists of heads; got 0"),
-        ({"seq": ""}, "has 1 tokens; to see where heads attend takes 2 to 64"),
-        ({"seq": "Mary " * 80}, "tokens; to see where heads attend takes 2 to 64"),
+        ({"seq": ""}, "has 1 tokens; attention is scored on 2 to 64"),
+        ({"seq": "Mary " * 80}, "tokens; attention is scored on 2 to 64"),
     ],
     ids=str,
 )

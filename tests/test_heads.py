@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from hooked_lm.circuits.heads import (
     eigenvalue_score,
     matching_scores,
     read_patterns,
+    register_head_pattern,
     repeated_token_scores,
 )
 from hooked_lm.circuits.induction import (
@@ -28,6 +31,7 @@ from hooked_lm.circuits.induction import (
     previous_token_scores,
     repeated_random_tokens,
 )
+from hooked_lm.head_detector import detect_head
 from tests.helpers import CORPUS, VOCAB, LargestTensor, randomise_, tiny_config, tiny_model, tiny_tokenizer, tiny_tokens
 
 # Few different tokens, so that they come again.
@@ -97,6 +101,67 @@ def test_a_detection_pattern_is_what_its_name_says(kind: str) -> None:
 @pytest.mark.parametrize("kind", DETECTION_PATTERNS)
 def test_a_single_token_gives_nothing_to_look_for(kind: str) -> None:
     assert DETECTION_PATTERNS[kind](torch.tensor([[3]])).tolist() == [[[0.0]]]
+
+
+# Patterns of one's own
+
+
+@pytest.fixture
+def _patterns_afterwards_as_before() -> Iterator[None]:
+    before = dict(DETECTION_PATTERNS)
+    yield
+    DETECTION_PATTERNS.clear()
+    DETECTION_PATTERNS.update(before)
+
+
+def first_token(tokens: torch.Tensor) -> torch.Tensor:
+    pattern = torch.zeros(*tokens.shape, tokens.shape[1])
+    pattern[:, 1:, 0] = 1.0
+    return pattern
+
+
+@pytest.mark.usefixtures("_patterns_afterwards_as_before")
+def test_a_registered_pattern_is_found_by_its_name() -> None:
+    register_head_pattern("first_token", first_token)
+    model = tiny_model()
+    found = attention_scores(model, TOKENS, "first_token", verbose=False)
+    assert found.kind == "first_token"
+    assert_same(found.scores, attention_scores(model, TOKENS, first_token, verbose=False).scores)
+    scores = repeated_token_scores(model, "first_token", batch=2, length=5, verbose=False)
+    assert_same(scores.scores, repeated_token_scores(model, first_token, batch=2, length=5, verbose=False).scores)
+
+
+@pytest.mark.usefixtures("_patterns_afterwards_as_before")
+def test_the_classic_detector_takes_a_registered_pattern_and_checks_it() -> None:
+    model = tiny_model(d_vocab=VOCAB, n_ctx=64)
+    model.set_tokenizer(tiny_tokenizer())
+    text = "Mary and John"
+    with pytest.raises(ValueError, match="detection_pattern 'mine' is none of 'previous_token_head'"):
+        detect_head(model, text, "mine")
+    register_head_pattern("mine", first_token)
+    assert_same(detect_head(model, text, "mine"), detect_head(model, text, first_token(model.to_tokens(text))[0]))
+    register_head_pattern("too_long", lambda tokens: torch.ones(99, 99))
+    with pytest.raises(ValueError, match=r"head pattern 'too_long' made \(99, 99\) of \d+ tokens"):
+        detect_head(model, text, "too_long")
+    register_head_pattern("later", lambda tokens: torch.ones(tokens.shape[1], tokens.shape[1]))
+    with pytest.raises(ValueError, match="points from queries to later keys"):
+        detect_head(model, text, "later")
+
+
+@pytest.mark.usefixtures("_patterns_afterwards_as_before")
+@pytest.mark.parametrize("name", ["induction", "induction_head", "mine", ""])
+def test_a_pattern_under_a_taken_or_empty_name_is_refused(name: str) -> None:
+    register_head_pattern("mine", first_token)
+    before = dict(DETECTION_PATTERNS)
+    with pytest.raises(ValueError, match=f"pattern '{name}' cannot be registered: it is (taken|an empty name)"):
+        register_head_pattern(name, first_token)
+    assert before == DETECTION_PATTERNS
+
+
+def test_what_is_no_pattern_cannot_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside the tests
+    with pytest.raises(TypeError, match="a name and a function from tokens to a pattern"):
+        register_head_pattern("mine", torch.ones(3, 3))  # type: ignore[arg-type]
 
 
 # Scores of attention

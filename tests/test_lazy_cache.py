@@ -83,7 +83,9 @@ def test_whatever_a_hook_does_at_any_site_is_in_the_lazy_cache_and_is_not_done_a
             torch.testing.assert_close(found[name], expected.detach(), rtol=0, atol=1e-10)
 
 
-def test_an_edit_in_place_of_the_stream_that_enters_a_block_is_not_what_left_the_last(model: HookedTransformer) -> None:
+def test_an_edit_in_place_of_the_stream_that_enters_a_block_is_not_what_left_the_last(
+    model: HookedTransformer,
+) -> None:
     def zero(x: Tensor, hook: HookPoint) -> None:
         x.zero_()
 

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
+from torch.nn.utils import parametrize
 
 from hooked_lm import HookedTransformer
 from hooked_lm.circuits import logit_lens as module
 from hooked_lm.circuits.induction import repeated_random_tokens
-from hooked_lm.circuits.logit_lens import LogitLens, logit_lens, read_out
+from hooked_lm.circuits.logit_lens import SITES, LogitLens, logit_lens, read_out
+from hooked_lm.components import LayerNorm, Unembed
 from tests.helpers import VOCAB, tiny_config, tiny_model, tiny_tokenizer, tiny_tokens
 from tests.test_full_circuits import LargestTensor
 
@@ -381,3 +383,75 @@ def test_in_the_demo_model_the_repeat_is_known_after_the_induction_head_and_not_
         lens = logit_lens(model, tokens, targets=tokens.roll(-1, dims=1), verbose=False)
     assert in_the_repeat(lens, "1_pre") < 0.1
     assert (in_the_repeat(lens, "1_post") > 0.95) is not ablate
+
+
+# Overridden modules at the end of the model
+
+
+class LouderUnembed(Unembed):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2.0 * super().forward(x) + x.sum(-1, keepdim=True)
+
+
+class ShiftedNorm(LayerNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).tanh() + 0.3
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weights: torch.Tensor) -> torch.Tensor:
+        return 2.0 * weights
+
+
+def as_class(module: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
+    module.__class__ = kind
+
+
+def replaced_final_norm(model: HookedTransformer) -> None:
+    norm = torch.nn.Linear(model.cfg.d_model, model.cfg.d_model, dtype=torch.float64)
+    model.ln_final = norm.requires_grad_(False)
+
+
+def method_on_the_instance(model: HookedTransformer) -> None:
+    forward = model.unembed.forward
+    model.unembed.forward = lambda x: forward(x).sin()  # type: ignore[method-assign]
+
+
+OVERRIDES: dict[str, Callable[[HookedTransformer], Any]] = {
+    "a subclass of the unembedding": lambda model: as_class(model.unembed, LouderUnembed),
+    "a subclass of the final norm": lambda model: as_class(model.ln_final, ShiftedNorm),
+    "another module for the final norm": replaced_final_norm,
+    "a method set on the unembedding": method_on_the_instance,
+    "a parametrised gain": lambda model: parametrize.register_parametrization(model.ln_final, "w", Doubled()),
+    "a torch hook on the final norm": lambda model: model.ln_final.register_forward_hook(lambda *args: args[2] ** 2),
+}
+
+
+@pytest.mark.parametrize("override", OVERRIDES.values(), ids=OVERRIDES.keys())
+def test_every_reading_goes_through_the_models_own_final_norm_and_unembedding(
+    override: Callable[[HookedTransformer], Any],
+) -> None:
+    model, tokens = tiny_model(output_logits_soft_cap=3.0), tiny_tokens()
+    stock = logit_lens(model, tokens, targets=[3])
+    override(model)
+    sites = [f"blocks.{layer}.hook_{site}" for layer in range(2) for site in SITES]
+    logits, cache = model.run_with_cache(tokens, names_filter=sites)
+    lens = logit_lens(model, tokens, targets=[3])
+    assert lens.labels == tuple(f"{layer}_{site}" for layer in range(2) for site in ("pre", "mid", "post"))
+    for index, site in enumerate(sites):
+        plain = model.unembed(model.ln_final(cache[site])).log_softmax(-1)
+        torch.testing.assert_close(lens.target_log_probs[index, :, :, 0], plain[:, :, 3], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(lens.entropy[index], -(plain.exp() * plain).sum(-1), rtol=1e-9, atol=1e-9)
+        final = logits.log_softmax(-1)
+        divergence = (final.exp() * (final - plain)).sum(-1)
+        torch.testing.assert_close(lens.kl[index], divergence, rtol=1e-9, atol=1e-9)
+        assert (lens.target_log_probs[index] - stock.target_log_probs[index]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 1, 4), (0,)])
+def test_a_stream_with_any_leading_axes_is_read_out(leading: tuple[int, ...]) -> None:
+    model = tiny_model()
+    stream = torch.randn(*leading, 12, dtype=torch.float64)
+    expected = model.unembed(model.ln_final(stream.reshape(1, -1, 12))).reshape(*leading, 20)
+    assert read_out(model, stream).shape == (*leading, 20)
+    torch.testing.assert_close(read_out(model, stream), expected, rtol=1e-12, atol=1e-12)

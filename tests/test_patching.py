@@ -315,7 +315,10 @@ def test_clean_prompts_of_another_length_raise(idle_model: HookedTransformer, na
 
 def test_a_cache_of_another_number_of_prompts_raises(idle_model: HookedTransformer) -> None:
     cache = cache_of(tiny_tokens(batch=3, pos=5))
-    with pytest.raises(ValueError, match=r"the clean cache is of 3 prompts .* and there are 2 corrupted ones"):
+    with pytest.raises(
+        ValueError,
+        match=r"there are 3 clean prompts and 2 corrupted ones \(.* in the clean cache\): give as many, or one",
+    ):
         patching.get_act_patch_resid_pre(idle_model, CORRUPTED, cache, METRIC, **QUIET)
 
 
@@ -390,8 +393,8 @@ def test_what_is_no_data_frame_or_no_cache_raises(idle_model: HookedTransformer)
     setter = patching.layer_pos_patch_setter
     with pytest.raises(TypeError, match=r"index_df is a pandas DataFrame .* got list"):
         patching.generic_activation_patch(idle_model, CORRUPTED, cache_of(CLEAN), METRIC, setter, "z", index_df=[[0]])
-    with pytest.raises(TypeError, match="the clean cache maps hook names to activations; got Tensor"):
-        patching.get_act_patch_resid_pre(idle_model, CORRUPTED, CLEAN, METRIC)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="give the clean prompts, or a cache of a run on them; the input is a string"):
+        patching.get_act_patch_resid_pre(idle_model, CORRUPTED, 3, METRIC)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("setter", [patching.layer_pos_patch_setter, lambda *a: patching.layer_pos_patch_setter(*a)])
@@ -426,8 +429,8 @@ def test_every_public_name_resolves_and_an_unknown_one_does_not() -> None:
         patching.get_act_patch_nothing  # noqa: B018
 
 
-def test_importing_the_module_loads_neither_torch_nor_pandas() -> None:
-    code = "import sys, hooked_lm.patching; sys.exit(bool({'torch', 'pandas'} & set(sys.modules)))"
+def test_importing_the_module_does_not_load_pandas() -> None:
+    code = "import sys, hooked_lm.patching; sys.exit('pandas' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -179,8 +179,8 @@ def test_the_result_cannot_be_changed_and_says_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("clean", "corrupted", "how", "said"),
     [
-        (CLEAN[:, :4], CORRUPTED, {}, r"clean prompts are \(4, 4\) \[pair pos\] and corrupted ones \(4, 5\)"),
-        (CLEAN[:3], CORRUPTED, {}, r"\(3, 5\) \[pair pos\] and corrupted ones \(4, 5\)"),
+        (CLEAN[:, :4], CORRUPTED, {}, "clean prompts have 4 positions and corrupted ones 5"),
+        (CLEAN[:3], CORRUPTED, {}, "there are 3 clean prompts and 4 corrupted ones: give as many, or one for all"),
         (CLEAN[:1], CORRUPTED[:1], {"metric": metrics.logit(3)}, "one pair of prompts has no interval"),
         (CLEAN, CLEAN, {}, "score the same on average"),
         (CLEAN, torch.cat((CLEAN[:1], CORRUPTED[1:])), {"normalize": "pair"}, "score the same for pair 0"),
@@ -203,7 +203,7 @@ def test_a_pair_of_unequal_length_raises_though_both_batches_are_padded_to_the_s
 ) -> None:
     model = HookedTransformer(tiny_config(d_vocab=VOCAB), tokenizer=tokenizer)
     long, short = "When John and Mary", "John"
-    with pytest.raises(ValueError, match="clean and corrupted prompt of pair 1 are padded differently"):
+    with pytest.raises(ValueError, match="the clean prompt 1 is padded differently from the corrupted one"):
         patch_pairs(model, [long, short, long], [long, long, short], metrics.logit(3), **QUIET)
 
 

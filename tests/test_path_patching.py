@@ -392,7 +392,7 @@ def test_classic_names_and_any_function_on_logits_do() -> None:
         ([("z", 0, 3)], "logits", "heads 0-2"),
         ([("z", 0, 1, 7)], "logits", "pos 7: the prompts have 7 positions"),
         ([("embed", 0)], "logits", "belongs to no layer"),
-        ([("mlp_out",)], "logits", "lives in a layer: give it"),
+        ([("mlp_out",)], "logits", "is in a layer: give it"),
         ([("mlp_out", 0, 1)], "logits", "there is no head to select"),
         ([("z", 1, 0)], ("k", 1, 1), "there is no path from Node"),
         ([("z", 0, 0, 3)], ("k", 1, 1, 4), "there is no path from Node"),
@@ -417,7 +417,7 @@ def test_other_arguments_that_cannot_be_are_named_before_anything_runs() -> None
     model.register_forward_pre_hook(lambda *_: runs.append(1))
     with pytest.raises(ValueError, match="routes are one of"):
         patched(model, sender, "logits", routes="heads")
-    with pytest.raises(ValueError, match=r"the clean ones are 2 of 6 positions each, the corrupted ones 2 of 7"):
+    with pytest.raises(ValueError, match="clean prompts have 6 positions and corrupted ones 7"):
         path_patch(model, CORRUPTED, CLEAN[:, :6], METRIC, sender, "logits", verbose=False)
     with pytest.raises(ValueError, match="has answers for 3 prompts; there are 2"):
         patched(model, sender, "logits", metric=metrics.logit([1, 2, 3]))
@@ -436,16 +436,19 @@ def test_other_arguments_that_cannot_be_are_named_before_anything_runs() -> None
 def test_caches_that_do_not_fit_are_named() -> None:
     model, sender = tiny_model(), [("z", 0, 1)]
     short = cached(model, CLEAN[:, :6])
-    with pytest.raises(ValueError, match=r"clean cache's 'blocks\.0\.attn\.hook_z' has shape \(2, 6, 3, 4\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"clean prompts have 6 positions and corrupted ones 7 \('blocks\.0\.attn\.hook_z' in the clean cache",
+    ):
         path_patch(model, CORRUPTED, short, METRIC, sender, "logits", verbose=False)
     few = model.run_with_cache(CLEAN, names_filter="blocks.1.*")[1]
     with pytest.raises(UnknownHookError, match=r"the clean cache has no 'blocks\.0\.attn\.hook_z'"):
         path_patch(model, CORRUPTED, few, METRIC, sender, "logits", verbose=False)
     with pytest.raises(UnknownHookError, match=r"the corrupted cache has no 'blocks\.0\.attn\.hook_z'"):
         get_act_patch_direct_path(model, CORRUPTED, CLEAN, few, METRIC, 0, 0, verbose=False)
-    single = model.run_with_cache(CLEAN[:1], remove_batch_dim=True)[1]
-    with pytest.raises(ValueError, match="the clean cache has no batch axis"):
-        path_patch(model, CORRUPTED[:1], single, METRIC, sender, "logits", verbose=False)
+    other = cached(model, CORRUPTED[:1])
+    with pytest.raises(ValueError, match="there are 1 corrupted prompts and 2 that are patched"):
+        get_act_patch_direct_path(model, CORRUPTED, CLEAN, other, METRIC, 0, 0, verbose=False)
 
 
 def test_sites_that_an_architecture_lacks_are_named() -> None:
@@ -455,7 +458,7 @@ def test_sites_that_an_architecture_lacks_are_named() -> None:
         patched(tiny_model(parallel_attn_mlp=True), [("resid_mid", 0)], "logits")
     with pytest.raises(ValueError, match="there is no path from Node"):  # both read the stream that enters
         patched(tiny_model(parallel_attn_mlp=True), [("attn_out", 1)], ("mlp_in", 1))
-    with pytest.raises(ValueError, match="they send nothing"):
+    with pytest.raises(ValueError, match="they cannot be senders"):
         patched(tiny_model(positional_embedding_type="shortformer"), ["pos_embed"], "logits")
 
 

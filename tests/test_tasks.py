@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 import re
 from collections.abc import Iterator
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from hooked_lm.circuits.induction import repeated_random_tokens
 from hooked_lm.tasks import (
     TASKS,
     Example,
+    Task,
     TaskBatches,
     TaskSet,
     capitals,
@@ -24,6 +27,7 @@ from hooked_lm.tasks import (
     ioi,
     lexicon,
     prose,
+    register_task,
     relations,
     repeated_tokens,
     score,
@@ -61,6 +65,37 @@ def test_a_task_is_found_by_its_name() -> None:
 def test_an_unknown_task_is_an_error_that_lists_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"unknown task 'ioy': the tasks are ioi, .*greater_than"):
         get_task("ioy")
+
+
+@pytest.fixture
+def counting() -> Iterator[Task]:
+    """A task that is registered, and afterwards no longer."""
+    task = Task(
+        "counting",
+        "the number that follows",
+        lambda rng: " one two three",
+        lambda n, seed: TaskSet("counting", (Example(" one two", " three", " two", " two two", None),) * n),
+        lambda: iter([" one two three zebracrossing"]),
+    )
+    register_task(task)
+    yield task
+    del TASKS["counting"]
+
+
+def test_a_registered_task_is_found_by_its_name_and_its_words_are_in_the_lexicon(counting: Task) -> None:
+    assert get_task("counting") is counting
+    assert get_task("counting").examples(3).answers == [" three"] * 3
+    assert " one two three zebracrossing" in set(lexicon())
+
+
+def test_a_taken_or_empty_name_of_a_task_is_refused(counting: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside the tests
+    for name in ("counting", "ioi", ""):
+        with pytest.raises(ValueError, match=f"the task '{name}' cannot be registered: it is (taken|an empty name)"):
+            register_task(dataclasses.replace(counting, name=name))
+    assert get_task("ioi") is ioi.TASK
+    with pytest.raises(TypeError, match=r"a hooked_lm\.tasks\.Task, got module"):
+        register_task(ioi)  # type: ignore[arg-type]
 
 
 # All tasks
@@ -506,7 +541,7 @@ def test_early_random_tokens_are_of_a_small_alphabet(words: Any) -> None:
     [
         ({"early_shares": {"verse": 1}}, r"unknown documents \['verse'\]"),
         ({"shares": {"poetry": 1}}, r"unknown documents \['poetry'\]"),
-        ({"early_tokens": 50}, r"60 kinds, as many as a block may have, up to .* not 50"),
+        ({"early_tokens": 50}, r"early_tokens is at least 60, .* at most \d+, .*; got 50"),
         ({"rows": 0}, "1 row of 16 tokens at least, not 0 of 128"),
         ({"width": 8}, "not 24 of 8"),
     ],

@@ -184,7 +184,7 @@ def test_a_folder_of_a_models_name_is_not_taken_for_one_of_its_steps(
 
 
 def test_a_model_in_memory_is_not_labelled_with_a_step(tokenizer: Any) -> None:
-    with pytest.raises(CheckpointError, match="hf_model, so checkpoint_value=1000 would not be heeded"):
+    with pytest.raises(CheckpointError, match="hf_model, so checkpoint_value=1000 would have no effect"):
         unprocessed("pythia-70m", hf_model=tiny_gpt2(), tokenizer=tokenizer, checkpoint_value=1000)
 
 

@@ -14,14 +14,31 @@ import torch
 from torch import Tensor
 
 from hooked_lm.config import HookedTransformerConfig
+from weight_conversion.aliases import ALIASES
 from weight_conversion.conversion import Conversion
-from weight_conversion.errors import CheckpointError as CheckpointError
+from weight_conversion.errors import CheckpointError
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
-from weight_conversion.registry import ALIASES, family_of
+from weight_conversion.fields import ConfigFields, FieldValue, HFConfig
+from weight_conversion.registry import family_of
 from weight_conversion.rules import RuleTable
 from weight_conversion.source import TensorsInMemory, TensorSource, find_folder, open_tensors, read_json
 from weight_conversion.training_checkpoints import training_checkpoint
+
+__all__ = [
+    "OWN_FORMAT",
+    "CheckpointError",
+    "HFModel",
+    "Loaded",
+    "Tokenizer",
+    "Weights",
+    "load",
+    "load_tokenizer",
+    "read_family",
+]
+
+# A `PreTrainedModel` and a `PreTrainedTokenizerBase`: naming these types would import transformers, in seconds.
+HFModel = Any
+Tokenizer = Any
 
 OWN_FORMAT = "hooked_lm"
 _POSITIONS = "pos_embed.W_pos"
@@ -29,7 +46,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "to
 
 
 class Weights(Protocol):
-    """Our weights, not read yet: iterating reads them chunk by chunk, what is outside the blocks first.
+    """Our weights, not read yet: iterating reads them chunk by chunk, first the weights outside the blocks.
 
     Attributes:
         shapes: every name and its shape.
@@ -39,12 +56,12 @@ class Weights(Protocol):
 
     @property
     def mapped(self) -> bool:
-        """Whether what is read may be kept, as a private view of a file, rather than copied."""
+        """Whether the tensors that are read are private views of a file, so that a model can keep them uncopied."""
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]: ...
 
     def release(self) -> None:
-        """Give back the memory of what has been read, apart from what somebody still holds."""
+        """Free the memory of the tensors that have been read, except those still referenced elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -56,21 +73,22 @@ class Loaded:
         weights: our names -> tensors in the checkpoint's own precision, possibly views of a memory-mapped file.
         tokenizer: a transformers tokenizer, or None if the checkpoint has none.
         processed: the steps of `hooked_lm.weights` that the weights have been through.
-        origin: the HuggingFace config that the architecture was read from, if it was, for the way back.
+        origin: the HuggingFace config that the architecture was read from, which an export needs; None if there was
+            none.
     """
 
     cfg: HookedTransformerConfig
     weights: Weights
-    tokenizer: Any
+    tokenizer: Tokenizer
     processed: tuple[str, ...] = ()
-    origin: dict[str, Any] | None = None
+    origin: HFConfig | None = None
 
 
 def load(
     name_or_path: str | Path,
     *,
-    hf_model: Any = None,
-    tokenizer: Any = None,
+    hf_model: HFModel = None,
+    tokenizer: Tokenizer = None,
     revision: str | None = None,
     checkpoint_index: int | None = None,
     checkpoint_value: int | None = None,
@@ -92,7 +110,7 @@ def load(
     asked = {"revision": revision, "checkpoint_index": checkpoint_index, "checkpoint_value": checkpoint_value}
     if hf_model is not None and any(value is not None for value in asked.values()):
         given = ", ".join(f"{name}={value!r}" for name, value in asked.items() if value is not None)
-        raise CheckpointError(f"the weights are those of hf_model, so {given} would not be heeded: leave it out")
+        raise CheckpointError(f"the weights are those of hf_model, so {given} would have no effect: leave it out")
     step = None
     if checkpoint_index is not None or checkpoint_value is not None:
         step = training_checkpoint(str(name_or_path), checkpoint_index, checkpoint_value, revision)
@@ -122,7 +140,7 @@ def load(
 
 
 def _from_huggingface_folder(
-    folder: Path, content: dict[str, Any], tokenizer: Any, first_n_layers: int | None
+    folder: Path, content: HFConfig, tokenizer: Tokenizer, first_n_layers: int | None
 ) -> Loaded:
     # transformers knows the defaults of fields that a config.json leaves out; importing it takes seconds.
     from transformers import AutoConfig
@@ -132,13 +150,13 @@ def _from_huggingface_folder(
         raise CheckpointError(f"{folder / 'config.json'} has no model_type, so no defaults for its fields are known")
     try:
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers' validation raises whatever it likes
+    except Exception as error:  # transformers' validation raises errors of many types
         raise CheckpointError(f"{folder / 'config.json'} is not accepted by transformers: {error}") from error
     return _convert({**content, **hf_config.to_dict()}, open_tensors(folder), tokenizer, first_n_layers)
 
 
 def _from_model(
-    name: str, hf_model: Any, tokenizer: Any, first_n_layers: int | None, trust_remote_code: bool
+    name: str, hf_model: HFModel, tokenizer: Tokenizer, first_n_layers: int | None, trust_remote_code: bool
 ) -> Loaded:
     if tokenizer is None:
         try:
@@ -152,7 +170,7 @@ def _from_model(
         return _convert(fields, tensors, tokenizer, first_n_layers)
 
 
-def _as_on_disk(hf_model: Any) -> dict[str, Tensor]:
+def _as_on_disk(hf_model: HFModel) -> dict[str, Tensor]:
     """A model's tensors as its checkpoint has them, where transformers packs them differently in memory (experts)."""
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -160,10 +178,13 @@ def _as_on_disk(hf_model: Any) -> dict[str, Tensor]:
     # quantised tensors, so the ones that belong to the architecture are used.
     plain = copy.copy(hf_model)
     plain.__dict__.pop("_weight_conversions", None)
-    return revert_weight_conversion(plain, hf_model.state_dict())
+    on_disk: dict[str, Tensor] = revert_weight_conversion(plain, hf_model.state_dict())
+    return on_disk
 
 
-def _convert(fields: Mapping[str, Any], tensors: TensorSource, tokenizer: Any, first_n_layers: int | None) -> Loaded:
+def _convert(
+    fields: Mapping[str, FieldValue], tensors: TensorSource, tokenizer: Tokenizer, first_n_layers: int | None
+) -> Loaded:
     architecture = _architecture(fields)
     family = family_of(architecture)
     cfg, table = read_family(family, fields, architecture)
@@ -179,7 +200,7 @@ def _convert(fields: Mapping[str, Any], tensors: TensorSource, tokenizer: Any, f
     return Loaded(cfg, weights, tokenizer, origin=dict(fields))
 
 
-def _architecture(fields: Mapping[str, Any]) -> str:
+def _architecture(fields: Mapping[str, FieldValue]) -> str:
     architectures = fields.get("architectures") or []
     if len(architectures) != 1:
         raise CheckpointError(f"the config names {len(architectures)} architectures {architectures}, not one")
@@ -187,14 +208,14 @@ def _architecture(fields: Mapping[str, Any]) -> str:
 
 
 def read_family(
-    family: Family, fields: Mapping[str, Any], architecture: str
+    family: Family, fields: Mapping[str, FieldValue], architecture: str
 ) -> tuple[HookedTransformerConfig, RuleTable]:
     """Return the architecture that a HuggingFace config describes, and the rules for its tensors.
 
     Args:
         family: how the config is read.
         fields: the config, as in `config.json`.
-        architecture: the name it goes by there.
+        architecture: the class name that the config gives.
 
     Raises:
         CheckpointError: the config has a field that the family does not know, or a value that it does not support.
@@ -227,12 +248,12 @@ def _dtype(family: Family, tensors: TensorSource) -> torch.dtype:
     return torch.float32 if name is None else tensors.dtype(name)
 
 
-def _from_own_folder(folder: Path, content: dict[str, Any], tokenizer: Any, first_n_layers: int | None) -> Loaded:
+def _from_own_folder(folder: Path, content: HFConfig, tokenizer: Tokenizer, first_n_layers: int | None) -> Loaded:
     try:
         cfg = HookedTransformerConfig.from_dict(content["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / 'config.json'} does not hold a whole config: {error}") from error
-    # Which names there are is for the caller to know.
+    # The names of the steps are checked by the caller, `hooked_lm.weights`.
     processed = content.get("processed", [])
     if not isinstance(processed, list):
         raise CheckpointError(f"{folder / 'config.json'}: processed={processed!r} is no list of processing steps")
@@ -302,7 +323,7 @@ def _short_name(name_or_path: str | Path) -> str:
     return str(name_or_path).rstrip("/").rsplit("/", maxsplit=1)[-1]
 
 
-def _tokenizer_in(folder: Path, trust_remote_code: bool) -> Any:
+def _tokenizer_in(folder: Path, trust_remote_code: bool) -> Tokenizer:
     return load_tokenizer(str(folder), trust_remote_code) if _has_tokenizer(folder) else None
 
 
@@ -310,17 +331,17 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
-def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> Tokenizer:
     """Return the tokenizer of a folder, an alias or a hub id.
 
     Args:
-        name_or_path: where it is.
-        trust_remote_code: whether code that comes with it may run.
+        name_or_path: the folder, alias or hub id.
+        trust_remote_code: whether code that comes with the tokenizer may run.
 
     Raises:
-        CheckpointError: there is none to be had.
+        CheckpointError: the tokenizer cannot be found or read.
     """
-    # transformers makes one that knows no words where a folder has none.
+    # From a folder without a tokenizer, transformers makes an empty one instead of raising.
     if Path(name_or_path).is_dir() and not _has_tokenizer(Path(name_or_path)):
         raise CheckpointError(f"no tokenizer: the folder {name_or_path} has none of {', '.join(_TOKENIZER_FILES)}")
     # Only reading text needs transformers, whose import takes seconds.

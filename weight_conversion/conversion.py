@@ -14,6 +14,8 @@ from weight_conversion.errors import CheckpointError
 from weight_conversion.rules import Drop, Entry, RuleTable, stacked_names
 from weight_conversion.source import TensorSource
 
+__all__ = ["Conversion", "block_entries", "is_per_layer"]
+
 
 class Conversion:
     """A checkpoint and the rules that turn it into our tensors. Creating one checks names and shapes, reads no values.
@@ -22,11 +24,11 @@ class Conversion:
         table: the rules.
         tensors: the checkpoint.
         cfg: of the whole checkpoint.
-        prefix: may stand before every source name, and may be absent.
+        prefix: may come before any source name, and may be absent.
         keep_layers: convert only so many blocks; the others' tensors are left unread.
 
     Attributes:
-        shapes: our names -> the shapes of what the conversion makes.
+        shapes: our names -> the shapes of the tensors that the conversion makes.
 
     Raises:
         CheckpointError: a tensor is missing, is surplus, or has the wrong shape; all offenders are named.
@@ -57,11 +59,11 @@ class Conversion:
 
     @property
     def mapped(self) -> bool:
-        """Whether what is yielded may be kept: it is nobody else's."""
+        """Whether the yielded tensors are private views of a file, so that a model can keep them uncopied."""
         return self._tensors.mapped
 
     def release(self) -> None:
-        """Give back the memory of what has been read, apart from what somebody still holds."""
+        """Free the memory of the tensors that have been read, except those still referenced elsewhere."""
         self._tensors.release()
 
     def _convert(self, entries: Iterable[Entry], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -71,7 +73,7 @@ class Conversion:
         return made
 
     def read(self, source: str, *, values: bool = True) -> Tensor:
-        """Return what a rule's `source` stands for: a tensor, or one per expert or head, stacked."""
+        """Return the tensor that a rule's `source` names, or one per expert or head, stacked."""
         names = [self._present[name] for name in stacked_names(source, self._cfg)]
         if not values:
             shapes = {self._tensors.shape(name) for name in names}
@@ -84,7 +86,7 @@ class Conversion:
         return torch.stack([self._tensors[name] for name in names])
 
     def has(self, source: str) -> bool:
-        """Whether the checkpoint holds what a rule's `source` stands for."""
+        """Whether the checkpoint holds the tensor that a rule's `source` names, or all of those it names."""
         return all(name in self._present for name in stacked_names(source, self._cfg))
 
     def _check_names(self) -> None:
@@ -103,7 +105,7 @@ class Conversion:
 
 
 class _Reading(Mapping[str, Tensor]):
-    """A checkpoint as rules read it: by the names they use."""
+    """A checkpoint as a mapping from the names that rules use to tensors."""
 
     with_values: bool
 
@@ -117,10 +119,10 @@ class _Reading(Mapping[str, Tensor]):
         return isinstance(source, str) and self._conversion.has(source)
 
     def __iter__(self) -> Iterator[str]:
-        raise TypeError("rules name what they read")
+        raise TypeError("a rule reads tensors by name: it cannot list them")
 
     def __len__(self) -> int:
-        raise TypeError("rules name what they read")
+        raise TypeError("a rule reads tensors by name: it cannot list them")
 
 
 class _WithValues(_Reading):
@@ -132,23 +134,23 @@ class _WithoutValues(_Reading):
 
 
 def is_per_layer(entry: Entry) -> bool:
-    """Return whether an entry stands for one of every block."""
+    """Return whether an entry is about every block: its names hold `{layer}`."""
     return any("{layer}" in name for name in (*entry.source_names, *entry.target_names))
 
 
 def block_entries(table: RuleTable, layer: int) -> list[Entry]:
-    """Return a block's entries, its number filled in."""
+    """Return the entries of one block, with its number in place of `{layer}`."""
     about = (entry for entry in table if is_per_layer(entry))
     return [entry.at(layer) for entry in about if entry.layers is None or layer in entry.layers]
 
 
 def _without_prefix(names: Iterable[str], prefix: str) -> dict[str, str]:
-    """Each source name without its prefix -> as it stands."""
+    """Each source name without its prefix -> the name in the checkpoint."""
     present: dict[str, str] = {}
     for name in names:
         bare = name.removeprefix(prefix)
         if bare in present:
-            raise CheckpointError(f"the checkpoint has both {present[bare]!r} and {name!r}: which one is meant?")
+            raise CheckpointError(f"the checkpoint has both {present[bare]!r} and {name!r}: two names of one tensor")
         present[bare] = name
     return present
 

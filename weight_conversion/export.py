@@ -1,11 +1,10 @@
-"""The way back: our tensors as a folder that `transformers` loads."""
+"""Writing a model as a HuggingFace checkpoint: a folder that `transformers` loads."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +14,13 @@ from weight_conversion.checkpoint import read_family
 from weight_conversion.conversion import block_entries, is_per_layer
 from weight_conversion.errors import CheckpointError
 from weight_conversion.family import Family
+from weight_conversion.fields import FieldValue
 from weight_conversion.registry import family_of
 from weight_conversion.rules import Entry, RuleTable, stacked_names
 
-# Fields that say nothing about the function a model computes.
+__all__ = ["export", "inverted"]
+
+# Fields that do not change the function a model computes.
 _NOT_ARCHITECTURE = frozenset(
     [
         "init_mode",
@@ -48,7 +50,7 @@ _NOT_ARCHITECTURE = frozenset(
 
 
 def export(
-    cfg: HookedTransformerConfig, weights: Mapping[str, Tensor], origin: Mapping[str, Any], folder: str | Path
+    cfg: HookedTransformerConfig, weights: Mapping[str, Tensor], origin: Mapping[str, FieldValue], folder: str | Path
 ) -> None:
     """Write `config.json` and the weights in HuggingFace's format, in shards where they are large.
 
@@ -56,7 +58,7 @@ def export(
         cfg: the model's config.
         weights: its weights, unprocessed.
         origin: the HuggingFace config it was loaded with.
-        folder: where to; made if need be.
+        folder: the folder to write to, made if it is missing.
 
     Raises:
         CheckpointError: the model has been cut or changed in a way that its family has no place for, or the family's
@@ -89,7 +91,7 @@ def inverted(table: RuleTable, cfg: HookedTransformerConfig, weights: Mapping[st
         weights: our tensors, by their names.
 
     Raises:
-        CheckpointError: there are none; the message says what is in the way.
+        CheckpointError: no such tensors exist; the message gives the reason.
     """
     entries = [entry for entry in table if not is_per_layer(entry)]
     for layer in range(cfg.n_layers):
@@ -99,21 +101,21 @@ def inverted(table: RuleTable, cfg: HookedTransformerConfig, weights: Mapping[st
         for source, tensor in _one_by_one(entry, cfg, weights).items():
             if source in tensors and not torch.equal(tensors[source], tensor):
                 raise CheckpointError(
-                    f"{source} stands for {' and '.join(entry.target_names)} and for another weight of ours, which "
-                    "have come to differ: this family keeps one tensor for both"
+                    f"{source} is one tensor in this family's checkpoints, and it would have to hold both "
+                    f"{' and '.join(entry.target_names)} and another weight of the model, which now differ"
                 )
             tensors[source] = _by_itself(tensor)
     return tensors
 
 
 def _by_itself(tensor: Tensor) -> Tensor:
-    """The tensor in memory of its own, as safetensors wants it: a slice of another is copied."""
+    """The tensor in memory of its own: safetensors refuses a slice of another tensor, so a slice is copied."""
     tensor = tensor.contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _one_by_one(entry: Entry, cfg: HookedTransformerConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An entry's sources, those that stand for one tensor per expert or head taken apart."""
+    """The source tensors of an entry; a stack over experts or heads becomes one tensor each."""
     parted: dict[str, Tensor] = {}
     for source, tensor in entry.invert(weights, cfg).items():
         names = stacked_names(source, cfg)
@@ -125,7 +127,9 @@ def _check_whole(cfg: HookedTransformerConfig, original: HookedTransformerConfig
     for name in ("n_layers", "n_ctx", "d_vocab"):
         ours, theirs = getattr(cfg, name), getattr(original, name)
         if ours != theirs:
-            raise CheckpointError(f"the model was loaded with {name}={ours} of {theirs}: load it whole to write it out")
+            raise CheckpointError(
+                f"the model was loaded with {name}={ours} of {theirs}: load the whole model to export it"
+            )
     ours, theirs = ({k: v for k, v in of.to_dict().items() if k not in _NOT_ARCHITECTURE} for of in (cfg, original))
     changed = ", ".join(f"{name}={ours[name]!r} was {theirs[name]!r}" for name in ours if ours[name] != theirs[name])
     if changed:
@@ -135,7 +139,7 @@ def _check_whole(cfg: HookedTransformerConfig, original: HookedTransformerConfig
 
 
 def _with_prefix(name: str, family: Family, architecture: str) -> str:
-    """A tensor's name as the architecture has it: a bare model has no prefix, and an unembedding never has."""
+    """A tensor's full name: no prefix in a bare model (`GPT2Model`), and never one for the unembedding."""
     head = family.unembedding.removesuffix("weight")
     bare = not architecture.endswith(("ForCausalLM", "LMHeadModel"))
     return name if bare or name.startswith(head) else family.prefix + name

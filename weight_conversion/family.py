@@ -1,26 +1,27 @@
-"""What a family is."""
+"""`Family`: how the checkpoints of one family of HuggingFace models are read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from hooked_lm.config import HookedTransformerConfig
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import RuleTable
+
+__all__ = ["Family", "Sites"]
 
 
 @dataclass(frozen=True)
 class Sites:
-    """Which modules of the transformers model a certificate compares ours with.
+    """The modules of the transformers model whose outputs a certificate compares with ours.
 
     Attributes:
-        layers: the list of blocks, from the language model.
-        attn, mlp: the modules of a block whose output is what attention and MLP add to the residual stream. None where
-            no module's output is that.
+        layers: the path of the list of blocks within the language model.
+        attn, mlp: the modules of a block whose outputs attention and MLP add to the residual stream; None if no module
+            has that output.
         write_scale: the config field by which the block multiplies those outputs before adding them, if it does.
-        attention: which of transformers' implementations computes what the model was trained with.
+        attention: the implementation of attention in transformers that computes what the model was trained with.
     """
 
     layers: str = "model.layers"
@@ -35,19 +36,19 @@ class Family:
     """One family of HuggingFace models.
 
     Attributes:
-        name: for messages and docs.
+        name: the name in messages and in the documentation.
         architectures: the class names that a HuggingFace config may give.
-        config: reads the fields and returns the arguments of a `HookedTransformerConfig`.
-        rules: the rule table, given the config that came of it and the fields. Between them, `config` and `rules` read
-            or ignore every field.
-        embedding, unembedding: the source tensors that are one where embeddings are tied.
-        prefix: stands before every tensor name of a language-model checkpoint, not of a bare one.
-        sites: where to look in the transformers model.
+        config: a function that reads the fields and returns the arguments of a `HookedTransformerConfig`.
+        rules: a function that returns the rule table, given that `HookedTransformerConfig` and the fields. Each field
+            is read or ignored in `config` or in `rules`.
+        embedding, unembedding: the source tensors; one and the same if embeddings are tied.
+        prefix: comes before every tensor name in the checkpoint of a language model, not of a bare model.
+        sites: the modules of the transformers model that a certificate compares.
     """
 
     name: str
     architectures: tuple[str, ...]
-    config: Callable[[ConfigFields], dict[str, Any]]
+    config: Callable[[ConfigFields], Arguments]
     rules: Callable[[HookedTransformerConfig, ConfigFields], RuleTable]
     embedding: str = "embed_tokens.weight"
     unembedding: str = "lm_head.weight"

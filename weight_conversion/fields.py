@@ -1,4 +1,4 @@
-"""Reading a HuggingFace config so that no field goes unnoticed."""
+"""Reading a HuggingFace config: every field is used, ignored by name, or an error."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from typing import Any
 
 from weight_conversion.errors import CheckpointError
 
-# Fields that every transformers config carries and that say nothing about the function a model computes.
+__all__ = ["GENERIC_FIELDS", "Arguments", "ConfigFields", "FieldValue", "HFConfig"]
+
+# The value of a field is a number, a string, a list or another dictionary, depending on the field's name. Its type is
+# left open, and `HookedTransformerConfig` checks the arguments that a family makes of it.
+FieldValue = Any
+HFConfig = dict[str, FieldValue]
+# Arguments of a `HookedTransformerConfig`.
+Arguments = dict[str, FieldValue]
+
+# Fields of every transformers config that do not change the function a model computes.
 GENERIC_FIELDS = frozenset(
     [
         "_name_or_path",
@@ -31,7 +40,7 @@ GENERIC_FIELDS = frozenset(
         "forced_eos_token_id",
         "id2label",
         "initializer_range",
-        # Whether a model that is only a decoder is one.
+        # A model of a decoder-only class is a decoder whatever the field holds.
         "is_decoder",
         "is_encoder_decoder",
         "label2id",
@@ -46,7 +55,7 @@ GENERIC_FIELDS = frozenset(
         "pruned_heads",
         "return_dict",
         "sep_token_id",
-        # What a classification head is made like.
+        # The shape of a classification head.
         "summary_activation",
         "summary_first_dropout",
         "summary_last_dropout",
@@ -90,18 +99,18 @@ GENERIC_FIELDS = frozenset(
 
 
 class ConfigFields:
-    """The fields of one HuggingFace config, each to be taken, ignored by name, or refused.
+    """The fields of one HuggingFace config. Each has to be taken, ignored by name, or required to have one value.
 
     Args:
         fields: the whole config as a dictionary, defaults included.
-        family: for messages.
+        family: the name of the family, for messages.
     """
 
-    def __init__(self, fields: Mapping[str, Any], family: str) -> None:
+    def __init__(self, fields: Mapping[str, FieldValue], family: str) -> None:
         self._fields, self.family = dict(fields), family
         self._unread = set(self._fields) - GENERIC_FIELDS
 
-    def take(self, name: str) -> Any:
+    def take(self, name: str) -> FieldValue:
         """Return a field's value.
 
         Raises:
@@ -112,12 +121,12 @@ class ConfigFields:
         self._unread.discard(name)
         return self._fields[name]
 
-    def get(self, name: str, default: Any) -> Any:
-        """Return a field's value, or a default where configs of the family may lack it.
+    def get(self, name: str, default: FieldValue) -> FieldValue:
+        """Return a field's value, or a default for a config without the field.
 
         Args:
-            name: of the field.
-            default: the value where it is not given.
+            name: the field.
+            default: the value for a config without the field.
         """
         return self.take(name) if name in self._fields else default
 
@@ -125,15 +134,15 @@ class ConfigFields:
         """Leave fields unused on purpose: they do not change what a trained model computes."""
         self._unread.difference_update(names)
 
-    def require(self, name: str, value: Any) -> None:
+    def require(self, name: str, value: FieldValue) -> None:
         """Check that a field has the one value that is supported.
 
         Args:
-            name: of the field; it may be absent.
-            value: the one that is supported.
+            name: the field, which may be absent.
+            value: the supported value.
 
         Raises:
-            CheckpointError: it has another.
+            CheckpointError: it has another value.
         """
         found = self._fields.get(name, value)
         if found != value:
@@ -141,10 +150,10 @@ class ConfigFields:
         self._unread.discard(name)
 
     def finish(self) -> None:
-        """Check that nothing was overlooked.
+        """Check that every field has been read or ignored.
 
         Raises:
-            CheckpointError: fields are left that nobody has read.
+            CheckpointError: some fields have been neither read nor ignored.
         """
         if self._unread:
             raise CheckpointError(

@@ -1,9 +1,14 @@
-"""Which family an architecture belongs to, and short names for hub ids."""
+"""The family of each architecture, and `register_family` for families from other packages."""
 
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
+import threading
+import warnings
+from types import ModuleType
 
+from weight_conversion.aliases import ALIASES
 from weight_conversion.errors import CheckpointError
 from weight_conversion.families import (
     apertus,
@@ -62,6 +67,9 @@ from weight_conversion.families import (
 )
 from weight_conversion.family import Family
 
+__all__ = ["ALIASES", "ENTRY_POINTS", "FAMILIES", "family_of", "register_family"]
+
+# The families that come with the package.
 FAMILIES: tuple[Family, ...] = (
     gpt2.FAMILY,
     gpt_neox.FAMILY,
@@ -120,134 +128,79 @@ FAMILIES: tuple[Family, ...] = (
 
 _BY_ARCHITECTURE = {architecture: family for family in FAMILIES for architecture in family.architectures}
 
-ALIASES: dict[str, str] = {
-    "gpt2": "openai-community/gpt2",
-    "gpt2-small": "openai-community/gpt2",
-    "gpt2-medium": "openai-community/gpt2-medium",
-    "gpt2-large": "openai-community/gpt2-large",
-    "gpt2-xl": "openai-community/gpt2-xl",
-    "distilgpt2": "distilbert/distilgpt2",
-    "distillgpt2": "distilbert/distilgpt2",
-    "pythia-14m": "EleutherAI/pythia-14m",
-    "pythia-31m": "EleutherAI/pythia-31m",
-    "pythia-70m": "EleutherAI/pythia-70m",
-    "pythia-160m": "EleutherAI/pythia-160m",
-    "pythia-410m": "EleutherAI/pythia-410m",
-    "pythia-1b": "EleutherAI/pythia-1b",
-    "pythia-1.4b": "EleutherAI/pythia-1.4b",
-    "pythia-2.8b": "EleutherAI/pythia-2.8b",
-    "pythia-6.9b": "EleutherAI/pythia-6.9b",
-    "pythia-12b": "EleutherAI/pythia-12b",
-    "pythia-70m-deduped": "EleutherAI/pythia-70m-deduped",
-    "pythia-160m-deduped": "EleutherAI/pythia-160m-deduped",
-    "pythia-410m-deduped": "EleutherAI/pythia-410m-deduped",
-    "gpt-neox-20b": "EleutherAI/gpt-neox-20b",
-    "gpt-neo-125m": "EleutherAI/gpt-neo-125m",
-    "gpt-neo-1.3b": "EleutherAI/gpt-neo-1.3B",
-    "gpt-neo-2.7b": "EleutherAI/gpt-neo-2.7B",
-    "tiny-stories-1m": "roneneldan/TinyStories-1M",
-    "tiny-stories-8m": "roneneldan/TinyStories-8M",
-    "tiny-stories-33m": "roneneldan/TinyStories-33M",
-    "gpt-j-6b": "EleutherAI/gpt-j-6b",
-    "codegen-350m-mono": "Salesforce/codegen-350M-mono",
-    "codegen-2b-mono": "Salesforce/codegen-2B-mono",
-    "santacoder": "bigcode/gpt_bigcode-santacoder",
-    "starcoder": "bigcode/starcoder",
-    "starcoderbase-1b": "bigcode/starcoderbase-1b",
-    "tiny-starcoder": "bigcode/tiny_starcoder_py",
-    "openai-gpt": "openai-community/openai-gpt",
-    "opt-125m": "facebook/opt-125m",
-    "opt-350m": "facebook/opt-350m",
-    "opt-1.3b": "facebook/opt-1.3b",
-    "opt-2.7b": "facebook/opt-2.7b",
-    "opt-6.7b": "facebook/opt-6.7b",
-    "opt-13b": "facebook/opt-13b",
-    "opt-30b": "facebook/opt-30b",
-    "opt-66b": "facebook/opt-66b",
-    "galactica-125m": "facebook/galactica-125m",
-    "bloom-560m": "bigscience/bloom-560m",
-    "bloom-1b1": "bigscience/bloom-1b1",
-    "bloom-1b7": "bigscience/bloom-1b7",
-    "bloom-3b": "bigscience/bloom-3b",
-    "bloom-7b1": "bigscience/bloom-7b1",
-    "falcon-7b": "tiiuae/falcon-7b",
-    "falcon-7b-instruct": "tiiuae/falcon-7b-instruct",
-    "falcon-40b": "tiiuae/falcon-40b",
-    "falcon-rw-1b": "tiiuae/falcon-rw-1b",
-    "mpt-7b": "mosaicml/mpt-7b",
-    "mpt-30b": "mosaicml/mpt-30b",
-    "xglm-564m": "facebook/xglm-564M",
-    "persimmon-8b": "adept/persimmon-8b-base",
-    "phi-1": "microsoft/phi-1",
-    "phi-1.5": "microsoft/phi-1_5",
-    "phi-2": "microsoft/phi-2",
-    "stablelm-3b-4e1t": "stabilityai/stablelm-3b-4e1t",
-    "stablelm-2-1.6b": "stabilityai/stablelm-2-1_6b",
-    "stablelm-2-12b": "stabilityai/stablelm-2-12b",
-    "starcoder2-3b": "bigcode/starcoder2-3b",
-    "starcoder2-7b": "bigcode/starcoder2-7b",
-    "starcoder2-15b": "bigcode/starcoder2-15b",
-    "mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1",
-    "mixtral-8x7b-instruct": "mistralai/Mixtral-8x7B-Instruct-v0.1",
-    "qwen1.5-moe-a2.7b": "Qwen/Qwen1.5-MoE-A2.7B",
-    "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
-    "olmoe": "allenai/OLMoE-1B-7B-0924",
-    "granite-3.0-1b-a400m": "ibm-granite/granite-3.0-1b-a400m-base",
-    "phi-3.5-moe": "microsoft/Phi-3.5-MoE-instruct",
-    "gpt-oss-20b": "openai/gpt-oss-20b",
-    "command-r": "CohereLabs/c4ai-command-r-v01",
-    "aya-23-8b": "CohereLabs/aya-23-8B",
-    "aya-expanse-8b": "CohereLabs/aya-expanse-8b",
-    "command-r7b": "CohereLabs/c4ai-command-r7b-12-2024",
-    "granite-3.0-2b": "ibm-granite/granite-3.0-2b-base",
-    "granite-3.0-8b": "ibm-granite/granite-3.0-8b-base",
-    "granite-3.3-2b": "ibm-granite/granite-3.3-2b-base",
-    "glm-4-9b": "zai-org/glm-4-9b-hf",
-    "glm-edge-1.5b": "zai-org/glm-edge-1.5b-chat",
-    "glm-4-9b-0414": "zai-org/GLM-4-9B-0414",
-    "helium-1-preview": "kyutai/helium-1-preview-2b",
-    "minitron-4b": "nvidia/Minitron-4B-Base",
-    "nemotron-mini-4b": "nvidia/Nemotron-Mini-4B-Instruct",
-    "afm-4.5b": "arcee-ai/AFM-4.5B",
-    "seed-oss-36b": "ByteDance-Seed/Seed-OSS-36B-Base",
-    "apertus-8b": "swiss-ai/Apertus-8B-2509",
-    "exaone-4.0-1.2b": "LGAI-EXAONE/EXAONE-4.0-1.2B",
-    "ernie-4.5-0.3b": "baidu/ERNIE-4.5-0.3B-PT",
-    "hunyuan-0.5b": "tencent/Hunyuan-0.5B-Pretrain",
-    "hunyuan-7b": "tencent/Hunyuan-7B-Pretrain",
-    "nanochat-d20": "nanochat-students/nanochat-d20",
-    "gemma-2b": "google/gemma-2b",
-    "gemma-7b": "google/gemma-7b",
-    "gemma-2b-it": "google/gemma-2b-it",
-    "gemma-7b-it": "google/gemma-7b-it",
-    "gemma-2-2b": "google/gemma-2-2b",
-    "gemma-2-2b-it": "google/gemma-2-2b-it",
-    "gemma-2-9b": "google/gemma-2-9b",
-    "gemma-2-9b-it": "google/gemma-2-9b-it",
-    "gemma-2-27b": "google/gemma-2-27b",
-    "gemma-3-270m": "google/gemma-3-270m",
-    "gemma-3-270m-it": "google/gemma-3-270m-it",
-    "gemma-3-1b-pt": "google/gemma-3-1b-pt",
-    "gemma-3-1b-it": "google/gemma-3-1b-it",
-    "vaultgemma-1b": "google/vaultgemma-1b",
-    "mistral-7b": "mistralai/Mistral-7B-v0.1",
-    "mistral-7b-instruct": "mistralai/Mistral-7B-Instruct-v0.1",
-    "mistral-7b-v0.3": "mistralai/Mistral-7B-v0.3",
-    "mistral-nemo-12b": "mistralai/Mistral-Nemo-Base-2407",
-}
+# The group in which installed packages name their families.
+ENTRY_POINTS = "hooked_lm.families"
+_loaded_groups: set[str] = set()
+_loading_entry_points = threading.RLock()
+
+
+def register_family(family: Family | ModuleType, *, replace: bool = False) -> None:
+    """Make the checkpoints of a family of HuggingFace models loadable.
+
+    An installed package does without this call if it names its families as entry points of the group
+    `hooked_lm.families`; the first unknown architecture loads them. In its `pyproject.toml`:
+
+        [project.entry-points."hooked_lm.families"]
+        cwm = "my_package.cwm:FAMILY"
+
+    Args:
+        family: a `Family`, or a module whose `FAMILY` is one.
+        replace: take architectures that another family has, one that comes with the package included. Without it, a
+            family that is not the one registered under an architecture already is refused.
+
+    Raises:
+        TypeError: it is no family.
+        CheckpointError: one of its architectures has another family; then nothing is registered.
+    """
+    found = getattr(family, "FAMILY", None) if isinstance(family, ModuleType) else family
+    if not isinstance(found, Family):
+        raise TypeError(
+            f"a family is a weight_conversion.family.Family, or a module with one as FAMILY; got {family!r}"
+        )
+    if not found.architectures or isinstance(found.architectures, str):
+        raise TypeError(f"the family {found.name} names its architectures in a tuple; got {found.architectures!r}")
+    for architecture in found.architectures:
+        other = _BY_ARCHITECTURE.get(architecture, found)
+        if other is not found and not replace:
+            raise CheckpointError(
+                f"the architecture {architecture!r} has the family {other.name!r} already; register_family(..., "
+                f"replace=True) puts {found.name!r} in its place"
+            )
+    _BY_ARCHITECTURE.update(dict.fromkeys(found.architectures, found))
 
 
 def family_of(architecture: str) -> Family:
     """Return the family of a HuggingFace class name.
 
+    An architecture that is not known makes the families that installed packages name as entry points known, once.
+
     Raises:
-        CheckpointError: it is in none; the message names the nearest and where to add one.
+        CheckpointError: no family has it; the message names the nearest and how to add one.
     """
+    if architecture not in _BY_ARCHITECTURE:
+        _load_entry_points()
     if architecture in _BY_ARCHITECTURE:
         return _BY_ARCHITECTURE[architecture]
     near = difflib.get_close_matches(architecture, _BY_ARCHITECTURE, n=3, cutoff=0.4)
     nearest = f"the nearest are {', '.join(near)}" if near else f"those are {', '.join(_BY_ARCHITECTURE)}"
     raise CheckpointError(
         f"the architecture {architecture!r} is not among the supported ones; {nearest}. "
-        "To add it, write a file in weight_conversion/families and a line in weight_conversion/registry.py"
+        "To add it, write a family (docs/adding_a_family.md) and call weight_conversion.register_family with it"
     )
+
+
+def _load_entry_points() -> None:
+    """Register the families of installed packages, once; an entry point that gives none becomes a warning."""
+    # Held while the families load, so that another thread waits for them rather than misses them.
+    with _loading_entry_points:
+        if ENTRY_POINTS in _loaded_groups:
+            return
+        _loaded_groups.add(ENTRY_POINTS)
+        faults = []
+        for entry_point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+            try:
+                register_family(entry_point.load())
+            except Exception as error:  # a package of others may fail in any way, and the families here still work
+                faults.append(f"{entry_point.name!r} ({entry_point.value}): {type(error).__name__}: {error}")
+    for fault in faults:
+        warnings.warn(f"in the group {ENTRY_POINTS!r}, this entry point gives no family: {fault}", stacklevel=3)

@@ -1,32 +1,33 @@
-"""Rotary positions as HuggingFace configs describe them."""
+"""The rotary positions of a HuggingFace config."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from weight_conversion.errors import CheckpointError
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields, FieldValue, HFConfig
 
-# What configs kept in fields of their own before they had `rope_parameters`, which transformers fills in from these.
+__all__ = ["LEGACY_FIELDS", "rotary"]
+
+# Fields from before `rope_parameters`. transformers fills in `rope_parameters` from them.
 LEGACY_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings")
 
 
 def rotary(
-    fields: ConfigFields, d_head: int, *, partial: bool = False, parameters: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+    fields: ConfigFields, d_head: int, *, partial: bool = False, parameters: Mapping[str, FieldValue] | None = None
+) -> Arguments:
     """Return the rotary arguments of a `HookedTransformerConfig`, and `n_ctx`.
 
     Args:
-        fields: of a config with `rope_parameters` and `max_position_embeddings`.
+        fields: the fields of a config with `rope_parameters` and `max_position_embeddings`.
         d_head: width of a head.
-        partial: the family heeds `partial_rotary_factor`, the part of a head that rotates. In the others transformers
-            rotates whole heads whatever it says, so anything but 1 is refused.
-        parameters: one layer type's parameters where `rope_parameters` holds several; then `fields` need not be read.
+        partial: the family uses `partial_rotary_factor`, the part of a head that rotates. For others transformers
+            ignores that field and rotates whole heads, so any value but 1 is refused.
+        parameters: the parameters of one layer type, if `rope_parameters` has an entry per layer type.
 
     Raises:
-        CheckpointError: the kind of scaling is not known, or it has parameters that are not heeded.
+        CheckpointError: the kind of scaling is not supported, or one of its parameters is not.
     """
     fields.ignore(*LEGACY_FIELDS)
     given = dict(fields.take("rope_parameters") if parameters is None else parameters)
@@ -53,19 +54,19 @@ def rotary(
     return arguments
 
 
-def _default(given: dict[str, Any], n_ctx: int) -> dict[str, Any]:
-    # Left over from the length the model was trained at; without scaling it says nothing.
+def _default(given: HFConfig, n_ctx: int) -> Arguments:
+    # Parameters of scalings, left in the file: without a scaling they have no effect.
     for name in ("original_max_position_embeddings", "factor"):
         given.pop(name, None)
     return {}
 
 
-def _linear(given: dict[str, Any], n_ctx: int) -> dict[str, Any]:
+def _linear(given: HFConfig, n_ctx: int) -> Arguments:
     given.pop("original_max_position_embeddings", None)
     return {"rotary_scaling_factor": float(given.pop("factor"))}
 
 
-def _dynamic(given: dict[str, Any], n_ctx: int) -> dict[str, Any]:
+def _dynamic(given: HFConfig, n_ctx: int) -> Arguments:
     """NTK scaling starts where the model's trained context ends, so its context is `factor` times that."""
     given.pop("original_max_position_embeddings", None)
     factor = float(given.pop("factor"))
@@ -77,7 +78,7 @@ def _dynamic(given: dict[str, Any], n_ctx: int) -> dict[str, Any]:
     }
 
 
-def _llama3(given: dict[str, Any], n_ctx: int) -> dict[str, Any]:
+def _llama3(given: HFConfig, n_ctx: int) -> Arguments:
     return {
         "use_NTK_by_parts_rope": True,
         "NTK_by_parts_factor": float(given.pop("factor")),
@@ -87,7 +88,7 @@ def _llama3(given: dict[str, Any], n_ctx: int) -> dict[str, Any]:
     }
 
 
-def _yarn(given: dict[str, Any], n_ctx: int) -> dict[str, Any]:
+def _yarn(given: HFConfig, n_ctx: int) -> Arguments:
     original = given.pop("original_max_position_embeddings")
     factor = given.pop("factor", None) or n_ctx / original
     attention_factor = given.pop("attention_factor", None)
@@ -106,11 +107,11 @@ def _yarn(given: dict[str, Any], n_ctx: int) -> dict[str, Any]:
 
 
 def _yarn_amplitude(factor: float, mscale: float) -> float:
-    """What queries and keys are multiplied by under YaRN (Peng et al. 2023, equation 22)."""
+    """The factor on queries and keys under YaRN (Peng et al. 2023, equation 22)."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _longrope(given: dict[str, Any], n_ctx: int) -> dict[str, Any]:
+def _longrope(given: HFConfig, n_ctx: int) -> Arguments:
     original = given.pop("original_max_position_embeddings")
     factor = given.pop("factor", None) or n_ctx / original
     amplitude = given.pop("attention_factor", None)

@@ -19,6 +19,21 @@ from torch import Tensor
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion.errors import CheckpointError
 
+__all__ = [
+    "Computed",
+    "Constant",
+    "Drop",
+    "Entry",
+    "Piece",
+    "Product",
+    "Rule",
+    "RuleTable",
+    "Split",
+    "Tensors",
+    "axis_sizes",
+    "stacked_names",
+]
+
 Tensors = Mapping[str, Tensor]
 
 
@@ -27,7 +42,7 @@ class Entry(ABC):
     """One row of a rule table.
 
     Attributes:
-        layers: the blocks it is about, where its names hold `{layer}`; None for all.
+        layers: the blocks that the row is about, if its names hold `{layer}`; None for all blocks.
     """
 
     layers: tuple[int, ...] | None = None
@@ -52,7 +67,7 @@ class Entry(ABC):
 
         Args:
             tensors: the sources, by their names.
-            cfg: which says how large the axes are.
+            cfg: the config that gives the sizes of the axes.
 
         Raises:
             CheckpointError: a source does not have the shape that the config implies.
@@ -64,10 +79,10 @@ class Entry(ABC):
 
         Args:
             weights: our tensors, by their names.
-            cfg: which says how large the axes are.
+            cfg: the config that gives the sizes of the axes.
 
         Raises:
-            CheckpointError: there are none, because the family has no place for what the weights hold.
+            CheckpointError: there are none: the family has no tensor for a value that these weights hold.
         """
 
 
@@ -81,10 +96,10 @@ class Rule(Entry):
         axes: an einops pattern over the names of `names.AXES`, whose sizes are checked against the config; `group` is
             the query heads of a key-value head. With several targets the result's first axis is `part`.
         targets: our names for the result.
-        again: the source has its own rule already; this one reads it once more.
+        again: another rule accounts for the source; this rule reads it a second time.
         scale, add: the values become `values * scale + add`.
-        skip: so many rows are left out at the start.
-        sizes: of axes that are the family's own.
+        skip: the number of rows at the start that are left out.
+        sizes: the sizes of axes that only this family has.
     """
 
     source: str
@@ -112,7 +127,7 @@ class Rule(Entry):
         source = tensors[self.source]
         result = _rearranged(self.source, source[self.skip :], self.axes, self._sizes(cfg))
         if self.scale != 1.0 or self.add:
-            # Rounded once, when it is copied into a model.
+            # In float64, so that the values are rounded once: when they are copied into a model.
             result = result.double() * self.scale + self.add
         names = self.target_names
         return dict(zip(names, result if len(names) > 1 else [result], strict=True))
@@ -136,9 +151,9 @@ class Piece:
     """A part of a fused tensor.
 
     Attributes:
-        target: our name for it.
-        size: how many of the split axis's entries it has: an axis name, or "1".
-        axes: an einops pattern for the part; None where it is right as it is.
+        target: our name for the part.
+        size: the number of entries along the split axis: the name of an axis, or "1".
+        axes: an einops pattern for the part; None for no rearrangement.
     """
 
     target: str
@@ -152,7 +167,7 @@ class Split(Entry):
 
     Attributes:
         source: its name.
-        axes: an einops pattern whose result's first axis is `part`, along which the pieces lie one after the other.
+        axes: an einops pattern. The first axis of its result is `part`, along which the pieces follow one another.
         pieces: the parts, in order.
     """
 
@@ -176,7 +191,7 @@ class Split(Entry):
         lengths, sizes = self._lengths(cfg), axis_sizes(cfg)
         whole = _rearranged(self.source, tensors[self.source], self.axes, {**sizes, "part": sum(lengths)})
         made = {}
-        for piece, part in zip(self.pieces, whole.split(lengths), strict=True):
+        for piece, part in zip(self.pieces, torch.split(whole, lengths), strict=True):
             made[piece.target] = part if piece.axes is None else _rearranged(self.source, part, piece.axes, sizes)
         return made
 
@@ -198,12 +213,12 @@ class Split(Entry):
 
 @dataclass(frozen=True)
 class Product(Entry):
-    """Two source matrices that act one after the other and become one: `left @ right`, each transposed if need be.
+    """Two source matrices that become one matrix, their product `left @ right`.
 
     Attributes:
         left, right: their names; a `.T` at the end means the transpose.
         target: our name for the product.
-        again: those of the two that have an entry of their own already.
+        again: those of the two that another entry accounts for.
     """
 
     left: str
@@ -233,7 +248,7 @@ class Product(Entry):
             raise CheckpointError(
                 f"{self.left} has shape {tuple(left.shape)} and {self.right} {tuple(right.shape)}: they do not multiply"
             )
-        # Rounded once, when it is copied into a model.
+        # In float64, so that the values are rounded once: when they are copied into a model.
         return {self.target: left.double() @ right.double()}
 
     def invert(self, weights: Tensors, cfg: HookedTransformerConfig) -> dict[str, Tensor]:
@@ -249,7 +264,7 @@ class Drop(Entry):
     Attributes:
         source: its name; `{layer}` stands for every block.
         reason: why it is not needed.
-        value: what it has to hold, where that matters; an export then writes it again, as a scalar.
+        value: the value that every entry has to have, which an export writes again, as a scalar; None for any values.
     """
 
     source: str
@@ -280,7 +295,7 @@ class Drop(Entry):
 
 @dataclass(frozen=True)
 class Constant(Entry):
-    """A tensor of ours that a family does not have: every entry has one value there.
+    """A tensor of ours that the family's checkpoints lack: all its entries have one value.
 
     Attributes:
         target: our name; `{layer}` stands for every block.
@@ -306,7 +321,7 @@ class Constant(Entry):
     def apply(self, tensors: Tensors, cfg: HookedTransformerConfig) -> dict[str, Tensor]:
         sizes = axis_sizes(cfg)
         one = torch.tensor(self.value, dtype=cfg.dtype)
-        # One number seen from every entry: it takes no memory until it is copied into a model.
+        # An expanded view of one number: it takes no memory until it is copied into a model.
         return {self.target: one.expand([sizes[axis] for axis in self.axes.split()])}
 
     def invert(self, weights: Tensors, cfg: HookedTransformerConfig) -> dict[str, Tensor]:
@@ -321,7 +336,7 @@ class Computed(Entry):
 
     Attributes:
         target: our name.
-        compute: makes it, in float32.
+        compute: a function that makes the tensor, in float32.
     """
 
     target: str
@@ -404,7 +419,7 @@ def stacked_names(source: str, cfg: HookedTransformerConfig) -> list[str]:
 
     Args:
         source: a source name, with or without a place for an index.
-        cfg: which says how many there are.
+        cfg: the config that gives the number of experts and heads.
     """
     axis = _STACKED.search(source)
     if axis is None:

@@ -1,13 +1,13 @@
-"""What most configs since Llama call alike: how large a model is."""
+"""The sizes of a model, by the names that most configs since Llama's use."""
 
 from __future__ import annotations
 
-from typing import Any
+from weight_conversion.fields import Arguments, ConfigFields
 
-from weight_conversion.fields import ConfigFields
+__all__ = ["d_head", "sizes"]
 
 
-def sizes(fields: ConfigFields) -> dict[str, Any]:
+def sizes(fields: ConfigFields) -> Arguments:
     """Return the sizes, the activation function and whether embeddings are tied, of a config with Llama's names."""
     return {
         "n_layers": fields.take("num_hidden_layers"),
@@ -23,7 +23,7 @@ def sizes(fields: ConfigFields) -> dict[str, Any]:
 
 
 def d_head(fields: ConfigFields) -> int:
-    """Return the width of a head: `head_dim`, or the heads' share of the stream where that is not given."""
+    """Return the width of a head: `head_dim`, or `hidden_size / num_attention_heads` for a config without it."""
     width: int | None = fields.get("head_dim", None)
     if width:
         return width

@@ -13,8 +13,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from weight_conversion.aliases import ALIASES
 from weight_conversion.errors import CheckpointError
-from weight_conversion.registry import ALIASES
+from weight_conversion.fields import HFConfig
+
+__all__ = [
+    "SafetensorFile",
+    "SafetensorFiles",
+    "TensorSource",
+    "TensorsInMemory",
+    "find_folder",
+    "open_tensors",
+    "read_json",
+]
+
+# What `safe_open` returns: its methods have no types.
+SafetensorFile = Any
 
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -24,7 +38,7 @@ def find_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
     """Return the folder of a checkpoint: the path itself, or a download of the hub id that a name stands for.
 
     Raises:
-        CheckpointError: it is no folder, and the hub does not give it; the message says what was tried.
+        CheckpointError: it is no folder, and the hub has no such checkpoint; the message lists the places tried.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -42,7 +56,7 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     hub_id = ALIASES.get(name, name)
-    # Repositories may hold their weights a second time, under other names.
+    # A repository may hold copies of its weights in other formats, under other names.
     wanted = ["*.json", "*.txt", "*.model", "model*.safetensors"]
     try:
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
@@ -60,11 +74,11 @@ def _download(name: str, revision: str | None) -> Path:
     return folder
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> HFConfig:
     """Return the contents of a JSON file that holds an object.
 
     Raises:
-        CheckpointError: it is absent, or is not that.
+        CheckpointError: there is no such file, or it does not hold a JSON object.
     """
     if not path.is_file():
         raise CheckpointError(f"{path.parent} has no {path.name}: it is not the folder of a checkpoint")
@@ -80,13 +94,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def open_tensors(folder: Path) -> TensorSource:
     """Return a folder's tensors by name, each read when it is asked for.
 
-    Safetensors come first; a pickle is read with `weights_only=True`, and only if there is nothing better.
+    Safetensors come first; a pickle is read only without them, with `weights_only=True`.
 
     Raises:
-        CheckpointError: there are none, a shard is absent, or a file is damaged.
+        CheckpointError: the folder has no weights, a shard is absent, or a file is damaged.
     """
     for single, read in ((_SAFETENSORS, SafetensorFiles), (_PICKLE, _open_pickles)):
-        # In this order, as in transformers: an index may be left over from what the folder held before.
+        # A whole file before an index, as in transformers: an index may be left over from older contents of the folder.
         if (folder / single).is_file():
             return read([folder / single])
         if (folder / f"{single}.index.json").is_file():
@@ -107,8 +121,8 @@ class TensorSource(Mapping[str, Tensor]):
     """Tensors by name that can be asked about before they are read.
 
     Attributes:
-        mapped: what is read is a private view of a file: nobody else sees a write to it, and it takes memory only as it
-            is used.
+        mapped: the tensors are private views of a file: a write to one changes neither the file nor another view, and
+            pages take memory only once they are used.
     """
 
     mapped = False
@@ -122,7 +136,7 @@ class TensorSource(Mapping[str, Tensor]):
         """Return a tensor's dtype without reading its values."""
 
     def release(self) -> None:
-        """Give back the memory of what has been read, apart from what somebody still holds."""
+        """Free the memory of the tensors that have been read, except those still referenced elsewhere."""
 
 
 class SafetensorFiles(TensorSource):
@@ -131,12 +145,12 @@ class SafetensorFiles(TensorSource):
     mapped = True
 
     def __init__(self, paths: list[Path]) -> None:
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, SafetensorFile] = {}
         self._paths: dict[str, Path] = {}
         for path in paths:
             self._paths |= dict.fromkeys(self._file(path).keys(), path)
 
-    def _file(self, path: Path) -> Any:
+    def _file(self, path: Path) -> SafetensorFile:
         if path not in self._open:
             try:
                 self._open[path] = safe_open(path, framework="pt")
@@ -147,9 +161,10 @@ class SafetensorFiles(TensorSource):
     def __getitem__(self, name: str) -> Tensor:
         path = self._paths[name]
         try:
-            return self._file(path).get_tensor(name)
+            tensor: Tensor = self._file(path).get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"{name} in {path} cannot be read: {error}") from error
+        return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._file(self._paths[name]).get_slice(name).get_shape())
@@ -200,13 +215,13 @@ class TensorsInMemory(TensorSource):
 
 
 def _open_pickles(paths: list[Path]) -> TensorsInMemory:
-    """Return PyTorch pickles, mapped if they can be, and only if they hold tensors and nothing that could run."""
+    """Return the tensors of PyTorch pickles, memory-mapped if possible; a file that holds anything else is refused."""
     tensors: dict[str, Tensor] = {}
     for path in paths:
         try:
             # PyTorch before 1.6 wrote pickles that are no zip archives and cannot be mapped.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except Exception as error:  # torch.load raises whatever the damage leads to
+        except Exception as error:  # a damaged file makes torch.load raise errors of many types
             raise CheckpointError(
                 f"{path} is damaged, or holds more than tensors, and is not unpickled: {type(error).__name__}: {error}"
             ) from error

@@ -1,9 +1,31 @@
-"""Rows that many families' rule tables share. Linear layers keep their matrices as [out in] unless a family says so."""
+"""Rows that the rule tables of many families share. The matrix of a linear layer is stored as [out in]."""
 
 from __future__ import annotations
 
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion.rules import Constant, Drop, Entry, Rule
+
+__all__ = [
+    "BLOCK",
+    "attention",
+    "attention_output",
+    "biasless_layer_norm",
+    "embeddings",
+    "experts",
+    "fused_qkv",
+    "gated_mlp",
+    "linear",
+    "mlp",
+    "no_expert_biases",
+    "no_mlp_biases",
+    "no_qkv_biases",
+    "norm",
+    "qk_norm",
+    "qk_norm_across_heads",
+    "router",
+    "stored_mask",
+    "stored_rotary",
+]
 
 BLOCK = "blocks.{layer}"
 
@@ -14,9 +36,9 @@ def norm(source: str, target: str, *, bias: bool = False, add: float = 0.0, agai
     """Return the rows of a norm over the residual stream: `source.weight` is its gain, `source.bias` its bias.
 
     Args:
-        source, target: the modules.
-        bias: it has a bias, which only LayerNorms do; see `biasless_layer_norm` for one without.
-        add: what the model adds to the stored gain (Gemma: 1).
+        source, target: the module in the checkpoint and ours.
+        bias: the norm has a bias, as only LayerNorms do; `biasless_layer_norm` is for a LayerNorm without.
+        add: the number that the model adds to the stored gain (Gemma: 1).
         again: another norm of ours reads the same tensors.
     """
     gain = Rule(f"{source}.weight", "d_model -> d_model", f"{target}.w", add=add, again=again)
@@ -29,7 +51,7 @@ def biasless_layer_norm(source: str, target: str, *, again: bool = False) -> tup
     """Return the rows of a LayerNorm that has a gain and no bias.
 
     Args:
-        source, target: the modules.
+        source, target: the module in the checkpoint and ours.
         again: another norm of ours reads the same tensors.
     """
     return (*norm(source, target, again=again), Constant(f"{target}.b", "d_model"))
@@ -49,7 +71,7 @@ def attention(
         module: the attention module, with `{layer}`.
         names: its four layers.
         qkv_bias, out_bias: which of them have a bias.
-        out_scale: what the output is multiplied by before it is added to the stream.
+        out_scale: a factor on the output before it is added to the stream.
     """
     rows: list[Entry] = []
     for letter, name in zip("QKV", names, strict=False):
@@ -62,12 +84,12 @@ def attention(
 
 
 def attention_output(source: str, *, bias: bool = False, scale: float = 1.0) -> tuple[Entry, ...]:
-    """Return the rows of the linear layer that attention writes with.
+    """Return the rows of the output projection of attention.
 
     Args:
         source: the module.
-        bias: whether it has one; ours is zero otherwise.
-        scale: multiplies what it writes.
+        bias: the layer has a bias; without one, ours is zero.
+        scale: a factor on its output.
     """
     weight, b_O = "d_model (head d_head) -> head d_head d_model", f"{BLOCK}.attn.b_O"
     out = Rule(f"{source}.bias", "d_model -> d_model", b_O, scale=scale) if bias else Constant(b_O, "d_model")
@@ -85,7 +107,7 @@ def fused_qkv(source: str, *, order: str = "head part d_head", bias: bool = Fals
     Args:
         source: the layer.
         order: how its outputs are laid out; `part` stands for queries, keys, values.
-        bias: it has one.
+        bias: the layer has a bias.
     """
     W, b = (tuple(f"{BLOCK}.attn.{kind}_{letter}" for letter in "QKV") for kind in "Wb")
     weight = Rule(f"{source}.weight", f"({order}) d_model -> part head d_model d_head", W)
@@ -100,7 +122,7 @@ def stored_rotary(attention: str) -> tuple[Entry, ...]:
 
 
 def stored_mask(attention: str) -> tuple[Entry, ...]:
-    """Return the rows for what old checkpoints keep in each attention module: the causal mask, and what it puts in."""
+    """Return the rows for the causal mask and the score of masked keys, which old checkpoints store in attention."""
     return (
         Drop(f"{attention}.bias", "the causal mask"),
         Drop(f"{attention}.masked_bias", "the score of a key that the causal mask hides"),
@@ -116,7 +138,7 @@ def qk_norm(
         attention: the attention module.
         names: the two norms in it.
         bias: they have a bias, which only LayerNorms do.
-        add: what the model adds to the stored gains.
+        add: the number that the model adds to the stored gains.
     """
     rows: list[Entry] = []
     for name, target in zip(names, ("q_norm", "k_norm"), strict=True):
@@ -155,9 +177,9 @@ def linear(
     Args:
         source: the layer in the checkpoint.
         weight, bias_target: our tensors.
-        axes: what it reads and what it writes.
-        bias: whether it has one; ours is zero otherwise.
-        scale: multiplies what it writes.
+        axes: the axis of its input and the axis of its output.
+        bias: the layer has a bias; without one, ours is zero.
+        scale: a factor on its output.
         layers: the blocks that have it, where the names hold `{layer}`; None for all.
     """
     into, out = axes
@@ -202,7 +224,7 @@ def gated_mlp(
         target: the MLP of ours.
         d_mlp: the axis of its hidden layer.
         bias: whether the three have biases.
-        out_scale: multiplies what `down` writes.
+        out_scale: a factor on the output of `down`.
         layers: the blocks that have it, where the names hold `{layer}`; None for all.
     """
     gate, up, down = (f"{module}.{name}" for name in names)
@@ -229,7 +251,7 @@ def router(source: str, *, bias: bool = False, layers: tuple[int, ...] | None = 
 
     Args:
         source: the layer in the checkpoint.
-        bias: whether it has one; ours is zero otherwise.
+        bias: the layer has a bias; without one, ours is zero.
         layers: the blocks that have it, where the names hold `{layer}`; None for all.
     """
     target = f"{BLOCK}.mlp"
@@ -276,7 +298,7 @@ def embeddings(
     """Return the rows of the token embedding and the unembedding, which are one tensor where the config ties them.
 
     Args:
-        cfg: says whether they are tied.
+        cfg: the config, which holds whether they are tied.
         embedding: the embedding's tensor.
         unembedding: the unembedding's module.
         bias: the unembedding has a bias.

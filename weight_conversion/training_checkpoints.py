@@ -1,12 +1,14 @@
-"""Checkpoints saved during training, of the model series that publish them: which there are, and as which revision."""
+"""The checkpoints that some series of models published from during their training, and their revisions on the hub."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from weight_conversion.aliases import ALIASES
 from weight_conversion.errors import CheckpointError
-from weight_conversion.registry import ALIASES
+
+__all__ = ["SERIES", "Series", "TrainingCheckpoint", "training_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ _STANFORD = (
     *range(20_000, 400_001, 1000),
 )
 
-# The first that fits counts.
+# In order: a model belongs to the first series that matches.
 SERIES = (
     Series("EleutherAI/pythia-*-v0", "step{step}", _PYTHIA_V0),
     Series("EleutherAI/pythia-*", "step{step}", _PYTHIA),
@@ -62,10 +64,10 @@ def training_checkpoint(
         name: an alias or hub id.
         index: place in the series; negative counts from the end.
         value: training step.
-        revision: what the caller asked for besides, which must be nothing.
+        revision: has to be None, because the checkpoint decides the revision.
 
     Raises:
-        CheckpointError: the model has none, there is no such one, or two of the arguments name one.
+        CheckpointError: the model has no training checkpoints or not this one, or two of the arguments name one.
     """
     given = {"checkpoint_index": index, "checkpoint_value": value, "revision": revision}
     named = [argument for argument, it in given.items() if it is not None]

@@ -1,21 +1,24 @@
-"""Packages that only an extra brings."""
+"""Optional packages, installed with an extra of this package."""
 
 from __future__ import annotations
 
-from typing import Any
+from types import ModuleType
+
+__all__ = ["require_pandas"]
 
 
-def require_pandas(what: str) -> Any:
+def require_pandas(what: str) -> ModuleType:
     """Return pandas.
 
     Args:
         what: the function that needs it, for the message.
 
     Raises:
-        ImportError: it is not installed; the message says which extra brings it.
+        ImportError: pandas is not installed; the message names the extra to install.
     """
     try:
         import pandas
     except ImportError as error:
         raise ImportError(f"{what} needs pandas: pip install 'hooked-lm[notebooks]'") from error
-    return pandas
+    module: ModuleType = pandas
+    return module

@@ -9,11 +9,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+__all__ = ["explained", "whole_file", "write_whole"]
+
 
 def write_whole(path: str | Path, content: str | Callable[[Path], object]) -> Path:
-    """Write a file under another name and then rename it, so that under its own it is never in part.
+    """Write a file under a temporary name and then rename it, so that a partial file never has the final name.
 
-    Folders that are missing are made. What is no plain file (`/dev/stdout`, a pipe) is written to directly.
+    Missing folders are made. A path that is no plain file (`/dev/stdout`, a pipe) is written to directly.
 
     Args:
         path: where the file will be.
@@ -23,7 +25,7 @@ def write_whole(path: str | Path, content: str | Callable[[Path], object]) -> Pa
         The path.
 
     Raises:
-        ValueError: it cannot be written; what was there before is still there.
+        ValueError: the file cannot be written; an older file at the path is left as it was.
     """
     path = Path(path)
     write = (lambda place: place.write_text(content, encoding="utf-8")) if isinstance(content, str) else content
@@ -34,10 +36,10 @@ def write_whole(path: str | Path, content: str | Callable[[Path], object]) -> Pa
 
 @contextmanager
 def whole_file(path: str | Path) -> Generator[BinaryIO, None, None]:
-    """Open a file to write bytes to; at the end of the `with` block it is there under its name, unless that failed.
+    """Open a file to write bytes to; it gets its final name at the end of the `with` block, unless the block failed.
 
     Raises:
-        ValueError: it cannot be made, or is there and is no plain file; what was there before is still there.
+        ValueError: the file cannot be made, or the path is no plain file; an older file is left as it was.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -48,7 +50,7 @@ def whole_file(path: str | Path) -> Generator[BinaryIO, None, None]:
         try:
             yield file
         except BaseException:
-            with suppress(OSError):  # what went wrong before is what counts
+            with suppress(OSError):  # the first error is the one to report
                 file.close()
             raise
         with explained(path):

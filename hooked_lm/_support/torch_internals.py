@@ -6,10 +6,69 @@ with another result.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
+
+try:
+    from torch.multiprocessing.reductions import StorageWeakRef
+except ImportError:
+    StorageWeakRef = None  # type: ignore[assignment, misc]
+
+
+def has_module_hooks(module: nn.Module) -> bool:
+    """Return whether forward hooks of torch's are registered at a module."""
+    registries = ("_forward_hooks", "_forward_pre_hooks")
+    return any(bool(getattr(module, name, ())) for name in registries)
 
 
 def has_global_module_hooks() -> bool:
     """Return whether torch runs hooks at every module (`register_module_forward_hook` and its like)."""
     registries = ("_global_forward_hooks", "_global_forward_pre_hooks")
     return any(bool(getattr(_module, name, ())) for name in registries)
+
+
+def _find_onednn() -> Callable[..., Tensor] | None:
+    if not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        found: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise
+    except (AttributeError, RuntimeError):
+        return None
+    return found
+
+
+# `x weight^T + bias` by oneDNN, which torch's compiler puts in place of `F.linear`; None where this torch has none.
+ONEDNN_LINEAR = _find_onednn()
+
+
+def only_plain_operations() -> bool:
+    """Return whether an operation that has no registered backward, batching rule or autocast rule may be called now.
+
+    Not under the compiler, autocast, `torch.func` transforms, dispatch modes or forward-mode differentiation. A torch
+    that does not say which of them are on counts as one where they are.
+    """
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    try:
+        transformed = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
+        return not transformed and forward_ad._current_level < 0
+    except AttributeError:
+        return False
+
+
+def times_written(tensor: Tensor) -> int:
+    """Return how often a tensor was written to; 0 always where torch does not count."""
+    return 0 if tensor.is_inference() else int(getattr(tensor, "_version", 0))
+
+
+def memory_reference(tensor: Tensor) -> Hashable:
+    """Return what is equal for tensors that share memory, and for no others as long as one of them lives.
+
+    Weak where torch has a weak reference to memory: it then keeps nothing alive, and memory that has been freed and
+    used again is another.
+    """
+    return tensor.untyped_storage() if StorageWeakRef is None else StorageWeakRef(tensor.untyped_storage())

@@ -13,9 +13,9 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from hooked_lm._support.files import explained, whole_file
+from hooked_lm._support.torch_internals import memory_reference, times_written
 
 _TYPES = {
     torch.float64: "F64",
@@ -42,9 +42,8 @@ def memory_of(tensor: Tensor) -> Memory:
 
     The reference to the memory is weak: it keeps nothing alive, and memory that has been used again is another.
     """
-    version = 0 if tensor.is_inference() else tensor._version
-    place = StorageWeakRef(tensor.untyped_storage()), tensor.storage_offset(), tensor.shape, tensor.stride()
-    return (*place, tensor.dtype, version)
+    place = memory_reference(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
+    return (*place, tensor.dtype, times_written(tensor))
 
 
 class Offloading(dict[str, Tensor]):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hooked_lm.activation_cache.replay import KeptRun, Place, fingerprint, place_of
+from hooked_lm.activation_cache.replay import ReplayableRun, Segment, fingerprint, segment_of
 from hooked_lm.hooks import recorded_part
 from hooked_lm.hooks.point import HookPoint
 from hooked_lm.slicing import Slice
@@ -50,7 +50,7 @@ class LazyActivations(MutableMapping[str, Tensor]):
         changes: made to each activation before it is given out.
     """
 
-    def __init__(self, run: KeptRun, names: Iterable[str], changes: tuple[Change, ...] = ()) -> None:
+    def __init__(self, run: ReplayableRun, names: Iterable[str], changes: tuple[Change, ...] = ()) -> None:
         self.run, self.names, self.changes = run, dict.fromkeys(names), changes
         self.own: dict[str, Tensor] = {}
 
@@ -60,7 +60,7 @@ class LazyActivations(MutableMapping[str, Tensor]):
         if name not in self.names:
             raise KeyError(name)
         held = self.run.held(name)
-        return self._changed(name, self.run.compute(place_of(name), [name])[name] if held is None else held)
+        return self._changed(name, self.run.compute(segment_of(name), [name])[name] if held is None else held)
 
     def __setitem__(self, name: str, value: Tensor) -> None:
         self.names[name] = None
@@ -88,14 +88,14 @@ class LazyActivations(MutableMapping[str, Tensor]):
         """Yield names and activations, all by default, in order, running each block once."""
         order = list(self.names if names is None else names)
         missing = [name for name in order if name not in self.own and self.run.held(name) is None]
-        groups: dict[Place, list[str]] = {}
+        groups: dict[Segment, list[str]] = {}
         for name in missing:
-            groups.setdefault(place_of(name), []).append(name)
+            groups.setdefault(segment_of(name), []).append(name)
         # What is computed and not yet given out: of one place, where the names of a place stand together.
         found: dict[str, Tensor] = {}
         for name in order:
-            if name not in found and place_of(name) in groups and name in groups[place_of(name)]:
-                found |= self.run.compute(place_of(name), groups.pop(place_of(name)))
+            if name not in found and segment_of(name) in groups and name in groups[segment_of(name)]:
+                found |= self.run.compute(segment_of(name), groups.pop(segment_of(name)))
             yield name, self._changed(name, found.pop(name)) if name in found else self[name]
 
     def prefetch(self, names: Iterable[str]) -> None:

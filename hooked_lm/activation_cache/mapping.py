@@ -11,8 +11,8 @@ from typing import Any, Protocol, Self, cast
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
+from hooked_lm._support.torch_internals import memory_reference
 from hooked_lm.activation_cache.file import Memory, Offloading, memory_of
 from hooked_lm.activation_cache.lazy import LazyActivations
 from hooked_lm.config import HookedTransformerConfig
@@ -124,7 +124,7 @@ class CachedActivations(Mapping[Any, Tensor]):
         """Bytes of memory that the tensors take; of a lazy cache, those that are held."""
         entries = self.cache_dict
         tensors = entries.kept() if isinstance(entries, LazyActivations) else entries.values()
-        storages = {StorageWeakRef(one.untyped_storage()): one.untyped_storage().nbytes() for one in tensors}
+        storages = {memory_reference(one): one.untyped_storage().nbytes() for one in tensors}
         return sum(storages.values())
 
     # Moving and slicing

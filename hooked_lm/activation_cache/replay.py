@@ -1,49 +1,32 @@
-"""What a lazy cache keeps of a run, and how parts of that run are computed again.
+"""The parts of a run that a lazy cache keeps, and how the other activations are computed from them again.
 
-A block is a function of the stream that enters it, so from what entered block `l` everything in it can be had again for
-the work of that one block. Where hooks or interventions changed an activation, what they left is kept as well and put
-back in its place; they themselves are not called again, whatever they count or draw.
+A block is a function of the residual stream that enters it. So any activation of block `l` can be computed again from
+that stream, for the work of one block. Activations that hooks or interventions have changed are kept too and put back
+when the block runs again; the hooks themselves are not called a second time, so counters and random draws stay as they
+were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.amp.autocast_mode import is_autocast_available
 
-from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.hooks.point import HookHandle, HookPoint
+from hooked_lm._support.torch_internals import has_global_module_hooks, has_module_hooks, times_written
+from hooked_lm.hooked_model import HookedModel
+from hooked_lm.hooks import HookHandle, HookPoint, carries_run
 from hooked_lm.names import layer_of
 
-Place = int | str
+Segment = int | str
 Fingerprint = tuple[tuple[int, int], ...]
 
 
-class Runnable(Protocol):
-    """What running a part of a model again needs of it."""
-
-    cfg: HookedTransformerConfig
-    hook_dict: dict[str, HookPoint]
-    unembed: Any
-    ln_final: Any
-
-    def __call__(self, input: Any, **kwargs: Any) -> Any: ...
-
-    def parameters(self) -> Iterator[Tensor]: ...
-
-    def modules(self) -> Iterator[Any]: ...
-
-    def only_hooks(self, handles: Iterable[HookHandle]) -> AbstractContextManager[Any]: ...
-
-    def logits_of(self, residual: Tensor, logits_to_keep: Any) -> Tensor: ...
-
-
-def place_of(name: str) -> Place:
+def segment_of(name: str) -> Segment:
     """Return what has to run again for a hook point: a block's number, `"embed"` or `"final"`."""
     layer = layer_of(name)
     if layer is not None:
@@ -51,14 +34,14 @@ def place_of(name: str) -> Place:
     return "final" if name.startswith(("ln_final.", "unembed.")) else "embed"
 
 
-def fingerprint(model: Runnable, *kept: Mapping[Any, Tensor]) -> Fingerprint:
+def fingerprint(model: HookedModel, *kept: Mapping[Any, Tensor]) -> Fingerprint:
     """Return where each parameter and kept tensor is, and how often it was written to: what changes when they do."""
     tensors = [*model.parameters(), *(one for tensors in kept for one in tensors.values())]
-    return tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in tensors)
+    return tuple((one.data_ptr(), times_written(one)) for one in tensors)
 
 
 @dataclass(frozen=True, eq=False)
-class KeptRun:
+class ReplayableRun:
     """What is kept of a run, and how parts of it are run again.
 
     Attributes:
@@ -74,7 +57,7 @@ class KeptRun:
         fingerprint: tells whether the weights and what is kept are still as they were in the run.
     """
 
-    model: Runnable
+    model: HookedModel
     first: int
     last: int
     tokens: Tensor | None
@@ -88,7 +71,7 @@ class KeptRun:
 
     def covers(self, name: str) -> bool:
         """Return whether a hook point was part of the run."""
-        place = place_of(name)
+        place = segment_of(name)
         if isinstance(place, int):
             return self.first <= place < self.last
         if place == "final":
@@ -101,7 +84,7 @@ class KeptRun:
         """Return an activation if it is one of those that were kept."""
         if name in self.edits:
             return self.edits[name]
-        place = place_of(name)
+        place = segment_of(name)
         if isinstance(place, int) and name.endswith(".hook_resid_pre"):
             return self.residuals[place]
         if isinstance(place, int) and name.endswith(".hook_resid_post"):
@@ -114,7 +97,7 @@ class KeptRun:
             return None
         return self.residuals.get(layer + 1)
 
-    def compute(self, place: Place, names: Iterable[str]) -> dict[str, Tensor]:
+    def compute(self, place: Segment, names: Iterable[str]) -> dict[str, Tensor]:
         """Return the named activations of one place, from one run of it.
 
         Raises:
@@ -146,7 +129,7 @@ class KeptRun:
         if fingerprint(self.model, self.residuals, self.edits) != self.fingerprint:
             raise RuntimeError(_CHANGED)
 
-    def _run(self, place: Place, names: set[str]) -> Tensor | None:
+    def _run(self, place: Segment, names: set[str]) -> Tensor | None:
         """Run a place, and return the stream that leaves it."""
         if isinstance(place, int):
             return self.model(
@@ -199,6 +182,8 @@ _CHANGED = (
 class _Put:
     """A hook that puts a kept activation back in its place."""
 
+    edits_in_place = False
+
     def __init__(self, value: Tensor) -> None:
         self.value = value
 
@@ -219,7 +204,9 @@ def _agree(left: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
 # Recording
 
 
-def keep_run(model: Any, call: dict[str, Any], device: Any, clear_contexts: bool = False) -> tuple[Any, KeptRun]:
+def record_run(
+    model: HookedModel, call: dict[str, Any], device: torch.device | str | None, clear_contexts: bool = False
+) -> tuple[Any, ReplayableRun]:
     """Run a model and keep what its parts can be run again from; return its output and what is kept.
 
     Args:
@@ -235,7 +222,7 @@ def keep_run(model: Any, call: dict[str, Any], device: Any, clear_contexts: bool
     _check_keepable(model, call)
     call = dict(call)
     tokens, mask = _what_is_read(model, call)
-    first, last = model._layer_range(call["start_at_layer"], call["stop_at_layer"])
+    first, last = model.layer_range(call["start_at_layer"], call["stop_at_layer"])
     streams = {layer: f"blocks.{layer}.hook_resid_pre" for layer in range(first, last)}
     residuals: dict[int, Tensor] = {}
     if first < last:
@@ -248,7 +235,7 @@ def keep_run(model: Any, call: dict[str, Any], device: Any, clear_contexts: bool
     residuals |= {layer: seen[name] for layer, name in streams.items()}
     kind = model.W_E.device.type
     autocast = is_autocast_available(kind)
-    return seen["output"], KeptRun(
+    return seen["output"], ReplayableRun(
         model=model,
         first=first,
         last=last,
@@ -263,20 +250,25 @@ def keep_run(model: Any, call: dict[str, Any], device: Any, clear_contexts: bool
     )
 
 
-def _check_keepable(model: Any, call: dict[str, Any]) -> None:
+def _check_keepable(model: HookedModel, call: dict[str, Any]) -> None:
     if call["past_kv_cache"] is not None:
         raise ValueError("a key-value cache moves on after the run, so a lazy cache cannot be computed from it")
-    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+    if any(map(has_module_hooks, model.modules())) or has_global_module_hooks():
         raise ValueError("a lazy cache cannot know what torch's own hooks do: use hooks of hook points, or lazy=False")
 
 
 def _may_change(point: HookPoint) -> bool:
     """Whether hooks may change an activation, or make the run take another way to it."""
-    return any(not one.reads_only for one in point.fwd_hooks) or (point.on_demand and point.on_path)
+    return point.edited_forward or (point.on_demand and carries_run(point, torch.is_grad_enabled()))
 
 
 def _recorded(
-    model: Any, call: dict[str, Any], streams: Sequence[str], edited: Sequence[str], device: Any, clear_contexts: bool
+    model: HookedModel,
+    call: dict[str, Any],
+    streams: Sequence[str],
+    edited: Sequence[str],
+    device: torch.device | str | None,
+    clear_contexts: bool,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Run, and return the streams and the output by name, and what hooks have changed."""
     seen: dict[str, Any] = {}
@@ -294,36 +286,39 @@ def _recorded(
         if hook.name in edited and not untouched:
             edits[hook.name] = x.to(device=device)
 
-    handles = {name: tuple(point.fwd_hooks) for name, point in model.hook_dict.items()}
-    looking = [HookHandle(model.hook_dict[name], look, "fwd", reads_only=True) for name in edited]
+    handles = _acting(model)
+    looking = [HookHandle(model.hook_dict[name], look, "fwd", reads_only=True, this_thread=True) for name in edited]
     for handle in looking:
         handle.attach(prepend=True)
     try:
-        with model._attached(model._recording_handles([(n, keep) for n in {*streams, *edited}], ())):
+        with model.attached(model.recording_handles([(n, keep) for n in {*streams, *edited}], (), this_thread=True)):
             seen["output"] = model(**call)
     finally:
         for handle in looking:
             handle.remove()
         if clear_contexts:
             model.clear_contexts()
-    if any(handles[name] != tuple(point.fwd_hooks) for name, point in model.hook_dict.items()):
+    if handles != _acting(model):
         raise RuntimeError("hooks were added or removed while the model ran, which a lazy cache cannot follow")
     return seen, edits
 
 
-def _what_is_read(model: Any, call: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+def _acting(model: HookedModel) -> list[HookHandle]:
+    """The forward hooks that act in this thread, in the order of their hook points."""
+    return [handle for point in model.hook_points() for handle in tuple(point.fwd_hooks) if handle.acts]
+
+
+def _what_is_read(model: HookedModel, call: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
     """Tokens and mask of a call, as copies; no tokens if it begins with a residual. The call then has them."""
-    options = call["prepend_bos"], call["padding_side"], call["attention_mask"], None
+    how = call["attention_mask"], call["prepend_bos"], call["padding_side"]
     if call["start_at_layer"] is None:
-        tokens, mask = model._read(call["input"], *options)
+        tokens, mask = model.tokens_and_mask(call["input"], *how)
         call["input"] = tokens = tokens.clone()
         # Said outright, so that padding is not looked for again.
         call["attention_mask"] = torch.ones_like(tokens) if mask is None else mask
         return tokens, _own(mask)
     if call["tokens"] is not None:
-        prepend_bos, padding_side, mask, past = options
-        tokens = model._check_tokens(call["tokens"])
-        call["attention_mask"] = model._infer_mask(tokens, mask, prepend_bos, padding_side, past)
+        call["attention_mask"] = model.tokens_and_mask(call["tokens"], *how)[1]
     return None, _own(call["attention_mask"])
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
+__all__ = ["find", "names"]
+
 
 def names() -> list[str]:
     """Return the names of the bundled models, in alphabetical order."""
@@ -14,7 +16,7 @@ def names() -> list[str]:
 def find(name: str) -> Path | None:
     """Return the folder of a bundled model, or None if no bundled model has this name.
 
-    A name is a name, never a path: `"../secrets"` and `""` name no bundled model.
+    A name is never read as a path: `"../secrets"` and `""` name no bundled model.
     """
     return _home() / name if name in names() else None
 

@@ -2,7 +2,7 @@
 
 The score of a pair is `||W_OV W_R|| / (||W_OV|| ||W_R||)` in Frobenius norms, where the reader's `W_R` is its QK (Q
 composition), the transpose of that (K), or its OV (V) (Elhage et al. 2021, "A Mathematical Framework for Transformer
-Circuits"). It is never zero by chance, so it means little without what chance gives.
+Circuits"). Random matrices score above zero too, so a score means little without the score that chance gives.
 
 Chance: both matrices keep their singular values, and the side on which they meet is turned at random, uniformly over
 all rotations. With `s` and `t` the squared singular values of the two, each divided by their sum, and `O` the random
@@ -15,7 +15,7 @@ Unitary, Orthogonal and Symplectic Group") are `E[O_ij^2] = 1/n`, `E[O_ij^4] = 3
     mean of the squared score      1/n
     variance of the squared score  2 (sum_i s_i^2 - 1/n) (sum_j t_j^2 - 1/n) / ((n-1)(n+2))
 
-`n` is `d_model`, or one less where heads read through LayerNorm: the mean of the stream is then out of their reach.
+`n` is `d_model`, or one less where heads read through LayerNorm, which takes the mean of the stream away.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from einops import einsum
@@ -34,14 +34,25 @@ from tqdm.auto import tqdm
 from hooked_lm.circuits.folded import folded_ov, folded_qk
 from hooked_lm.components.norm import Norm
 from hooked_lm.factored_matrix import FactoredMatrix
+from hooked_lm.hooked_model import HookedModel
+
+__all__ = [
+    "MODES",
+    "Chance",
+    "ComposingPair",
+    "CompositionScores",
+    "chance_of_square",
+    "head_composition",
+    "pairs_table",
+]
 
 MODES = ("Q", "K", "V")
 
-# A matrix whose singular values are so nearly equal, in all dimensions, scores the same whichever way it is turned.
+# Singular values that differ by less are taken as equal: such a matrix scores the same in every rotation.
 _EVEN = 1e-6
 
 
-# What comes back
+# Results
 
 
 class ComposingPair(NamedTuple):
@@ -64,14 +75,14 @@ class ComposingPair(NamedTuple):
 class CompositionScores:
     """Composition of every pair of heads, indexed by the writer's layer and head, then the reader's.
 
-    Where the writer is not in an earlier layer nothing composes, and every number is 0.
+    Where the writer is not in an earlier layer there is no composition, and every number is 0.
 
     Attributes:
         mode: `"Q"`, `"K"` or `"V"`: through the reader's queries, keys or values.
         scores: between 0 and 1, [layer head layer head].
-        expected: the root of what chance gives for the square of a score, the same for all pairs.
-        z: the squared score less what chance gives, in standard deviations of chance, [layer head layer head]; 0 where
-            chance has no spread, and of a head that writes or reads nothing.
+        expected: the root of the mean squared score by chance, the same for all pairs.
+        z: the squared score less its mean by chance, in standard deviations of chance, [layer head layer head]; 0 where
+            chance has no spread, and for a head that writes or reads nothing.
     """
 
     mode: str
@@ -88,18 +99,18 @@ class CompositionScores:
 
     @property
     def excess(self) -> Float[Tensor, "layer head layer head"]:
-        """The scores less what is expected by chance; negative where a reader avoids what the writer writes."""
+        """The scores less `expected`; negative where a reader reads less of the writer's output than chance would."""
         return torch.where(self.earlier, self.scores - self.expected, torch.zeros_like(self.scores))
 
     def top(self, k: int = 10, by: str = "z") -> list[ComposingPair]:
         """Return the `k` pairs that compose most, the strongest first.
 
         Args:
-            k: how many.
-            by: `"z"`, how surprising a score is, or `"score"`.
+            k: how many pairs.
+            by: order by `"z"`, the deviation from chance, or by `"score"`.
 
         Raises:
-            ValueError: there are not so many pairs, or no such order.
+            ValueError: fewer than `k` pairs, or an unknown order.
         """
         pairs = self.earlier.nonzero()
         if by not in ("z", "score"):
@@ -120,7 +131,7 @@ class CompositionScores:
 
 
 def pairs_table(pairs: Sequence[ComposingPair]) -> str:
-    """Return a line of text for each pair; those of several modes go in one table."""
+    """Return a line of text for each pair; pairs of several modes may share one table."""
     lines = [f"{'':<3}{'writer -> reader':<20}{'score':>7}{'excess':>8}{'z':>9}"]
     lines += [f"{one.mode:<3}{one.label:<20}{one.score:>7.3f}{one.excess:>8.3f}{one.z:>9.1f}" for one in pairs]
     return "\n".join(lines)
@@ -130,7 +141,7 @@ def pairs_table(pairs: Sequence[ComposingPair]) -> str:
 
 
 class Chance(NamedTuple):
-    """What chance gives for the *square* of a composition score: its mean, and its standard deviation [*leading]."""
+    """The *square* of a composition score by chance: its mean, and its standard deviation [*leading]."""
 
     mean: float
     std: Float[Tensor, "*leading"]
@@ -141,15 +152,15 @@ def chance_of_square(
 ) -> Chance:
     """Return mean and standard deviation of the squared composition score of two matrices turned at random; exact.
 
-    The formula is that at the top of this module. How a square is spread is nearly normal for heads of some width, and
-    the root of its mean is then close to the mean of the score itself.
+    The formula is at the top of this module. For heads that are not very narrow the square is nearly normally
+    distributed, and the root of its mean is close to the mean of the score itself.
 
     Args:
         writer, reader: singular values; leading axes broadcast.
-        dimensions: of the space in which they meet, `n` in the formula.
+        dimensions: of the space in which the two matrices meet, `n` in the formula.
 
     Raises:
-        ValueError: there are no dimensions, or more singular values than dimensions that are not zero.
+        ValueError: `dimensions` is below 1, or more singular values than dimensions are not zero.
     """
     if dimensions < 1:
         raise ValueError(f"matrices meet in at least one dimension, got {dimensions}")
@@ -175,7 +186,7 @@ def _unevenness(S: Float[Tensor, "*leading rank"], dimensions: int) -> Float[Ten
 
 
 @torch.no_grad()
-def head_composition(model: Any, mode: str, *, verbose: bool = True) -> CompositionScores:
+def head_composition(model: HookedModel, mode: str, *, verbose: bool = True) -> CompositionScores:
     """Return the composition of every pair of heads, beside that of random matrices with the same singular values.
 
     Norms between the heads count with their gain and centring, whether they were folded when the model was loaded or
@@ -183,11 +194,12 @@ def head_composition(model: Any, mode: str, *, verbose: bool = True) -> Composit
 
     Args:
         model: a `HookedTransformer`.
-        mode: through the reader's `"Q"`, `"K"` or `"V"`.
+        mode: composition through the reader's `"Q"`, `"K"` or `"V"`.
         verbose: show a progress bar.
 
     Raises:
-        ValueError: another mode, fewer than two layers, or norms stand where a head is no product of matrices.
+        ValueError: another mode, fewer than two layers, norms stand where a head is no product of matrices, or
+            attention or norms are overridden.
     """
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
     if mode not in MODES:
@@ -209,11 +221,11 @@ def head_composition(model: Any, mode: str, *, verbose: bool = True) -> Composit
 
 
 class _Sides(NamedTuple):
-    """The heads of a layer as they meet others, turned so that only the side where they meet has d_model entries.
+    """The heads of a layer, rotated so that only the side that meets other heads has d_model entries.
 
     written: `diag(S) V^T` of the OV, [head rank d_model].
     read: `U diag(S)` of the matrix that reads, [head d_model rank].
-    S_written, S_read: their singular values, [head rank].
+    S_written, S_read: the singular values of OV and of the reading matrix, [head rank].
     """
 
     written: Float[Tensor, "head rank d_model"]
@@ -222,10 +234,10 @@ class _Sides(NamedTuple):
     S_read: Float[Tensor, "head rank2"]
 
 
-def _sides(model: Any, layer: int, mode: str) -> _Sides:
+def _sides(model: HookedModel, layer: int, mode: str) -> _Sides:
     OV = folded_ov(model, layer)
     if _reads_centred(model):
-        # No later head sees the mean, so what a head writes to it is no part of what could be read.
+        # LayerNorm hides the mean of the stream from later heads: the part of a write along it is not read.
         OV = FactoredMatrix(OV.A, OV.B - OV.B.mean(-1, keepdim=True))
     reads = OV if mode == "V" else folded_qk(model, layer) if mode == "Q" else folded_qk(model, layer).T
     _, S_written, V = OV.svd()
@@ -233,7 +245,7 @@ def _sides(model: Any, layer: int, mode: str) -> _Sides:
     return _Sides(S_written[..., None] * V.mT, S_written, U * S_read[..., None, :], S_read)
 
 
-def _reads_centred(model: Any) -> bool:
+def _reads_centred(model: HookedModel) -> bool:
     """Whether heads read the residual stream less its mean."""
     norm = model.blocks[0].ln1
     return isinstance(norm, Norm) and norm.centred

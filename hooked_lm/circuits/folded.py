@@ -1,44 +1,57 @@
-"""The circuits of heads with the norms on their way folded in: the linear part of what reaches and leaves them."""
+"""The circuits of heads with the linear part of the norms before and after them folded in."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_lm._support.precision import at_least_single
+from hooked_lm.circuits.stock_only import require_stock_attention
+from hooked_lm.components import TransformerBlock
 from hooked_lm.components.norm import Norm
+from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.factored_matrix import FactoredMatrix
+from hooked_lm.hooked_model import HookedModel
+
+__all__ = [
+    "folded_ov",
+    "folded_qk",
+    "head_norm_linear_part",
+    "linear_part",
+    "read_through",
+    "require_additive",
+    "require_scores_by_head",
+]
 
 
-def folded_ov(model: Any, layer: int) -> FactoredMatrix:
+def folded_ov(model: HookedModel, layer: int) -> FactoredMatrix:
     """Return `W_V W_O` of each head of a layer, [head d_model d_model], with the norms on the way folded in.
 
-    The gain and the centring of the norm that the heads read through, and of that on what they write, where there are
-    such; not their scales and biases. Of weights that were folded when they were loaded it is `model.OV[layer]`.
+    The gain and the centring of the norm that the heads read through, and of the norm on what they write, where there
+    are such norms; not their scales and biases. For weights that were folded on loading it is `model.OV[layer]`.
 
     Raises:
-        ValueError: no such layer, or norms on the residual stream itself.
+        ValueError: no such layer, norms on the residual stream itself, or overridden attention or norms.
     """
     require_additive(model)
-    block = _block(model, layer)
+    block = _block(model, layer, "an OV circuit")
     W_V = _per_query_head(model.cfg, read_through(block.ln1, _exact(block.attn.W_V)))
     return FactoredMatrix(W_V, linear_part(block.ln1_post, _exact(block.attn.W_O)))
 
 
-def folded_qk(model: Any, layer: int) -> FactoredMatrix:
+def folded_qk(model: HookedModel, layer: int) -> FactoredMatrix:
     """Return `W_Q W_K^T` of each head of a layer, [head d_model d_model], with the norms on the way folded in.
 
     The gain and the centring of the norm that the heads read through, and of norms on queries and keys; not their
-    scales and biases. Of weights that were folded when they were loaded, without such norms, it is `model.QK[layer]`.
+    scales and biases. For weights that were folded on loading, without such norms, it is `model.QK[layer]`.
 
     Raises:
-        ValueError: no such layer; or norms stand where the circuit is no product of matrices.
+        ValueError: no such layer; norms stand where the circuit is no product of matrices; or attention or norms are
+            overridden.
     """
     require_additive(model)
     require_scores_by_head(model)
-    block = _block(model, layer)
+    block = _block(model, layer, "a QK circuit")
     attn = block.attn
     W_Q = head_norm_linear_part(attn.q_norm, read_through(block.ln1, _exact(attn.W_Q)))
     W_K = head_norm_linear_part(attn.k_norm, read_through(block.ln1, _exact(attn.W_K)))
@@ -46,7 +59,7 @@ def folded_qk(model: Any, layer: int) -> FactoredMatrix:
 
 
 def linear_part(norm: nn.Module, rows: Float[Tensor, "*leading d_model"]) -> Float[Tensor, "*leading d_model"]:
-    """Return what a norm does to every row alike: centring, then the gain. What is no norm does nothing."""
+    """Return what a norm does to every row alike: centring, then the gain. A module that is no norm does nothing."""
     if not isinstance(norm, Norm):
         return rows
     rows = rows - rows.mean(-1, keepdim=True) if norm.centred else rows
@@ -54,7 +67,7 @@ def linear_part(norm: nn.Module, rows: Float[Tensor, "*leading d_model"]) -> Flo
 
 
 def read_through(norm: nn.Module, W: Float[Tensor, "*head d_model column"]) -> Float[Tensor, "*head d_model column"]:
-    """Return weights that read from the stream before a norm what `W` reads after it, scale and bias apart."""
+    """Return weights that read before a norm what `W` reads after it, apart from the norm's scale and bias."""
     if not isinstance(norm, Norm):
         return W
     W = W if norm.w is None else W * _exact(norm.w)[:, None]
@@ -68,8 +81,8 @@ def head_norm_linear_part(
 
     Args:
         norm: its gain is [d_head], or [head d_head] where each head has its own.
-        rows: of every head, or of one.
-        head: which, if of one.
+        rows: of every head, or of one head.
+        head: the head, if the rows are of one.
     """
     if not isinstance(norm, Norm):
         return rows
@@ -80,17 +93,17 @@ def head_norm_linear_part(
     return rows * gain.to(rows.dtype)[..., None, :]
 
 
-def require_additive(model: Any) -> None:
-    """Raise a ValueError for a model in which a product of weights says nothing of what reaches a head."""
+def require_additive(model: HookedModel) -> None:
+    """Raise a ValueError for a model in which no product of weights describes what reaches a head."""
     if model.cfg.norm_placement == "residual":
         raise ValueError(
             "this model normalises the residual stream itself after each layer has written to it, so no product of "
-            "weights says what of a token's embedding or a head's output reaches a head"
+            "weights describes how a token's embedding or a head's output reaches a head"
         )
 
 
-def require_scores_by_head(model: Any) -> None:
-    """Raise a ValueError for a model in which scores are not made by each head's own matrices."""
+def require_scores_by_head(model: HookedModel) -> None:
+    """Raise a ValueError for a model in which attention scores are no product of each head's own matrices."""
     if model.cfg.qk_norm_after_rotary or (model.cfg.qk_norm_across_heads and model.cfg.qk_norm_type == "LN"):
         raise ValueError(
             "this model's norm of queries and keys comes after their rotation or centres over all heads at once: a "
@@ -98,16 +111,19 @@ def require_scores_by_head(model: Any) -> None:
         )
 
 
-def _block(model: Any, layer: int) -> Any:
+def _block(model: HookedModel, layer: int, what: str) -> TransformerBlock:
     if not 0 <= layer < model.cfg.n_layers:
         raise ValueError(f"no layer {layer}: this model has layers 0-{model.cfg.n_layers - 1}")
+    require_stock_attention(model, layer, what)
     return model.blocks[layer]
 
 
-def _per_query_head(cfg: Any, W: Float[Tensor, "kv_head d_model d_head"]) -> Float[Tensor, "head d_model d_head"]:
+def _per_query_head(
+    cfg: HookedTransformerConfig, W: Float[Tensor, "kv_head d_model d_head"]
+) -> Float[Tensor, "head d_model d_head"]:
     return W.repeat_interleave(cfg.n_heads // cfg.n_kv_heads, dim=0)
 
 
 def _exact(weights: Tensor) -> Tensor:
-    """There are no eigenvalues and singular values of half precision."""
+    """Detached, and in single precision at least: torch has no eigenvalues and singular values of half precision."""
     return at_least_single(weights.detach())

@@ -1,15 +1,15 @@
 """Full circuits: what a head does between the vocabulary it reads and the vocabulary it writes, from the weights alone.
 
-`W_E W_QK W_E^T` says which token a query token attends to, `W_E W_OV W_U` which logits a token raises once it is
-attended to (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"). Both are [vocab vocab] and of the
-rank of a head: they are kept as factors, and what is asked of their entries is answered block by block.
+`W_E W_QK W_E^T` holds how strongly each query token attends to each token, `W_E W_OV W_U` how much a token that is
+attended to raises each logit (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"). Both are
+[vocab vocab] and of the rank of a head: they are kept as factors, and questions about their entries are answered block
+by block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from einops import einsum
@@ -18,10 +18,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooked_lm.circuits.folded import head_norm_linear_part, linear_part, require_additive, require_scores_by_head
+from hooked_lm.circuits.stock_only import override_of, require_stock, require_stock_attention, require_stock_unembedding
 from hooked_lm.components.norm import Norm
 from hooked_lm.factored_matrix import FactoredMatrix
+from hooked_lm.hooked_model import HookedModel
 
-# How many numbers a block holds unless the caller says how many rows: 64 MB in float32.
+__all__ = ["TopEntries", "full_ov_circuit", "full_qk_circuit", "token_embeddings", "top1_accuracy", "top_entries"]
+
+# The numbers in a block, unless the caller gives the number of rows: 64 MB in float32.
 _NUMBERS_PER_BLOCK = 2**24
 
 
@@ -30,40 +34,44 @@ _NUMBERS_PER_BLOCK = 2**24
 
 @torch.no_grad()
 def token_embeddings(
-    model: Any, *, effective: bool = False, block: int | None = None, verbose: bool = True
+    model: HookedModel, *, effective: bool = False, block: int | None = None, verbose: bool = True
 ) -> Float[Tensor, "vocab d_model"]:
     """Return what each token puts into the residual stream; no gradients.
 
-    That is `W_E`, times the embedding scale and through the norm after the embedding where there are such. The
-    effective embedding is the stream after the first MLP, had the first attention written nothing: `E + MLP_0(E)`.
-    Models with tied embeddings spell a token out there, and heads read that (Wang et al. 2022, "Interpretability in the
-    Wild"; McDougall et al. 2023, "Copy Suppression").
+    That is `W_E`, times the embedding scale and through the norm after the embedding, where the model has these; an
+    overridden embedding is run. The effective embedding is the stream after the first MLP, had the first attention
+    written nothing: `E + MLP_0(E)`. In models with tied embeddings the heads of later layers read a token from there
+    rather than from its embedding (Wang et al. 2022, "Interpretability in the Wild"; McDougall et al. 2023, "Copy
+    Suppression").
 
     Args:
         model: a `HookedTransformer`.
-        effective: with the first MLP. The model's hooks act in it, if there are any at the time.
+        effective: with the first MLP. Hooks of the model act in it.
         block: tokens that go through the MLP at a time; by default as many as make 64 MB of hidden layer in float32.
         verbose: show a progress bar.
 
     Raises:
-        ValueError: the model has no MLP, or norms on the stream itself; or a block has no rows.
+        ValueError: the model has no MLP, or norms on the stream itself; its first block is overridden; or `block` is
+            less than 1.
     """
     rows = torch.arange(model.cfg.d_vocab, device=model.W_E.device)
     if not effective:
-        plain = model.cfg.embedding_scale == 1.0 and not isinstance(model.embed.ln, Norm)
+        scaled = model.cfg.embedding_scale != 1.0 or isinstance(model.embed.ln, Norm)
+        plain = not scaled and override_of("embed", model.embed) is None
         return model.W_E.detach() if plain else model.embed(rows[None])[0]
     require_additive(model)
     if model.cfg.attn_only or model.cfg.n_layers == 0:
         raise ValueError("an effective embedding is the one after the first MLP, and this model has no MLP")
+    require_stock("an effective embedding", "blocks.0", model.blocks[0], alone=True)
     pieces = []
-    for part in _blocks(len(rows), model.cfg.d_mlp, block, "effective embedding", verbose):
+    for part in _blocks(len(rows), model.cfg.d_mlp or model.cfg.d_model, block, "effective embedding", verbose):
         embedded = model.embed(rows[None, part])
         pieces.append((embedded + model.blocks[0].mlp_output(embedded))[0])
     return torch.cat(pieces)
 
 
 def full_qk_circuit(
-    model: Any, layer: int, head: int, *, effective_embedding: bool = False, normalize: bool = False
+    model: HookedModel, layer: int, head: int, *, effective_embedding: bool = False, normalize: bool = False
 ) -> FactoredMatrix:
     """Return `W_E W_Q W_K^T W_E^T` of a head as a FactoredMatrix [vocab vocab]: destination token, source token.
 
@@ -73,15 +81,17 @@ def full_qk_circuit(
 
     Args:
         model: a `HookedTransformer`.
-        layer, head: whose circuit. With grouped queries, the keys are those of the head's group.
+        layer, head: the head. With grouped queries, the keys are those of the head's group.
         effective_embedding: tokens as they are after the first MLP; see `token_embeddings`.
         normalize: scale each embedding as the head's norm would if it stood alone in the stream.
 
     Raises:
-        ValueError: no such head; or norms stand where the circuit is no product of matrices.
+        ValueError: no such head; norms stand where the circuit is no product of matrices; or attention or norms are
+            overridden.
     """
     _check_head(model, layer, head)
     require_scores_by_head(model)
+    require_stock_attention(model, layer, "a full QK circuit")
     attn = model.blocks[layer].attn
     source = head // (model.cfg.n_heads // model.cfg.n_kv_heads)
     embedded = _read_embeddings(model, layer, effective_embedding, normalize)
@@ -91,7 +101,7 @@ def full_qk_circuit(
 
 
 def full_ov_circuit(
-    model: Any,
+    model: HookedModel,
     layer: int,
     head: int | Sequence[int],
     *,
@@ -106,18 +116,21 @@ def full_ov_circuit(
 
     Args:
         model: a `HookedTransformer`.
-        layer, head: whose circuit. Several heads of a layer give the sum of theirs, of a rank that adds up too.
+        layer, head: the head. Several heads of a layer give the sum of their circuits, whose ranks add up too.
         effective_embedding: tokens as they are after the first MLP; see `token_embeddings`.
         normalize: scale each embedding as the head's norm would if it stood alone in the stream.
 
     Raises:
-        ValueError: no such head, one given twice, or none; or norms stand where the circuit is no product of matrices.
+        ValueError: no such head, one given twice, or none; norms stand where the circuit is no product of matrices; or
+            attention, norms or unembedding are overridden.
     """
     heads = list(head) if isinstance(head, Sequence) else [head]
     if not heads or len(set(heads)) < len(heads):
         raise ValueError(f"the heads of a full OV circuit are one or more different ones, got {head!r}")
     for one in heads:
         _check_head(model, layer, one)
+    require_stock_attention(model, layer, "a full OV circuit")
+    require_stock_unembedding(model, "a full OV circuit")
     block, group = model.blocks[layer], model.cfg.n_heads // model.cfg.n_kv_heads
     embedded = _read_embeddings(model, layer, effective_embedding, normalize)
     values = torch.cat([embedded @ block.attn.W_V[one // group] for one in heads], dim=-1)
@@ -127,7 +140,9 @@ def full_ov_circuit(
     return FactoredMatrix(values, written @ model.W_U)
 
 
-def _read_embeddings(model: Any, layer: int, effective: bool, normalize: bool) -> Float[Tensor, "vocab d_model"]:
+def _read_embeddings(
+    model: HookedModel, layer: int, effective: bool, normalize: bool
+) -> Float[Tensor, "vocab d_model"]:
     """What the heads of a layer read of each token."""
     require_additive(model)
     if effective and layer == 0:
@@ -139,7 +154,7 @@ def _read_embeddings(model: Any, layer: int, effective: bool, normalize: bool) -
     return read if norm.b is None else read - norm.b
 
 
-def _check_head(model: Any, layer: int, head: int) -> None:
+def _check_head(model: HookedModel, layer: int, head: int) -> None:
     if not (0 <= layer < model.cfg.n_layers and 0 <= head < model.cfg.n_heads):
         raise ValueError(
             f"no head L{layer}H{head}: this model has layers 0-{model.cfg.n_layers - 1} and heads "
@@ -147,7 +162,7 @@ def _check_head(model: Any, layer: int, head: int) -> None:
         )
 
 
-# Questions to a circuit, block by block
+# Entries of a circuit, block by block
 
 
 @torch.no_grad()
@@ -160,7 +175,7 @@ def top1_accuracy(
 ) -> float:
     """Return the share of rows whose largest entry is on the diagonal, or in the column given for the row.
 
-    Of a copying head's OV circuit it is the share of tokens that the head predicts when it attends to them.
+    For a copying head's OV circuit it is the share of tokens that the head predicts when it attends to them.
 
     Args:
         full_circuit: one matrix, [row column].
@@ -187,8 +202,8 @@ class TopEntries:
     """The largest entries of some rows of a circuit, the largest first.
 
     Attributes:
-        rows: which rows, in the order asked for, [row].
-        columns: where in each row, [row k].
+        rows: the rows, in the order given, [row].
+        columns: the columns of the entries, [row k].
         values: the entries, [row k].
     """
 
@@ -211,9 +226,9 @@ def top_entries(
 
     Args:
         full_circuit: one matrix, [row column].
-        k: how many of each row.
+        k: how many entries of each row.
         rows: which rows, all by default.
-        largest: False for the smallest, the most negative first: what a head suppresses.
+        largest: False for the smallest entries, the most negative first: what a head suppresses.
         block, verbose: as for `top1_accuracy`.
 
     Raises:

@@ -1,12 +1,13 @@
 """Which heads do what: scores of every head, from where it attends and from the circuits of its weights.
 
-Attention scores ask how much of a head's attention goes where a pattern says: to the previous token, to earlier copies
-of the token, to what came after them (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; Olsson
-et al. 2022, "In-context Learning and Induction Heads"), or wherever a pattern of your own points.
+Attention scores measure how much of a head's attention goes where a pattern points: to the previous token, to earlier
+copies of the token, to the tokens after these copies (Elhage et al. 2021, "A Mathematical Framework for Transformer
+Circuits"; Olsson et al. 2022, "In-context Learning and Induction Heads"), or wherever a pattern of your own points.
+`register_head_pattern` gives such a pattern a name.
 
-Weight scores ask whether a head's circuit maps tokens to themselves. The eigenvalues of a [vocab vocab] circuit are,
-apart from zeros, those of a [d_head d_head] matrix: `A B` and `B A` share them. With the vocabulary summed over once,
-in `W_U W_E` or `W_E^T W_E`, each head costs products of the size of its weights.
+Weight scores measure whether a head's circuit maps tokens to themselves. Apart from zeros, a [vocab vocab] circuit has
+the eigenvalues of a [d_head d_head] matrix: `A B` and `B A` share them. With the vocabulary summed over once, in
+`W_U W_E` or `W_E^T W_E`, each head costs products of the size of its weights.
 
 `plotting.head_scores(found.scores)` draws attention scores.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +30,37 @@ from hooked_lm._support.precision import at_least_single
 from hooked_lm.circuits.folded import folded_ov, folded_qk, read_through
 from hooked_lm.circuits.full_circuits import token_embeddings
 from hooked_lm.circuits.induction import repeated_random_tokens
+from hooked_lm.circuits.stock_only import require_stock_unembedding
+from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.factored_matrix import FactoredMatrix
+from hooked_lm.hooked_model import HookedModel
+from hooked_lm.hooks import HookPoint
+from hooked_lm.tokenization import Prompts
+
+__all__ = [
+    "DETECTION_PATTERNS",
+    "HeadScores",
+    "Pattern",
+    "ScoredHead",
+    "attention_scores",
+    "check_attention",
+    "check_pattern_entries",
+    "copying_scores",
+    "duplicate_token_pattern",
+    "eigenvalue_score",
+    "induction_pattern",
+    "matching_scores",
+    "previous_token_pattern",
+    "read_patterns",
+    "register_head_pattern",
+    "repeated_token_scores",
+]
 
 # A name of `DETECTION_PATTERNS`, a tensor, or a function from tokens [batch pos] to one.
 Pattern = str | Tensor | Callable[[Tensor], Tensor]
 
 
-# What comes back
+# Results
 
 
 class ScoredHead(NamedTuple):
@@ -56,7 +81,7 @@ class HeadScores:
     """A score for every head.
 
     Attributes:
-        kind: what was asked: `"induction"`, `"copying"`, ...
+        kind: what was scored: `"induction"`, `"copying"`, ...
         scores: [layer head].
     """
 
@@ -73,7 +98,7 @@ class HeadScores:
         """Return the `k` heads that score highest, the highest first.
 
         Raises:
-            ValueError: there are not so many.
+            ValueError: there are fewer heads.
         """
         if not 1 <= k <= self.scores.numel():
             raise ValueError(f"top({k}): there are {self.scores.numel()} heads, ask for one at least")
@@ -91,7 +116,7 @@ def _line(scored: ScoredHead) -> str:
     return f"  {scored.label:<8}{scored.score:6.3f}"
 
 
-# Where a head of a kind looks
+# Patterns of attention
 
 
 def previous_token_pattern(tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch query key"]:
@@ -108,7 +133,7 @@ def duplicate_token_pattern(tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "
 def induction_pattern(tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch query key"]:
     """Return 1 where the key comes right after an earlier copy of the query's token, and 0 elsewhere.
 
-    Of a token that comes twice in a row, that key is the query itself.
+    For a token that comes twice in a row, that key is the query itself.
     """
     return F.pad(duplicate_token_pattern(tokens), (1, -1))
 
@@ -120,13 +145,39 @@ DETECTION_PATTERNS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def register_head_pattern(name: str, pattern: Callable[[Tensor], Tensor]) -> None:
+    """Give a pattern a name, which `attention_scores`, `repeated_token_scores` and `detect_head` then take.
+
+        register_head_pattern("first_token", lambda tokens: F.one_hot(torch.zeros_like(tokens), tokens.shape[1]))
+
+    Args:
+        name: the name; it must not be taken, with or without the ending `_head`.
+        pattern: makes the pattern [query key] or [batch query key], entries between 0 and 1, from tokens [batch pos].
+
+    Raises:
+        TypeError: the name is not a string, or the pattern is no function.
+        ValueError: the name is empty or taken.
+    """
+    if not isinstance(name, str) or not callable(pattern):
+        raise TypeError(
+            f"a head pattern is a name and a function from tokens to a pattern; got {name!r} and "
+            f"{type(pattern).__name__}"
+        )
+    taken = DETECTION_PATTERNS.keys() | {f"{known}_head" for known in DETECTION_PATTERNS}
+    if not name or name in taken or f"{name}_head" in DETECTION_PATTERNS:
+        raise ValueError(
+            f"the head pattern {name!r} cannot be registered: it is {'taken' if name else 'an empty name'}"
+        )
+    DETECTION_PATTERNS[name] = pattern
+
+
 # Scores of attention
 
 
 @torch.no_grad()
 def attention_scores(
-    model: Any,
-    input: Any,
+    model: HookedModel,
+    input: Prompts,
     pattern: Pattern,
     *,
     attention_mask: Tensor | None = None,
@@ -142,8 +193,8 @@ def attention_scores(
     Args:
         model: a `HookedTransformer`.
         input: a string, a list of strings, or tokens [pos] or [batch pos].
-        pattern: `"previous_token"`, `"duplicate_token"` or `"induction"`; a tensor [query key] or [batch query key]
-            with entries between 0 and 1; or a function that makes one from the tokens [batch pos].
+        pattern: `"previous_token"`, `"duplicate_token"`, `"induction"` or a registered name; a tensor [query key] or
+            [batch query key] with entries between 0 and 1; or a function that makes one from the tokens [batch pos].
         attention_mask: [batch pos], 0 at padding; strings bring their own.
         batch_size: prompts that run at a time.
         verbose: show a progress bar.
@@ -175,7 +226,7 @@ def attention_scores(
 
 
 def repeated_token_scores(
-    model: Any,
+    model: HookedModel,
     pattern: Pattern = "induction",
     *,
     batch: int = 8,
@@ -185,30 +236,31 @@ def repeated_token_scores(
     batch_size: int = 8,
     verbose: bool = True,
 ) -> HeadScores:
-    """Return `attention_scores` on random tokens that come twice, where nothing but their order can be attended to.
+    """Return `attention_scores` on random tokens that come twice, so that only their order guides attention.
 
     Args:
         model: a `HookedTransformer`.
         pattern, batch_size, verbose: as for `attention_scores`.
-        batch, length, start_token: of `repeated_random_tokens`. The start token is the tokenizer's BOS by default, and
-            0 where there is none.
+        batch, length, start_token: as for `repeated_random_tokens`. By default the start token is the tokenizer's BOS,
+            and 0 where there is none.
         generator: where the randomness comes from; by default a new one with seed 0.
 
     Raises:
-        ValueError: as for these two functions, or `2 * length + 1` positions are more than the model takes.
+        ValueError: as for `attention_scores` and `repeated_random_tokens`, or `2 * length + 1` positions are more than
+            the model takes.
     """
     if start_token is None:
         bos = getattr(model.tokenizer, "bos_token_id", None)
         start_token = 0 if bos is None else int(bos)
     source = torch.Generator().manual_seed(0) if generator is None else generator
     tokens = repeated_random_tokens(batch, length, model.cfg.d_vocab, source, start_token)
-    # BOS is often the padding token too: the mask says that this one is read.
+    # BOS is often the padding token too: by the mask the model reads it as a token.
     mask = torch.ones_like(tokens)
     return attention_scores(model, tokens, pattern, attention_mask=mask, batch_size=batch_size, verbose=verbose)
 
 
 def read_patterns(
-    model: Any,
+    model: HookedModel,
     tokens: Int[Tensor, "batch pos"],
     read: Callable[[int, Tensor], None],
     *,
@@ -217,13 +269,13 @@ def read_patterns(
 ) -> None:
     """Run a model and call `read(layer, attention)` with the attention [batch head query key] of each layer in turn.
 
-    None of it is kept, and nothing runs after the last layer that is read. `read` changes nothing in the run.
+    The attention is not kept, and no layer runs after the last one that is read. `read` changes nothing in the run.
 
     Args:
         model: a `HookedTransformer`.
-        tokens: what it reads.
+        tokens: the prompts.
         read: called once for each layer.
-        layers: which to read; all by default.
+        layers: the layers to read; all by default.
         attention_mask: [batch pos], 0 at padding.
 
     Raises:
@@ -232,7 +284,7 @@ def read_patterns(
     """
     wanted = sorted(set(range(model.cfg.n_layers) if layers is None else layers))
 
-    def show(attention: Tensor, hook: Any) -> None:
+    def show(attention: Tensor, hook: HookPoint) -> None:
         check_attention(hook.layer(), attention)
         read(hook.layer(), attention.detach())
 
@@ -242,14 +294,14 @@ def read_patterns(
 
 
 def check_attention(layer: int, attention: Float[Tensor, "batch head query key"]) -> None:
-    """Check that a layer's attention is nowhere NaN or infinite.
+    """Check that a layer's attention is finite.
 
     Args:
-        layer: whose attention it is; for the message.
+        layer: the layer; for the message.
         attention: [batch head query key].
 
     Raises:
-        ValueError: it is.
+        ValueError: it is NaN or infinite somewhere.
     """
     if not bool(attention.isfinite().all()):
         raise ValueError(
@@ -257,7 +309,7 @@ def check_attention(layer: int, attention: Float[Tensor, "batch head query key"]
         )
 
 
-def _require_layers(cfg: Any) -> None:
+def _require_layers(cfg: HookedTransformerConfig) -> None:
     if cfg.n_layers == 0:
         raise ValueError("this model has no layers, and so no heads to score")
 
@@ -277,9 +329,9 @@ def _target(
     check_pattern_entries(target, causal)
     target = target * (real[:, :, None] & real[:, None, :])
     if not bool(target.any()):
-        said = f"{pattern!r}" if isinstance(pattern, str) else "the pattern"
+        name = f"{pattern!r}" if isinstance(pattern, str) else "the pattern"
         raise ValueError(
-            f"{said} gives no query of these tokens a key, so there is nothing to score; 'duplicate_token' and "
+            f"{name} gives no query of these tokens a key, so there is nothing to score; 'duplicate_token' and "
             "'induction' need tokens that come again (see repeated_token_scores)"
         )
     return target
@@ -307,7 +359,7 @@ def check_pattern_entries(pattern: Float[Tensor, "*batch query key"], causal: bo
         causal: whether a query sees no later key.
 
     Raises:
-        ValueError: they are not.
+        ValueError: an entry is out of range, or one above the diagonal is not 0.
     """
     if not bool(((pattern >= 0) & (pattern <= 1)).all()):
         least, most = float(pattern.min()), float(pattern.max())
@@ -342,11 +394,11 @@ def eigenvalue_score(circuit: FactoredMatrix) -> Float[Tensor, "*leading"]:
 
 
 @torch.no_grad()
-def copying_scores(model: Any, *, effective_embedding: bool = False, verbose: bool = True) -> HeadScores:
+def copying_scores(model: HookedModel, *, effective_embedding: bool = False, verbose: bool = True) -> HeadScores:
     """Return each head's `eigenvalue_score` of its OV circuit `W_E W_V W_O W_U`: whether it raises what it attends to.
 
     With the gains and the centring of the norms on the way; biases and scales are left out. Where the unembedding is
-    centred (as `from_pretrained` does), nothing that a head adds to all logits alike is in it.
+    centred (as `from_pretrained` does), what a head adds to all logits alike is left out too.
 
     Args:
         model: a `HookedTransformer`.
@@ -354,10 +406,11 @@ def copying_scores(model: Any, *, effective_embedding: bool = False, verbose: bo
         verbose: show a progress bar.
 
     Raises:
-        ValueError: tokens in and tokens out differ in number, there are no layers, or norms stand where the circuit is
-            no product of matrices.
+        ValueError: tokens in and tokens out differ in number, there are no layers, norms stand where the circuit is no
+            product of matrices, or a component on the way is overridden.
     """
     cfg = model.cfg
+    require_stock_unembedding(model, "a copying score")
     if cfg.d_vocab != cfg.d_vocab_out:
         raise ValueError(
             f"copying compares tokens in with tokens out, and this model has {cfg.d_vocab} in and {cfg.d_vocab_out} out"
@@ -371,7 +424,7 @@ def copying_scores(model: Any, *, effective_embedding: bool = False, verbose: bo
 
 
 @torch.no_grad()
-def matching_scores(model: Any, *, effective_embedding: bool = False, verbose: bool = True) -> HeadScores:
+def matching_scores(model: HookedModel, *, effective_embedding: bool = False, verbose: bool = True) -> HeadScores:
     """Return each head's `eigenvalue_score` of its QK circuit `W_E W_Q W_K^T W_E^T`: whether tokens match themselves.
 
     With the gains and the centring of the norms on the way; biases, scales and positions are left out (where positions
@@ -381,7 +434,8 @@ def matching_scores(model: Any, *, effective_embedding: bool = False, verbose: b
         model, effective_embedding, verbose: as for `copying_scores`.
 
     Raises:
-        ValueError: there are no layers, or norms stand where the circuit is no product of matrices.
+        ValueError: there are no layers, norms stand where the circuit is no product of matrices, or attention or norms
+            are overridden.
     """
 
     def summed(embedded: Float[Tensor, "vocab d_model"]) -> Float[Tensor, "d_model d_model"]:
@@ -391,9 +445,9 @@ def matching_scores(model: Any, *, effective_embedding: bool = False, verbose: b
 
 
 def _circuit_scores(
-    model: Any,
+    model: HookedModel,
     kind: str,
-    circuits: Callable[[Any, int], FactoredMatrix],
+    circuits: Callable[[HookedModel, int], FactoredMatrix],
     summed: Callable[[Tensor], Tensor],
     effective: bool,
     verbose: bool,

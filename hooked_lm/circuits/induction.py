@@ -1,8 +1,9 @@
 """Induction, end to end: the tokens that call for it, the heads that do it, and the circuit that links them.
 
-An induction head continues a repeat: at a token seen before, it attends to what came after it then, and predicts that.
-It needs an earlier head that writes, at each position, which token came before (Elhage et al. 2021, "A Mathematical
-Framework for Transformer Circuits"; Olsson et al. 2022, "In-context Learning and Induction Heads").
+An induction head continues a repeat: at a token seen before, it attends to the token that came after it then, and
+predicts that token. It needs an earlier head that writes, at each position, which token came before (Elhage et al.
+2021, "A Mathematical Framework for Transformer Circuits"; Olsson et al. 2022, "In-context Learning and Induction
+Heads").
 
 The tokens are a start token, then `length` random ones, then the same again:
 
@@ -13,7 +14,6 @@ The tokens are a start token, then `length` random ones, then the same again:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,6 +24,18 @@ from hooked_lm.activation_cache import ActivationCache
 from hooked_lm.circuits.folded import folded_ov, folded_qk
 from hooked_lm.circuits.full_circuits import token_embeddings
 from hooked_lm.factored_matrix import FactoredMatrix
+from hooked_lm.hooked_model import HookedModel
+
+__all__ = [
+    "Head",
+    "NextTokenScores",
+    "induction_scores",
+    "k_composition_qk_circuit",
+    "next_token_scores",
+    "previous_token_scores",
+    "repeated_random_tokens",
+    "strongest_head",
+]
 
 Head = tuple[int, int]
 
@@ -39,11 +51,11 @@ def repeated_random_tokens(
         batch: rows, drawn independently.
         length: tokens in the block that is repeated.
         d_vocab: tokens are drawn from `0` to `d_vocab - 1`.
-        generator: where the randomness comes from. Its device is that of the result.
-        start_token: what stands first; a BOS token where the model has one.
+        generator: the source of randomness. The result is on its device.
+        start_token: the first token; a BOS token where the model has one.
 
     Raises:
-        ValueError: nothing to draw, or more tokens than the vocabulary holds.
+        ValueError: no rows, an empty block, or more tokens than the vocabulary holds.
     """
     if batch < 1 or not 1 <= length < d_vocab or not 0 <= start_token < d_vocab:
         raise ValueError(
@@ -64,27 +76,27 @@ class NextTokenScores:
     """How well each next token is predicted. Column `i` is about the token at position `i + 1`.
 
     Attributes:
-        log_prob: its log-probability in nats, [batch pos-1].
-        correct: whether it was the likeliest, [batch pos-1].
+        log_prob: the token's log-probability in nats, [batch pos-1].
+        correct: whether the token was the likeliest, [batch pos-1].
     """
 
     log_prob: Float[Tensor, "batch pos_minus_one"]
     correct: Bool[Tensor, "batch pos_minus_one"]
 
     def first_half(self) -> NextTokenScores:
-        """The tokens of the block where they come first, [batch length]: nothing predicts them."""
+        """Return the scores of the block where it comes first, [batch length]: its tokens are random."""
         return self._columns(slice(None, self._length()))
 
     def second_half(self) -> NextTokenScores:
-        """The tokens of the repeat but its first, which nothing announces, [batch length-1]."""
+        """Return the scores of the repeat but for its first token, which cannot be known, [batch length-1]."""
         return self._columns(slice(self._length() + 1, None))
 
     def mean_log_prob(self) -> float:
-        """Mean log-probability, in nats."""
+        """Return the mean log-probability, in nats."""
         return float(self.log_prob.mean())
 
     def accuracy(self) -> float:
-        """Share of tokens that were the likeliest."""
+        """Return the share of tokens that were the likeliest."""
         return float(self.correct.float().mean())
 
     def _columns(self, columns: slice) -> NextTokenScores:
@@ -98,8 +110,8 @@ def next_token_scores(logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tens
     """Return how well each token is predicted from those before it.
 
     Args:
-        logits: the model's, for `tokens`. The last position predicts nothing here.
-        tokens: as `repeated_random_tokens` gives them, if halves are to be taken.
+        logits: the model's, for `tokens`. Those of the last position are not used.
+        tokens: from `repeated_random_tokens`, if halves are to be taken.
     """
     target = tokens[:, 1:]
     log_prob = at_least_single(logits[:, :-1]).log_softmax(-1).gather(-1, target[..., None])[..., 0]
@@ -125,7 +137,7 @@ def induction_scores(cache: ActivationCache, length: int) -> Float[Tensor, "laye
 
     Args:
         cache: holds `blocks.*.attn.hook_pattern` of a run on `repeated_random_tokens(..., length, ...)`.
-        length: that of the block.
+        length: of the block.
 
     Raises:
         ValueError: the patterns are not those of a block of this length.
@@ -162,25 +174,25 @@ def strongest_head(scores: Float[Tensor, "layer head"], layer: int) -> Head:
 
 
 def k_composition_qk_circuit(
-    model: Any, writer: Head, reader: Head, *, effective_embedding: bool = False
+    model: HookedModel, writer: Head, reader: Head, *, effective_embedding: bool = False
 ) -> FactoredMatrix:
     """Return the full QK circuit of two heads that compose through the keys: a factored matrix [vocab vocab].
 
     `W_E W_Q (W_E W_OV W_K)^T`, with the reader's `W_Q`, `W_K` and the writer's `W_OV = W_V W_O`. Row: the token at the
     reader's destination. Column: the token that the writer copied *into* the reader's source. Where a previous-token
-    head writes and an induction head reads, each row is largest on the diagonal: look for the position whose previous
-    token is this one. The linear part of the norms on the way is folded in; their scales, positions and biases are left
-    out.
+    head writes and an induction head reads, each row is largest on the diagonal: the reader attends to the position
+    whose previous token is the one at the destination. The linear part of the norms on the way is folded in; their
+    scales, positions and biases are left out.
 
     Args:
         model: a `HookedTransformer`.
         writer, reader: (layer, head), the writer's in an earlier layer.
-        effective_embedding: at the destination take the token as it is after the first MLP, which is where models with
-            tied embeddings spell it out; see `token_embeddings`.
+        effective_embedding: at the destination take the token as it is after the first MLP, where the heads of models
+            with tied embeddings read it; see `token_embeddings`.
 
     Raises:
-        ValueError: no such head, or the writer does not come before the reader; or norms stand where the circuit is no
-            product of matrices.
+        ValueError: no such head, or the writer does not come before the reader; norms stand where the circuit is no
+            product of matrices; or attention or norms are overridden.
     """
     for role, (layer, head) in (("writer", writer), ("reader", reader)):
         if not (0 <= layer < model.cfg.n_layers and 0 <= head < model.cfg.n_heads):
@@ -192,4 +204,6 @@ def k_composition_qk_circuit(
         raise ValueError(f"the writer is in an earlier layer than the reader; got layers {writer[0]} and {reader[0]}")
     QK, OV = folded_qk(model, reader[0])[reader[1]], folded_ov(model, writer[0])[writer[1]]
     destination = token_embeddings(model, effective=effective_embedding, verbose=False)
-    return destination @ QK @ OV.T @ model.W_E.T
+    copied = token_embeddings(model, verbose=False)
+    circuit: FactoredMatrix = destination @ QK @ OV.T @ copied.T
+    return circuit

@@ -1,53 +1,60 @@
-"""The logit lens: what a model would say if it stopped at a layer (nostalgebraist 2020, "interpreting GPT").
+"""The logit lens: the tokens that a model would predict if it stopped at a layer (nostalgebraist 2020).
 
-Every residual stream on the way is read as the last one is: through the final norm, with statistics of its own, and
-the unembedding. What comes out is a distribution over tokens for each site and position, of which the readings are
-kept (likeliest tokens, ranks and probabilities of given ones, entropy, distance to the model's own distribution) and
-the logits are not.
+Every residual stream on the way is read as the last one is: by the model's own final norm, with the stream's own
+statistics, and its own unembedding. The result is a distribution over tokens for each site and position. Its readings
+are kept (likeliest tokens, ranks and probabilities of given tokens, entropy, distance to the model's own distribution);
+its logits are not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooked_lm._support.precision import at_least_single
-from hooked_lm.components.activations import soft_cap
-from hooked_lm.components.norm import Norm
+from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.hooked_model import HookedModel
 from hooked_lm.names import get_act_name
 from hooked_lm.slicing import Slice
+from hooked_lm.tokenization import PaddingSide, Prompts
+
+if TYPE_CHECKING:
+    from hooked_lm.transformer import HookedTransformer
+
+__all__ = ["SITES", "LogitLens", "Targets", "logit_lens", "read_out"]
 
 SITES = ("resid_pre", "resid_mid", "resid_post")
-# How many logits a block holds unless the caller says how many rows: 64 MB in float32.
+# The number of logits in a block, unless the caller gives the number of rows: 64 MB in float32.
 _NUMBERS_PER_BLOCK = 2**24
 
 Targets = str | int | Sequence[str] | Sequence[int] | Tensor
+# A line of `LogitLens.rows`.
+Row = dict[str, str | int | float]
 
 
 @dataclass(frozen=True, eq=False)
 class LogitLens:
-    """What the residual stream says at each site and position. The last site is the end of the model.
+    """The tokens that can be read from the residual stream at each site and position. The last site is the model's end.
 
-    At padding there is nothing to read: numbers are NaN, tokens and ranks -1.
+    Padding has no readings: numbers are NaN there, tokens and ranks -1.
 
     Attributes:
         labels: the sites in order of depth: `"0_pre"`, `"0_mid"`, `"0_post"`, ...
-        positions: where the readings were taken, as positions of the prompt, [pos].
-        tokens: the token that stands there, [batch pos].
+        positions: the positions of the prompt that were read, [pos].
+        tokens: the tokens at these positions, [batch pos].
         top_tokens: the likeliest tokens, the likeliest first, [component batch pos top].
         top_log_probs: their log-probabilities in nats, [component batch pos top].
         entropy: of the distribution, in nats, [component batch pos].
-        kl: `KL(final || here)` in nats, [component batch pos]: how many more it costs to code what the model finally
-            says with what it says here (the direction of Belrose et al. 2023, "Tuned Lens"). 0 at the last site.
-        targets: the tokens that were asked about, [batch pos target].
+        kl: `KL(final || here)` in nats, [component batch pos]: from the model's final distribution to the one read here
+            (the direction of Belrose et al. 2023, "Tuned Lens"). 0 at the last site.
+        targets: the given target tokens, [batch pos target].
         target_ranks: how many tokens are likelier, so that 0 is the likeliest, [component batch pos target].
         target_log_probs: their log-probabilities in nats, [component batch pos target].
         strings: every token that occurs above, as a string; None without a tokenizer.
@@ -72,14 +79,14 @@ class LogitLens:
 
     @property
     def target_probs(self) -> Float[Tensor, "component batch pos target"]:
-        """The probabilities of the tokens that were asked about."""
+        """The probabilities of the target tokens."""
         return self.target_log_probs.exp()
 
     def str_token(self, token: int) -> str:
         """Return a token that occurs here as a string; its number where the model has no tokenizer."""
         return str(token) if self.strings is None else repr(self.strings[token])
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[Row]:
         """Return a dictionary for each site, prompt and position, padding left out; `pandas.DataFrame` takes them.
 
         Keys: `site`, `prompt`, `pos`, `token`, `top` (the likeliest token), `top_prob`, `entropy`, `kl`, and for each
@@ -92,9 +99,9 @@ class LogitLens:
             for prompt, column in real.nonzero().tolist()
         ]
 
-    def _row(self, site: int, prompt: int, column: int) -> dict[str, Any]:
+    def _row(self, site: int, prompt: int, column: int) -> Row:
         at = (site, prompt, column)
-        row: dict[str, Any] = {
+        row: Row = {
             "site": self.labels[site],
             "prompt": prompt,
             "pos": int(self.positions[column]),
@@ -137,8 +144,8 @@ class LogitLens:
 
 @torch.no_grad()
 def logit_lens(
-    model: Any,
-    input: Any,
+    model: HookedModel,
+    input: Prompts,
     *,
     targets: Targets | None = None,
     sites: Sequence[str] | None = None,
@@ -146,22 +153,24 @@ def logit_lens(
     positions: object = None,
     top_k: int = 5,
     prepend_bos: bool | None = None,
-    padding_side: str | None = None,
+    padding_side: PaddingSide | None = None,
     attention_mask: Tensor | None = None,
     block: int | None = None,
     verbose: bool = True,
 ) -> LogitLens:
-    """Run a model and return what its residual stream says at every site, layer and position.
+    """Run a model and return the tokens that its residual stream would predict at every site, layer and position.
 
-    The last site is the end of the model, whatever else is asked for, and its readings are those of the model's own
+    The last site is the end of the model, whatever other sites are chosen: its readings are those of the model's own
     output. Hooks and interventions that are in place act in the run; those of the final norm and the unembedding act
-    on that last site alone. Memory: the streams, the model's logits, and two blocks of logits.
+    on that last site alone. Each other stream goes through `model.logits_of` without hooks, so that an overridden final
+    norm or unembedding reads it as it reads the last. Memory: the streams, the model's logits, and two blocks of
+    logits.
 
     Args:
         model: a `HookedTransformer`.
         input: a string, a list of strings, or tokens [pos] or [batch pos].
-        targets: tokens whose rank and probability are wanted: one or a list, as strings or numbers, for every position;
-            or a tensor [batch pos] or [batch pos target] with those of each position (as many as `positions` keeps).
+        targets: tokens whose rank and probability to read: one or a list, as strings or numbers, for every position; or
+            a tensor [batch pos] or [batch pos target] with the tokens of each position that `positions` keeps.
         sites: some of `"resid_pre"`, `"resid_mid"` and `"resid_post"`; by default all that the model has.
         layers: the blocks to look at; by default all.
         positions: the positions to look at, anything `Slice` takes; by default all.
@@ -179,13 +188,21 @@ def logit_lens(
     limit = model.cfg.d_vocab_out
     if not 1 <= top_k <= limit or (block is not None and block < 1):
         raise ValueError(f"top_k is in 1-{limit} and block at least 1; got top_k={top_k}, block={block}")
-    how = {"prepend_bos": prepend_bos, "padding_side": padding_side, "attention_mask": attention_mask}
-    _, tokens, _, mask = model.input_to_embed(input, **how)
+    # `HookedModel.tokens_and_mask` has neither prepend_bos nor padding_side.
+    _, tokens, _, mask = cast("HookedTransformer", model).input_to_embed(
+        cast("str | Tensor", input), prepend_bos=prepend_bos, padding_side=padding_side, attention_mask=attention_mask
+    )
     kept = _kept_positions(positions, tokens.shape[1], tokens.device)
     asked = _targets(model, targets, tokens.shape[0], len(kept))
     index = None if Slice.unwrap(positions).is_identity else kept
     logits, cache = model.run_with_cache(
-        input, names_filter=sorted(set(names)), pos_slice=index, logits_to_keep=index, **how
+        input,
+        names_filter=sorted(set(names)),
+        pos_slice=index,
+        logits_to_keep=index,
+        prepend_bos=prepend_bos,
+        padding_side=padding_side,
+        attention_mask=attention_mask,
     )
     readings = _Readings(len(names), logits, asked, top_k)
     readings.fill(model, [cache[name] for name in names], block, verbose)
@@ -193,27 +210,30 @@ def logit_lens(
     return readings.finished(model, labels, kept, tokens[:, kept], real[:, kept].bool())
 
 
-def read_out(model: Any, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
+def read_out(model: HookedModel, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
     """Return the logits that a residual stream would have at the end of the model; hooks do not act.
 
-    `soft_cap(logit_scale * (norm(resid) W_U + b_U))`, the final norm with the stream's own statistics.
+    That is what the model's own final norm and unembedding make of it, `model.logits_of(resid)`, whatever they compute.
+    The stock ones: `soft_cap(logit_scale * (norm(resid) W_U + b_U))`, the final norm with the stream's own statistics.
 
     Args:
         model: a `HookedTransformer`.
         resid: a residual stream of the model's width, with any axes before that.
     """
-    normalized = model.ln_final.without_hooks(resid) if isinstance(model.ln_final, Norm) else resid
-    logits = F.linear(normalized, model.W_U.T, model.b_U)
-    return soft_cap(logits * model.cfg.logit_scale, model.cfg.output_logits_soft_cap)
+    # The modules read [batch pos d_model]; more axes are flattened into the positions of one prompt.
+    stream = resid if resid.ndim == 3 else resid.reshape(1, -1, resid.shape[-1])
+    with model.only_hooks(()):
+        logits = model.logits_of(stream)
+    return logits.reshape(*resid.shape[:-1], logits.shape[-1])
 
 
 class _Readings:
-    """Room for the readings of `n_sites` streams, and how they are taken.
+    """The readings of `n_sites` streams, and how they are taken.
 
     Args:
-        n_sites: the last of them is the end of the model.
+        n_sites: the last site is the end of the model.
         logits: the model's own.
-        targets: the tokens that are asked about.
+        targets: the tokens whose ranks and probabilities are read.
         top_k: how many of the likeliest tokens to keep.
     """
 
@@ -234,9 +254,13 @@ class _Readings:
         self.target_ranks = self.targets.new_empty(n_sites, n_rows, n_targets)
 
     def fill(
-        self, model: Any, streams: Sequence[Float[Tensor, "batch pos d_model"]], block: int | None, verbose: bool
+        self,
+        model: HookedModel,
+        streams: Sequence[Float[Tensor, "batch pos d_model"]],
+        block: int | None,
+        verbose: bool,
     ) -> None:
-        """Read every stream, so many positions at a time. A stream that equals the one before is not read again."""
+        """Read every stream, `block` positions at a time. A stream that equals the one before is not read again."""
         last = len(streams) - 1
         repeats = [site > 0 and site < last and torch.equal(streams[site - 1], streams[site]) for site in range(last)]
         size = block or max(1, _NUMBERS_PER_BLOCK // self.final.shape[-1])
@@ -278,19 +302,19 @@ class _Readings:
 
     def finished(
         self,
-        model: Any,
+        model: HookedModel,
         labels: tuple[str, ...],
         positions: Int[Tensor, " pos"],
         tokens: Int[Tensor, "batch pos"],
         real: Bool[Tensor, "batch pos"],
     ) -> LogitLens:
-        """Return the readings under their names, with what was read at padding wiped out."""
+        """Return the readings under their names, with the readings at padding wiped out."""
         padding = ~real.flatten()
         for reading in self._all():
             reading[:, padding] = float("nan") if reading.is_floating_point() else -1
 
         def unflat(reading: Tensor) -> Tensor:
-            return reading.unflatten(1, self.shape)
+            return torch.unflatten(reading, 1, self.shape)
 
         tokens = tokens.masked_fill(~real, -1)
         return LogitLens(
@@ -301,25 +325,26 @@ class _Readings:
             top_log_probs=unflat(self.top_log_probs),
             entropy=unflat(self.entropy),
             kl=unflat(self.kl),
-            targets=self.targets.unflatten(0, self.shape),
+            targets=torch.unflatten(self.targets, 0, self.shape),
             target_ranks=unflat(self.target_ranks),
             target_log_probs=unflat(self.target_log_probs),
             strings=_strings(model, tokens, self.top_tokens, self.targets),
         )
 
 
-def _strings(model: Any, *tokens: Tensor) -> dict[int, str] | None:
+def _strings(model: HookedModel, *tokens: Tensor) -> dict[int, str] | None:
     if model.tokenizer is None:
         return None
-    occurring = torch.cat([some.flatten() for some in tokens]).unique()
-    occurring = occurring[occurring >= 0]
-    return dict(zip(occurring.tolist(), model.to_str_tokens(occurring), strict=True))
+    occurring = sorted({int(token) for some in tokens for token in some.flatten().tolist() if token >= 0})
+    return {token: model.to_single_str_token(token) for token in occurring}
 
 
-# What is asked for
+# Checks of the arguments
 
 
-def _sites(cfg: Any, sites: Sequence[str] | None, layers: Sequence[int] | None) -> tuple[list[str], tuple[str, ...]]:
+def _sites(
+    cfg: HookedTransformerConfig, sites: Sequence[str] | None, layers: Sequence[int] | None
+) -> tuple[list[str], tuple[str, ...]]:
     """Return hook names and labels in order of depth; the end of the model is always the last."""
     if cfg.n_layers == 0:
         raise ValueError("the logit lens looks between layers, and this model has none")
@@ -347,7 +372,7 @@ def _kept_positions(positions: object, n_pos: int, device: torch.device) -> Int[
     return kept
 
 
-def _targets(model: Any, targets: Targets | None, batch: int, n_pos: int) -> Int[Tensor, "batch pos target"]:
+def _targets(model: HookedModel, targets: Targets | None, batch: int, n_pos: int) -> Int[Tensor, "batch pos target"]:
     device, limit = model.W_U.device, model.cfg.d_vocab_out
     if isinstance(targets, Tensor) and targets.ndim > 0:
         asked = targets[..., None] if targets.ndim == 2 else targets
@@ -357,10 +382,8 @@ def _targets(model: Any, targets: Targets | None, batch: int, n_pos: int) -> Int
                 f"{n_pos}; got {targets.dtype} {tuple(targets.shape)}. Tokens for every position go in a list"
             )
     else:
-        several: list[Any] = []
-        if targets is not None:
-            several = list(targets) if isinstance(targets, (list, tuple)) else [targets]
-        numbers = [model.to_single_token(one) if isinstance(one, str) else int(one) for one in several]
+        several = [] if targets is None else list(targets) if isinstance(targets, (list, tuple)) else [targets]
+        numbers = [model.to_single_token(one) if isinstance(one, str) else int(cast(int, one)) for one in several]
         asked = rearrange(torch.tensor(numbers, dtype=torch.long), "target -> 1 1 target").expand(batch, n_pos, -1)
     if asked.numel() and not (int(asked.min()) >= 0 and int(asked.max()) < limit):
         raise ValueError(f"targets are tokens 0-{limit - 1}, got {int(asked.min())} to {int(asked.max())}")

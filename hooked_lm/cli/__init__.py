@@ -1,4 +1,4 @@
-"""The command `hooked-lm`. Each command has a module of its own; `inputs` and `outputs` are what they share.
+"""The command `hooked-lm`. Each command has a module of its own; `inputs` and `outputs` are shared by all.
 
 PyTorch takes seconds to import: the modules import it when a command runs, so that `--help` and `version` do without.
 """
@@ -12,6 +12,8 @@ import typer
 
 import hooked_lm
 from hooked_lm.cli import demo, heads, info, lens, patch, verify
+
+__all__ = ["app", "main", "version"]
 
 app = typer.Typer(
     help="Look inside language models.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -34,7 +36,7 @@ app.command()(verify.verify)
 
 def main() -> None:
     """Run the command line."""
-    # Tokens are of any script; a terminal that lacks a letter shows its number.
+    # Tokens may contain any script; letters that the terminal's encoding lacks are shown as their numbers.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     app()

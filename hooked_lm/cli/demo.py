@@ -13,6 +13,8 @@ from hooked_lm.cli.outputs import VIZ_REMEDY, JsonPath, check_outputs, give_out,
 if TYPE_CHECKING:
     from hooked_lm.demo import DemoResult
 
+__all__ = ["demo", "report"]
+
 
 def demo(
     model: Annotated[

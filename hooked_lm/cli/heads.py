@@ -1,12 +1,13 @@
-"""`hooked-lm heads`: which heads attend to the previous token, to copies, to what came after them; which copy."""
+"""`hooked-lm heads`: which heads attend to the previous token, to earlier copies or to the next token; which copy."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hooked_lm._support.plain_data import PlainData
 from hooked_lm.cli.inputs import Device, ModelName, Revision, load_model, one_line_errors
 from hooked_lm.cli.outputs import HtmlPath, JsonPath, check_outputs, footer, give_out, shows_progress
 
@@ -14,14 +15,17 @@ if TYPE_CHECKING:
     from hooked_lm.circuits.heads import HeadScores
     from hooked_lm.transformer import HookedTransformer
 
+__all__ = ["KINDS", "TITLE", "ScoredHeads", "heads", "score_heads"]
+
 TITLE = "What the heads do"
-# What each kind of head is, for people.
+# What each score measures.
 KINDS = {
     "previous_token": "share of attention that goes to the token just before",
     "duplicate_token": "share of attention that goes, in the repeat, to the same token the first time",
     "induction": "share of attention that goes, in the repeat, to the token that came next the first time",
     "copying": "eigenvalue score of the full OV circuit, from -1 to 1: is what it attends to made likelier?",
 }
+_OF_ATTENTION = ("previous_token", "duplicate_token", "induction")
 
 
 def heads(
@@ -45,13 +49,13 @@ def heads(
 
 @dataclass(frozen=True, eq=False)
 class ScoredHeads:
-    """The scores of every head, and how they are told.
+    """The scores of every head, as text, data and page.
 
     Attributes:
-        model_name: whose heads.
+        model_name: of the model.
         length, batch, seed: of the random tokens.
         scores: by kind.
-        left_out: kind -> why this model has no such score.
+        left_out: kind -> the reason why this model has no such score.
     """
 
     model_name: str
@@ -75,7 +79,7 @@ class ScoredHeads:
         parts += [f"{_title(kind)} is left out: {why}" for kind, why in self.left_out.items()]
         return "\n\n".join(parts)
 
-    def to_dict(self, top: int) -> dict[str, Any]:
+    def to_dict(self, top: int) -> PlainData:
         """Return every score as plain data."""
         return {
             "model": self.model_name,
@@ -127,7 +131,7 @@ def score_heads(model: HookedTransformer, length: int, batch: int, seed: int) ->
     """Return the scores of every head.
 
     Args:
-        model: whose heads.
+        model: the model.
         length: of the block that comes twice; shorter where the model's context or vocabulary has no room for it.
         batch, seed: of the random tokens.
 
@@ -136,7 +140,7 @@ def score_heads(model: HookedTransformer, length: int, batch: int, seed: int) ->
     """
     import torch
 
-    from hooked_lm.circuits.heads import DETECTION_PATTERNS, copying_scores, repeated_token_scores
+    from hooked_lm.circuits.heads import copying_scores, repeated_token_scores
 
     cfg = model.cfg
     fitting = min(length, (cfg.n_ctx - 1) // 2, cfg.d_vocab - 1)
@@ -154,7 +158,7 @@ def score_heads(model: HookedTransformer, length: int, batch: int, seed: int) ->
             generator=torch.Generator().manual_seed(seed),
             verbose=shows_progress(),
         )
-        for kind in DETECTION_PATTERNS
+        for kind in _OF_ATTENTION
     }
     left_out = {}
     try:

@@ -1,16 +1,19 @@
-"""`hooked-lm info`: what a model is, in words and numbers."""
+"""`hooked-lm info`: a description of a model, in words and numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from hooked_lm._support.plain_data import PlainData
 from hooked_lm.cli.inputs import ModelName, Revision, one_line_errors
 from hooked_lm.cli.outputs import JsonPath, check_outputs, give_out
 
 if TYPE_CHECKING:
     from hooked_lm.config import HookedTransformerConfig
     from hooked_lm.transformer import HookedTransformer
+
+__all__ = ["describe", "info", "report"]
 
 _NORMS = {"LN": "LayerNorm", "LNPre": "LayerNorm without gain", "RMS": "RMSNorm", "RMSPre": "RMSNorm without gain"}
 _PLACES = {
@@ -27,14 +30,14 @@ def info(model: ModelName, json_path: JsonPath = None, revision: Revision = None
         check_outputs(json_path)
         from hooked_lm.transformer import HookedTransformer
 
-        # As it was trained: nothing is processed, and weights that are not needed are not read.
+        # Without processing: the weights as they were trained, and those that are not needed are not read.
         loaded = HookedTransformer.from_pretrained_no_processing(model, revision=revision)
         data = describe(loaded)
         give_out(report(data), data, json_path)
 
 
-def describe(model: HookedTransformer) -> dict[str, Any]:
-    """Return what `info` says, as plain data. `processing` is what `from_pretrained` does besides."""
+def describe(model: HookedTransformer) -> PlainData:
+    """Return the description as plain data. `processing` lists the steps that `from_pretrained` would add."""
     from hooked_lm.weights import plan_processing
 
     cfg, fields = model.cfg, model.cfg.to_dict()
@@ -69,8 +72,8 @@ def describe(model: HookedTransformer) -> dict[str, Any]:
     }
 
 
-def report(data: dict[str, Any]) -> str:
-    """Return the same for people."""
+def report(data: PlainData) -> str:
+    """Return the description as text."""
     heads = f"{data['n_heads']} a layer, {data['d_head']} wide"
     if data["n_key_value_heads"] != data["n_heads"]:
         heads += f", sharing {data['n_key_value_heads']} heads of keys and values"
@@ -168,7 +171,7 @@ def _processing(done: Sequence[str], planned: Sequence[str]) -> str:
     return f"{before}from_pretrained applies {', '.join(planned) if planned else 'nothing'}"
 
 
-def _tokenizer(model: HookedTransformer) -> dict[str, Any] | None:
+def _tokenizer(model: HookedTransformer) -> PlainData | None:
     tokenizer = model.tokenizer
     if tokenizer is None:
         return None
@@ -180,7 +183,7 @@ def _tokenizer(model: HookedTransformer) -> dict[str, Any] | None:
     }
 
 
-def _about_tokenizer(tokenizer: dict[str, Any] | None) -> str:
+def _about_tokenizer(tokenizer: PlainData | None) -> str:
     if tokenizer is None:
         return "none: prompts are token numbers"
     start = "put in front of a prompt" if tokenizer["prepends_bos"] else "not put in front of a prompt"

@@ -1,4 +1,4 @@
-"""What commands are given: a model, prompts, answers. What is wrong with them ends the program with one line."""
+"""Inputs of commands: a model, prompts, answers. An error in them ends the program with one line."""
 
 from __future__ import annotations
 
@@ -13,14 +13,28 @@ if TYPE_CHECKING:
 
     from hooked_lm.transformer import HookedTransformer
 
+__all__ = [
+    "TEXT_RULE",
+    "Device",
+    "ModelName",
+    "Revision",
+    "check_device",
+    "load_model",
+    "one_line_errors",
+    "read_answer",
+    "read_prompt",
+    "spell",
+    "token_data",
+]
+
 ModelName = Annotated[str, typer.Argument(help="A bundled model, a folder, an alias such as gpt2-small, or a hub id.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]
 
-# The rule for prompts and answers, for the help texts.
+# How prompts and answers are read, for the help texts.
 TEXT_RULE = (
-    "Of a model with a tokenizer, prompts and answers are text; a start token comes in front of a prompt where the "
-    'model is used to one. Of a model without, they are token numbers ("0 5 9 12"), and nothing comes in front.'
+    "With a tokenizer, prompts and answers are text, and a start token comes in front of a prompt where the model "
+    'prepends one by default. Without a tokenizer they are token numbers ("0 5 9 12"), and no token comes in front.'
 )
 
 
@@ -42,7 +56,7 @@ def load_model(name: str, revision: str | None, device: str = "cpu") -> HookedTr
     """Return a model, processed as `from_pretrained` does.
 
     Raises:
-        ValueError: it cannot be loaded, or there is no such device.
+        ValueError: the model cannot be loaded, or there is no such device.
     """
     from hooked_lm.transformer import HookedTransformer
 
@@ -72,7 +86,7 @@ def read_prompt(model: HookedTransformer, prompt: str, name: str) -> Tensor:
         name: of the argument, for the message.
 
     Raises:
-        ValueError: no tokens, tokens that the model does not know, or more than it reads.
+        ValueError: no tokens, tokens outside the vocabulary, or more tokens than the context holds.
     """
     import torch
 

@@ -1,11 +1,12 @@
-"""`hooked-lm lens`: what the residual stream says after each layer."""
+"""`hooked-lm lens`: the tokens that can be read from the residual stream after each layer."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hooked_lm._support.plain_data import PlainData
 from hooked_lm.cli.inputs import (
     TEXT_RULE,
     Device,
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from hooked_lm.circuits.logit_lens import LogitLens
     from hooked_lm.transformer import HookedTransformer
 
+__all__ = ["TITLE", "Reading", "lens"]
+
 TITLE = "The logit lens"
 _WHERE = {"pre": "enters", "mid": "after attention", "post": "after the layer"}
 
@@ -58,12 +61,12 @@ def lens(
 
 
 class Reading:
-    """A prompt read through the lens, and how it is told.
+    """A prompt read through the lens, as text, data and page.
 
     Args:
-        model: what reads it.
+        model: the model.
         prompt, answer: as given.
-        positions: how many of the last to read.
+        positions: how many of the last positions to read.
     """
 
     def __init__(self, model: HookedTransformer, prompt: str, answer: str | None, positions: int) -> None:
@@ -87,7 +90,7 @@ class Reading:
             f"{position}: {spell(model, token)}"
             for position, token in zip(self.lens.positions.tolist(), self.lens.tokens[0].tolist(), strict=True)
         ]
-        # What enters a layer is what left the one before: of those sites, the first says it.
+        # `resid_pre` of a layer equals `resid_post` of the layer before: only the first is shown.
         self.sites = [site for site, label in enumerate(self.lens.labels) if site == 0 or not label.endswith("_pre")]
 
     # In the terminal
@@ -112,7 +115,7 @@ class Reading:
             if not self.lens.labels[site].endswith("_mid")
         ]
         header = ["", *(clipped(label, 16) for label in self.labels)]
-        # The last positions that there is room for.
+        # The last positions that fit the terminal.
         widths = [max(columns_of(line[column]) + 2 for line in (header, *rows)) for column in range(len(header))]
         first = len(header) - 1
         while first > 1 and widths[0] + sum(widths[first - 1 :]) <= terminal_width() + 2:
@@ -160,7 +163,7 @@ class Reading:
 
     # As data
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> PlainData:
         """Return every reading as plain data."""
         lens, model = self.lens, self.model
         tokens = lens.tokens[0].tolist()
@@ -176,10 +179,10 @@ class Reading:
             "sites": [self._site(site, label) for site, label in enumerate(lens.labels)],
         }
 
-    def _site(self, site: int, label: str) -> dict[str, Any]:
+    def _site(self, site: int, label: str) -> PlainData:
         lens = self.lens
         tops = zip(lens.top_tokens[site, 0].tolist(), lens.top_probs[site, 0].tolist(), strict=True)
-        data: dict[str, Any] = {
+        data: PlainData = {
             "site": label,
             "top": [
                 [

@@ -1,4 +1,4 @@
-"""What commands give: text for the terminal, numbers as JSON, a page of figures. A file appears whole or not at all."""
+"""Outputs of commands: text for the terminal, numbers as JSON, a page of figures. Files are written as a whole."""
 
 from __future__ import annotations
 
@@ -11,11 +11,27 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from hooked_lm._support.files import write_whole
+from hooked_lm._support.plain_data import PlainData
+
+__all__ = [
+    "VIZ_REMEDY",
+    "HtmlPath",
+    "JsonPath",
+    "check_outputs",
+    "clipped",
+    "columns_of",
+    "footer",
+    "give_out",
+    "has_plotly",
+    "shows_progress",
+    "terminal_width",
+    "text_table",
+]
 
 VIZ_REMEDY = "pip install 'hooked-lm[viz]'"
 
@@ -37,10 +53,10 @@ def has_plotly() -> bool:
 
 
 def check_outputs(json_path: Path | None, html: Path | None = None) -> None:
-    """Check, before any work is done, that what is asked for can be written.
+    """Check, before any work is done, that the files can be written.
 
     Raises:
-        ValueError: a page without plotly, or a place where no file can be.
+        ValueError: a page without plotly, or a path that cannot be written to.
     """
     if html is not None and not has_plotly():
         raise ValueError(f"--html needs plotly, which is not installed: {VIZ_REMEDY}")
@@ -59,14 +75,14 @@ def check_outputs(json_path: Path | None, html: Path | None = None) -> None:
 
 
 def give_out(
-    report: str, data: dict[str, Any], json_path: Path | None, html: Path | None = None, page: Callable[[], str] = str
+    report: str, data: PlainData, json_path: Path | None, html: Path | None = None, page: Callable[[], str] = str
 ) -> None:
-    """Show a report, and write the numbers and the page where they were asked for.
+    """Print a report, and write the numbers and the page to the given paths.
 
     Args:
         report: for the terminal.
-        data: the numbers; with `--json -` they are shown instead of the report.
-        json_path, html: where to write; None for nowhere.
+        data: the numbers; with `--json -` they are printed instead of the report.
+        json_path, html: paths of the files; None writes no file.
         page: makes the page.
     """
     numbers = json.dumps(_finite(data), indent=2, allow_nan=False)
@@ -81,8 +97,8 @@ def give_out(
         typer.echo(f"The figures are in {html}: open it in a browser.", err=to_stdout)
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for them."""
+def _finite(value: object) -> object:
+    """Plain data with None, JSON's null, in place of NaN and infinity."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -94,14 +110,14 @@ def _finite(value: Any) -> Any:
 
 def footer(about: str, command: str) -> str:
     """Return the last line of a page."""
-    return f"{about}. Made by `hooked-lm {command}`. This page is one file and asks the network for nothing."
+    return f"{about}. Made by `hooked-lm {command}`. This page is one file and makes no network requests."
 
 
 # The terminal
 
 
 def shows_progress() -> bool:
-    """Return whether there is somebody to watch a progress bar."""
+    """Return whether progress bars are shown: where standard error is a terminal."""
     return sys.stderr.isatty()
 
 
@@ -111,7 +127,7 @@ def terminal_width() -> int:
 
 
 def clipped(text: str, columns: int) -> str:
-    """Return a text of at most so many columns, an ellipsis for what is left out."""
+    """Return a text of at most so many columns, with an ellipsis where it is cut."""
     if columns_of(text) <= columns:
         return text
     kept = ""
@@ -123,7 +139,7 @@ def clipped(text: str, columns: int) -> str:
 
 
 def columns_of(text: str) -> int:
-    """Return how many columns a text takes: two for a wide letter, none for a mark on another one."""
+    """Return how many columns a text takes: two for a wide letter, none for a combining mark."""
     return sum(
         0 if unicodedata.combining(letter) else 2 if unicodedata.east_asian_width(letter) in "WF" else 1
         for letter in text
@@ -134,8 +150,8 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: bool 
     """Return a table that fits the terminal: columns for which there is no room come below, in a table of their own.
 
     Args:
-        header: of the columns. The first one labels the rows, and is repeated in each part.
-        rows: as many entries each.
+        header: of the columns. The first column labels the rows, and is repeated in each part.
+        rows: each with as many entries.
         left: align the columns to the left; the first one always is.
     """
     lines = [list(header), *(list(row) for row in rows)]

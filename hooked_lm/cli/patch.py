@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hooked_lm._support.plain_data import PlainData
 from hooked_lm.cli.inputs import (
     TEXT_RULE,
     Device,
@@ -37,21 +38,23 @@ if TYPE_CHECKING:
 
     from hooked_lm.transformer import HookedTransformer
 
+__all__ = ["SITES", "TITLE", "Pair", "Patched", "check_sites", "patch"]
+
 TITLE = "Activation patching"
-# What can be patched -> the name in `patching.PATCHES`, and what it is.
+# The name of a site -> its name in `patching.PATCHES`, and a description.
 SITES = {
-    "resid_pre": ("resid_pre", "the residual stream that enters a layer, at one position"),
+    "resid_pre": ("resid_pre", "the residual stream at the start of a layer, at one position"),
     "resid_mid": ("resid_mid", "the residual stream between attention and MLP, at one position"),
-    "resid_post": ("resid_post", "the residual stream that leaves a layer, at one position"),
-    "attn_out": ("attn_out", "what a layer's attention writes, at one position"),
-    "mlp_out": ("mlp_out", "what a layer's MLP writes, at one position"),
+    "resid_post": ("resid_post", "the residual stream at the end of a layer, at one position"),
+    "attn_out": ("attn_out", "the output of a layer's attention, at one position"),
+    "mlp_out": ("mlp_out", "the output of a layer's MLP, at one position"),
     "heads": ("attn_head_out_all_pos", "the output of a head, at all positions"),
     "q": ("attn_head_q_all_pos", "the queries of a head, at all positions"),
     "k": ("attn_head_k_all_pos", "the keys of a key-value head, at all positions"),
     "v": ("attn_head_v_all_pos", "the values of a key-value head, at all positions"),
     "pattern": ("attn_head_pattern_all_pos", "the attention pattern of a head"),
 }
-# A share of less than this is shown as a dot.
+# A smaller share is shown as a dot.
 _NOTHING = 0.005
 
 
@@ -85,7 +88,7 @@ def patch(
 
 
 def check_sites(sites: Sequence[str]) -> None:
-    """Raise a ValueError if one of them is none of `SITES`."""
+    """Raise a ValueError if a site is none of `SITES`."""
     for site in sites:
         if site not in SITES:
             near = difflib.get_close_matches(site, SITES, n=1)
@@ -135,16 +138,16 @@ class Pair:
 
 
 class Patched:
-    """The grids of a pair, and how they are told.
+    """The grids of a pair, as text, data and page.
 
     Args:
         model: the model.
-        pair: what it reads.
+        pair: the prompts and answers.
         sites: what to patch.
         top: how many cells to name.
 
     Raises:
-        ValueError: the model lacks a site, or both prompts leave it equally undecided.
+        ValueError: the model lacks a site, or both prompts give the same logit difference.
     """
 
     def __init__(self, model: HookedTransformer, pair: Pair, sites: Sequence[str], top: int) -> None:
@@ -164,7 +167,7 @@ class Patched:
             except UnknownHookError as error:
                 raise ValueError(f"--site {site}: this model has none ({error})") from error
         metric = metrics.logit_diff(pair.answer, pair.wrong)
-        # The prompts are whole, though a start token may look like padding.
+        # All tokens are read, although a start token may look like padding.
         whole = torch.ones_like(pair.clean)
         with torch.no_grad():
             logits, cache = model.run_with_cache(pair.clean, names_filter=names, attention_mask=whole)
@@ -200,7 +203,7 @@ class Patched:
             labels.append(f"{position}: {clean}" if clean == corrupted else f"{position}: {clean} for {corrupted}")
         return labels
 
-    def best(self, site: str) -> list[dict[str, Any]]:
+    def best(self, site: str) -> list[PlainData]:
         """Return the cells that bring back most, the best first."""
         shares, axis = self.shares(site), "pos" if self.by_position(site) else "head"
         values, places = shares.flatten().topk(min(self.top, shares.numel()))
@@ -260,18 +263,18 @@ class Patched:
             lines += ["", text_table(["The best", "logit difference", "share of the way"], best)]
         return "\n".join(lines)
 
-    def _named(self, site: str, cell: dict[str, Any]) -> str:
+    def _named(self, site: str, cell: PlainData) -> str:
         if "head" in cell:
             return f"L{cell['layer']}H{cell['head']}"
         return f"layer {cell['layer']}, position {self.labels()[cell['pos']]}"
 
     # As data
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> PlainData:
         """Return both runs and every grid as plain data."""
         pair = self.pair
 
-        def prompt(text: str, tokens: Tensor, difference: float) -> dict[str, Any]:
+        def prompt(text: str, tokens: Tensor, difference: float) -> PlainData:
             spelled = [token_data(self.model, token) for token in tokens[0].tolist()]
             return {"prompt": text, "tokens": spelled, "logit_difference": difference}
 

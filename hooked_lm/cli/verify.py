@@ -9,6 +9,8 @@ import typer
 
 import hooked_lm
 
+__all__ = ["verify"]
+
 
 def verify(
     path: Annotated[str, typer.Argument(help="A folder in HuggingFace's format, an alias, or a hub id.")],

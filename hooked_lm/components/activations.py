@@ -1,10 +1,8 @@
-"""Activation functions by name."""
+"""A config's activation function, and the one that has learned parameters. The others are in `config.activations`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,38 +10,31 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.config.activations import (
+    ACTIVATION_FUNCTIONS,
+    Activation,
+    gelu_fast,
+    gelu_new,
+    identity,
+    quick_gelu,
+    relu2,
+    solu,
+)
 
-Activation = Callable[[Float[Tensor, "..."]], Float[Tensor, "..."]]
-
-
-def gelu_new(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Return GPT-2's GELU, the tanh approximation (Hendrycks and Gimpel 2016), as one fused operation."""
-    return F.gelu(x, approximate="tanh")
-
-
-def gelu_fast(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Return the tanh approximation of GELU in the form some checkpoints were trained with."""
-    return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
-
-
-def quick_gelu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Return `x * sigmoid(1.702 x)`."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-def relu2(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Return `relu(x) ** 2` (So et al. 2021, "Primer")."""
-    return F.relu(x).square()
-
-
-def solu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Return `x * softmax(x)` over the last axis (Elhage et al. 2022, "Softmax Linear Units")."""
-    return x * F.softmax(x, dim=-1)
-
-
-def identity(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Return `x`: a linear MLP."""
-    return x
+__all__ = [
+    "ACTIVATION_FUNCTIONS",
+    "XIELU",
+    "Activation",
+    "gelu_fast",
+    "gelu_new",
+    "identity",
+    "is_registered_activation",
+    "make_activation",
+    "quick_gelu",
+    "relu2",
+    "soft_cap",
+    "solu",
+]
 
 
 class XIELU(nn.Module):
@@ -65,22 +56,6 @@ class XIELU(nn.Module):
         # Just below zero the difference of two nearly equal numbers would be rounded away.
         negative = (torch.expm1(x.clamp(max=-1e-6)) - x) * alpha_n
         return torch.where(x > 0, alpha_p * x * x, negative) + self.beta * x
-
-
-# `solu_ln` is `solu` here: its layer norm is a module of the MLP.
-ACTIVATION_FUNCTIONS: dict[str, Activation] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "gelu_new": gelu_new,
-    "gelu_fast": gelu_fast,
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-    "quick_gelu": quick_gelu,
-    "relu2": relu2,
-    "identity": identity,
-    "solu": solu,
-    "solu_ln": solu,
-}
 
 
 def make_activation(cfg: HookedTransformerConfig) -> Activation:

@@ -14,10 +14,10 @@ from hooked_lm.components.activations import soft_cap
 from hooked_lm.components.linear import linear
 from hooked_lm.components.norm import make_qk_norm
 from hooked_lm.components.positions import AlibiSpec, RotarySpec, rotate
-from hooked_lm.components.projections import as_one_matrix, input_projection, project, project_to_all
+from hooked_lm.components.projections import input_projection, project
 from hooked_lm.components.sequence import SequenceLayout
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.hooks import HookPoint
+from hooked_lm.hooks import HookPoint, carries_run, is_live
 from hooked_lm.kv_cache import HookedTransformerKeyValueCacheEntry
 
 
@@ -44,10 +44,8 @@ class Attention(nn.Module):
         self.b_V = nn.Parameter(torch.zeros(kv_heads, cfg.d_head))
         self.b_O = nn.Parameter(torch.zeros(cfg.d_model))
 
-        self.causal = cfg.attention_dir == "causal"
         self.window = cfg.window(layer_id)
         self.scale = cfg.score_scale(layer_id)
-        self.score_cap = cfg.attn_scores_soft_cap
         self.clip = cfg.clip_qkv
         self.alibi = _alibi(cfg)
         self.rotary = RotarySpec.of(cfg, layer_id) if cfg.rotates(layer_id) else None
@@ -66,6 +64,16 @@ class Attention(nn.Module):
         self.hook_pattern = HookPoint("batch head query key")
         self.hook_z = HookPoint("batch pos head d_head")
         self.hook_result = HookPoint("batch pos head d_model", on_demand=True)
+
+    @property
+    def causal(self) -> bool:
+        """Whether queries see no later keys: `cfg.attention_dir`, which may be changed."""
+        return self.cfg.attention_dir == "causal"
+
+    @property
+    def score_cap(self) -> float:
+        """Where scores are soft-capped, off if not positive: `cfg.attn_scores_soft_cap`, which may be changed."""
+        return self.cfg.attn_scores_soft_cap
 
     def forward(
         self,
@@ -98,25 +106,9 @@ class Attention(nn.Module):
         layout: SequenceLayout,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [batch pos head d_head], keys and values [batch pos kv_head d_head] of the new positions."""
-        q, k, v = self._projected(query_input, key_input, value_input)
+        q, k, v = self.project(query_input, "Q"), self.project(key_input, "K"), self.project(value_input, "V")
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
         return *self.with_positions(q, k, layout), v
-
-    def _projected(self, query_input: Tensor, key_input: Tensor, value_input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values before positions: by one product where inputs and weights allow it.
-
-        Of one product they are parts of one tensor. A listener gets a copy: to keep a part would be to keep the others.
-        """
-        matrix = None
-        if query_input is key_input is value_input and query_input.ndim == 3:
-            matrix = as_one_matrix(self.W_Q, self.W_K, self.W_V)
-        if matrix is None:
-            return self.project(query_input, "Q"), self.project(key_input, "K"), self.project(value_input, "V")
-        heads = project_to_all(query_input, matrix, torch.cat((self.b_Q, self.b_K, self.b_V)))
-        parts = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), 2)
-        points = (self.hook_q, self.hook_k, self.hook_v)
-        q, k, v = (part.clone() if point.live else part for part, point in zip(parts, points, strict=True))
-        return self._prepared(q, "Q"), self._prepared(k, "K"), self._prepared(v, "V")
 
     def attend(
         self,
@@ -126,17 +118,15 @@ class Attention(nn.Module):
         layout: SequenceLayout,
     ) -> Float[Tensor, "batch query head d_head"]:
         """Return z: fused, unless something has to see or change the scores."""
-        eager = self.hook_attn_scores.live or self.hook_pattern.live or self.score_cap > 0 or self.sinks is not None
+        hooked = is_live(self.hook_attn_scores) or is_live(self.hook_pattern)
+        eager = hooked or self.score_cap > 0 or self.sinks is not None
         return (self.eager_attention if eager else self.fused_attention)(q, k, v, layout)
 
     def project(
         self, x: Float[Tensor, "batch pos *head d_model"], which: Literal["Q", "K", "V"]
     ) -> Float[Tensor, "batch pos head d_head"]:
-        """Return queries, keys or values, before positions."""
-        return self._prepared(project(x, getattr(self, f"W_{which}"), getattr(self, f"b_{which}")), which)
-
-    def _prepared(self, projected: Tensor, which: Literal["Q", "K", "V"]) -> Tensor:
-        """Queries, keys or values as their hook points show them: normalised and clipped, where the config says so."""
+        """Return queries, keys or values, before positions: normalised and clipped, where the config says so."""
+        projected = project(x, getattr(self, f"W_{which}"), getattr(self, f"b_{which}"))
         if which != "V" and not self.norm_after_rotary:
             projected = (self.q_norm if which == "Q" else self.k_norm)(projected)
         return projected if self.clip is None else projected.clamp(-self.clip, self.clip)
@@ -211,12 +201,12 @@ class Attention(nn.Module):
 
     def write(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:
         """Return the sum of the heads' outputs and `b_O`; by way of `hook_result` where that must carry it."""
-        if self.hook_result.live:
-            on_path = self.hook_result.on_path
+        if is_live(self.hook_result):
+            carries = carries_run(self.hook_result, torch.is_grad_enabled())
             result = self.hook_result(
                 einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos head d_model")
             )
-            if on_path:
+            if carries:
                 return result.sum(-2) + self.b_O
         return linear(z.flatten(-2), self.W_O.flatten(0, 1).T, self.b_O)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -43,7 +44,7 @@ class Unembed(nn.Module):
 
     def __init__(self, cfg: HookedTransformerConfig, tied_to: Embed | None = None) -> None:
         super().__init__()
-        self.scale, self.cap = cfg.logit_scale, cfg.output_logits_soft_cap
+        self.cfg, self.scale = cfg, cfg.logit_scale
         # In a tuple, so that the embedding is not registered as a part of this module.
         self._tied_to = None if tied_to is None else (tied_to,)
         if tied_to is None:
@@ -52,15 +53,34 @@ class Unembed(nn.Module):
         self.hook_in = HookPoint("batch pos d_model")
         self.hook_out = HookPoint("batch pos vocab")
 
+    @property
+    def cap(self) -> float:
+        """Where logits are soft-capped, off if not positive: `cfg.output_logits_soft_cap`, which may be changed."""
+        return self.cfg.output_logits_soft_cap
+
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos vocab"]:
-        logits = linear(self.hook_in(x), self._by_token(), self._bias())
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        return self.hook_out(soft_cap(logits, self.cap))
+        return self.hook_out(self.scaled(linear(self.hook_in(x), self._by_token(), self._bias())))
+
+    def scaled(self, logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Return logits with `logit_scale` and the soft-cap applied, where there are such."""
+        return soft_cap(logits if self.scale == 1.0 else logits * self.scale, self.cap)
+
+    def of_tokens(
+        self, x: Float[Tensor, "cell batch d_model"], tokens: Int[Tensor, "batch_or_1 token"]
+    ) -> Float[Tensor, "cell batch token"]:
+        """Return the logits of a few tokens only; its hook points are shown nothing.
+
+        Args:
+            x: normalised streams.
+            tokens: for each prompt, or for all.
+        """
+        directions = self.W_U.T[tokens].expand(x.shape[1], -1, -1)
+        logits = einsum(x, directions, "cell batch d_model, batch token d_model -> cell batch token")
+        return self.scaled(logits + self.b_U[tokens])
 
     def __getattr__(self, name: str) -> Any:
         # Only where there is no parameter of that name does torch's lookup come to nothing.
-        if name == "W_U" and self._tied_to is not None and "W_U" not in self._parameters:
+        if name == "W_U" and self._tied_to is not None:
             return self._tied_to[0].W_E.T
         return super().__getattr__(name)
 
@@ -76,7 +96,7 @@ class Unembed(nn.Module):
 
     def _by_token(self) -> Float[Tensor, "vocab d_model"]:
         """`W_U` transposed: the embedding itself where that is what it is tied to."""
-        return self.W_U.T if self._tied_to is None or "W_U" in self._parameters else self._tied_to[0].W_E
+        return self.W_U.T if self._tied_to is None else self._tied_to[0].W_E
 
     def _bias(self) -> Tensor | None:
         """`b_U`, or None where adding it would change nothing.

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from hooked_lm._support.torch_internals import ONEDNN_LINEAR, only_plain_operations
 
 # More rows keep the threads busy by themselves; a smaller matrix is multiplied before its parts are handed out, or
 # before oneDNN has found its kernel.
 _FEW, _LARGE = 2, 2**17
 # Memory is read no faster by more threads than these.
 _MOST_PARTS = 16
-
-
-def _onednn() -> Callable[..., Tensor] | None:
-    # What torch's compiler puts in place of `F.linear`. It has no public name, so another torch may not have it.
-    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-
-
-_ONEDNN = _onednn()
 
 
 def linear(
@@ -40,7 +32,11 @@ def linear(
     brings too, takes 0.5 to 0.8 of its time on an AMD EPYC, and adds the bias on its way.
     `torch.backends.mkldnn.enabled = False` turns it off.
     """
-    if weight.numel() < _LARGE or weight.device.type != "cpu" or not (_fits(x, weight, bias) and _is_plain()):
+    if (
+        weight.numel() < _LARGE
+        or weight.device.type != "cpu"
+        or not (_fits(x, weight, bias) and only_plain_operations())
+    ):
         return F.linear(x, weight, bias)
     learned = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if learned and torch.is_grad_enabled():
@@ -54,19 +50,8 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return alike and x.shape[-1:] == weight.shape[1:]
 
 
-def _is_plain() -> bool:
-    """Whether nothing looks on that knows torch's own operations only: compiler, transform, autocast, forward mode."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.is_autocast_enabled("cpu")
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or forward_ad._current_level >= 0
-    )
-
-
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
-    available = _ONEDNN is not None and bool(torch.backends.mkldnn.enabled)
+    available = ONEDNN_LINEAR is not None and bool(torch.backends.mkldnn.enabled)
     # For a matrix with gaps, columns of a wider one, it has but a reference, which takes a hundred times as long.
     dense = weight.is_contiguous() or weight.T.is_contiguous()
     return available and dense and x.dtype == torch.float32 and x.numel() > 0
@@ -80,8 +65,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             flat = x.reshape(rows, -1)
             product = _by_outputs(flat, weight) if by_rows else _by_inputs(flat, weight.T)
             return (product if bias is None else product + bias).view(*x.shape[:-1], -1)
-    if _ONEDNN is not None and _suits_onednn(x, weight):
-        return _ONEDNN(x, weight, bias, "none", [], "")
+    if ONEDNN_LINEAR is not None and _suits_onednn(x, weight):
+        return ONEDNN_LINEAR(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 

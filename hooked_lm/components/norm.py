@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hooked_lm._support.torch_internals import has_module_hooks
 from hooked_lm.components.activations import Activation, identity
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.hooks import HookPoint
+from hooked_lm.hooks import HookPoint, is_live
 
 
 class Norm(nn.Module):
@@ -46,9 +47,9 @@ class Norm(nn.Module):
         self.hook_normalized = HookPoint(axes)
 
     def forward(self, x: Float[Tensor, "*batch length"]) -> Float[Tensor, "*batch length"]:
-        if not (self.hook_scale.live or self.hook_normalized.live):
-            return self.without_hooks(x)
-        return self.step_by_step(x, self.hook_scale, self.hook_normalized)
+        if is_live(self.hook_scale) or is_live(self.hook_normalized):
+            return self.step_by_step(x, self.hook_scale, self.hook_normalized)
+        return self.without_hooks(x)
 
     def step_by_step(
         self, x: Float[Tensor, "*batch length"], see_scale: Activation = identity, see_normalized: Activation = identity
@@ -134,7 +135,7 @@ class NoNorm(nn.Identity):
 
     def __call__(self, x: Tensor) -> Tensor:
         # Past torch's own call, unless somebody has hooked it.
-        return super().__call__(x) if self._forward_hooks or self._forward_pre_hooks else x
+        return super().__call__(x) if has_module_hooks(self) else x
 
 
 def make_norm(

@@ -5,6 +5,8 @@ Every layer asks the same questions, so each answer is worked out once per pass.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -124,3 +126,21 @@ class SequenceLayout:
             cos, sin = rotary_tables(spec, self.position_ids, self._lengths())
             self._made[key] = (cos.to(dtype), sin.to(dtype))
         return self._made[key]  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What a forward pass reads, checked and in one form.
+
+    Attributes:
+        tokens: [batch pos]; None for a pass that begins with a residual and was given no tokens.
+        mask: [batch pos], 0 at padding, as it was given or inferred; None if nothing is padded.
+        residual: the residual stream [batch pos d_model] that enters the first block; None for one that begins with
+            tokens, until they are embedded.
+        layout: lengths, padding and positions.
+    """
+
+    tokens: Int[Tensor, "batch pos"] | None
+    mask: Tensor | None
+    residual: Float[Tensor, "batch pos d_model"] | None
+    layout: SequenceLayout

@@ -5,18 +5,20 @@ points. A subclass may do something else; so may a module in another's place, a 
 parametrisation or a hook of torch's. Engines ask here first, and take the plain way where the answer is not None.
 
 A subclass that overrides methods and still keeps the stages (each hook point sees what the stock component shows it,
-computed from the same inputs, position by position outside attention) may say so with `keeps_stages = True` in its body.
+computed from the same inputs, position by position outside attention) may say so: `keeps_stages = True` in its body.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Hashable
 from functools import lru_cache
+from typing import cast
 
 from torch import nn
 from torch.nn.utils import parametrize
 
-from hooked_lm._support.torch_internals import has_global_module_hooks
+from hooked_lm._support.torch_internals import has_global_module_hooks, has_module_hooks
 from hooked_lm.components.activations import XIELU, is_registered_activation
 from hooked_lm.components.attention import Attention
 from hooked_lm.components.block import TransformerBlock
@@ -60,14 +62,14 @@ def _own_override(module: nn.Module, known: frozenset[type]) -> str | None:
     """What about one module, its children apart, is not stock."""
     if parametrize.is_parametrized(module):
         return "is parametrised"
-    if module._forward_hooks or module._forward_pre_hooks:
+    if has_module_hooks(module):
         return "has hooks of torch's, which may do anything"
-    kind = type(module)
+    kind: type = type(module)
     if kind not in known:
-        override = _overridden(kind, known)
+        override = _overridden(cast(Hashable, kind), known)
         if override is not None:
             return override
-    patched = vars(module).keys() & _methods_of(kind)
+    patched = vars(module).keys() & _methods_of(cast(Hashable, kind))
     if patched:
         return f"has a {min(patched)} of its own"
     if isinstance(module, _MLPS) and not is_registered_activation(module.act_fn):
@@ -76,8 +78,9 @@ def _own_override(module: nn.Module, known: frozenset[type]) -> str | None:
 
 
 @lru_cache(maxsize=1024)
-def _overridden(kind: type, known: frozenset[type]) -> str | None:
+def _overridden(kind: Hashable, known: frozenset[type]) -> str | None:
     """What a class that is not stock changes of the stock class it comes from."""
+    assert isinstance(kind, type)
     if vars(kind).get("keeps_stages", False):
         return None
     stock = next((base for base in kind.__mro__ if base in known), None)
@@ -91,5 +94,6 @@ def _overridden(kind: type, known: frozenset[type]) -> str | None:
 
 
 @lru_cache(maxsize=1024)
-def _methods_of(kind: type) -> frozenset[str]:
+def _methods_of(kind: Hashable) -> frozenset[str]:
+    assert isinstance(kind, type)
     return frozenset(name for name in dir(kind) if inspect.isroutine(inspect.getattr_static(kind, name)))

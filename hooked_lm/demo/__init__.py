@@ -1,4 +1,4 @@
-"""What `hooked-lm demo` shows: the induction circuit of one bundled model, and a tour of another."""
+"""The contents of `hooked-lm demo`: the induction circuit of one bundled model, and a tour of another."""
 
 from hooked_lm.demo.induction import (
     HELD_OUT_LENGTHS,

@@ -1,4 +1,4 @@
-"""The demo: find the induction circuit of a small trained model, and show that it is what does the work."""
+"""The demo: find the induction circuit of a small trained model, and show by ablation that the model needs it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_lm._support.plain_data import PlainData
 from hooked_lm.circuits.full_circuits import top1_accuracy
 from hooked_lm.circuits.induction import (
     Head,
@@ -25,12 +25,27 @@ from hooked_lm.circuits.induction import (
 from hooked_lm.hooks import HookPoint
 from hooked_lm.transformer import HookedTransformer
 
+__all__ = [
+    "BATCH",
+    "HELD_OUT_LENGTHS",
+    "MODEL",
+    "SHOWN_LENGTH",
+    "STEPS",
+    "Ablation",
+    "DemoResult",
+    "Half",
+    "label",
+    "plain_data",
+    "random_tokens",
+    "run_demo",
+]
+
 MODEL = "demo-induction-2l"
 # Block lengths that the training script leaves out.
 HELD_OUT_LENGTHS = (8, 12, 16, 20, 24, 28)
 SHOWN_LENGTH = 24
 BATCH = 64
-# What `run_demo` goes through, for a progress bar.
+# The steps of `run_demo`, for a progress bar.
 STEPS = ("load the model", "predict repeated tokens", "score the heads", "read the circuit", "ablate heads")
 
 
@@ -44,10 +59,10 @@ class Half:
 
 @dataclass(frozen=True)
 class Ablation:
-    """What is left of the second half when a head writes nothing.
+    """How well the second half is predicted when a head writes nothing.
 
     Attributes:
-        label: what was ablated, for people.
+        label: the name of the ablation.
         head: (layer, head); None for the intact model.
         loss: mean loss in nats.
         accuracy: share of tokens predicted right.
@@ -61,21 +76,21 @@ class Ablation:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found. Arrays are tensors on the CPU.
+    """The results of the demo. Arrays are tensors on the CPU.
 
     Attributes:
         model_name, n_parameters, d_vocab: of the model.
-        length, batch, seed: of the tokens that the figures are about.
-        first_half, second_half: at that length.
+        length, batch, seed: of the tokens in the figures.
+        first_half, second_half: the scores at that length.
         accuracy_by_length: second-half accuracy at every length that training left out.
         log_prob_by_position: mean over the batch, [pos-1]; entry `i` is about the token at position `i + 1`.
         previous_token_scores, induction_scores: [layer head].
-        previous_token_head, induction_head: the highest of layer 0 and of layer 1.
+        previous_token_head, induction_head: the heads with the highest scores in layer 0 and in layer 1.
         previous_token_pattern, induction_pattern: those heads' attention on the first sequence, [query key].
-        tokens: of that sequence.
+        tokens: the tokens of that sequence.
         k_composition: [writer reader], heads of layer 0 by heads of layer 1.
         circuit_accuracy: top-1 accuracy of the pair's full QK circuit over the vocabulary.
-        ablations: the intact model first.
+        ablations: the results of ablations, the intact model first.
     """
 
     model_name: str
@@ -101,12 +116,12 @@ class DemoResult:
 
     @property
     def previous_token_score(self) -> float:
-        """Of the previous-token head."""
+        """The score of the previous-token head."""
         return float(self.previous_token_scores[self.previous_token_head])
 
     @property
     def induction_score(self) -> float:
-        """Of the induction head."""
+        """The score of the induction head."""
         return float(self.induction_scores[self.induction_head])
 
     @property
@@ -119,7 +134,7 @@ class DemoResult:
         """Whether no head of layer 0 is read more by the induction head's keys than the previous-token head."""
         return int(self.k_composition[:, self.induction_head[1]].argmax()) == self.previous_token_head[1]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> PlainData:
         """Return everything as plain data that JSON can hold."""
         return {name: plain_data(getattr(self, name)) for name in (*self.__dataclass_fields__, *_DERIVED)}
 
@@ -131,10 +146,11 @@ _DERIVED = ("previous_token_score", "induction_score", "pair_composition", "pair
 def run_demo(
     name_or_path: str | Path = MODEL, seed: int = 0, on_step: Callable[[str], None] | None = None
 ) -> DemoResult:
-    """Load a model with two layers, find its induction circuit, and return what was found.
+    """Load a model with two layers, find its induction circuit, and return the results.
 
     Args:
-        name_or_path: the bundled model's name, or the folder of another that reads `HELD_OUT_LENGTHS` twice.
+        name_or_path: the bundled model's name, or the folder of another model of two layers whose context holds blocks
+            of `HELD_OUT_LENGTHS` twice.
         seed: of the random tokens.
         on_step: called with the name of each of `STEPS` when it is done.
     """
@@ -234,8 +250,8 @@ def label(head: Head) -> str:
     return f"L{head[0]}H{head[1]}"
 
 
-def plain_data(value: Any) -> Any:
-    """Return dataclasses, tensors, tuples and dictionaries of such as lists and dictionaries that JSON can hold."""
+def plain_data(value: object) -> object:
+    """Return dataclasses, tensors, tuples and dictionaries as lists and dictionaries that JSON can hold."""
     if isinstance(value, Tensor):
         return value.tolist()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

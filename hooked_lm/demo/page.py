@@ -10,16 +10,18 @@ from hooked_lm.demo.tour import Tour
 from hooked_lm.demo.tour_page import tour_facts, tour_figures, tour_introduction
 from hooked_lm.plotting import PageFigure
 
+__all__ = ["FOOTER", "TITLE", "TOUR", "demo_figures", "demo_page"]
+
 TITLE = "Two small models, looked inside"
 TOUR = "Five experiments"
 FOOTER = (
-    "Prompts are drawn with a fixed seed. Made by `hooked-lm demo`. This page is one file and asks the network for "
-    "nothing."
+    "Prompts are drawn with a fixed seed. Made by `hooked-lm demo`. This page is one file and makes no network "
+    "requests."
 )
 
 
 def demo_page(result: DemoResult | None, tour: Tour) -> str:
-    """Return the page: the induction circuit, if it was looked for, and the tour."""
+    """Return the page: the induction circuit, unless it is None, and the tour."""
     if result is None:
         title = f"{TOUR} on {tour.model_name}"
         return plotting.page_html(title, tour_introduction(tour), tour_figures(tour), tour_facts(tour), FOOTER)

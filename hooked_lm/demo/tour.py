@@ -6,8 +6,9 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar, cast
 
+from hooked_lm._support.plain_data import PlainData
 from hooked_lm.demo.induction import label, plain_data
 from hooked_lm.experiments import (
     EarlyDecoding,
@@ -27,8 +28,12 @@ from hooked_lm.experiments.published import Beside, beside_published
 from hooked_lm.tasks import get_task
 from hooked_lm.transformer import HookedTransformer
 
+__all__ = ["MODEL", "STEPS", "Tour", "take_tour"]
+
+T = TypeVar("T")
+
 MODEL = "demo-tasks-4l"
-# What `take_tour` goes through, for a progress bar.
+# The steps of `take_tour`, for a progress bar.
 STEPS = (
     "load the model",
     "read answers early",
@@ -41,7 +46,7 @@ STEPS = (
 
 @dataclass(frozen=True, eq=False)
 class Tour:
-    """What the experiments found on one model.
+    """The results of the experiments on one model.
 
     Attributes:
         model_name, n_layers, n_heads: of the model.
@@ -64,7 +69,7 @@ class Tour:
     published: tuple[Beside, ...]
 
     def headlines(self) -> list[tuple[str, str, str]]:
-        """Return each experiment's name, its number, and what the number is."""
+        """Return each experiment's name, its number, and the meaning of the number."""
         early, patching, repeats, vectors, movers = (
             self.early,
             self.patching,
@@ -119,13 +124,13 @@ class Tour:
             lines += [f"  {one.what:42} {one.measured:8.3f}   {one.published:8.3f}" for one in self.published]
         return "\n".join(lines) + "\n"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> PlainData:
         """Return everything as plain data that JSON can hold."""
-        return plain_data(self)
+        return cast(PlainData, plain_data(self))
 
 
 def _without_mlp(repeats: Repeats) -> str:
-    """What becomes of the second half when the MLP that matters most writes what it wrote the first time."""
+    """The accuracy of the second half when the MLP that matters most writes its output of the first half."""
     if not len(repeats.accuracy_without_mlp):
         return ""
     layer = int(repeats.accuracy_without_mlp.argmin())
@@ -153,7 +158,7 @@ def take_tour(name_or_path: str | Path = MODEL, *, seed: int = 0, on_step: Calla
     one_order = aligned(ioi.examples(120, seed, template=0, order="abba"), model.tokenizer, 50)
     capitals = aligned(get_task("capitals").examples(70, seed), model.tokenizer, 40)
 
-    def finished(step: int, result: Any) -> Any:
+    def finished(step: int, result: T) -> T:
         done(STEPS[step])
         return result
 

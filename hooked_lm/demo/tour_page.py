@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from hooked_lm import plotting
 from hooked_lm.demo.induction import label
 from hooked_lm.demo.tour import Tour
 from hooked_lm.experiments import Repeats
-from hooked_lm.plotting import PageFigure
+from hooked_lm.plotting import Figure, PageFigure
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
+__all__ = ["tour_facts", "tour_figures", "tour_introduction"]
 
 
 def tour_figures(tour: Tour) -> list[PageFigure]:
@@ -113,7 +110,7 @@ def _mlps(repeats: Repeats) -> str:
     )
 
 
-def _mlp_bars(repeats: Repeats) -> go.Figure:
+def _mlp_bars(repeats: Repeats) -> Figure:
     least = int(repeats.accuracy_without_mlp.argmin())
     n_layers = len(repeats.accuracy_without_mlp)
     return plotting.ablation_bars(

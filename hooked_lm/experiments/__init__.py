@@ -1,7 +1,7 @@
 """The field's introductory experiments, as functions: each returns its numbers, on any model that can do the task.
 
-`decode_early` asks when an answer appears, `patch_ioi` where the names are told apart, `continue_repeats` how a repeat
-is recognised, `transplant_task` what carries a task from its examples, `find_name_movers` which heads give the name.
+`decode_early`: when an answer appears; `patch_ioi`: where two names are told apart; `continue_repeats`: how a repeat is
+recognised; `transplant_task`: the vector that carries a task; `find_name_movers`: the heads that give the name.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ Arithmetic", on capitals in GPT-2 medium).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -17,24 +16,27 @@ from torch import Tensor
 
 from hooked_lm import metrics
 from hooked_lm.circuits.logit_lens import logit_lens
+from hooked_lm.hooked_model import HookedModel
 from hooked_lm.interventions import Intervention
 from hooked_lm.names import get_act_name
 from hooked_lm.sweep import sweep
 from hooked_lm.tasks import TaskSet
 
+__all__ = ["EarlyDecoding", "decode_early"]
+
 
 @dataclass(frozen=True, eq=False)
 class EarlyDecoding:
-    """When the answer can be read at the last position, and what becomes of it without single MLPs.
+    """When the answer can be read at the last position, and how likely it is without single MLPs.
 
     Attributes:
         labels: where the stream was read: `"0_pre"`, `"0_mid"`, `"0_post"`, ...
-        ranks: of the answer there, 0 where it is the likeliest, [site prompt].
-        log_probs: of the answer there, in nats, [site prompt].
+        ranks: the answer's rank there, 0 where it is the likeliest, [site prompt].
+        log_probs: the answer's log-probability there, in nats, [site prompt].
         top: the likeliest token of the first prompt at each site, as a string.
-        prompt, answer: of the first prompt.
-        ranks_without, log_probs_without: the model's output when the MLP of one layer adds nothing at the last
-            position, [layer prompt].
+        prompt, answer: the first prompt and its answer.
+        ranks_without, log_probs_without: the answer's at the model's output, when the MLP of one layer adds nothing at
+            the last position, [layer prompt].
     """
 
     labels: tuple[str, ...]
@@ -48,17 +50,17 @@ class EarlyDecoding:
 
     @property
     def median_rank(self) -> Float[Tensor, " site"]:
-        """Over prompts."""
+        """The median rank over prompts."""
         return self.ranks.double().quantile(0.5, dim=-1)
 
     @property
     def probability(self) -> Float[Tensor, " site"]:
-        """Mean over prompts."""
+        """The answer's mean probability over prompts."""
         return self.log_probs.exp().mean(-1)
 
     @property
     def probability_without(self) -> Float[Tensor, " layer"]:
-        """Mean over prompts, when one MLP adds nothing."""
+        """The answer's mean probability over prompts, when one MLP adds nothing."""
         return self.log_probs_without.exp().mean(-1)
 
     @property
@@ -68,7 +70,7 @@ class EarlyDecoding:
 
     @property
     def decisive_mlp(self) -> int:
-        """The layer whose MLP the answer misses most."""
+        """The layer without whose MLP the answer is least likely."""
         return int(self.probability_without.argmin())
 
     def appears_at(self, prompt: int = 0) -> str | None:
@@ -80,12 +82,12 @@ class EarlyDecoding:
 
 
 @torch.no_grad()
-def decode_early(model: Any, examples: TaskSet, *, verbose: bool = True) -> EarlyDecoding:
+def decode_early(model: HookedModel, examples: TaskSet, *, verbose: bool = True) -> EarlyDecoding:
     """Read the answers from every layer, and again without each MLP.
 
     Args:
         model: a `HookedTransformer` with a tokenizer and MLPs.
-        examples: prompts with their answers, such as `get_task("capitals").examples()`; of any lengths.
+        examples: prompts of any lengths with their answers, such as `get_task("capitals").examples()`.
         verbose: show progress bars.
 
     Raises:
@@ -100,9 +102,10 @@ def decode_early(model: Any, examples: TaskSet, *, verbose: bool = True) -> Earl
         tokens = group.tokens(model)
         lens = logit_lens(model, tokens.clean, targets=tokens.answers[:, None], positions=-1, top_k=1, verbose=False)
         lenses.append(lens)
-        options: dict[str, Any] = {"per_prompt": True, "verbose": verbose}
-        ranks.append(sweep(model, tokens.clean, cells, metrics.rank(tokens.answers), **options))
-        log_probs.append(sweep(model, tokens.clean, cells, metrics.log_prob(tokens.answers), **options))
+        ranks.append(sweep(model, tokens.clean, cells, metrics.rank(tokens.answers), per_prompt=True, verbose=verbose))
+        log_probs.append(
+            sweep(model, tokens.clean, cells, metrics.log_prob(tokens.answers), per_prompt=True, verbose=verbose)
+        )
     first = lenses[0]
     return EarlyDecoding(
         labels=first.labels,

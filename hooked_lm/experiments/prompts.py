@@ -1,24 +1,26 @@
-"""Examples that a tokenizer suits. One that was not made for the tasks, like GPT-2's, may not know every word."""
+"""Examples that suit a tokenizer. In one not made for the tasks, like GPT-2's, some words are several tokens."""
 
 from __future__ import annotations
 
 from hooked_lm.tasks import TaskSet
 from hooked_lm.tokenization import Tokenizer, single_token
 
+__all__ = ["aligned", "answerable"]
+
 
 def aligned(examples: TaskSet, tokenizer: Tokenizer, n: int | None = None) -> TaskSet:
-    """Return the examples of the commonest length among those that a tokenizer suits, `n` at most.
+    """Return the examples of the commonest length among those that suit a tokenizer, at most `n`.
 
-    A tokenizer suits an example if its answers are one token each, and both its prompts have one length: what patching
+    An example suits a tokenizer if its answers are one token each and its two prompts have one length, as patching
     position by position needs.
 
     Args:
         examples: to choose from.
         tokenizer: the model's.
-        n: how many at most; None for all.
+        n: the largest number of examples; None for all.
 
     Raises:
-        ValueError: it suits none; the message says what is wrong with the first.
+        ValueError: no example suits; the message says why the first does not.
     """
     suited = tuple(example for example in examples.examples if _suits(TaskSet(examples.task, (example,)), tokenizer))
     if not suited:
@@ -28,15 +30,15 @@ def aligned(examples: TaskSet, tokenizer: Tokenizer, n: int | None = None) -> Ta
 
 
 def answerable(examples: TaskSet, tokenizer: Tokenizer, n: int | None = None) -> TaskSet:
-    """Return the examples whose answer is one token, whatever the lengths of the prompts, `n` at most.
+    """Return the examples whose answer is one token, whatever the lengths of the prompts, at most `n`.
 
     Args:
         examples: to choose from.
         tokenizer: the model's.
-        n: how many at most; None for all.
+        n: the largest number of examples; None for all.
 
     Raises:
-        ValueError: there are none; the message says what is wrong with the first.
+        ValueError: there is no such example; the message says why the first is none.
     """
     known = {answer for answer in set(examples.answers) if _is_one_token(tokenizer, answer)}
     suited = tuple(one for one in examples.examples if one.answer in known)

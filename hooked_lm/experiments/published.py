@@ -1,4 +1,4 @@
-"""What was published about GPT-2 small, beside what is measured here.
+"""Published numbers about GPT-2 small, beside the same numbers measured here.
 
 The figures are those of the exercises that these experiments are modelled on (ARENA's chapters on indirect object
 identification and induction heads), computed there with folded weights.
@@ -7,7 +7,6 @@ identification and induction heads), computed there with folded weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -15,10 +14,27 @@ from hooked_lm import metrics
 from hooked_lm.circuits.full_circuits import top1_accuracy
 from hooked_lm.circuits.induction import k_composition_qk_circuit
 from hooked_lm.experiments.repeats import Repeats
+from hooked_lm.hooked_model import HookedModel
+
+__all__ = [
+    "CIRCUIT_ACCURACY",
+    "FIRST_ACCURACY",
+    "FIRST_LOG_PROB",
+    "INDUCTION_HEAD",
+    "INDUCTION_SCORE",
+    "IOI_LOGIT_DIFFERENCE",
+    "IOI_PROMPT",
+    "MODEL",
+    "PREVIOUS_TOKEN_HEAD",
+    "SECOND_ACCURACY",
+    "SECOND_LOG_PROB",
+    "Beside",
+    "beside_published",
+]
 
 MODEL = "gpt2"
 IOI_PROMPT = "After John and Mary went to the store, {giver} gave a bottle of milk to"
-# The logit of " John" less that of " Mary", by who gives.
+# The logit of " John" less that of " Mary", by the name of the giver.
 IOI_LOGIT_DIFFERENCE = {"Mary": 4.276, "John": -2.738}
 # Fifty random tokens, twice: log-probabilities in nats.
 FIRST_LOG_PROB, SECOND_LOG_PROB = -13.898, -0.644
@@ -29,7 +45,7 @@ PREVIOUS_TOKEN_HEAD, CIRCUIT_ACCURACY = (4, 11), 0.2283
 
 @dataclass(frozen=True)
 class Beside:
-    """A number measured here, and the one that was published."""
+    """A number measured here, and the published one."""
 
     what: str
     measured: float
@@ -37,12 +53,12 @@ class Beside:
 
 
 @torch.no_grad()
-def beside_published(model: Any, repeats: Repeats) -> tuple[Beside, ...]:
+def beside_published(model: HookedModel, repeats: Repeats) -> tuple[Beside, ...]:
     """Return GPT-2 small's numbers beside the published ones.
 
     Args:
         model: GPT-2 small.
-        repeats: what `continue_repeats` found on it, with 30 sequences of 50 tokens.
+        repeats: the result of `continue_repeats` on it, with 30 sequences of 50 tokens.
     """
     john, mary = model.to_single_token(" John"), model.to_single_token(" Mary")
     difference = metrics.logit_diff(john, mary)

@@ -1,14 +1,13 @@
 """Repeated random tokens: how much better the second half is predicted, by which heads, and whether MLPs matter.
 
 Random tokens that come twice can only be predicted by looking back. An induction head attends to the token after the
-earlier copy of the one at hand, and finds it by what a previous-token head has left there (Olsson et al. 2022,
-"In-context Learning and Induction Heads").
+earlier copy of the current token, which it finds by the output of a previous-token head at that position (Olsson et al.
+2022, "In-context Learning and Induction Heads").
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,25 +22,29 @@ from hooked_lm.circuits.induction import (
     previous_token_scores,
     repeated_random_tokens,
 )
+from hooked_lm.hooked_model import HookedModel
 from hooked_lm.interventions import Intervention
 from hooked_lm.names import get_act_name
+
+__all__ = ["Repeats", "continue_repeats"]
 
 
 @dataclass(frozen=True, eq=False)
 class Repeats:
-    """What a model makes of random tokens that come twice. Log-probabilities are means, in nats.
+    """How a model predicts random tokens that come twice. Log-probabilities are means, in nats.
 
     Attributes:
-        length, n_prompts: tokens in a half, and how many sequences.
+        length, n_prompts: the tokens in a half, and the number of sequences.
         first_log_prob, first_accuracy, second_log_prob, second_accuracy: of the two halves.
         induction_scores, previous_token_scores: [layer head].
-        induction_head: the highest by its score.
-        previous_token_head: the highest of the layers below it; None if it is in layer 0.
-        log_prob_without_mlp, accuracy_without_mlp: of the second half, when one layer's MLP writes there what it wrote
-            at the same place of the first, [layer].
+        induction_head: the head with the highest induction score.
+        previous_token_head: the highest previous-token score in the layers below; None if the induction head is in
+            layer 0.
+        log_prob_without_mlp, accuracy_without_mlp: of the second half, when one layer's MLP writes there its output at
+            the same place of the first half, [layer].
         circuit_accuracy: top-1 accuracy of the two heads' full QK circuit over the vocabulary: the share of tokens for
-            which the key it likes best is the one that follows that same token. None without a pair.
-        effective_accuracy: the same with the token at hand as it is after the first MLP; None without MLPs too.
+            which the key with the highest score is the one that follows that same token. None without a pair.
+        effective_accuracy: the same with the query token as it is after the first MLP; None also without MLPs.
     """
 
     length: int
@@ -62,13 +65,13 @@ class Repeats:
 
 @torch.no_grad()
 def continue_repeats(
-    model: Any, *, n_prompts: int = 30, length: int = 50, seed: int = 0, verbose: bool = True
+    model: HookedModel, *, n_prompts: int = 30, length: int = 50, seed: int = 0, verbose: bool = True
 ) -> Repeats:
     """Run a model on repeated random tokens, and find the heads that continue the repeat.
 
     Args:
         model: a `HookedTransformer`.
-        n_prompts, length: how many sequences, of how many tokens in each half.
+        n_prompts, length: the number of sequences, and of tokens in each half.
         seed: of the tokens.
         verbose: show progress bars.
 
@@ -79,7 +82,8 @@ def continue_repeats(
     tokens = repeated_random_tokens(
         n_prompts, length, model.cfg.d_vocab, torch.Generator().manual_seed(seed), 0 if bos is None else int(bos)
     )
-    mask = torch.ones_like(tokens)  # BOS is often the padding token too, and this one is read
+    # BOS is often the padding token too: by the mask the model reads it as a token.
+    mask = torch.ones_like(tokens)
     writes = [] if model.cfg.attn_only else [get_act_name("mlp_out", layer) for layer in range(model.cfg.n_layers)]
     wanted = ["blocks.*.attn.hook_pattern", *writes]
     logits, cache = model.run_with_cache(tokens, names_filter=wanted, attention_mask=mask)
@@ -116,9 +120,9 @@ def continue_repeats(
 
 
 def _second_half_without(
-    model: Any, tokens: Tensor, mask: Tensor, site: str, written: Tensor, length: int
+    model: HookedModel, tokens: Tensor, mask: Tensor, site: str, written: Tensor, length: int
 ) -> tuple[float, float]:
-    """Log-probability and accuracy when an MLP writes in the repeat what it wrote the first time."""
+    """Log-probability and accuracy when an MLP writes in the repeat its output of the first time."""
     repeat = tuple(range(length + 1, 2 * length + 1))
     frozen = Intervention(site, "replace", written[:, 1 : length + 1], pos=repeat)
     scores = next_token_scores(model.run(tokens, interventions=[frozen], attention_mask=mask), tokens).second_half()

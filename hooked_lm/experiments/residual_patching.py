@@ -8,15 +8,18 @@ one layer and position at a time, shows where the difference between the prompts
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hooked_lm import metrics
+from hooked_lm.hooked_model import HookedModel
 from hooked_lm.patching.statistics import PairScores, patch_pairs
 from hooked_lm.tasks import TaskSet
+
+__all__ = ["IOIPatching", "patch_ioi"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +45,12 @@ class IOIPatching:
         return self.scores.mean
 
     def carriers(self, least: float = 0.5) -> list[list[int]]:
-        """Return, for each layer, the positions that bring back at least so much by themselves."""
+        """Return, for each layer, the positions that bring back at least the share `least` by themselves."""
         return [torch.where(row >= least)[0].tolist() for row in self.grid]
 
 
 @torch.no_grad()
-def patch_ioi(model: Any, examples: TaskSet, *, site: str = "resid_pre", verbose: bool = True) -> IOIPatching:
+def patch_ioi(model: HookedModel, examples: TaskSet, *, site: str = "resid_pre", verbose: bool = True) -> IOIPatching:
     """Patch the clean stream into the corrupted run at every layer and position.
 
     Args:
@@ -58,7 +61,7 @@ def patch_ioi(model: Any, examples: TaskSet, *, site: str = "resid_pre", verbose
         verbose: show a progress bar.
 
     Raises:
-        ValueError: prompts of several lengths, or that the model does not tell apart; an unknown grid.
+        ValueError: prompts of several lengths, or with the same logit difference clean and corrupted; an unknown grid.
     """
     tokens = examples.tokens(model)
     metric = metrics.logit_diff(tokens.answers, tokens.wrong)
@@ -68,5 +71,5 @@ def patch_ioi(model: Any, examples: TaskSet, *, site: str = "resid_pre", verbose
         corrupted=scores.corrupted,
         accuracy=(scores.clean > 0).double().mean().item(),
         scores=scores,
-        labels=tuple(model.to_str_tokens(tokens.clean[0])),
+        labels=tuple(cast("list[str]", model.to_str_tokens(tokens.clean[0]))),
     )

@@ -1,7 +1,10 @@
 """Hook points, and the registry that attaches, checks and removes what hooks into them."""
 
-from hooked_lm.hooks.point import Direction, HookFunction, HookHandle, HookPoint, protect
-from hooked_lm.hooks.root_module import HookedRootModule, HookSpec, recorded_part
+from hooked_lm.hooks.handle import Direction, HookFunction, HookHandle
+from hooked_lm.hooks.point import HookPoint, any_live, carries_run, is_live, may_edit_forward
+from hooked_lm.hooks.recorder import Recorder, recorded_part
+from hooked_lm.hooks.root_module import HookedRootModule, HookSpec
+from hooked_lm.hooks.thread import Pass, current_pass, in_pass, without_hooks
 
 __all__ = [
     "Direction",
@@ -10,6 +13,14 @@ __all__ = [
     "HookPoint",
     "HookSpec",
     "HookedRootModule",
-    "protect",
+    "Pass",
+    "Recorder",
+    "any_live",
+    "carries_run",
+    "current_pass",
+    "in_pass",
+    "is_live",
+    "may_edit_forward",
     "recorded_part",
+    "without_hooks",
 ]

@@ -3,36 +3,49 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, MutableMapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from hooked_lm.hooks.point import Direction, HookFunction, HookHandle, HookPoint, protect
+from hooked_lm.hooks.handle import Direction, HookFunction, HookHandle
+from hooked_lm.hooks.point import HookPoint
+from hooked_lm.hooks.recorder import Recorder
+from hooked_lm.hooks.thread import Token, only
 from hooked_lm.names import NamesFilter, is_pattern, select_names
 from hooked_lm.slicing import Slice
-
-__all__ = ["Direction", "HookFunction", "HookHandle", "HookPoint", "HookSpec", "HookedRootModule", "protect"]
-
-# Held while a model's hooks are others than its own. One for all models: a lock cannot be copied with a model.
-_alone = threading.RLock()
 
 HookSpec = tuple[NamesFilter, HookFunction]
 
 
+class _Levels(threading.local):
+    """How many `hooks()` contexts of each model are open in a thread."""
+
+    def __init__(self) -> None:
+        self.of: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+_open_contexts = _Levels()
+
+
 class HookedRootModule(nn.Module):
-    """An `nn.Module` that finds its hook points by name. Call `setup()` at the end of `__init__`."""
+    """An `nn.Module` that finds its hook points by name. Call `setup()` at the end of `__init__`.
+
+    Hooks that are added by `add_hook` act in every thread; those of a `with` block (`hooks`), or of one run
+    (`run_with_hooks`, `run_with_cache`), act in the thread that added them.
+    """
 
     mod_dict: dict[str, nn.Module]
     hook_dict: dict[str, HookPoint]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.context_level = 0
+    @property
+    def context_level(self) -> int:
+        """How many `hooks()` contexts are open in this thread."""
+        return _open_contexts.of.get(self, 0)
 
     def setup(self) -> None:
         """Name every hook point after its place in the module tree, and index them."""
@@ -73,7 +86,7 @@ class HookedRootModule(nn.Module):
         Raises:
             UnknownHookError: something in `name` matches no hook point. Nothing has been added then.
         """
-        handles = self._plan([(name, hook)], dir, is_permanent=is_permanent, level=level)
+        handles = self.plan_hooks([(name, hook)], dir, is_permanent=is_permanent, level=level)
         for handle in handles:
             handle.attach(prepend)
         return handles
@@ -127,10 +140,25 @@ class HookedRootModule(nn.Module):
         for point in self.hook_points():
             point.clear_context()
 
-    def _plan(
-        self, specs: Iterable[HookSpec], dir: Direction, is_permanent: bool = False, level: int | None = None
+    def plan_hooks(
+        self,
+        specs: Iterable[HookSpec],
+        dir: Direction,
+        is_permanent: bool = False,
+        level: int | None = None,
+        this_thread: bool = False,
     ) -> list[HookHandle]:
-        """Turn (filter, function) pairs into handles, all checked, none attached."""
+        """Turn (filter, function) pairs into handles, all checked, none attached.
+
+        Args:
+            specs: the pairs.
+            dir, is_permanent, level: as for `add_hook`.
+            this_thread: they act in this thread only.
+
+        Raises:
+            UnknownHookError: a filter matches nothing.
+            TypeError: something is no such pair, or no function that a hook point can call.
+        """
         handles = []
         for spec in specs:
             if not isinstance(spec, (tuple, list)) or len(spec) != 2:
@@ -141,8 +169,11 @@ class HookedRootModule(nn.Module):
                 points = [point for point in points if point.differentiable]
             by_keyword: bool | None = None
             for point in points:
-                handles.append(HookHandle(point, function, dir, is_permanent, level, by_keyword=by_keyword))
-                by_keyword = handles[-1].by_keyword
+                handle = HookHandle(
+                    point, function, dir, is_permanent, level, by_keyword=by_keyword, this_thread=this_thread
+                )
+                handles.append(handle)
+                by_keyword = handle.by_keyword
         return handles
 
     @contextmanager
@@ -153,7 +184,7 @@ class HookedRootModule(nn.Module):
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> Generator[Any, None, None]:
-        """Add hooks for the length of a `with` block.
+        """Add hooks for the length of a `with` block. They act in this thread.
 
         Args:
             fwd_hooks: (name, glob, list of names or predicate; function) pairs on activations.
@@ -165,21 +196,29 @@ class HookedRootModule(nn.Module):
             UnknownHookError: before anything is added, if any entry matches nothing.
         """
         level = self.context_level + 1
-        handles = self._plan(fwd_hooks, "fwd", level=level) + self._plan(bwd_hooks, "bwd", level=level)
-        with self._attached(handles, reset_hooks_end, clear_contexts):
+        handles = self.plan_hooks(fwd_hooks, "fwd", level=level, this_thread=reset_hooks_end)
+        handles += self.plan_hooks(bwd_hooks, "bwd", level=level, this_thread=reset_hooks_end)
+        with self.attached(handles, reset_hooks_end, clear_contexts):
             yield self
 
     @contextmanager
-    def _attached(
+    def attached(
         self, handles: Sequence[HookHandle], reset_hooks_end: bool = True, clear_contexts: bool = False
     ) -> Generator[None, None, None]:
-        self.context_level += 1
+        """Attach handles for the length of a `with` block.
+
+        Args:
+            handles: made by `plan_hooks`, or by hand.
+            reset_hooks_end, clear_contexts: as for `hooks`.
+        """
+        levels = _open_contexts.of
+        levels[self] = self.context_level + 1
         try:
             for handle in handles:
                 handle.attach()
             yield
         finally:
-            self.context_level -= 1
+            levels[self] -= 1
             if reset_hooks_end:
                 for handle in handles:
                     handle.remove()
@@ -188,25 +227,18 @@ class HookedRootModule(nn.Module):
 
     @contextmanager
     def only_hooks(self, handles: Iterable[HookHandle]) -> Generator[None, None, None]:
-        """Within a `with` block these hooks run and no others; afterwards the others are back.
-
-        Blocks of several threads wait for each other. Other runs of the model in other threads do not, and must not be.
-        """
-        with _alone:
-            handles = list(handles)
-            kept = [(point, point.fwd_hooks[:], point.bwd_hooks[:]) for point in self.hook_points() if point.live]
-            try:
-                for point, _, _ in kept:
-                    point.fwd_hooks.clear()
-                    point.bwd_hooks.clear()
-                for handle in handles:
-                    handle.attach()
+        """Within a `with` block these hooks act in this thread, and no others; other threads notice nothing."""
+        handles, scope = list(handles), Token()
+        for handle in handles:
+            handle.scope = scope
+        try:
+            for handle in handles:
+                handle.attach()
+            with only(scope):
                 yield
-            finally:
-                for handle in handles:
-                    handle.remove()
-                for point, fwd_hooks, bwd_hooks in kept:
-                    point.fwd_hooks[:], point.bwd_hooks[:] = fwd_hooks, bwd_hooks
+        finally:
+            for handle in handles:
+                handle.remove()
 
     # Running
 
@@ -230,16 +262,17 @@ class HookedRootModule(nn.Module):
             RuntimeError: after the run, if a forward hook never ran, for example beyond `stop_at_layer`.
         """
         level, fwd_hooks = self.context_level + 1, list(fwd_hooks)
-        planned = [self._plan([spec], "fwd", level=level) for spec in fwd_hooks]
-        handles = [*chain.from_iterable(planned), *self._plan(bwd_hooks, "bwd", level=level)]
-        with self._attached(handles, reset_hooks_end, clear_contexts):
+        how: dict[str, Any] = {"level": level, "this_thread": reset_hooks_end}
+        planned = [self.plan_hooks([spec], "fwd", **how) for spec in fwd_hooks]
+        handles = [*chain.from_iterable(planned), *self.plan_hooks(bwd_hooks, "bwd", **how)]
+        with self.attached(handles, reset_hooks_end, clear_contexts):
             output = self(*model_args, **model_kwargs)
         for spec, group in zip(fwd_hooks, planned, strict=True):
-            self._check_fired(spec[0], group)
+            self.check_fired(spec[0], group)
         return output
 
     @staticmethod
-    def _check_fired(names_filter: NamesFilter, handles: Sequence[HookHandle]) -> None:
+    def check_fired(names_filter: NamesFilter, handles: Sequence[HookHandle]) -> None:
         """Every hook asked for by its plain name must have run; of each pattern, one at least."""
         entries = [names_filter] if names_filter is None or callable(names_filter) else names_filter
         for entry in [entries] if isinstance(entries, str) else entries:
@@ -263,9 +296,9 @@ class HookedRootModule(nn.Module):
         incl_bwd: bool = False,
         device: torch.device | str | None = None,
         remove_batch_dim: bool = False,
-        cache: dict[str, Tensor] | None = None,
+        cache: MutableMapping[str, Tensor] | None = None,
         pos_slice: object = None,
-    ) -> tuple[dict[str, Tensor], list[tuple[str, HookFunction]], list[tuple[str, HookFunction]]]:
+    ) -> tuple[MutableMapping[str, Tensor], list[tuple[str, HookFunction]], list[tuple[str, HookFunction]]]:
         """Return an empty cache and the (name, function) pairs that fill it, as (cache, fwd_hooks, bwd_hooks).
 
         Args:
@@ -277,16 +310,12 @@ class HookedRootModule(nn.Module):
             cache: an existing dictionary to fill.
             pos_slice: the positions to keep (anything `Slice` takes); query positions for attention patterns.
         """
-        store: dict[str, Tensor] = {} if cache is None else cache
-        positions, names = Slice.unwrap(pos_slice), self.names_to_cache(names_filter)
-
-        def keep(suffix: str, x: Tensor, hook: HookPoint) -> None:
-            part = recorded_part(x, hook, positions, remove_batch_dim)
-            store[hook.name + suffix] = part if device is None else part.to(device)
-
-        fwd: list[tuple[str, HookFunction]] = [(name, partial(keep, "")) for name in names]
+        store: MutableMapping[str, Tensor] = {} if cache is None else cache
+        how = (Slice.unwrap(pos_slice), remove_batch_dim, device)
+        names = self.names_to_cache(names_filter)
+        fwd: list[tuple[str, HookFunction]] = [(name, Recorder(store, "", *how)) for name in names]
         bwd: list[tuple[str, HookFunction]] = [
-            (name, partial(keep, "_grad")) for name in names if self.hook_dict[name].differentiable
+            (name, Recorder(store, "_grad", *how)) for name in names if self.hook_dict[name].differentiable
         ]
         return store, fwd, bwd if incl_bwd else []
 
@@ -301,8 +330,8 @@ class HookedRootModule(nn.Module):
         incl_bwd: bool = False,
         device: torch.device | str | None = None,
         remove_batch_dim: bool = False,
-        cache: dict[str, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
+        cache: MutableMapping[str, Tensor] | None = None,
+    ) -> MutableMapping[str, Tensor]:
         """Add hooks that fill a dictionary on every run until they are reset, and return that dictionary.
 
         Args:
@@ -313,17 +342,17 @@ class HookedRootModule(nn.Module):
             UnknownHookError: a name or pattern matches nothing.
         """
         store, fwd, bwd = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, cache)
-        for handle in self._recording_handles(fwd, bwd):
+        for handle in self.recording_handles(fwd, bwd):
             handle.attach()
         return store
 
     def cache_all(
         self,
-        cache: dict[str, Tensor] | None,
+        cache: MutableMapping[str, Tensor] | None,
         incl_bwd: bool = False,
         device: torch.device | str | None = None,
         remove_batch_dim: bool = False,
-    ) -> dict[str, Tensor]:
+    ) -> MutableMapping[str, Tensor]:
         """Record every activation into `cache` on every run until the hooks are reset.
 
         Args:
@@ -334,12 +363,12 @@ class HookedRootModule(nn.Module):
 
     def cache_some(
         self,
-        cache: dict[str, Tensor] | None,
+        cache: MutableMapping[str, Tensor] | None,
         names: NamesFilter,
         incl_bwd: bool = False,
         device: torch.device | str | None = None,
         remove_batch_dim: bool = False,
-    ) -> dict[str, Tensor]:
+    ) -> MutableMapping[str, Tensor]:
         """Record the named activations into `cache` on every run until the hooks are reset.
 
         Args:
@@ -352,13 +381,26 @@ class HookedRootModule(nn.Module):
         """
         return self.add_caching_hooks(names, incl_bwd, device, remove_batch_dim, cache)
 
-    def _recording_handles(
-        self, fwd: Sequence[tuple[str, HookFunction]], bwd: Sequence[tuple[str, HookFunction]], level: int | None = None
+    def recording_handles(
+        self,
+        fwd: Sequence[tuple[str, HookFunction]],
+        bwd: Sequence[tuple[str, HookFunction]],
+        level: int | None = None,
+        this_thread: bool = False,
     ) -> list[HookHandle]:
-        pairs = [(name, function, "fwd") for name, function in fwd] + [(name, fn, "bwd") for name, fn in bwd]
+        """Turn (name, function) pairs that only read into handles.
+
+        Args:
+            fwd, bwd: as `get_caching_hooks` returns them.
+            level, this_thread: as for `plan_hooks`.
+        """
+        directions: tuple[tuple[Direction, Sequence[tuple[str, HookFunction]]], ...] = (("fwd", fwd), ("bwd", bwd))
         return [
-            HookHandle(self.hook_dict[name], function, dir, level=level, reads_only=True, by_keyword=False)  # type: ignore[arg-type]
-            for name, function, dir in pairs
+            HookHandle(
+                self.hook_dict[name], function, dir, False, level, True, by_keyword=False, this_thread=this_thread
+            )
+            for dir, pairs in directions
+            for name, function in pairs
         ]
 
     def run_with_cache(
@@ -371,7 +413,7 @@ class HookedRootModule(nn.Module):
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
         pos_slice: object = None,
-        store: dict[str, Tensor] | None = None,
+        store: MutableMapping[str, Tensor] | None = None,
         **model_kwargs: Any,
     ) -> tuple[Any, Any]:
         """Run the model once; return its output and a dictionary of the activations on the way.
@@ -392,13 +434,13 @@ class HookedRootModule(nn.Module):
         """
         given = store
         store, fwd, bwd = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, given, pos_slice)
-        handles = self._recording_handles(fwd, bwd, level=self.context_level + 1)
-        with self._attached(handles, reset_hooks_end, clear_contexts):
+        handles = self.recording_handles(fwd, bwd, self.context_level + 1, this_thread=reset_hooks_end)
+        with self.attached(handles, reset_hooks_end, clear_contexts):
             output = self(*model_args, **model_kwargs)
             if incl_bwd:
                 _check_scalar(output)
                 output.backward()
-        self._check_fired(names_filter, [handle for handle in handles if handle.dir == "fwd"])
+        self.check_fired(names_filter, [handle for handle in handles if handle.dir == "fwd"])
         if given is not None:
             return output, given
         recorded = dict(store)
@@ -406,19 +448,6 @@ class HookedRootModule(nn.Module):
             # A graph keeps its backward hooks, and these keep `store`: full, it would keep every tensor in a cycle.
             store.clear()
         return output, recorded
-
-
-def recorded_part(x: Tensor, hook: HookPoint, positions: Slice, remove_batch_dim: bool) -> Tensor:
-    """Return what a cache keeps of an activation: some positions (of queries, for patterns), with or without batch."""
-    if not positions.is_identity:
-        axis = "query" if hook.axes is not None and "query" in hook.axes.split() else "pos"
-        # A copy of the few positions lets go of the rest.
-        x = positions.apply(x, dim=hook.axis(axis)).clone()
-    if not remove_batch_dim:
-        return x
-    if x.shape[0] != 1:
-        raise ValueError(f"remove_batch_dim needs a batch of 1; {hook.name!r} has shape {tuple(x.shape)}")
-    return x[0]
 
 
 def _check_scalar(output: object) -> None:

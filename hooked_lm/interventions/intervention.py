@@ -24,13 +24,14 @@ Operation = Literal["replace", "add", "scale", "zero"]
 Selection = int | tuple[int, ...] | None
 
 OPERATIONS = ("replace", "add", "scale", "zero")
-# The axis each selection is along, by the names a site may give it.
+# The axis each selection is along, by the names a site may give it. A feature is an entry of the last axis, whatever
+# its name (`d_sae` of a hook point of one's own), unless that name is one of these or of `_NO_FEATURES`.
 _AXIS_OF = {
     "batch": ("batch",),
     "pos": ("pos", "query"),
     "head": ("head", "kv_head"),
-    "feature": ("d_model", "d_head", "d_mlp", "vocab", "key", "expert"),
 }
+_NO_FEATURES = ("1", "chosen")
 
 # Sites whose activations are whole numbers.
 _INTEGER_SITES = ("hook_tokens", "hook_expert_indices")
@@ -217,7 +218,7 @@ class Intervention:
         made = {"pos": self.pos, "head": self.head, "feature": self.feature, "batch": self.batch}
         return {name: selection for name, selection in made.items() if selection is not None}
 
-    def check(self, cfg: HookedTransformerConfig, axes_by_site: Mapping[str, str | None]) -> None:
+    def check(self, cfg: HookedTransformerConfig, axes_by_site: Mapping[str, Sequence[str]]) -> None:
         """Check the intervention against a model.
 
         Args:
@@ -230,7 +231,7 @@ class Intervention:
         """
         if self.site not in axes_by_site:
             raise UnknownHookError(describe_unknown(self.site, list(axes_by_site)))
-        axes = (axes_by_site[self.site] or "").split()
+        axes = axes_by_site[self.site]
         for name, selection in self.selections().items():
             axis = axes[_find_axis(self.site, axes, name)]
             size = _fixed_size(cfg, self.site, axis)
@@ -246,7 +247,7 @@ class Intervention:
             raise ValueError(f"{self.site!r} holds whole numbers, and the value is none")
 
     def check_fit(
-        self, cfg: HookedTransformerConfig, axes_by_site: Mapping[str, str | None], batch: int, n_positions: int
+        self, cfg: HookedTransformerConfig, axes_by_site: Mapping[str, Sequence[str]], batch: int, n_positions: int
     ) -> None:
         """Check the intervention, which `check` has passed, against prompts that are read in one pass.
 
@@ -259,7 +260,7 @@ class Intervention:
         Raises:
             ValueError: a prompt, position or key that they lack, or a value that does not fit what is selected.
         """
-        axes = (axes_by_site[self.site] or "").split()
+        axes = axes_by_site[self.site]
         lengths = {"batch": batch, "pos": n_positions, "query": n_positions, "key": n_positions, "1": 1}
         sizes = [lengths.get(axis) or _fixed_size(cfg, self.site, axis) for axis in axes]
         shape: list[int | None] = list(sizes)
@@ -408,17 +409,21 @@ def _refuse_repeats(site: str, name: str, selection: Selection, size: int | None
 
 def _find_axis(site: str, axes: Sequence[str], selection: str) -> int:
     """The axis of a site that a selection is along."""
-    found = [index for index, axis in enumerate(axes) if axis in _AXIS_OF[selection]]
-    if not found or (selection == "feature" and found[-1] != len(axes) - 1):
+    if selection == "feature":
+        others = {name for names in _AXIS_OF.values() for name in names}
+        found = [len(axes) - 1] if axes and axes[-1] not in (*others, *_NO_FEATURES) else []
+    else:
+        found = [index for index, axis in enumerate(axes) if axis in _AXIS_OF[selection]]
+    if not found:
         raise ValueError(f"{site!r} has axes {' '.join(axes)!r}: there is no {selection} to select")
     return found[-1]
 
 
-def _axes(site: str, cache: Recorded) -> list[str]:
+def _axes(site: str, cache: Recorded) -> Sequence[str]:
     """The axes of a cached activation."""
     if not cache.has_batch_dim:
         raise ValueError(f"the cache has no batch axis, and {site!r} is taken by prompt: leave out remove_batch_dim")
-    return (cache.model.hook_dict[site].axes or "").split()
+    return cache.model.hook_dict[site].axes
 
 
 def _mask_weights(site: str, value: Tensor, averaged: Sequence[int], mask: Tensor | None) -> Tensor | None:

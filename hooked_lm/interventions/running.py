@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.hooks import HookedRootModule, HookHandle, HookPoint
+from hooked_lm.hooks import HookedRootModule, HookPoint, current_pass
 from hooked_lm.interventions.intervention import Intervention
 
 
-class Acting:
-    """An intervention as a hook.
+class InterventionHook:
+    """An intervention as a hook. It returns a new tensor and never writes to the one it is shown.
 
     Attributes:
         acted: which of its positions it has acted at, as indices into `pos`.
     """
 
-    def __init__(self, intervention: Intervention, model: Intervening) -> None:
-        self.intervention, self.model = intervention, model
+    edits_in_place = False
+
+    def __init__(self, intervention: Intervention) -> None:
+        self.intervention = intervention
         self.acted: set[int] = set()
 
     def __call__(self, x: Tensor, hook: HookPoint) -> Tensor:
-        edited, here = self.intervention.apply(x, (hook.axes or "").split(), self.model.n_past)
+        edited, here = self.intervention.apply(x, hook.axes, current_pass().n_past)
         self.acted.update(here)
         return edited
 
@@ -40,8 +42,6 @@ class Intervening(HookedRootModule):
     """The intervening methods of `HookedTransformer`."""
 
     cfg: HookedTransformerConfig
-    # Positions of the text that were read before the pass that is running: interventions count from the text's start.
-    n_past: int = 0
 
     @contextmanager
     def intervening(self, interventions: Sequence[Intervention]) -> Generator[Any, None, None]:
@@ -54,7 +54,7 @@ class Intervening(HookedRootModule):
         with self.hooks(fwd_hooks=self.as_hooks(interventions)):
             yield self
 
-    def as_hooks(self, interventions: Sequence[Intervention]) -> list[tuple[str, Acting]]:
+    def as_hooks(self, interventions: Sequence[Intervention]) -> list[tuple[str, InterventionHook]]:
         """Return the interventions as plain hooks, `(name, function)`, for `fwd_hooks=` of `run_with_hooks` or `hooks`.
 
         Raises:
@@ -68,17 +68,7 @@ class Intervening(HookedRootModule):
             if not isinstance(intervention, Intervention):
                 raise TypeError(f"an intervention is an Intervention, got {intervention!r}")
             intervention.check(self.cfg, axes)
-        return [(one.site, Acting(one, self)) for one in interventions]
-
-    @contextmanager
-    def only_hooks(self, handles: Iterable[HookHandle]) -> Generator[None, None, None]:
-        """As in `HookedRootModule`; a run within the block does not move the positions of one that is under way."""
-        n_past = self.n_past
-        try:
-            with super().only_hooks(handles):
-                yield
-        finally:
-            self.n_past = n_past
+        return [(one.site, InterventionHook(one)) for one in interventions]
 
     def run(self, *args: Any, interventions: Sequence[Intervention] = (), **kwargs: Any) -> Any:
         """Run the model once under interventions; arguments and result are those of the model.

@@ -1,7 +1,8 @@
-"""Patching: replace part of a run by part of another, and see what becomes of the answer.
+"""Patching: replace part of one run by part of another, and measure how the answer changes.
 
 `activation` has the classic module's functions, `statistics` many pairs of prompts at once, `tracing` causal tracing,
-`ablation` ablation, `attribution` the estimate by one backward pass, `path` single paths.
+`ablation` ablation, `attribution` the estimate by one backward pass, `path` single paths. `register_patch_site` adds
+a grid.
 """
 
 from hooked_lm.patching.ablation import (
@@ -13,6 +14,7 @@ from hooked_lm.patching.activation import (
     Patch,
     PatchSetter,
     generic_activation_patch,
+    get_act_patch,
     get_act_patch_attn_head_all_pos_every,
     get_act_patch_attn_head_by_pos_every,
     get_act_patch_attn_head_k_all_pos,
@@ -39,6 +41,7 @@ from hooked_lm.patching.activation import (
     layer_pos_head_vector_patch_setter,
     layer_pos_patch_setter,
     make_df_from_ranges,
+    register_patch_site,
 )
 from hooked_lm.patching.attribution import (
     GRIDS,
@@ -84,6 +87,7 @@ __all__ = [
     "bootstrap_interval",
     "causal_trace",
     "generic_activation_patch",
+    "get_act_patch",
     "get_act_patch_attn_head_all_pos_every",
     "get_act_patch_attn_head_by_pos_every",
     "get_act_patch_attn_head_k_all_pos",
@@ -117,5 +121,6 @@ __all__ = [
     "path_patch",
     "path_patch_heads",
     "path_patch_mlps",
+    "register_patch_site",
     "share_of_same_sign",
 ]

@@ -1,8 +1,9 @@
-"""Ablation: take a head, an MLP, a neuron or a position out of a run, and see what the answer loses.
+"""Ablation: replace the activation of a head, an MLP, a neuron or a position, and measure how the answer changes.
 
-What stands in for the activation matters. Zero is a value that the model may never see; the mean over some prompts
-takes away what tells prompts apart and keeps the rest (Wang et al. 2022, "Interpretability in the Wild"); an activation
-of another prompt keeps the model on inputs it knows, and averages over them (Chan et al. 2022, "Causal Scrubbing").
+The replacement value matters. Zero may be a value that the activation never has. The mean over some prompts removes the
+differences between prompts and keeps their common part (Wang et al. 2022, "Interpretability in the Wild"). The
+activation of another prompt is one that the model does compute; scores are averaged over such prompts (Chan et al.
+2022, "Causal Scrubbing").
 """
 
 from __future__ import annotations
@@ -10,28 +11,31 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_lm._support.precision import at_least_single
+from hooked_lm.hooked_model import HookedModel
 from hooked_lm.interventions import Intervention, draw_prompts
 from hooked_lm.metrics import Metric
 from hooked_lm.names import UnknownHookError, describe_unknown, get_act_name
+from hooked_lm.patching.sites import axes_at, grid_axis, read_prompts
 from hooked_lm.sweep import AnyMetric, sweep
+from hooked_lm.tokenization import Prompts
 
 Unit = Literal["heads", "attention", "mlps", "neurons", "positions"]
 Method = Literal["zero", "mean", "resample"]
 
-# What is ablated -> where, and the axis of its units and the Intervention's field that selects one.
-_UNITS: dict[str, tuple[str, str | None, str | None]] = {
-    "heads": ("z", "head", "head"),
-    "attention": ("attn_out", None, None),
-    "mlps": ("mlp_out", None, None),
-    "neurons": ("post", "neuron", "feature"),
-    "positions": ("resid_pre", None, None),
+# The unit -> the activation that is replaced, and the grid axis along which its units are, if one site has several.
+_UNITS: dict[str, tuple[str, str | None]] = {
+    "heads": ("z", "head"),
+    "attention": ("attn_out", None),
+    "mlps": ("mlp_out", None),
+    "neurons": ("post", "neuron"),
+    "positions": ("resid_pre", None),
 }
 _METHODS = ("zero", "mean", "resample")
 
@@ -40,15 +44,15 @@ _METHODS = ("zero", "mean", "resample")
 class AblationScores:
     """The metric without each of the model's parts.
 
-    The prompt axis has length 1 where the metric is a function of one's own, which scores all prompts together.
+    The prompt axis has length 1 where the metric is a plain function, which scores all prompts together.
 
     Attributes:
-        unit, method: what was ablated, and how.
-        axes: of the grid.
-        layers, positions, neurons: what the entries along the grid's axes are; `positions` and `neurons` are None
-            where the grid has no such axis.
-        intact: the metric of the whole model, [prompt].
-        scores: of the ablated one, [*axes prompt]; over several draws their mean.
+        unit, method: the arguments of `ablate`.
+        axes: the names of the grid's axes.
+        layers, positions, neurons: the entries along the grid's axes; `positions` and `neurons` are None where the grid
+            has no such axis.
+        intact: the metric of the model without ablation, [prompt].
+        scores: the metric with each ablation, [*axes prompt]; the mean over several draws.
     """
 
     unit: Unit
@@ -77,8 +81,8 @@ class AblationScores:
 
 @torch.no_grad()
 def ablate(
-    model: Any,
-    tokens: Int[Tensor, "batch pos"] | Any,
+    model: HookedModel,
+    tokens: Prompts,
     metric: AnyMetric,
     unit: Unit = "heads",
     method: Method = "zero",
@@ -86,7 +90,7 @@ def ablate(
     by_pos: bool | Sequence[int] = False,
     layers: Sequence[int] | None = None,
     neurons: Sequence[int] | None = None,
-    reference: Int[Tensor, "reference_batch reference_pos"] | Any = None,
+    reference: Prompts | None = None,
     per_position: bool = False,
     n_draws: int = 1,
     seed: int = 0,
@@ -101,20 +105,20 @@ def ablate(
         model: a `HookedTransformer`.
         tokens: the prompts, as the model takes them.
         metric: one of `hooked_lm.metrics`, or a function from logits [batch pos vocab] to a scalar.
-        unit: `"heads"` (z) [layer head], `"attention"` (what a layer's attention writes) and `"mlps"` [layer],
+        unit: `"heads"` (z) [layer head], `"attention"` (the output of a layer's attention) and `"mlps"` [layer],
             `"neurons"` (after the activation function, and the gate if there is one) [layer neuron], `"positions"`
-            (the residual stream that enters a layer at one position) [layer pos].
-        method: what takes the activation's place: `"zero"`; the `"mean"` over `reference`; or `"resample"`, what it is
-            in another prompt.
+            (the residual stream at the start of a layer, at one position) [layer pos].
+        method: the replacement: `"zero"`; the `"mean"` over `reference`; or `"resample"`, the activation of another
+            prompt.
         by_pos: True ablates at one position at a time, [layer pos ...], a list of positions at these only. Positions
             are always apart for `"positions"`.
         layers, neurons: those to ablate; all by default. Neurons are the same in each layer.
         reference: the prompts that means and other activations are taken from; by default `tokens`. Means are over all
-            of them, the ablated prompt included; for `"resample"` a prompt never stands in for itself.
-        per_position: take means at each position; the reference is then as long as the prompts. Otherwise over all
-            positions, padding apart.
-        n_draws: over how many draws of other prompts the scores are averaged, for `"resample"`.
-        seed: of the draws.
+            of them, the ablated prompt included; for `"resample"` a prompt never gets its own.
+        per_position: take means at each position; the reference is then as long as the prompts. Otherwise means are
+            over all positions but padding.
+        n_draws: the number of draws of other prompts over which scores are averaged, for `"resample"`.
+        seed: for the draws.
         attention_mask, reference_mask: [batch pos], 0 at padding.
         memory_budget, verbose: as for `sweep`.
 
@@ -123,13 +127,13 @@ def ablate(
         ValueError: an unknown unit or method, a layer, neuron or position out of range, a reference that does not fit,
             an option that this method would not use, or a metric that is no number.
     """
-    tokens, mask = model.tokens_and_mask(tokens, attention_mask)
+    tokens, mask = read_prompts(model, tokens, attention_mask)
     _check_options(unit, method, neurons, reference, reference_mask, per_position, n_draws)
-    grid = _Grid.of(model, unit, tokens.shape[1], by_pos, layers, neurons)
+    grid = _AblationGrid.of(model, unit, tokens.shape[1], by_pos, layers, neurons)
     if method == "zero":
         draws: list[dict[str, Tensor]] = [{}]
     else:
-        source = _Reference(model, grid.sites, tokens, mask, reference, reference_mask)
+        source = _ReferenceRun(model, grid.sites, tokens, mask, reference, reference_mask)
         means = method == "mean"
         draws = [source.means(per_position)] if means else source.draws(n_draws, torch.Generator().manual_seed(seed))
     cells = [cell for values in draws for cell in grid.cells(values)]
@@ -143,7 +147,7 @@ def ablate(
         memory_budget=memory_budget,
         verbose=verbose,
     ).reshape(len(cells) + 1, -1)
-    ablated = scores[1:].unflatten(0, (len(draws), *grid.shape)).mean(0)
+    ablated = scores[1:].reshape(len(draws), *grid.shape, scores.shape[1]).mean(0)
     return AblationScores(
         unit, method, grid.axes, grid.layers, grid.positions, grid.neurons, intact=scores[0], scores=ablated
     )
@@ -153,7 +157,7 @@ def _check_options(
     unit: str,
     method: str,
     neurons: Sequence[int] | None,
-    reference: Any,
+    reference: object,
     reference_mask: Tensor | None,
     per_position: bool,
     n_draws: int,
@@ -174,14 +178,14 @@ def _check_options(
         raise ValueError(f"n_draws is 1 or more, and 1 unless the method is 'resample'; got {n_draws} for {method!r}")
 
 
-# What is ablated
+# The parts that are ablated
 
 
 @dataclass(frozen=True)
-class _Grid:
+class _AblationGrid:
     """The parts that are ablated, one at a time."""
 
-    model: Any
+    model: HookedModel
     unit: str
     layers: tuple[int, ...]
     positions: tuple[int, ...] | None
@@ -190,13 +194,13 @@ class _Grid:
     @classmethod
     def of(
         cls,
-        model: Any,
+        model: HookedModel,
         unit: str,
         n_positions: int,
         by_pos: bool | Sequence[int],
         layers: Sequence[int] | None,
         neurons: Sequence[int] | None,
-    ) -> _Grid:
+    ) -> _AblationGrid:
         cfg = model.cfg
         chosen = _chosen("layer", layers, cfg.n_layers)
         for layer in chosen:
@@ -209,7 +213,7 @@ class _Grid:
             positions = _chosen("position", None if isinstance(by_pos, bool) else by_pos, n_positions)
         units = tuple(range(cfg.n_heads)) if unit == "heads" else None
         if unit == "neurons":
-            units = _chosen("neuron", neurons, cfg.d_mlp)
+            units = _chosen("neuron", neurons, cfg.d_mlp or 0)
         return cls(model, unit, chosen, positions, units)
 
     @property
@@ -233,20 +237,22 @@ class _Grid:
         """The interventions, in the order of the axes.
 
         Args:
-            values: hook name -> what takes the activation's place, [(batch) (pos) ...]; empty for zero.
+            values: hook name -> the replacement, [(batch) (pos) ...]; empty for zero.
         """
-        field = _UNITS[self.unit][2]
+        axis = _UNITS[self.unit][1]
         cells = []
         for site, pos, unit in itertools.product(self.sites, self.positions or (None,), self.units or (None,)):
-            selections: dict[str, Any] = {"pos": pos} | ({field: unit} if field else {})
-            if not values:
+            selections: dict[str, int | None] = {"pos": pos}
+            if axis is not None:
+                selections[grid_axis(axis).field] = unit
+            if values:
+                cells.append(Intervention(site, "replace", self._part(site, values[site], pos, unit), **selections))
+            else:
                 cells.append(Intervention(site, "zero", **selections))
-                continue
-            cells.append(Intervention(site, "replace", self._part(site, values[site], pos, unit), **selections))
         return cells
 
     def _part(self, site: str, value: Tensor, pos: int | None, unit: int | None) -> Tensor:
-        inner = (self.model.hook_dict[site].axes or "").split()[2:]  # the axes after batch and pos
+        inner = axes_at(self.model, site)[2:]  # the axes after batch and pos
         has_pos = value.ndim > len(inner)
         if unit is not None:
             value = value.select(value.ndim - len(inner), unit)
@@ -266,34 +272,31 @@ def _chosen(what: str, given: Sequence[int] | None, size: int) -> tuple[int, ...
     return tuple(one % size for one in chosen)
 
 
-# What takes its place
+# The replacement values
 
 
-class _Reference:
+class _ReferenceRun:
     """The activations of the reference prompts."""
 
     def __init__(
         self,
-        model: Any,
+        model: HookedModel,
         sites: Sequence[str],
         tokens: Tensor,
-        mask: Tensor | None,
-        reference: Any,
+        mask: Tensor,
+        reference: Prompts | None,
         reference_mask: Tensor | None,
     ) -> None:
         self.tokens, self.is_other = tokens, reference is not None
-        self.padded = mask is not None and not bool(mask.all())
-        if self.is_other:
-            reference, mask = model.tokens_and_mask(reference, reference_mask)
-        else:
-            reference = tokens
-        self.mask = torch.ones_like(reference, dtype=torch.bool) if mask is None else mask.bool()
-        self.padded = self.padded or not bool(self.mask.all())
-        options: dict[str, Any] = {"return_type": None, "return_cache_object": False}
-        _, self.cache = model.run_with_cache(reference, names_filter=sites, attention_mask=mask, **options)
+        prompts, own_mask = (tokens, mask) if reference is None else read_prompts(model, reference, reference_mask)
+        self.mask = own_mask.bool()
+        self.padded = not bool(mask.all()) or not bool(self.mask.all())
+        self.cache: dict[str, Tensor] = model.run_with_cache(
+            prompts, names_filter=list(sites), attention_mask=own_mask, return_type=None, return_cache_object=False
+        )[1]
 
     def means(self, per_position: bool) -> dict[str, Tensor]:
-        """Means over prompts, [pos ...], or over prompts and positions, [...]. Padding counts for nothing."""
+        """Means over prompts, [pos ...], or over prompts and positions, [...]. Padding is left out."""
         if per_position:
             self._check_positions("means per position")
         return {
@@ -302,7 +305,7 @@ class _Reference:
         }
 
     def draws(self, n_draws: int, generator: torch.Generator) -> list[dict[str, Tensor]]:
-        """What the activations are in other prompts, [batch pos ...], drawn for each prompt on its own."""
+        """The activations of other prompts, [batch pos ...], drawn for each prompt on its own."""
         self._check_positions("activations of other prompts")
         n_prompts = self.tokens.shape[0] if self.is_other else None
         found = []

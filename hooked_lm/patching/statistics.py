@@ -1,27 +1,30 @@
-"""Patching many pairs of prompts at once: what each pair says, their mean, and how sure it is.
+"""Patching many pairs of prompts at once: the score of each pair, their mean, and the mean's bootstrap interval.
 
-One pair of prompts shows what a component does for that pair. Whether it does so for the task is a question about many
-pairs, and the answer is a mean with an interval.
+One pair of prompts shows the effect of a component on that pair. Its effect on the task is a mean over many pairs, with
+an interval.
 
 Two directions (Heimersheim and Nanda 2024, "How to use and interpret activation patching"). Denoising puts clean
-activations into the corrupted run and finds what is enough to bring the answer back. Noising puts corrupted activations
-into the clean run and finds what the answer cannot do without. They are not mirror images: of two heads that do the
-same thing, either is enough, and neither is needed.
+activations into the corrupted run and finds components that are sufficient to restore the answer. Noising puts
+corrupted activations into the clean run and finds components that are necessary for it. The two differ: of two heads
+that do the same thing, either is sufficient and neither is necessary.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_lm.hooked_model import HookedModel
 from hooked_lm.metrics import Metric
-from hooked_lm.patching.activation import PATCHES, Patch, clean_activations, patch_cells, patch_sites
+from hooked_lm.patching.patches import PATCHES, Patch, patch_cells, patch_sites
+from hooked_lm.patching.sites import clean_activations, clean_prompts, read_prompts
 from hooked_lm.sweep import sweep
+from hooked_lm.tokenization import Prompts
 
 Direction = Literal["denoising", "noising"]
 Normalization = Literal["mean", "pair"]
@@ -35,13 +38,13 @@ class PairScores:
     """A grid of patched runs, for many pairs of prompts.
 
     Attributes:
-        patch: what was patched, a name in `PATCHES`.
+        patch: the grid's name in `PATCHES`.
         direction: `"denoising"` or `"noising"`.
         axes: of the grid.
         normalize: the unit of the scores: see `normalize_scores`. None for the metric's own.
         per_pair: each pair's score, [*axes pair].
-        base: each pair's score in the run that was patched, before it was.
-        clean, corrupted: each pair's metric in both runs, as it is.
+        base: each pair's score in the same run without a patch.
+        clean, corrupted: each pair's metric in both runs, not normalized.
         mean: over pairs, [*axes].
         low, high: ends of the bootstrap interval of the mean, [*axes].
         same_sign: the share of pairs that are changed in the direction of the mean change, [*axes]. A pair that does
@@ -70,9 +73,9 @@ class PairScores:
 
 @torch.no_grad()
 def patch_pairs(
-    model: Any,
-    clean_tokens: Int[Tensor, "pair pos"] | Any,
-    corrupted_tokens: Int[Tensor, "pair pos"] | Any,
+    model: HookedModel,
+    clean_tokens: Prompts,
+    corrupted_tokens: Prompts,
     metric: Metric,
     patch: str = "resid_pre",
     *,
@@ -90,15 +93,15 @@ def patch_pairs(
     Args:
         model: a `HookedTransformer`.
         clean_tokens, corrupted_tokens: the pairs; prompt `i` of one belongs to prompt `i` of the other, position by
-            position.
+            position. One clean prompt is paired with every corrupted one.
         metric: one of `hooked_lm.metrics`, with an answer for every pair or one for all.
-        patch: what to patch: `get_act_patch_resid_pre` is `"resid_pre"`; the names are those of `PATCHES`.
+        patch: the grid's name in `PATCHES`: `"resid_pre"` for `get_act_patch_resid_pre`.
         direction: `"denoising"` puts clean activations into corrupted runs, `"noising"` the other way round.
-        normalize: `"mean"` or `"pair"`: 0 is the corrupted run and 1 the clean one, see `normalize_scores`. None leaves
-            the metric as it is.
+        normalize: `"mean"` or `"pair"`: 0 is the corrupted run and 1 the clean one, see `normalize_scores`. None keeps
+            the metric's own unit.
         confidence: share of bootstrap means within the interval.
-        n_resamples: how often the pairs are drawn anew.
-        seed: of those draws.
+        n_resamples: number of bootstrap draws.
+        seed: for the draws.
         attention_mask: [pair pos], 0 at padding, of both runs.
         memory_budget, verbose: as for `sweep`.
 
@@ -107,27 +110,35 @@ def patch_pairs(
         ValueError: an unknown patch or direction, prompts that do not match, fewer than two pairs, runs that the metric
             does not tell apart, or a metric that is not one of `hooked_lm.metrics`.
     """
-    what = _checked_patch(patch, direction, normalize, metric)
+    grid = _checked_patch(patch, direction, normalize, metric)
     _check_bootstrap(confidence, n_resamples)
     clean, corrupted, mask = _matching(model, clean_tokens, corrupted_tokens, attention_mask)
     metric.check_run(clean, model.cfg.d_vocab_out, mask)
     tokens, source = (corrupted, clean) if direction == "denoising" else (clean, corrupted)
-    sites = patch_sites(model, what)
+    sites = patch_sites(model, grid)
     logits, cache = model.run_with_cache(source, names_filter=sites, attention_mask=mask)
     base, other = metric.per_prompt(model(tokens, attention_mask=mask)), metric.per_prompt(logits)
     del logits
     ends = (other, base) if direction == "denoising" else (base, other)
     in_unit = partial(normalize_scores, clean=ends[0], corrupted=ends[1], unit=normalize) if normalize else _as_it_is
     base_in_unit = in_unit(base)  # raises before the work is done
-    cells, shape = patch_cells(model, what, clean_activations(model, cache, sites, tokens), tokens.shape[1])
-    options: dict[str, Any] = {"attention_mask": mask, "memory_budget": memory_budget, "verbose": verbose}
-    patched = sweep(model, tokens, cells, metric, per_prompt=True, **options).reshape(*shape, -1)
+    cells, shape = patch_cells(model, grid, clean_activations(model, cache, sites, tokens))
+    patched = sweep(
+        model,
+        tokens,
+        cells,
+        metric,
+        attention_mask=mask,
+        per_prompt=True,
+        memory_budget=memory_budget,
+        verbose=verbose,
+    ).reshape(*shape, -1)
     scores = in_unit(patched)
     low, high = bootstrap_interval(scores, confidence, n_resamples, seed)
     return PairScores(
         patch=patch,
         direction=direction,
-        axes=what.axes,
+        axes=grid.axes,
         normalize=normalize,
         per_pair=scores,
         base=base_in_unit,
@@ -146,12 +157,12 @@ def _as_it_is(scores: Tensor) -> Tensor:
 
 
 def _moved(patched: Float[Tensor, "*axes pair"], base: Float[Tensor, " pair"]) -> Tensor:
-    """Whether a score has changed by more than rounding. What enters it, logits, is about 1 in size or larger."""
+    """Whether a score has changed by more than rounding; it is computed from logits, of size 1 or larger."""
     size = torch.maximum(patched.abs(), base.abs()).clamp(min=1.0)
     return (patched - base).abs() > 100 * torch.finfo(patched.dtype).eps * size
 
 
-def _checked_patch(patch: str, direction: str, normalize: str | None, metric: Any) -> Patch:
+def _checked_patch(patch: str, direction: str, normalize: str | None, metric: object) -> Patch:
     if patch not in PATCHES:
         raise ValueError(f"unknown patch {patch!r}: it is one of {', '.join(PATCHES)}")
     if direction not in ("denoising", "noising"):
@@ -164,23 +175,14 @@ def _checked_patch(patch: str, direction: str, normalize: str | None, metric: An
 
 
 def _matching(
-    model: Any, clean_tokens: Any, corrupted_tokens: Any, attention_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    model: HookedModel, clean_tokens: Prompts, corrupted_tokens: Prompts, attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens of both runs and their mask, checked to match position by position."""
-    clean, clean_mask = model.tokens_and_mask(clean_tokens, attention_mask)
-    corrupted, corrupted_mask = model.tokens_and_mask(corrupted_tokens, attention_mask)
-    if clean.shape != corrupted.shape:
-        raise ValueError(
-            f"clean prompts are {tuple(clean.shape)} [pair pos] and corrupted ones {tuple(corrupted.shape)}: "
-            "patching goes pair by pair and position by position, so make them equally many and equally long"
-        )
+    corrupted, mask = read_prompts(model, corrupted_tokens, attention_mask)
+    clean = clean_prompts(model, clean_tokens, corrupted, mask, attention_mask).expand_as(corrupted)
     if clean.shape[0] < 2:
         raise ValueError("one pair of prompts has no interval: give several, or use get_act_patch_*")
-    masks = [torch.ones_like(clean) if mask is None else mask for mask in (clean_mask, corrupted_mask)]
-    differing = torch.where((masks[0] != masks[1]).any(-1))[0].tolist()
-    if differing:
-        raise ValueError(f"clean and corrupted prompt of pair {differing[0]} are padded differently: not equally long")
-    return clean, corrupted, clean_mask
+    return clean, corrupted, mask
 
 
 # The statistics, of any scores
@@ -199,7 +201,7 @@ def normalize_scores(
         clean, corrupted: of the two runs.
         unit: `"mean"` divides each pair's distance from its corrupted run by the mean distance between the runs, so
             that the mean over pairs is 1 for clean runs, and pairs that hardly differ stay small. `"pair"` divides by
-            the pair's own distance: every pair has its 0 and 1, and those that hardly differ are blown up.
+            the pair's own distance: every pair has its 0 and 1, and small differences count as much as large ones.
 
     Raises:
         ValueError: the distance is 0, or as small as rounding.
@@ -246,7 +248,7 @@ def bootstrap_interval(
     ends = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
     found = [
         torch.quantile(part.double().cpu() @ weights.T, ends, dim=-1)
-        for part in values.reshape(-1, n_pairs).split(max(1, _CHUNK // n_resamples))
+        for part in torch.split(values.reshape(-1, n_pairs), max(1, _CHUNK // n_resamples))
     ]
     low, high = torch.cat(found, 1).to(values).reshape(2, *values.shape[:-1])
     return low, high

@@ -1,41 +1,44 @@
-"""Causal tracing: hide the subject in noise, restore one state, and see whether the answer comes back.
+"""Causal tracing: add noise to the subject, restore one hidden state, and measure how much of the answer is restored.
 
 Meng et al. 2022, "Locating and Editing Factual Associations in GPT", section 2.1. Three kinds of run: the clean one;
 the corrupted one, with noise on the embeddings of the subject's tokens; and the corrupted one in which one hidden
-state, or one in each of several neighbouring layers, is what it was in the clean run.
+state, or one in each of several neighbouring layers, has its value of the clean run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_lm.hooked_model import HookedModel
 from hooked_lm.interventions import Intervention
 from hooked_lm.metrics import Metric
-from hooked_lm.patching.activation import Patch, clean_activations, layer_pos_patch_setter, patch_sites
+from hooked_lm.patching.patches import Patch, patch_sites
+from hooked_lm.patching.setters import layer_pos_patch_setter
+from hooked_lm.patching.sites import axes_at, clean_activations, read_prompts
 from hooked_lm.sweep import AnyMetric, sweep
+from hooked_lm.tokenization import Prompts
 
 _EMBEDDINGS = "hook_embed"
 
 
 @dataclass(frozen=True, eq=False)
 class CausalTrace:
-    """What restoring each state brings back.
+    """The metric with each state restored.
 
-    The prompt axis has length 1 where the metric is a function of one's own, which scores all prompts together.
+    The prompt axis has length 1 where the metric is a plain function, which scores all prompts together.
 
     Attributes:
         site: short name of the restored state.
         window: how many layers were restored together.
         noise: standard deviation of the noise.
         clean: the metric without noise, [prompt].
-        corrupted: with noise, [sample prompt].
-        restored: with noise and the state restored, [layer pos sample prompt].
+        corrupted: the metric with noise, [sample prompt].
+        restored: the metric with noise and the state restored, [layer pos sample prompt].
     """
 
     site: str
@@ -47,12 +50,12 @@ class CausalTrace:
 
     @property
     def total_effect(self) -> Float[Tensor, ""]:
-        """What the noise takes away: clean less corrupted, averaged over samples and prompts."""
+        """The effect of the noise: clean less corrupted, averaged over samples and prompts."""
         return self.clean.mean() - self.corrupted.mean()
 
     @property
     def indirect_effect(self) -> Float[Tensor, "layer pos"]:
-        """What restoring a state brings back: restored less corrupted, averaged over samples and prompts."""
+        """The effect of restoring a state: restored less corrupted, averaged over samples and prompts."""
         return (self.restored - self.corrupted).mean((-2, -1))
 
     @property
@@ -70,8 +73,8 @@ class CausalTrace:
 
 @torch.no_grad()
 def causal_trace(
-    model: Any,
-    tokens: Int[Tensor, "batch pos"] | Any,
+    model: HookedModel,
+    tokens: Prompts,
     subject: Sequence[int] | Sequence[Sequence[int]],
     metric: AnyMetric,
     *,
@@ -84,7 +87,7 @@ def causal_trace(
     memory_budget: int = 2**29,
     verbose: bool = True,
 ) -> CausalTrace:
-    """Return what restoring a state at each layer and position does for the answer when the subject is hidden.
+    """Return the metric with noise on the subject and the state at each layer and position restored.
 
     Args:
         model: a `HookedTransformer`.
@@ -98,8 +101,8 @@ def causal_trace(
             The paper takes 10 for MLPs and attention.
         noise: standard deviation of the normal noise; None for the paper's 3 times that of the embeddings, measured
             over all entries of the subjects' embeddings.
-        n_samples: how many draws of the noise.
-        seed: of the noise. Draws do not depend on the device.
+        n_samples: number of draws of the noise.
+        seed: for the noise. Draws do not depend on the device.
         attention_mask: [batch pos], 0 at padding.
         memory_budget, verbose: as for `sweep`.
 
@@ -108,30 +111,37 @@ def causal_trace(
         ValueError: a position that is not in the prompt, a window, noise or number of samples out of range, or a metric
             that is no number.
     """
-    tokens, mask = model.tokens_and_mask(tokens, attention_mask)
-    sites = patch_sites(model, Patch(site, layer_pos_patch_setter, ("layer", "pos")))
+    tokens, mask = read_prompts(model, tokens, attention_mask)
+    sites = patch_sites(model, Patch(site, ("layer", "pos")))
+    for name in sites:
+        layer_pos_patch_setter.check(name, axes_at(model, name))
     where = _subject_mask(subject, tokens, mask)
     _check_settings(window, noise, n_samples, len(sites))
-    names = [*sites, _EMBEDDINGS]
-    cache = model.run_with_cache(tokens, names_filter=names, attention_mask=mask, return_type=None)[1]
-    clean = clean_activations(model, cache, sites, tokens)
-    embeddings = cache[_EMBEDDINGS]
+    clean = clean_activations(model, tokens, [*sites, _EMBEDDINGS], tokens, mask, mask)
+    embeddings = clean[_EMBEDDINGS]
     scale = 3 * float(embeddings[where].double().std()) if noise is None else float(noise)
-    options: dict[str, Any] = {"attention_mask": mask, "per_prompt": isinstance(metric, Metric)}
-    unchanged = sweep(model, tokens, [()], metric, verbose=False, **options).reshape(-1)
+    per_prompt = isinstance(metric, Metric)
+    unchanged = sweep(model, tokens, [()], metric, attention_mask=mask, per_prompt=per_prompt, verbose=False)
     cells = [(), *_restorations(sites, clean, window, tokens.shape[1])]
     generator = torch.Generator().manual_seed(seed)
     samples = []
     for _ in range(n_samples):
         drawn = torch.randn(embeddings.shape, generator=generator).to(embeddings) * scale * where[..., None]
-        hidden = Intervention(_EMBEDDINGS, "add", drawn)
         scores = sweep(
-            model, tokens, cells, metric, always=[hidden], memory_budget=memory_budget, verbose=verbose, **options
+            model,
+            tokens,
+            cells,
+            metric,
+            always=[Intervention(_EMBEDDINGS, "add", drawn)],
+            attention_mask=mask,
+            per_prompt=per_prompt,
+            memory_budget=memory_budget,
+            verbose=verbose,
         )
         samples.append(scores.reshape(len(cells), -1))
     scored = torch.stack(samples, 1)  # [cell sample prompt]
-    restored = scored[1:].unflatten(0, (len(sites), tokens.shape[1]))
-    return CausalTrace(site, window, scale, unchanged, scored[0], restored)
+    restored = scored[1:].reshape(len(sites), tokens.shape[1], *scored.shape[1:])
+    return CausalTrace(site, window, scale, unchanged.reshape(-1), scored[0], restored)
 
 
 def _restorations(
@@ -150,7 +160,7 @@ def _restorations(
 
 
 def _subject_mask(
-    subject: Sequence[int] | Sequence[Sequence[int]], tokens: Int[Tensor, "batch pos"], mask: Tensor | None
+    subject: Sequence[int] | Sequence[Sequence[int]], tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
 ) -> Tensor:
     """Which tokens are the subject's, as booleans [batch pos]."""
     batch, n_positions = tokens.shape
@@ -166,7 +176,7 @@ def _subject_mask(
         for pos in positions:
             if not -n_positions <= pos < n_positions:
                 raise ValueError(f"the subject of prompt {prompt} has position {pos}; there are {n_positions}")
-            if mask is not None and not mask[prompt, pos]:
+            if not mask[prompt, pos]:
                 raise ValueError(f"position {pos}, of the subject of prompt {prompt}, is padding")
             where[prompt, pos] = True
     return where

@@ -1,9 +1,9 @@
-"""Figures of what a model does: arrays and strings in, figures out, each of which saves itself. Needs the extra `viz`.
+"""Figures of what a model does: from arrays and strings to figures that can be saved. Needs the extra `viz`.
 
     figure = plotting.attention_pattern(cache["pattern", 1][0, 3], model.to_str_tokens(prompt))
     figure.save("pattern.html")
 
-Labels are shown as they are: nothing in a token is read as markup, and spaces at its ends are made visible.
+Labels are shown as they are: markup in a token is escaped, and spaces at its ends are made visible.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The attention of many heads at once, to be looked through by pointing."""
+"""The attention of many heads at once: pointing at a head or a token shows its attention."""
 
 from __future__ import annotations
 
@@ -7,40 +7,42 @@ import zlib
 from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 import numpy as np
 
+from hooked_lm._support.plain_data import PlainData
 from hooked_lm.plotting.figure import HtmlFigure
 from hooked_lm.plotting.png import written
 from hooked_lm.plotting.style import SEQUENTIAL, colour_at, ink_on, require_attention
 from hooked_lm.plotting.widgets import ATTENTION_SCRIPT, ATTENTION_STYLE, data_element, legend, on_page
-from hooked_lm.utils import to_numpy
+from hooked_lm.utils import ArrayLike, to_numpy
 
-# Attention is kept in whole numbers of this part of 1, two bytes each: four digits are more than one reads.
+__all__ = ["attention_heads"]
+
+# Attention is stored as integers of two bytes, in units of 1 / 65535.
 _PARTS = 65535
-# The share from which on white letters are read better than black ones.
+# From this share of the scale on, white letters have more contrast than black ones.
 _WHITE_FROM = next(step / 100 for step in range(101) if ink_on(colour_at(SEQUENTIAL, step / 100)) == "#ffffff")
-# More heads than these are small, in a box that is scrolled: the tokens stay in sight.
+# More heads than these are drawn small, in a box that scrolls, so that the tokens stay visible.
 _FEW = 24
 _PALETTE = b"".join(bytes.fromhex(colour_at(SEQUENTIAL, step / 255)[1:]) for step in range(256))
 
 
 def attention_heads(
-    patterns: Any, tokens: Sequence[str], names: Sequence[str] | None = None, title: str = "", start: int = 0
+    patterns: ArrayLike, tokens: Sequence[str], names: Sequence[str] | None = None, title: str = "", start: int = 0
 ) -> HtmlFigure:
     """Return the attention of several heads over one text: a thumbnail of each, one large, and the tokens.
 
     Pointing at a head shows that head; pointing at a token, or at a row of the large pattern, shows where the token
-    attends, or, after the switch, which tokens attend to it. A click holds the head or token; a second one, or one
-    beside, lets go, as Escape does. Where no token is pointed at, each token has the mean of what it receives.
+    attends, or, after the switch, which tokens attend to it. A click selects the head or token; a second click, a click
+    elsewhere or Escape deselects it. Without a selection, each token shows the mean attention that it receives.
 
     Args:
-        patterns: [head query key], between 0 and 1: one layer's, or those of several as one axis
+        patterns: [head query key], between 0 and 1: those of one layer, or of several layers in one axis
             (`patterns.flatten(0, 1)` of [layer head query key]). Fewer queries than keys are the last ones.
         tokens: of the positions, as the tokenizer gives them.
         names: of the heads; by default `head 0`, `head 1`, ...
-        title: over the heads.
+        title: of the figure.
         start: the head that is large at first, and in a static picture.
 
     Raises:
@@ -65,9 +67,9 @@ def attention_heads(
 
 
 def _checked(
-    patterns: Any, tokens: Sequence[str], names: Sequence[str] | None, start: int
+    patterns: ArrayLike, tokens: Sequence[str], names: Sequence[str] | None, start: int
 ) -> tuple[np.ndarray, list[str]]:
-    """The patterns as numbers from 0 to 1, and the names of the heads; or an error, as `attention_heads` says."""
+    """The patterns as numbers from 0 to 1, and the names of the heads; raises the errors of `attention_heads`."""
     values = to_numpy(patterns)
     if values.ndim != 3 or values.size == 0:
         raise ValueError(f"patterns of attention have shape [head query key], got {values.shape}")
@@ -83,8 +85,8 @@ def _checked(
     return np.clip(values.astype(np.float64), 0.0, 1.0), labels
 
 
-def _data(values: np.ndarray, tokens: Sequence[str], labels: list[str], start: int) -> dict[str, Any]:
-    """What the script reads."""
+def _data(values: np.ndarray, tokens: Sequence[str], labels: list[str], start: int) -> PlainData:
+    """The data of the script."""
     return {
         "tokens": [repr(token) for token in tokens],
         "names": labels,
@@ -107,7 +109,7 @@ def _buttons(labels: list[str], pictures: list[str]) -> str:
 
 
 def _words(tokens: Sequence[str]) -> str:
-    """The tokens, each of which can be pointed at and held."""
+    """The tokens, as elements that can be pointed at and selected."""
     return "".join(
         f'<span class="token" role="button" tabindex="0" data-token="{place}" aria-pressed="false">'
         f"{on_page(token)}</span>"
@@ -132,7 +134,7 @@ _BODY = """<div class="heads{many}">{heads}</div>
 
 
 def _picture(pattern: np.ndarray) -> str:
-    """A pattern as a PNG in a `data:` address, a pixel for each entry: it is seen without any script."""
+    """A pattern as a PNG in a `data:` address, a pixel for each entry: it is visible without scripts."""
     n_query, n_key = pattern.shape
     rows = np.zeros((n_query, n_key + 1), dtype=np.uint8)  # each row of pixels begins with its filter, 0: none
     rows[:, 1:] = np.rint(pattern * 255)

@@ -1,26 +1,30 @@
-"""Direct logit attribution: what each component adds to a logit, side by side or as a running sum."""
+"""Direct logit attribution: the contribution of each component to a logit, side by side or as a running sum."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
+from hooked_lm._support.plain_data import PlainData
 from hooked_lm.plotting.figure import Figure
 from hooked_lm.plotting.style import BLUE, GREY, INK, MUTED, ORANGE, categories, number, styled, text, with_room
-from hooked_lm.utils import to_numpy
+from hooked_lm.utils import ArrayLike, to_numpy
+
+__all__ = ["attribution_bars", "attribution_waterfall"]
 
 
-def attribution_bars(labels: Sequence[str], values: Any, unit: str = "logit difference", title: str = "") -> Figure:
-    """Return a horizontal bar for each component: to the right what adds, to the left what takes away.
+def attribution_bars(
+    labels: Sequence[str], values: ArrayLike, unit: str = "logit difference", title: str = ""
+) -> Figure:
+    """Return a horizontal bar for each component: to the right for a positive value, to the left for a negative one.
 
     Args:
         labels: of the components, from top to bottom, such as `"L9H6"` or `"MLP 3"`.
-        values: what each adds, [component].
+        values: the contribution of each, [component].
         unit: of the values.
-        title: over the bars.
+        title: of the figure.
 
     Raises:
         ValueError: there are no values, they are not as many as the labels, or not finite.
@@ -42,17 +46,21 @@ def attribution_bars(labels: Sequence[str], values: Any, unit: str = "logit diff
 
 
 def attribution_waterfall(
-    labels: Sequence[str], values: Any, total: float | None = None, unit: str = "logit difference", title: str = ""
+    labels: Sequence[str],
+    values: ArrayLike,
+    total: float | None = None,
+    unit: str = "logit difference",
+    title: str = "",
 ) -> Figure:
     """Return the components' running sum: each bar begins where the one above it ended, and the last is the total.
 
     Args:
         labels: of the components, from top to bottom.
-        values: what each adds, [component].
-        total: what all components add up to, if these are only some: a bar `the rest` makes up the difference. By
-            default the sum of the values.
+        values: the contribution of each, [component].
+        total: the sum over all components, if these are only some of them: a bar `the rest` makes up the difference.
+            By default the sum of the values.
         unit: of the values.
-        title: over the bars.
+        title: of the figure.
 
     Raises:
         ValueError: there are no values, they are not as many as the labels, or not finite.
@@ -62,7 +70,7 @@ def attribution_waterfall(
     if not np.isfinite(total):
         raise ValueError(f"the total is a finite number, not {total}")
     rest = total - float(steps.sum())
-    # Sums in single precision are off by a little; that is no component.
+    # Sums in single precision have rounding errors, which are no component.
     if abs(rest) > 1e-4 * max(1.0, float(np.abs(steps).sum())):
         names, steps = [*names, "the rest"], np.append(steps, rest)
     figure = Figure(
@@ -90,7 +98,7 @@ def attribution_waterfall(
     return _laid_out(figure, np.append(steps.cumsum(), total), unit, title)
 
 
-def _values(labels: Sequence[str], values: Any) -> np.ndarray:
+def _values(labels: Sequence[str], values: ArrayLike) -> np.ndarray:
     array = to_numpy(values)
     if array.shape != (len(labels),) or not len(labels):
         raise ValueError(f"{len(labels)} labels for values of shape {array.shape}: one each, and at least one")
@@ -99,8 +107,8 @@ def _values(labels: Sequence[str], values: Any) -> np.ndarray:
     return array
 
 
-def _written(numbers: list[str]) -> dict[str, Any]:
-    """The numbers at the bars' ends, beside them and not within."""
+def _written(numbers: list[str]) -> PlainData:
+    """The numbers at the ends of the bars, outside of them."""
     return {
         "text": numbers,
         "textposition": "outside",

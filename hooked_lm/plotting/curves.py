@@ -5,23 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
 from hooked_lm.plotting.figure import Figure
 from hooked_lm.plotting.style import BLUE, CURVES, INK, MUTED, ORANGE, RUST, categories, styled, text
-from hooked_lm.utils import to_numpy
+from hooked_lm.utils import ArrayLike, to_numpy
 
-# What every record of a run has besides its results.
+__all__ = ["layer_curves", "log_prob_curve", "training_curves"]
+
+# The keys of every record of a run that are not results.
 _SETTINGS = ("step", "lr", "grad_norm")
-# Of the panels of a run, and between them, in pixels.
+# The height of a panel and of the gap between two, in pixels.
 _PANEL, _GAP = 150, 44
 
 
 def layer_curves(
-    curves: Mapping[str, Any],
+    curves: Mapping[str, ArrayLike],
     labels: Sequence[str],
     axis: str = "",
     levels: Mapping[str, float] | None = None,
@@ -32,9 +33,9 @@ def layer_curves(
     Args:
         curves: name -> values [point].
         labels: of the points, from left to right.
-        axis: what the values are.
+        axis: the title of the values' axis.
         levels: name -> a value that does not depend on the point, drawn as a dotted line.
-        title: over the curves.
+        title: of the figure.
 
     Raises:
         ValueError: there are no curves, more than five, or one is not as long as the labels.
@@ -70,7 +71,7 @@ def layer_curves(
 
 
 def log_prob_curve(
-    log_probs: Any, repeat_at: int | None = None, chance: float | None = None, title: str = ""
+    log_probs: ArrayLike, repeat_at: int | None = None, chance: float | None = None, title: str = ""
 ) -> Figure:
     """Return the log-probability of each next token along the sequence.
 
@@ -78,7 +79,7 @@ def log_prob_curve(
         log_probs: [pos], in nats; entry `i` is about the token at position `i + 1`.
         repeat_at: the position where the repeat begins, marked by a line.
         chance: the log-probability of a guess, marked by a line.
-        title: over the curve.
+        title: of the figure.
 
     Raises:
         ValueError: the log-probabilities have more axes than one, or none.
@@ -122,11 +123,11 @@ def training_curves(
     """Return a training run: a panel for each quantity, one under the other, over the same steps.
 
     Args:
-        records: what `training.train` returns, a dictionary for each logged step with its `step`; or the path of the
-            `metrics.jsonl` it writes. A record need not have every quantity.
+        records: the result of `training.train`, a dictionary for each logged step with its `step`; or the path of the
+            `metrics.jsonl` that it writes. A record need not have every quantity.
         keys: which quantities to draw, from top to bottom; by default the loss and whatever the run's `metrics`
-            returned, that is, all but `step`, `lr` and `grad_norm`.
-        title: over the panels.
+            returned: all but `step`, `lr` and `grad_norm`.
+        title: of the figure.
 
     Raises:
         ValueError: there are no records, one has no step, a line of the file is no record, or none has a given key.
@@ -147,7 +148,7 @@ def training_curves(
 
 
 def _quantities(rows: Sequence[Mapping[str, float]], keys: Sequence[str] | None) -> list[str]:
-    """The quantities to draw, or an error, as `training_curves` says."""
+    """The quantities to draw; raises the errors of `training_curves`."""
     if not rows:
         raise ValueError("there are no records to draw")
     for place, row in enumerate(rows):

@@ -1,13 +1,18 @@
-"""A whole HTML document, and plotly's drawing inside one. Nothing in it is fetched, and its policy forbids it too."""
+"""A whole HTML document, and plotly's drawing inside one. It makes no requests, and its policy forbids them."""
 
 from __future__ import annotations
 
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING
 
 from plotly.offline import get_plotlyjs
 
-# Scripts and styles in the file itself may run, and pictures in it be shown; the browser refuses any request.
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+__all__ = ["POLICY", "document", "plotly_div", "plotly_document"]
+
+# Scripts, styles and pictures inside the file are allowed; the browser refuses any request.
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; "
     "img-src data: blob:; font-src data:; worker-src blob:"
@@ -37,13 +42,13 @@ def plotly_document(title: str, style: str, body: str) -> str:
     return document(title, style, body, get_plotlyjs())
 
 
-def plotly_div(figure: Any, name: str, mode_bar: bool = False) -> str:
-    """Return the place of a figure and the script that draws it there, for a document with plotly's script.
+def plotly_div(figure: go.Figure, name: str, mode_bar: bool = False) -> str:
+    """Return the element of a figure and the script that draws it there, for a document with plotly's script.
 
     Args:
         figure: a plotly figure.
-        name: the place's id, unlike any other in the document.
-        mode_bar: whether its buttons (save as PNG, zoom back) appear when one points at it.
+        name: the id of the element, unique in the document.
+        mode_bar: whether the buttons (save as PNG, zoom back) appear when the mouse is over the figure.
     """
     config = {
         "displaylogo": False,

@@ -1,41 +1,70 @@
-"""What the plotting functions return: a plotly figure, or a small page of our own. Both are saved as one file."""
+"""What the plotting functions return: a plotly figure, or a small HTML page. Both are saved as one file."""
 
 from __future__ import annotations
 
 import sys
 from base64 import b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from html import escape, unescape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 import plotly.io as pio
 
 from hooked_lm._support.files import write_whole
+from hooked_lm._support.plain_data import PlainData
 from hooked_lm.plotting.document import document, plotly_div, plotly_document
 from hooked_lm.plotting.static import page_image, plotly_image
 from hooked_lm.plotting.style import FONT, INK, PAPER
 
+__all__ = ["PLOTLY_MIMETYPE", "WIDTH", "Figure", "HtmlFigure"]
+
 PLOTLY_MIMETYPE = "application/vnd.plotly.v1+json"
-# Of images and of what a notebook shows: about that of a notebook's cell, and of a paper's text at twice the pixels.
+# The width of images and of outputs in a notebook: about that of a notebook's cell.
 WIDTH = 900
 _PLOTLY_HEIGHT = 450
 # Plotly's renderers that give the mimetype or an image; the others give HTML.
 _NOT_HTML = {"plotly_mimetype", "jupyterlab", "nteract", "vscode", "json", "png", "jpeg", "jpg", "svg", "pdf"}
 
 
-class Figure(go.Figure):
-    """A plotly figure that can be saved, and shown, without anything being asked of the network.
+if TYPE_CHECKING:
+    from typing import Any, Self
+
+    class _PlotlyFigure:
+        """The part of plotly's figure that is used here: plotly has no annotations."""
+
+        # Any: plotly builds the attributes of layouts and traces from a schema, hundreds of them.
+        layout: Any
+        data: Sequence[Any]
+
+        def __init__(self, data: object = None) -> None: ...
+        def update_layout(self, changes: object = None, **properties: object) -> Self: ...
+        def update_xaxes(self, **properties: object) -> Self: ...
+        def update_yaxes(self, **properties: object) -> Self: ...
+        def add_scatter(self, **properties: object) -> Self: ...
+        def add_hline(self, y: float, **properties: object) -> Self: ...
+        def add_vline(self, x: float, **properties: object) -> Self: ...
+        def add_annotation(self, **properties: object) -> Self: ...
+        def show(self, *args: object, **kwargs: object) -> None: ...
+        def to_dict(self) -> PlainData: ...
+        def to_html(self, **options: object) -> str: ...
+        def _ipython_display_(self) -> None: ...
+else:
+    _PlotlyFigure = go.Figure
+
+
+class Figure(_PlotlyFigure):
+    """A plotly figure that can be saved and shown without network requests.
 
     All of plotly's methods work on it: `figure.update_layout(height=600)`, `figure.add_hline(0.5)`.
 
-    In a notebook it gives plotly's own mimetype, which JupyterLab, Notebook 7 and VS Code draw by themselves. For
-    places that run no scripts, such as a static page or a repository's preview of a notebook, set
-    `PLOTLY_RENDERER=plotly_mimetype+png` before the notebook runs: each output then holds a PNG as well (extra `png`).
-    Where plotly's renderer is one of HTML (`notebook`, `colab`, `kaggle`), the output holds plotly's script, some 5 MB,
-    where plotly's own would hold links. `.show()` does what the end of a cell does. Outside of notebooks, plotly shows
-    it in its own way.
+    In a notebook its output has plotly's mimetype, which JupyterLab, Notebook 7 and VS Code draw by themselves. For
+    pages without scripts, such as a repository's preview of a notebook, set `PLOTLY_RENDERER=plotly_mimetype+png`
+    before the notebook runs: each output then holds a PNG as well (extra `png`). Where plotly's renderer writes HTML
+    (`notebook`, `colab`, `kaggle`), the output holds plotly's script, some 5 MB, where plotly would write links.
+    `.show()` does the same as the end of a cell. Outside of notebooks, plotly shows the figure in its own way.
     """
 
     def html(self) -> str:
@@ -49,19 +78,19 @@ class Figure(go.Figure):
         Args:
             path: `.html` is one file with plotly's script inside, which needs no network; `.png`, `.svg` and `.pdf` are
                 static images (extra `png`; about two seconds each, most of them the start of a browser).
-            width: of an image, in pixels of the layout; its height is the figure's own.
-            scale: pixels of a PNG for each of them.
+            width: of an image, in pixels of the layout; its height is that of the figure.
+            scale: pixels of a PNG for each pixel of the layout.
 
         Raises:
-            ValueError: the path ends otherwise, or cannot be written.
-            ImportError: an image is asked for, and kaleido is not installed.
-            RuntimeError: an image is asked for, and there is no browser to draw it.
+            ValueError: the path has another ending, or cannot be written.
+            ImportError: the file is an image, and kaleido is not installed.
+            RuntimeError: the file is an image, and there is no browser to draw it.
         """
-        images = {ending: lambda ending=ending: self._image(ending, width, scale) for ending in ("png", "svg", "pdf")}
+        images = {ending: partial(self._image, ending, width, scale) for ending in ("png", "svg", "pdf")}
         return _save(path, self.html, images)
 
-    def show(self, *args: Any, **kwargs: Any) -> None:
-        """Show the figure: in a notebook as the end of a cell does; elsewhere, or told how, as plotly does."""
+    def show(self, *args: object, **kwargs: object) -> None:
+        """Show the figure: in a notebook as the end of a cell does; elsewhere, or with arguments, as plotly does."""
         if args or kwargs or not _in_notebook():
             super().show(*args, **kwargs)
         else:
@@ -72,7 +101,7 @@ class Figure(go.Figure):
         size = (layout.width or width, layout.height or _PLOTLY_HEIGHT)
         return plotly_image(self.to_dict(), ending, *size, scale if ending == "png" else 1.0)
 
-    # How a notebook shows it. Plotly's own ways name a content network in their HTML.
+    # Output in notebooks. Plotly's own HTML would name a content network.
 
     def _ipython_display_(self) -> None:
         if not _in_notebook():
@@ -80,11 +109,12 @@ class Figure(go.Figure):
             return
         from IPython.display import display
 
-        display(self._repr_mimebundle_(), raw=True)
+        show: Callable[..., object] = display
+        show(self._repr_mimebundle_(), raw=True)
 
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None, **kwargs: Any) -> dict[str, Any]:
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None, **kwargs: object) -> PlainData:
         asked = _renderers()
-        bundle: dict[str, Any] = {PLOTLY_MIMETYPE: _json(self), "text/plain": self._name()}
+        bundle: PlainData = {PLOTLY_MIMETYPE: _json(self), "text/plain": self._name()}
         if "png" in asked:
             bundle["image/png"] = b64encode(self._image("png", WIDTH, 2.0)).decode()
         if not asked <= _NOT_HTML:
@@ -101,21 +131,21 @@ class Figure(go.Figure):
 class HtmlFigure:
     """A figure that plotly cannot draw: a small page with its own CSS and JavaScript inside.
 
-    In a notebook it is shown in a frame of its own, so that its style and that of the notebook do not meet.
+    In a notebook it is shown in a frame of its own, so that the two styles do not mix.
 
     Attributes:
-        title: over it, and of its window.
-        height: of the frame, in pixels, where the page cannot fit the frame to itself.
+        title: of the page and of its window.
+        height: of the frame, in pixels, where the page cannot resize the frame.
     """
 
     def __init__(self, title: str, body: str, style: str, height: int) -> None:
         """Make the page.
 
         Args:
-            title: over it; escaped here.
+            title: of the page; it is escaped.
             body: HTML, scripts included.
             style: CSS.
-            height: about that of the page, in pixels, in a window as wide as a notebook's cell.
+            height: about the height of the page, in pixels, in a window as wide as a notebook's cell.
         """
         self.title, self.height = title, height
         heading = f"<h1>{escape(title)}</h1>\n" if title else ""
@@ -136,17 +166,17 @@ class HtmlFigure:
         Args:
             path: `.html`, or `.png` for a picture of the page as it first shows (extra `png`).
             width: of the picture's window, in pixels; it is as high as the page.
-            scale: pixels of the picture for each of them.
+            scale: pixels of the picture for each pixel of the window.
 
         Raises:
-            ValueError: the path ends otherwise, or cannot be written.
-            ImportError: a picture is asked for, and kaleido is not installed.
-            RuntimeError: a picture is asked for, and there is no browser to take it.
+            ValueError: the path has another ending, or cannot be written.
+            ImportError: the file is a picture, and kaleido is not installed.
+            RuntimeError: the file is a picture, and there is no browser to draw it.
         """
         return _save(path, self.html, {"png": lambda: page_image(self.html(), width, scale)})
 
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None, **kwargs: Any) -> dict[str, Any]:
-        bundle = {"text/html": self._repr_html_(), "text/plain": repr(self)}
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None, **kwargs: object) -> PlainData:
+        bundle: PlainData = {"text/html": self._repr_html_(), "text/plain": repr(self)}
         if "png" in _renderers():
             bundle["image/png"] = b64encode(page_image(self.html(), WIDTH, 2.0)).decode()
         return bundle
@@ -178,7 +208,7 @@ def _frame(html: str, height: int) -> str:
 
 
 def _renderers() -> set[str]:
-    """The names of plotly's renderers that are asked for: by the environment, by the user, or by where we are."""
+    """The names of plotly's renderers in use: set by the environment or the user, or detected by plotly."""
     return {name.strip() for name in (pio.renderers.default or "plotly_mimetype").split("+")}
 
 
@@ -187,12 +217,12 @@ def _in_notebook() -> bool:
     return getattr(shell, "kernel", None) is not None
 
 
-def _json(figure: Figure) -> Any:
+def _json(figure: Figure) -> object:
     """The figure as a notebook keeps it."""
     return pio.renderers["plotly_mimetype"].to_mimebundle(figure.to_dict())[PLOTLY_MIMETYPE]
 
 
-# The figure as wide as a page of text, and on a phone as wide as that.
+# The figure is as wide as a page of text, and on a phone as wide as the screen.
 _STYLE = f"""
 :root {{ color-scheme: light; }}
 body {{ margin: 0; background: {PAPER}; color: {INK}; font-family: {FONT}; }}
@@ -208,7 +238,7 @@ h1 {{ font-size: 15px; font-weight: 500; margin: 0 0 10px; }}
 button {{ font: inherit; color: inherit; cursor: pointer; }}
 """
 
-# Says how high the page is, to the frame around it where there is one, and to who takes its picture.
+# Writes the height of the page to the frame around it, where there is one, and to the attribute that screenshots read.
 _FIT = """
 (() => {
   const root = document.documentElement;

@@ -1,9 +1,8 @@
-"""Heads: where one attends, a number for each, what they compose to, and what is lost without one."""
+"""Figures of heads: one attention pattern, a score for each head, composition scores, and bars for ablations."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -26,19 +25,21 @@ from hooked_lm.plotting.style import (
     ticks,
     with_room,
 )
-from hooked_lm.utils import to_numpy
+from hooked_lm.utils import ArrayLike, to_numpy
 
-# As many columns have room for a number in each cell.
+__all__ = ["ablation_bars", "attention_pattern", "composition_matrix", "head_scores"]
+
+# The largest number of columns with room for a number in each cell.
 _NUMBERED = 16
 
 
-def attention_pattern(pattern: Any, labels: Sequence[str] | None = None, title: str = "") -> Figure:
+def attention_pattern(pattern: ArrayLike, labels: Sequence[str] | None = None, title: str = "") -> Figure:
     """Return a heat map of one head's attention: a row for each query, a column for each key.
 
     Args:
         pattern: [query key], between 0 and 1. Fewer queries than keys are the last ones.
         labels: of the positions, which queries and keys share, such as the tokens; by default their numbers.
-        title: over the map.
+        title: of the figure.
 
     Raises:
         ValueError: the pattern is not [query key] or not between 0 and 1, or the labels are not as many as the keys.
@@ -60,12 +61,12 @@ def attention_pattern(pattern: Any, labels: Sequence[str] | None = None, title: 
             zmin=0.0,
             zmax=1.0,
             colorscale=SEQUENTIAL,
-            # The map is square and may be narrower than the page: a bar beside the page's edge would be far from it.
+            # The map is square and may be narrower than the page: a bar at the edge of the page would be far from it.
             colorbar=colour_bar(
                 "", orientation="h", x=0, xpad=0, xanchor="left", y=1.02, yanchor="bottom", len=130, lenmode="pixels"
             ),
             customdata=[[f"{words[query]} → {words[key]}" for key in keys] for query in queries],
-            # Without a format these would be the tick labels, which are tokens.
+            # The format `:d` shows positions; without it plotly shows the tick labels, which are tokens.
             hovertemplate="from position %{y:d} to %{x:d}<br>tokens %{customdata}<br>attention %{z:.3f}<extra></extra>",
         )
     )
@@ -79,15 +80,15 @@ def attention_pattern(pattern: Any, labels: Sequence[str] | None = None, title: 
     return figure.update_layout(margin_t=92 if title else 56, title_y=0.97, title_yanchor="top")
 
 
-def head_scores(scores: Any, title: str = "") -> Figure:
-    """Return a map of one number per head, the number written in each cell while there is room.
+def head_scores(scores: ArrayLike, title: str = "") -> Figure:
+    """Return a map of one number per head, with the number in each cell where there is room.
 
     Args:
         scores: [layer head], between 0 and 1; or, if some are negative, between -1 and 1, on a scale around 0.
-        title: over the map.
+        title: of the figure.
 
     Raises:
-        ValueError: the scores are not [layer head], or some are beyond 1: `patching_grid` draws those.
+        ValueError: the scores are not [layer head], or some are beyond 1: use `patching_grid` for these.
     """
     values = matrix(scores, "a map of head scores", "layer head")
     furthest = float(np.abs(values).max())
@@ -104,13 +105,13 @@ def head_scores(scores: Any, title: str = "") -> Figure:
     return styled(figure, title, 130 + _row_height(len(rows)) * len(rows), grid=False, least_width=_width(columns))
 
 
-def composition_matrix(scores: Any, writers: Sequence[str], readers: Sequence[str], title: str = "") -> Figure:
+def composition_matrix(scores: ArrayLike, writers: Sequence[str], readers: Sequence[str], title: str = "") -> Figure:
     """Return a map of composition scores, a row for each writing head, a column for each reading head.
 
     Args:
         scores: [writer reader], not negative; or, if some are, drawn on a scale around 0.
         writers, readers: the heads' labels, such as `"L0H1"`.
-        title: over the map.
+        title: of the figure.
 
     Raises:
         ValueError: the labels are not as many as the rows and columns.
@@ -130,7 +131,7 @@ def composition_matrix(scores: Any, writers: Sequence[str], readers: Sequence[st
 
 
 def ablation_bars(
-    labels: Sequence[str], values: Any, highlight: Sequence[bool], axis: str = "", title: str = ""
+    labels: Sequence[str], values: ArrayLike, highlight: Sequence[bool], axis: str = "", title: str = ""
 ) -> Figure:
     """Return a horizontal bar for each condition, with its value written at its end.
 
@@ -138,11 +139,11 @@ def ablation_bars(
         labels: of the conditions, from top to bottom.
         values: [condition].
         highlight: which bars to draw in the stronger colour.
-        axis: what the values are.
-        title: over the bars.
+        axis: the title of the values' axis.
+        title: of the figure.
 
     Raises:
-        ValueError: the three are not equally many.
+        ValueError: labels, values and highlights differ in number.
     """
     lengths = to_numpy(values)
     if lengths.shape != (len(labels),) or len(highlight) != len(labels):
@@ -188,7 +189,7 @@ def _numbered_map(
             zmin=low,
             zmax=high,
             colorscale=scale,
-            # The numbers say what a colour means.
+            # With numbers in the cells no colour bar is needed.
             showscale=not numbered,
             colorbar=colour_bar("", tickvals=[low, (low + high) / 2, high], tickformat=".3~g"),
             xgap=3 if numbered else 1,

@@ -1,9 +1,8 @@
-"""Which heads read what which heads write, as a graph."""
+"""A graph of heads, joined where one reads what another writes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -20,29 +19,31 @@ from hooked_lm.plotting.style import (
     styled,
     text,
 )
-from hooked_lm.utils import to_numpy
+from hooked_lm.utils import ArrayLike, to_numpy
 
-# The palest edge is still seen on paper.
+__all__ = ["composition_graph"]
+
+# The share of the colour scale of the palest edge, which is still visible on paper.
 _PALEST = 0.3
-# As many heads in a row have room for their names.
+# The largest number of heads in a row with room for their names.
 _NAMED = 16
 _CURVE = np.linspace(0.0, 1.0, 21)
 
 
 def composition_graph(
-    scores: Any, labels: Sequence[str] | None = None, top: int = 20, unit: str = "composition", title: str = ""
+    scores: ArrayLike, labels: Sequence[str] | None = None, top: int = 20, unit: str = "composition", title: str = ""
 ) -> Figure:
     """Return the heads as nodes, a row for each layer with the first at the bottom, joined where they compose most.
 
-    Edges are the wider and darker the higher their score. Heads that none of them joins are pale.
+    Edges with higher scores are wider and darker. Heads without an edge are pale.
 
     Args:
         scores: [layer head layer head], the writer's layer and head and then the reader's, as `head_composition(...)`
             gives in `scores`, `excess` and `z`.
         labels: of the heads, layer by layer, as in `model.all_head_labels`; by default `L0H0`, `L0H1`, ...
         top: how many edges to draw: those with the highest scores, of those above 0.
-        unit: what a score is.
-        title: over the graph.
+        unit: of the scores.
+        title: of the figure.
 
     Raises:
         ValueError: the scores have other axes, are not finite, or name a writer that is not in an earlier layer than
@@ -97,7 +98,7 @@ def _add_edges(
     names: Sequence[str],
     unit: str,
 ) -> None:
-    """The edges, the highest on top, each with a dot in its middle that says what it is."""
+    """The edges, the highest on top, each with a dot in its middle that has the hover text."""
     if not edges:
         return
     highest = float(square[edges[0]])
@@ -135,7 +136,7 @@ def _add_edges(
 
 
 def _curve(x0: float, y0: float, x1: float, y1: float) -> tuple[np.ndarray, np.ndarray]:
-    """A curve that leaves upwards and arrives upwards, and swings out past the layers between."""
+    """A curve that is vertical at both ends, and swings outwards past the layers between."""
     t, swing = _CURVE, 0.45 * min(y1 - y0 - 1, 3) * (1 if x0 + x1 >= 0 else -1)
     ease = t**2 * (3 - 2 * t)
     return x0 + (x1 - x0) * ease + swing * np.sin(np.pi * t) ** 2, y0 + (y1 - y0) * t

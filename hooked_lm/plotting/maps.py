@@ -1,9 +1,9 @@
-"""Maps of a run: what patching brings back, and what the residual stream says. Arrays in, plotly figures out."""
+"""Maps of a run: scores of patched runs, and tokens read from the residual stream. Arrays in, plotly figures out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import plotly.graph_objects as go
@@ -22,16 +22,18 @@ from hooked_lm.plotting.style import (
     ticks,
     visible,
 )
-from hooked_lm.utils import to_numpy
+from hooked_lm.utils import ArrayLike, to_numpy
 
-# How many letters there is room for across a page.
+__all__ = ["lens_table", "patching_grid"]
+
+# The number of letters across a page.
 _LETTERS = 100
-# How high the row of a site is, in pixels.
+# The height of the row of a site, in pixels.
 _SITE = 26
 
 
 def patching_grid(
-    scores: Any,
+    scores: ArrayLike,
     labels: Sequence[str] | None = None,
     *,
     axis: Literal["position", "head"] = "position",
@@ -46,11 +48,11 @@ def patching_grid(
         scores: [layer pos] or [layer head].
         labels: of the columns, such as the tokens of the positions; by default their numbers.
         axis: what the columns are.
-        centre: the score that has no colour: 0 for shares, the corrupted run's for scores as they are. Around 0, if no
-            score is negative and there is no limit, colours begin at 0: of norms and losses there is no other side.
+        centre: the score that has no colour: 0 for shares, the corrupted run's score for raw scores. Around 0, if no
+            score is negative and there is no limit, colours begin at 0, as for norms and losses.
         limit: the distance from the centre at which the colour is full; by default the largest there is.
-        unit: what a score is, said along the colour bar and where one points; in the title, where the bar is short.
-        title: over the map.
+        unit: of the scores, shown along the colour bar and on hovering; in the title where the bar is too short.
+        title: of the figure.
 
     Raises:
         ValueError: the scores have no two axes, the labels are not as many as the columns, or the limit is not above 0.
@@ -72,7 +74,7 @@ def patching_grid(
             colorbar=colour_bar(bar_unit, tickvals=span.marks, tickformat=".3~g"),
             xgap=1,
             ygap=1,
-            # Of heads the numbers are read one by one; of positions the picture is.
+            # Numbers for heads, which are read one by one; positions are read as a picture.
             texttemplate="%{z:.2f}" if axis == "head" and n_columns <= 16 else None,
             customdata=[_places(names)] * n_layers,
             hovertemplate=f"layer %{{y}}, {axis} %{{customdata}}<br>{text(unit)} %{{z:.3f}}<extra></extra>",
@@ -88,24 +90,24 @@ def patching_grid(
 
 def lens_table(
     tokens: Sequence[Sequence[Sequence[str]]],
-    probabilities: Any,
+    probabilities: ArrayLike,
     sites: Sequence[str],
     labels: Sequence[str] | None = None,
     title: str = "",
 ) -> Figure:
-    """Return a table of what the residual stream says: a row for each site, the last on top, a column per position.
+    """Return a table of tokens read from the residual stream: a row for each site, the last on top.
 
-    In each cell stands the likeliest token, in the colour of its probability; the others are shown where one points.
+    Each cell shows the likeliest token, in the colour of its probability; hovering shows the other tokens.
 
     Args:
         tokens: the likeliest tokens of each site and position, [site pos top], the likeliest first.
         probabilities: of those tokens, [site pos top].
         sites: the labels of the rows, in order of depth.
         labels: of the positions; by default their numbers.
-        title: over the table.
+        title: of the figure.
 
     Raises:
-        ValueError: the three do not fit together.
+        ValueError: tokens, probabilities and labels do not fit together.
     """
     values = to_numpy(probabilities)
     if values.ndim != 3 or values.size == 0:
@@ -128,7 +130,7 @@ def lens_table(
             colorbar=colour_bar(unit),
             xgap=2,
             ygap=2,
-            # There is little room: spaces at the ends are for where one points.
+            # The cells are small: spaces at the ends of a token are shown on hovering only.
             text=[[shown(cell[0].strip() or cell[0], letters) for cell in row] for row in tokens],
             texttemplate="%{text}" if letters > 2 else None,
             textfont={"size": 11},
@@ -143,7 +145,7 @@ def lens_table(
 
 
 def _places(names: Sequence[str]) -> list[str]:
-    """What is said of each column: its label; with its number, if there are columns with the same label."""
+    """The hover text of each column: its label; with its number, if two columns have the same label."""
     twice = len(set(names)) < len(names)
     return [f"{place} {text(name)}" if twice else text(name) for place, name in enumerate(names)]
 
@@ -151,7 +153,7 @@ def _places(names: Sequence[str]) -> list[str]:
 def _hover(
     tokens: Sequence[Sequence[Sequence[str]]], values: np.ndarray, sites: Sequence[str], places: Sequence[str]
 ) -> list[list[str]]:
-    """What is said of each cell: where it is, then every token and its probability."""
+    """The hover text of each cell: its place, then every token and its probability."""
     return [
         [
             "<br>".join(

@@ -1,4 +1,4 @@
-"""A self-contained HTML page of figures: plotly's own script is inside it, and it asks the network for nothing."""
+"""A self-contained HTML page of figures: plotly's own script is inside it, and it makes no requests."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from hooked_lm.plotting.document import plotly_div, plotly_document
 from hooked_lm.plotting.figure import HtmlFigure
 from hooked_lm.plotting.style import FONT
 
+__all__ = ["PageFigure", "page_html", "write_page"]
+
 
 @dataclass(frozen=True)
 class PageFigure:
     """One figure of a page, several side by side, or a text without any.
 
     Attributes:
-        heading: over it.
-        caption: what to see in it, in plain text.
+        heading: of the section.
+        caption: the explanation of the figures, in plain text.
         figures: left to right.
     """
 
@@ -37,13 +39,13 @@ def page_html(
     facts: Sequence[tuple[str, str]] = (),
     footer: str = "",
 ) -> str:
-    """Return a whole HTML page. Text is escaped; nothing in it is read as HTML.
+    """Return a whole HTML page. Texts are escaped.
 
     Args:
         title: of the page.
         introduction: the paragraph under it.
         sections: the figures, in order.
-        facts: (number, what it is) pairs shown large, above the figures.
+        facts: pairs (number, meaning), shown large above the figures.
         footer: the last line.
     """
     tiles = "".join(f"<li><b>{escape(number)}</b><span>{escape(meaning)}</span></li>" for number, meaning in facts)
@@ -68,7 +70,7 @@ def write_page(
     """Write a page to a file, whole or not at all, and return its path.
 
     Args:
-        path: of the file; folders that lack are made.
+        path: of the file; missing folders are made.
         title, introduction, sections, facts, footer: as for `page_html`.
 
     Raises:
@@ -82,7 +84,7 @@ def _section(section: PageFigure, number: int) -> str:
         figure.frame() if isinstance(figure, HtmlFigure) else plotly_div(figure, f"figure-{number}-{place}")
         for place, figure in enumerate(section.figures)
     )
-    # The columns are fixed beforehand: each figure measures its place as soon as it is reached.
+    # The columns are fixed in the style: the script of each figure measures its element as soon as it runs.
     row = f'<div class="row" style="--columns: {len(section.figures)}">{plots}</div>' if plots else ""
     return f"<section><h2>{escape(section.heading)}</h2>{row}<p>{escape(section.caption)}</p></section>\n"
 

@@ -1,4 +1,4 @@
-"""PNG files: parts that follow each other, each with its length, its name and a sum to check it by."""
+"""PNG files: a sequence of chunks, each with its length, its name and a checksum."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator
 
+__all__ = ["first_rows", "written"]
+
 _BEGINNING = b"\x89PNG\r\n\x1a\n"
-# Numbers in a pixel, by the header's number for its kind: grey, RGB, from a palette, grey and RGB with transparency.
+# Numbers per pixel, by the header's colour type: grey, RGB, palette, grey and RGB with transparency.
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 
 
 def written(parts: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """Return the file of parts, each a name and its content, without the empty one at the end."""
+    """Return the file of chunks, each a name and its content; the empty chunk at the end is added."""
     return _BEGINNING + b"".join(
         struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
         for name, content in (*parts, (b"IEND", b""))
@@ -20,11 +22,11 @@ def written(parts: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 def first_rows(png: bytes, rows: int) -> bytes:
-    """Return a picture without what is below its first rows.
+    """Return the first rows of a picture.
 
     Args:
-        png: the file; 8 bits for a number, and not interlaced.
-        rows: how many to keep, in its pixels.
+        png: the file; 8 bits per number, not interlaced.
+        rows: the number of rows to keep, in pixels.
 
     Raises:
         ValueError: it is no such file, or has fewer rows.
@@ -36,7 +38,7 @@ def first_rows(png: bytes, rows: int) -> bytes:
         raise ValueError(
             f"a PNG of {rows} rows or more, 8 bits and not interlaced is expected, got {height} and {form}"
         )
-    # A row begins with its filter, and refers to rows above it only.
+    # A row begins with its filter, which refers to earlier rows only.
     kept = rows * (1 + width * _CHANNELS[kind])
     pixels = zlib.decompress(b"".join(content for name, content in parts if name == b"IDAT"))[:kept]
     header = struct.pack(">IIBBBBB", width, rows, *form)

@@ -7,17 +7,19 @@ import re
 import subprocess
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
+from hooked_lm._support.plain_data import PlainData
 from hooked_lm.plotting.png import first_rows
+
+__all__ = ["browser_flags", "find_browser", "page_image", "plotly_image"]
 
 _NO_KALEIDO = (
     "a figure becomes an image through kaleido, which is not installed: pip install 'hooked-lm[png]', or save .html"
 )
 _REMEDY = "install one, or let `kaleido_get_chrome` fetch one, or set BROWSER_PATH to it; .html needs none"
-# More than the bars that a window has besides the page, in pixels. What is under them is left unpainted.
+# Extra height of the window, in pixels: more than the browser's own bars, under which a page stays unpainted.
 _BARS = 200
-# What every page is shown with: nothing of its own is fetched, and nothing asked of the user.
+# Flags for every page: no background requests of the browser, and no questions to the user.
 _FLAGS = (
     *("--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -28,7 +30,7 @@ def find_browser() -> str:
     """Return the path of the Chrome or Chromium that images are drawn with: `BROWSER_PATH`, or the one kaleido finds.
 
     Raises:
-        ImportError: kaleido, which knows where browsers are, is not installed.
+        ImportError: kaleido, which finds the browser, is not installed.
         RuntimeError: there is no browser, or `BROWSER_PATH` is no file.
     """
     try:
@@ -56,14 +58,14 @@ def _no_browser() -> str:
     return f"images are drawn with Chrome or Chromium, and {found}: {_REMEDY}"
 
 
-def plotly_image(figure: dict[str, Any], ending: str, width: int, height: int, scale: float) -> bytes:
+def plotly_image(figure: PlainData, ending: str, width: int, height: int, scale: float) -> bytes:
     """Return a plotly figure as an image. It takes about two seconds, most of them the browser's start.
 
     Args:
         figure: as a dictionary.
         ending: `"png"`, `"svg"` or `"pdf"`.
         width, height: in pixels of the layout.
-        scale: pixels of the image for each of them.
+        scale: pixels of the image for each pixel of the layout.
 
     Raises:
         ImportError: kaleido is not installed.
@@ -75,12 +77,13 @@ def plotly_image(figure: dict[str, Any], ending: str, width: int, height: int, s
     except ImportError as error:
         raise ImportError(_NO_KALEIDO) from error
     try:
-        # Without this kaleido's page asks a content network for the script that sets formulas.
-        return kaleido.calc_fig_sync(
+        # Without this option kaleido's page loads the script for formulas from a content network.
+        image: bytes = kaleido.calc_fig_sync(
             figure,
             opts={"format": ending, "width": width, "height": height, "scale": scale},
             kopts={"mathjax": False},
         )
+        return image
     except ChromeNotFoundError as error:
         raise RuntimeError(_no_browser()) from error
 
@@ -91,10 +94,10 @@ def page_image(html: str, width: int, scale: float) -> bytes:
     Args:
         html: the document; once it is drawn, `data-height` of its root element is the content's height in pixels.
         width: of the window, in pixels.
-        scale: pixels of the image for each of them.
+        scale: pixels of the image for each pixel of the window.
 
     Raises:
-        ImportError: kaleido, which knows where browsers are, is not installed.
+        ImportError: kaleido, which finds the browser, is not installed.
         RuntimeError: there is no browser, or it failed.
     """
     browser = find_browser()

@@ -1,29 +1,66 @@
-"""What the figures share: colours, letters, ticks, and how a text gets into a figure as it is."""
+"""Parts of all figures: colours, fonts, ticks, and texts that are shown without markup."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hooked_lm.utils import to_numpy
+from hooked_lm._support.plain_data import PlainData
+from hooked_lm.utils import ArrayLike, to_numpy
+
+if TYPE_CHECKING:
+    from hooked_lm.plotting.figure import Figure
+
+__all__ = [
+    "BLUE",
+    "CURVES",
+    "DIVERGING",
+    "FONT",
+    "GREY",
+    "GRID",
+    "INK",
+    "MUTED",
+    "ORANGE",
+    "PAPER",
+    "RUST",
+    "SEQUENTIAL",
+    "Scale",
+    "Span",
+    "categories",
+    "colour_at",
+    "colour_bar",
+    "ink_on",
+    "matrix",
+    "names_of",
+    "number",
+    "place_of_unit",
+    "require_attention",
+    "shown",
+    "span_of",
+    "styled",
+    "text",
+    "ticks",
+    "visible",
+    "with_room",
+]
 
 INK, MUTED, GRID, PAPER = "#1c1c1a", "#63625c", "#e7e5de", "#ffffff"
 BLUE, ORANGE, GREY = "#2a6fbb", "#d9661f", "#b3b1a8"
-# Orange as bright as that of a line is too pale for letters.
+# The orange of lines is too pale for letters.
 RUST = "#a8480c"
-# Told apart also by the colour-blind.
+# Distinguishable also for the colour-blind.
 CURVES = (BLUE, ORANGE, "#3d8b5f", "#8757b0", GREY)
 FONT = "-apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, system-ui, sans-serif"
 
 Scale = list[tuple[float, str]]
 
-# One hue from light to dark: lightness says how much, also in print and to the colour-blind.
+# One hue from light to dark: lightness shows the value, also in print and for the colour-blind.
 SEQUENTIAL: Scale = [(0.0, "#fbfaf6"), (0.15, "#dbe8f5"), (0.4, "#92bde6"), (0.7, "#2f7bc8"), (1.0, "#0f3d73")]
-# Paper in the middle: blue is above it, orange below, and both darken with the distance.
+# Paper in the middle: values above it are blue, below it orange, and darker with the distance.
 DIVERGING: Scale = [
     (0.0, "#7a3208"),
     (0.15, "#d9661f"),
@@ -37,15 +74,15 @@ DIVERGING: Scale = [
 ]
 
 
-def styled(figure: Any, title: str, height: int, grid: bool = True, least_width: int = 0) -> Any:
+def styled(figure: Figure, title: str, height: int, grid: bool = True, least_width: int = 0) -> Figure:
     """Return the figure in the common style.
 
-    The paper is white and not transparent: the dark letters stay readable on a dark page, and what one sees there is
-    what is printed.
+    The paper is white and not transparent: the dark letters stay readable on a dark page, and the figure is printed as
+    it is shown.
 
     Args:
         figure: a plotly figure, which is changed.
-        title: over it; shown as it is, with no part of it read as markup.
+        title: of the figure; shown as it is, without markup.
         height: in pixels, with the margins.
         grid: whether the axes have grid lines.
         least_width: in pixels; on a narrower page the figure is scrolled and not made smaller.
@@ -75,18 +112,18 @@ def styled(figure: Any, title: str, height: int, grid: bool = True, least_width:
     return figure
 
 
-def colour_bar(unit: str, **changes: Any) -> dict[str, Any]:
+def colour_bar(unit: str, **changes: object) -> PlainData:
     """Return a narrow colour bar beside a map, with its unit along it; by default of shares from 0 to 1."""
     title = {"text": text(unit), "side": "right", "font": {"color": MUTED, "size": 13}}
     bar = {"thickness": 8, "outlinewidth": 0, "tickvals": [0, 0.5, 1], "tickfont": {"color": MUTED}, "title": title}
-    # Between the numbers and the unit there is otherwise no space at all.
+    # Without this suffix the unit would touch the numbers.
     return bar | {"ticksuffix": "\u2002"} | changes
 
 
 def place_of_unit(title: str, unit: str, length: float) -> tuple[str, str]:
-    """Return the title of a map, and what stands along its colour bar: the unit.
+    """Return the title of a map and the text along its colour bar: the unit.
 
-    Where the bar is too short for it, nothing stands there, and the title says it.
+    Where the bar is too short for the unit, its text is empty and the unit joins the title.
 
     Args:
         title: of the map.
@@ -127,7 +164,7 @@ class Span:
 
     @property
     def marks(self) -> list[float]:
-        """Return the values that a legend names: the ends and the middle."""
+        """The values that a legend names: the ends and the middle."""
         return [self.low, (self.low + self.high) / 2, self.high]
 
     def colour(self, value: float) -> str:
@@ -138,8 +175,8 @@ class Span:
 def span_of(values: np.ndarray, centre: float, limit: float | None) -> Span:
     """Return the span of values around a centre, up to the limit or the furthest of them; NaN counts for nothing.
 
-    Amounts, which are values above 0 around which nobody asked for a limit, go from 0 to the largest: half of the
-    colours would be of values that there cannot be.
+    Values that are not negative, around a centre of 0 and without a limit, get a span from 0 to the largest: otherwise
+    half of the colours would stand for values that do not occur.
 
     Args:
         values: of any shape.
@@ -153,7 +190,7 @@ def span_of(values: np.ndarray, centre: float, limit: float | None) -> Span:
         raise ValueError(f"limit is the distance from the centre at which the colour is full, above 0, not {limit!r}")
     furthest = float(np.nanmax(np.abs(values - centre), initial=0.0)) if limit is None else float(limit)
     furthest = furthest or 1.0
-    # What is below 0 by rounding alone is no sign.
+    # Values slightly below 0 are rounding errors, not negative values.
     if centre == 0 and limit is None and not (values < -1e-3 * furthest).any():
         return Span(0.0, furthest, SEQUENTIAL)
     return Span(centre - furthest, centre + furthest, DIVERGING)
@@ -171,7 +208,7 @@ def colour_at(scale: Scale, share: float) -> str:
 def ink_on(colour: str) -> str:
     """Return the colour of letters that can be read on a colour: black or white, whichever has more contrast.
 
-    With black it is 4.5 or more on any colour, which WCAG 2 asks for; with the softer ink of other letters it is not.
+    The contrast is 4.5 or more on any colour, as WCAG 2 asks; with the softer ink of other letters it would not be.
     """
     luminance = _luminance(colour)
     return "#000000" if (luminance + 0.05) / 0.05 >= 1.05 / (luminance + 0.05) else "#ffffff"
@@ -188,17 +225,17 @@ def _luminance(colour: str) -> float:
 
 
 def text(words: str) -> str:
-    """Return a text so that plotly shows it as it is: no part is read as markup, as a formula or as a template."""
+    """Return a text escaped for plotly, so that it is shown as it is: without markup, formulas or templates."""
     return escape(words).replace("$", "&#36;").replace("%{", "&#37;{")
 
 
 def visible(label: str) -> str:
-    """Return a label of which one sees all: in quotes, if it is empty, has a space at an end, or has line breaks."""
+    """Return a label that shows every character: in quotes if it is empty, or has spaces at its ends or line breaks."""
     return label if label and label == label.strip() and label.isprintable() else repr(label)
 
 
 def shown(label: str, letters: int) -> str:
-    """Return a label as plotly shows it: visible, not too long, and no part of it read as markup."""
+    """Return a label for plotly: visible, not too long, and without markup."""
     label = visible(label)
     return text(label if len(label) <= letters else label[: letters - 1] + "…")
 
@@ -207,7 +244,7 @@ def names_of(labels: Sequence[str] | None, n: int, what: str) -> list[str]:
     """Return the labels, visible; by default the numbers.
 
     Raises:
-        ValueError: they are not `n`.
+        ValueError: there are not `n` labels.
     """
     names = [str(place) for place in range(n)] if labels is None else [visible(str(label)) for label in labels]
     if len(names) != n:
@@ -227,10 +264,10 @@ def categories(labels: Sequence[str], letters: int = 40) -> list[str]:
     return places
 
 
-def ticks(names: Sequence[str], most: int) -> dict[str, Any]:
-    """Return tick labels for cells 0, 1, ...: all of them, or as many as there is room for.
+def ticks(names: Sequence[str], most: int) -> PlainData:
+    """Return tick labels for cells 0, 1, ...: all of them, or evenly spaced ones, at most `most`.
 
-    Places are numbers and not their labels, which may be the same for two.
+    The ticks' places are numbers, because two labels may be the same.
     """
     places = range(0, len(names), -(-len(names) // most))
     return {"tickvals": list(places), "ticktext": [shown(names[place], 22) for place in places]}
@@ -239,11 +276,11 @@ def ticks(names: Sequence[str], most: int) -> dict[str, Any]:
 # Arrays
 
 
-def matrix(values: Any, what: str, axes: str) -> np.ndarray:
+def matrix(values: ArrayLike, what: str, axes: str) -> np.ndarray:
     """Return the values as an array of two axes.
 
     Raises:
-        ValueError: they have another number of axes, or there are none.
+        ValueError: the values have another number of axes, or are none.
     """
     array = to_numpy(values)
     if array.ndim != 2 or array.size == 0:
@@ -255,7 +292,7 @@ def require_attention(values: np.ndarray) -> None:
     """Check that attention is between 0 and 1.
 
     Raises:
-        ValueError: some is not.
+        ValueError: some of it is not.
     """
     low, high = float(values.min()), float(values.max())
     if not (low >= -1e-3 and high <= 1 + 1e-3):

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 import numpy as np
 
 from hooked_lm.plotting.figure import HtmlFigure
 from hooked_lm.plotting.style import Span, ink_on, span_of
 from hooked_lm.plotting.widgets import TOKEN_STYLE, TOOLTIP_SCRIPT, legend, on_page
-from hooked_lm.utils import to_numpy
+from hooked_lm.utils import ArrayLike, to_numpy
+
+__all__ = ["coloured_tokens"]
 
 
 def coloured_tokens(
     tokens: Sequence[str],
-    values: Any,
+    values: ArrayLike,
     centre: float = 0.0,
     limit: float | None = None,
     unit: str = "value",
@@ -24,16 +25,16 @@ def coloured_tokens(
 ) -> HtmlFigure:
     """Return the text, each token on the colour of its value: blue above the centre, orange below.
 
-    Values of which none is negative, such as losses, are the bluer the larger, if centre and limit are left as they
-    are. The value is shown where one points, or where the keyboard is.
+    Where no value is negative, as with losses, larger values are bluer if centre and limit are the defaults. The value
+    is shown on hovering and on keyboard focus.
 
     Args:
-        tokens: the text, in pieces, as the tokenizer gives them: spaces and line breaks are part of it.
+        tokens: the text, in pieces, as the tokenizer gives them, with spaces and line breaks.
         values: [pos]; NaN for a token that has none, such as the loss of the first.
         centre: the value that has no colour.
         limit: the distance from the centre at which the colour is full; by default the largest there is.
-        unit: what a value is.
-        title: over the text.
+        unit: of the values.
+        title: of the figure.
 
     Raises:
         ValueError: there are no tokens, or not as many as values, or a value is infinite, or the limit is not positive.
@@ -53,7 +54,7 @@ def coloured_tokens(
     scale = legend(span.scale, [f"{mark:.3g}" for mark in span.marks], unit)
     tip = f'<div id="tip" role="status"></div>\n<script>{TOOLTIP_SCRIPT}</script>'
     body = f'{scale}\n<p class="tokens">{pieces}</p>\n{tip}'
-    # Some 110 letters stand in a line, and a line break ends one.
+    # About 110 letters fit into a line, and a line break ends one.
     lines = 1 + sum(map(len, tokens)) // 100 + sum(token.count("\n") for token in tokens)
     return HtmlFigure(title, body, TOKEN_STYLE, height=110 + 30 * lines)
 

@@ -14,22 +14,24 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hooked_lm.components.activations import soft_cap
 from hooked_lm.components.sequence import SequenceLayout
+from hooked_lm.hooked_model import HookedModel
 from hooked_lm.interventions import Intervention
 from hooked_lm.metrics import Metric, one_number
 from hooked_lm.names import get_act_name
+from hooked_lm.sweep.exactness import walking_obstacle
 from hooked_lm.sweep.first_change import from_first_change, is_compared
-from hooked_lm.sweep.plan import Cell, Stage, plan_cell, reads_per_head
-from hooked_lm.sweep.walk import Base, Group, Walk, key_site
+from hooked_lm.sweep.plan import Stage, SweepCell, plan_cell, reads_per_head
+from hooked_lm.sweep.walk import BaseRun, SweepWalk, WalkGroup, key_site
+from hooked_lm.tokenization import Prompts
 
-AnyMetric = Metric | Callable[[Tensor], Any]
+AnyMetric = Metric | Callable[[Tensor], Tensor | float]
 
 
 @torch.no_grad()
 def sweep(
-    model: Any,
-    tokens: Int[Tensor, "batch pos"] | Any,
+    model: HookedModel,
+    tokens: Prompts,
     cells: Iterable[Intervention | Sequence[Intervention]],
     metric: AnyMetric,
     *,
@@ -44,8 +46,9 @@ def sweep(
 
     Equal to running the model once per cell, up to the order of floating-point sums. Cells of any sites, layers and
     positions mix. What cannot be walked is run the plain way, and the progress bar says why: bidirectional models,
-    models with hooks of their own, cells that change tokens, embeddings or the unembedding, and whatever is `always`
-    changed in the blocks. Cells that change nothing the metric reads get the score of the run as it is.
+    models with hooks or with components that are not this package's own (`components.stock`), cells that change tokens,
+    embeddings or the unembedding, and whatever is `always` changed in the blocks. Cells that change nothing the metric
+    reads get the score of the run as it is.
 
     Args:
         model: a `HookedTransformer`.
@@ -82,7 +85,7 @@ def sweep(
         metric.check_run(tokens, model.cfg.d_vocab_out, attention_mask)
     _check(model, [*plans, tuple(always)], tokens)
     engine = _Engine(model, tokens, attention_mask, metric, tuple(always), memory_budget)
-    obstacle = engine.obstacle() if incremental else "asked for"
+    obstacle = walking_obstacle(model, always) if incremental else "asked for"
     described = "sweep" if obstacle is None else f"one run per cell ({obstacle})"
     with tqdm(total=len(plans), disable=not verbose, desc=described, leave=False) as bar:
         results = engine.run(plans, incremental=obstacle is None, advance=bar.update)
@@ -95,7 +98,7 @@ class _Engine:
 
     def __init__(
         self,
-        model: Any,
+        model: HookedModel,
         tokens: Tensor,
         attention_mask: Tensor | None,
         metric: AnyMetric,
@@ -124,26 +127,6 @@ class _Engine:
             advance(1)
         return results
 
-    def obstacle(self) -> str | None:
-        """Why nothing can be walked, or None."""
-        if self.cfg.n_layers == 0:
-            return "there are no layers to spare"
-        if self.cfg.attention_dir == "bidirectional":
-            return "earlier positions see later ones"
-        if any(point.live for point in self.model.hook_points()):
-            return "the model has hooks, which may do anything"
-        if any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules()):
-            return "modules of the model have hooks of torch's, which may do anything"
-        if any(one.site.startswith(("blocks.", "ln_final.", "unembed.")) for one in self.always):
-            return "something in the blocks is changed in every run"
-        if (
-            self.cfg.use_qk_norm
-            and self.cfg.qk_norm_after_rotary
-            and not all(map(self.cfg.rotates, range(self.cfg.n_layers)))
-        ):
-            return "no hook point shows the keys as attention uses them"
-        return None
-
     def plain(self, interventions: Sequence[Intervention]) -> Float[Tensor, "batch pos vocab"]:
         """Return the logits of one whole run."""
         logits: Tensor = self.model.run(
@@ -159,7 +142,7 @@ class _Engine:
 
     # The incremental way
 
-    def walk(self, cells: list[Cell], results: Tensor, advance: Callable[[int], object]) -> None:
+    def walk(self, cells: list[SweepCell], results: Tensor, advance: Callable[[int], object]) -> None:
         base, out = self.base_run(cells)
         last_read = self.metric.pos % self.tokens.shape[1] if isinstance(self.metric, Metric) else 0
         changing = [from_first_change(cell, base.cache, self.model.hook_dict) for cell in cells]
@@ -172,12 +155,12 @@ class _Engine:
             results[without_effect] = self.base_scores(out).to(results.dtype)
             advance(len(without_effect))
         for chunk in self.chunks(walked):
-            final = Walk(self.model, base, chunk, last_read).run(lambda: None)
+            final = SweepWalk(self.model, base, chunk, last_read).run(lambda: None)
             for group, normalized in final:
-                self.judge(group, normalized, out, results)
+                self.score_group(group, normalized, out, results)
             advance(len(chunk))
 
-    def base_run(self, cells: Sequence[Cell]) -> tuple[Base, Float[Tensor, "batch pos out"]]:
+    def base_run(self, cells: Sequence[SweepCell]) -> tuple[BaseRun, Float[Tensor, "batch pos out"]]:
         """Run the prompts once, and keep what rows join with and read.
 
         With it comes the stream after the last layer if the metric says what it reads, and the logits if it does not.
@@ -204,7 +187,7 @@ class _Engine:
         valid = None if mask is None or bool(mask.all()) else mask.bool()
         layout = SequenceLayout(self.tokens.shape[1], 0, self.model.W_E.device, valid)
         shortformer = cache.get("hook_pos_embed") if self.cfg.positional_embedding_type == "shortformer" else None
-        return Base(cache, layout, shortformer), out
+        return BaseRun(cache, layout, shortformer), out
 
     def base_scores(self, out: Float[Tensor, "batch pos out"]) -> Float[Tensor, " score"]:
         """Return the scores of the base run, from what `base_run` returns."""
@@ -213,7 +196,7 @@ class _Engine:
         read = self.model.ln_final(out[:, self.metric.pos, None])
         return self.metric.scores(self.read_logits(read.transpose(0, 1)))[0]
 
-    def joined_with(self, cell: Cell) -> set[str]:
+    def joined_with(self, cell: SweepCell) -> set[str]:
         """The names of the base run's activations that a cell's rows are made of."""
         if cell.stage is Stage.START:
             return set()
@@ -228,7 +211,7 @@ class _Engine:
         exist = (get_act_name(name, cell.layer) for name in others)
         return sites | {name for name in exist if name in self.model.hook_dict}
 
-    def chunks(self, cells: list[Cell]) -> Iterable[list[Cell]]:
+    def chunks(self, cells: list[SweepCell]) -> Iterable[list[SweepCell]]:
         """The cells in portions whose activations fit the memory budget. Cells of one layer stay together."""
         cfg, (batch, n_positions) = self.cfg, self.tokens.shape
         width = 12 * cfg.d_model + 4 * (cfg.d_mlp or 0) + 3 * cfg.n_heads * n_positions + 6 * cfg.n_heads * cfg.d_head
@@ -236,7 +219,7 @@ class _Engine:
         # All logits of the positions that are read, and what the metric makes of them.
         n_read, tokens = (1, self.metric.tokens) if isinstance(self.metric, Metric) else (n_positions, None)
         per_cell = 2 * batch * n_read * cfg.d_vocab_out * self.model.W_E.element_size() if tokens is None else 0
-        chunk: list[Cell] = []
+        chunk: list[SweepCell] = []
         used = 0
         # Where one cell gives heads inputs of their own, all rows have such: cells that do are kept apart.
         apart = {cell.index: reads_per_head(cell.on_the_way) for cell in cells}
@@ -250,7 +233,7 @@ class _Engine:
         if chunk:
             yield chunk
 
-    def judge(self, group: Group, normalized: Tensor, base_out: Tensor, results: Tensor) -> None:
+    def score_group(self, group: WalkGroup, normalized: Tensor, base_out: Tensor, results: Tensor) -> None:
         """Put down the scores of a group's cells, given their final stream [row pos d_model]."""
         batch = self.tokens.shape[0]
         if isinstance(self.metric, Metric):
@@ -269,13 +252,10 @@ class _Engine:
         if tokens is None:
             logits: Tensor = unembed(read)
             return logits
-        tokens = tokens.to(read.device)
-        directions = unembed.W_U.T[tokens]  # [batch_or_1 token d_model]
-        logits = torch.einsum("cbd,btd->cbt", read, directions.expand(read.shape[1], -1, -1)) + unembed.b_U[tokens]
-        return soft_cap(logits * unembed.scale, unembed.cap)
+        return unembed.of_tokens(read, tokens.to(read.device))
 
 
-def _check(model: Any, plans: Iterable[Sequence[Intervention]], tokens: Tensor) -> None:
+def _check(model: HookedModel, plans: Iterable[Sequence[Intervention]], tokens: Tensor) -> None:
     """Check every intervention against the model and the prompts, before anything runs."""
     axes = {name: point.axes for name, point in model.hook_dict.items()}
     for plan in plans:

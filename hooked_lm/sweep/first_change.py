@@ -6,15 +6,15 @@ nothing; a patch of a whole head changes nothing before the prompts part.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from hooked_lm.hooks.point import HookPoint
+from hooked_lm.hooks import HookPoint
 from hooked_lm.interventions import Intervention
-from hooked_lm.sweep.plan import Cell
+from hooked_lm.sweep.plan import SweepCell
 
 # Two ways of computing one activation (attention fused or not) differ by some forty roundings of an entry, or of one of
 # middling size at its position.
@@ -26,11 +26,11 @@ def is_compared(point: HookPoint) -> bool:
 
     Nor behind the last block, where the base run need not go.
     """
-    axes = (point.axes or "").split()
+    axes = point.axes
     return "pos" in axes and not point.on_demand and str(point.name).startswith("blocks.")
 
 
-def from_first_change(cell: Cell, base: Mapping[str, Tensor], points: Mapping[str, HookPoint]) -> Cell | None:
+def from_first_change(cell: SweepCell, base: Mapping[str, Tensor], points: Mapping[str, HookPoint]) -> SweepCell | None:
     """Return the cell with the first position that it changes, or None if it changes nothing.
 
     As long as no edit changes a position, all activations there are the base run's; so it is enough to make each edit
@@ -45,13 +45,13 @@ def from_first_change(cell: Cell, base: Mapping[str, Tensor], points: Mapping[st
     for one in (*cell.at_entry, *cell.on_the_way):
         if not is_compared(points[one.site]):
             return cell
-        first = _first_change(one, base[one.site], (points[one.site].axes or "").split())
+        first = _first_change(one, base[one.site], points[one.site].axes)
         if first is not None:
             firsts.append(first)
     return replace(cell, first=min(firsts)) if firsts else None
 
 
-def _first_change(one: Intervention, activation: Tensor, axes: list[str]) -> int | None:
+def _first_change(one: Intervention, activation: Tensor, axes: Sequence[str]) -> int | None:
     edited = one.apply(activation, axes)[0]
     different = edited != activation
     if one.operation == "replace" and activation.dtype in (torch.float32, torch.float64):

@@ -21,7 +21,7 @@ class Stage(IntEnum):
 
 
 @dataclass(frozen=True)
-class Cell:
+class SweepCell:
     """One cell: interventions that are made together.
 
     Attributes:
@@ -58,7 +58,7 @@ _BLOCK_SITE = re.compile(r"blocks\.(\d+)\.(.+)")
 
 def plan_cell(
     index: int, interventions: Sequence[Intervention], cfg: HookedTransformerConfig, n_positions: int
-) -> Cell | None:
+) -> SweepCell | None:
     """Return how a cell enters the walk.
 
     None if it cannot: if it changes what comes before the first block, or the logits themselves, or both a norm and
@@ -78,7 +78,7 @@ def plan_cell(
     # A site that is edited by a hook does not let anything enter past it.
     if len(at_entry) < sum(key == (layer, stage, order) for key in keys):
         at_entry = ()
-    return Cell(
+    return SweepCell(
         index=index,
         layer=layer,
         stage=Stage(stage),

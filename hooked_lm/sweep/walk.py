@@ -12,19 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from hooked_lm.components.positions import RotarySpec
 from hooked_lm.components.sequence import SequenceLayout
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.hooks import HookPoint
+from hooked_lm.hooked_model import HookedModel
+from hooked_lm.hooks import HookPoint, without_hooks
 from hooked_lm.interventions import Intervention
 from hooked_lm.names import get_act_name
-from hooked_lm.sweep.plan import Cell, Stage
+from hooked_lm.sweep.plan import Stage, SweepCell
 
 
 def key_site(cfg: HookedTransformerConfig, layer: int) -> str:
@@ -33,7 +33,7 @@ def key_site(cfg: HookedTransformerConfig, layer: int) -> str:
 
 
 @dataclass
-class Base:
+class BaseRun:
     """The run that all cells start from.
 
     Attributes:
@@ -56,7 +56,7 @@ class Base:
 
 
 @dataclass
-class Group:
+class WalkGroup:
     """The rows of cells that share their first position: cell after cell, each with every prompt.
 
     Attributes:
@@ -67,13 +67,13 @@ class Group:
 
     first: int
     start: int = 0
-    cells: list[Cell] = field(default_factory=list)
+    cells: list[SweepCell] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.start = self.first
 
 
-class Walk:
+class SweepWalk:
     """A walk with some cells.
 
     Args:
@@ -83,22 +83,22 @@ class Walk:
         last_read: the first position that anything reads of the last layer.
     """
 
-    def __init__(self, model: Any, base: Base, cells: Sequence[Cell], last_read: int) -> None:
+    def __init__(self, model: HookedModel, base: BaseRun, cells: Sequence[SweepCell], last_read: int) -> None:
         self.model, self.base, self.last_read = model, base, last_read
-        self.joining: dict[tuple[int, Stage], dict[int, list[Cell]]] = {}
+        self.joining: dict[tuple[int, Stage], dict[int, list[SweepCell]]] = {}
         for cell in cells:
             after_block = cell.stage is Stage.END
             key = (cell.layer + 1, Stage.START) if after_block else (cell.layer, cell.stage)
             self.joining.setdefault(key, {}).setdefault(cell.first, []).append(cell)
-        self.groups: list[Group] = [Group(first) for first in sorted({cell.first for cell in cells})]
-        self.edits: dict[str, list[tuple[Cell, Intervention]]] = {}
+        self.groups: list[WalkGroup] = [WalkGroup(first) for first in sorted({cell.first for cell in cells})]
+        self.edits: dict[str, list[tuple[SweepCell, Intervention]]] = {}
         for cell in cells:
             for one in cell.on_the_way:
                 self.edits.setdefault(one.site, []).append((cell, one))
-        self.current: Group | None = None
+        self.current: WalkGroup | None = None
         self._layouts: dict[tuple[int, int, int], SequenceLayout] = {}
 
-    def run(self, advance: Callable[[], object]) -> list[tuple[Group, Float[Tensor, "row pos d_model"]]]:
+    def run(self, advance: Callable[[], object]) -> list[tuple[WalkGroup, Float[Tensor, "row pos d_model"]]]:
         """Return each group with the final, normalised stream of its rows.
 
         Args:
@@ -121,7 +121,7 @@ class Walk:
         if z.shape[1] == 0:
             middle = stream
         else:
-            attn_out = block.hook_attn_out(block.ln1_post(block.attn.write(block.attn.hook_z(z))))
+            attn_out = block.attention_output(block.attn.write(block.attn.hook_z(z)))
             if block.attn_only or block.parallel:
                 return block.after_attention(stream, attn_out)
             middle = block.joined(stream, attn_out, block.ln1)
@@ -168,7 +168,7 @@ class Walk:
             group.start = start
         return skipped
 
-    def _with_past(self, name: str, group: Group, new: Float[Tensor, "row pos kv_head d_head"]) -> Tensor:
+    def _with_past(self, name: str, group: WalkGroup, new: Float[Tensor, "row pos kv_head d_head"]) -> Tensor:
         """Keys or values of every position: those before the group's rows are the base run's."""
         if group.first == 0:
             return new
@@ -178,7 +178,7 @@ class Walk:
         whole[:, group.first :] = new
         return whole
 
-    def _layout(self, group: Group) -> SequenceLayout:
+    def _layout(self, group: WalkGroup) -> SequenceLayout:
         valid = self.base.layout.valid
         n_cells = len(group.cells) if valid is not None else 1
         key = (group.first, group.start, n_cells)
@@ -218,7 +218,7 @@ class Walk:
                 zs[index] = _rows(zs[index], gathered[:, group.start :])
         return self._pack(streams), self._pack(zs)
 
-    def _entering(self, cell: Cell) -> Float[Tensor, "batch pos d_model"]:
+    def _entering(self, cell: SweepCell) -> Float[Tensor, "batch pos d_model"]:
         """The stream of a cell where it joins at the start of a block, or in its middle, every position of it."""
         layer, site = cell.layer, cell.at_entry[0].site.rpartition("hook_")[2] if cell.at_entry else None
         if cell.stage is Stage.START:
@@ -229,13 +229,13 @@ class Walk:
         if cell.stage is Stage.MID:
             if site == "attn_out":
                 attn_out = self._edited(cell, get_act_name("attn_out", layer))
-                return block.joined(self._base("resid_pre", layer), attn_out, _quiet(block.ln1))
+                return block.joined(self._base("resid_pre", layer), attn_out, _hookless(block.ln1))
             return self._edited(cell, get_act_name("resid_mid", layer))
         if site == "resid_post":
             return self._edited(cell, get_act_name("resid_post", layer))
         return self._after_writing(cell, layer, str(site))
 
-    def _after_writing(self, cell: Cell, layer: int, site: str) -> Float[Tensor, "batch pos d_model"]:
+    def _after_writing(self, cell: SweepCell, layer: int, site: str) -> Float[Tensor, "batch pos d_model"]:
         """The stream after a block in which what attention or the MLP writes is edited last."""
         block = self.model.blocks[layer]
         written = self._edited(cell, get_act_name(site, layer))
@@ -245,12 +245,12 @@ class Walk:
                 other = self._edited_next(cell, get_act_name("mlp_out", layer), other)
             stream = self._base("resid_pre", layer) + written + other
         elif site == "attn_out":
-            stream = block.joined(self._base("resid_pre", layer), written, _quiet(block.ln1))
+            stream = block.joined(self._base("resid_pre", layer), written, _hookless(block.ln1))
         else:
-            stream = block.joined(self._base("resid_mid", layer), written, _quiet(block.ln2))
+            stream = block.joined(self._base("resid_mid", layer), written, _hookless(block.ln2))
         return self._edited_next(cell, get_act_name("resid_post", layer), stream)
 
-    def _edited_next(self, cell: Cell, name: str, activation: Tensor) -> Tensor:
+    def _edited_next(self, cell: SweepCell, name: str, activation: Tensor) -> Tensor:
         """An activation with the cell's edits that would be made on the way, had its rows been in the walk by then."""
         for one in cell.on_the_way:
             if one.site == name:
@@ -260,7 +260,7 @@ class Walk:
     def _base(self, site: str, layer: int) -> Tensor:
         return self.base.cache[get_act_name(site, layer)]
 
-    def _edited(self, cell: Cell, name: str) -> Tensor:
+    def _edited(self, cell: SweepCell, name: str) -> Tensor:
         """The base run's activation with the cell's edits that are made at entry."""
         activation = self.base.cache[name]
         for one in cell.at_entry:
@@ -270,12 +270,12 @@ class Walk:
     # Edits on the way
 
     def _apply(self, one: Intervention, x: Tensor, site: str, n_past: int) -> Tensor:
-        return one.apply(x, (self.model.hook_dict[site].axes or "").split(), n_past)[0]
+        return one.apply(x, self.model.hook_dict[site].axes, n_past)[0]
 
     def _make(self, x: Tensor, hook: HookPoint) -> Tensor:
         """The hook at every site that is edited on the way: each edit acts on its cell's rows."""
         site = str(hook.name)
-        edits, x = self.edits[site], x.clone()
+        edits = self.edits[site]
         if self.current is not None:  # scores and patterns are shown group by group
             self._edit_rows(edits, x, self.current, site)
             return x
@@ -283,7 +283,9 @@ class Walk:
             self._edit_rows(edits, part, group, site)
         return x
 
-    def _edit_rows(self, edits: list[tuple[Cell, Intervention]], rows: Tensor, group: Group, site: str) -> None:
+    def _edit_rows(
+        self, edits: list[tuple[SweepCell, Intervention]], rows: Tensor, group: WalkGroup, site: str
+    ) -> None:
         """Make edits in place on a group's rows [row ...]."""
         batch = self.base.batch
         place = {cell.index: index for index, cell in enumerate(group.cells)}
@@ -316,7 +318,7 @@ class Walk:
 class _PackedPositions(SequenceLayout):
     """The positions of packed rows: they only serve to rotate queries and keys."""
 
-    def __init__(self, base: Base, groups: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, base: BaseRun, groups: Sequence[tuple[int, int]]) -> None:
         super().__init__(0, 0, base.layout.device)
         self._base, self._groups = base, groups
         pos = base.shortformer_pos
@@ -337,6 +339,11 @@ def _rows(rows: Tensor, more: Tensor) -> Tensor:
     return torch.cat((rows, more)) if rows.shape[0] else more
 
 
-def _quiet(norm: Any) -> Any:
+def _hookless(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     """A norm on the stream without its hook points, which are shown packed rows only."""
-    return getattr(norm, "without_hooks", norm)
+
+    def normalized(x: Tensor) -> Tensor:
+        with without_hooks():
+            return norm(x)  # type: ignore[no-any-return]
+
+    return normalized

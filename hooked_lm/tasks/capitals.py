@@ -1,7 +1,7 @@
 """Capitals: "Q: What is the capital of France?\\nA:" -> " Paris".
 
-A model can know only the capitals it has been told. So it is the way of asking that is held out: of four, each country
-has one that training never uses for it.
+A model can know only the capitals it was trained on. Held out are therefore ways of asking: for each country
+training never uses one of the four questions.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from hooked_lm.tasks.split import bucket
 from hooked_lm.tasks.task_set import Example, Task, TaskSet
 from hooked_lm.tasks.words import CAPITALS
+
+__all__ = ["COUNTRIES", "NAME", "QUESTIONS", "TASK", "document", "held_out_question", "lexicon", "make_examples"]
 
 NAME = "capitals"
 QUESTIONS = (
@@ -40,14 +42,14 @@ def make_examples(
     """Return examples about different countries, each asked as training never asks about it.
 
     Args:
-        n: how many.
-        seed: which countries, and in which order. The corrupted prompt asks the same about another country.
-        question: an index into `QUESTIONS`; then only countries for which it is held out. None: any.
-        shots: questions with answers that come before.
-        held_out: False allows what training may have asked word for word.
+        n: how many examples.
+        seed: decides which countries, and in which order. The corrupted prompt asks the same about another country.
+        question: an index into `QUESTIONS`; then only countries for which that question is held out. None: any.
+        shots: the number of questions with answers before.
+        held_out: False allows questions that training may have asked word for word.
 
     Raises:
-        ValueError: there is no such question, or there are not so many countries.
+        ValueError: there is no such question, or there are fewer countries.
     """
     if question is not None and not 0 <= question < len(QUESTIONS):
         raise ValueError(f"there is no question {question} about capitals: they are 0 to {len(QUESTIONS) - 1}")

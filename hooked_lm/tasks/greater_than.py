@@ -19,11 +19,26 @@ from hooked_lm.tasks.task_set import Example, Task, TaskSet
 from hooked_lm.tasks.words import EVENTS
 from hooked_lm.tokenization import Tokenizer, single_token
 
+__all__ = [
+    "CENTURIES",
+    "CORRUPTED_YEAR",
+    "NAME",
+    "ONE_IN",
+    "TASK",
+    "TEMPLATE",
+    "YEARS",
+    "are_held_out",
+    "document",
+    "lexicon",
+    "make_examples",
+    "probability_above",
+]
+
 NAME = "greater_than"
 ONE_IN = 5
 TEMPLATE = "The {event} lasted from the year {century}{year} to the year {century}"
 CENTURIES = tuple(str(century) for century in range(11, 20))
-# A year that training starts from; one later at least is left.
+# The years that training starts from: at least one later year is left.
 YEARS = tuple(f"{year:02}" for year in range(1, 99))
 CORRUPTED_YEAR = "01"
 
@@ -42,10 +57,10 @@ def document(rng: random.Random) -> str:
 
 
 def make_examples(n: int, seed: int = 0) -> TaskSet:
-    """Return examples that begin in a held-out year, 02 to 98, of which the answer is the next and the wrong the same.
+    """Return examples that begin in a held-out year, 02 to 98; the answer is the next year, the wrong one the same.
 
     Args:
-        n, seed: how many, and which.
+        n, seed: how many examples, and which.
     """
     rng = random.Random(seed)
     combinations = [
@@ -75,7 +90,7 @@ def probability_above(
 
     Args:
         logits: of the last position.
-        examples: the prompts they belong to; `wrong` is the year that each begins in.
+        examples: the prompts of these logits; `wrong` is the year that each begins in.
         tokenizer: the model's; "00" to "99" are one token each.
 
     Raises:

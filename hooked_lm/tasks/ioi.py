@@ -1,6 +1,6 @@
 """Indirect object identification: "When John and Mary went to the store, John gave a drink to" -> " Mary".
 
-Source: Wang et al. 2022, "Interpretability in the Wild". Two names are met, one comes again, the other is the answer.
+Source: Wang et al. 2022, "Interpretability in the Wild". Two names occur, one comes again, the other is the answer.
 Pairs of names are held out: no training sentence has both names of such a pair. (Rows of random tokens, which are part
 of the training mixture too, may hold any two tokens.)
 """
@@ -14,12 +14,26 @@ from hooked_lm.tasks.split import is_held_out
 from hooked_lm.tasks.task_set import Example, Task, TaskSet, check_choice
 from hooked_lm.tasks.words import NAMES, OBJECTS, PLACES
 
+__all__ = [
+    "CORRUPTIONS",
+    "NAME",
+    "ONE_IN",
+    "OPENINGS",
+    "ORDERS",
+    "TASK",
+    "TEMPLATES",
+    "are_held_out",
+    "document",
+    "lexicon",
+    "make_examples",
+]
+
 NAME = "ioi"
 ONE_IN = 8
 CORRUPTIONS = ("swap", "abc", "unrelated")
 ORDERS = ("abba", "baba")
 
-# Every one starts with a word of its own, so that a name always has a space in front.
+# Every template starts with a word that is no name, so that a name always has a space in front.
 TEMPLATES = (
     "When {first} and {second} went to the {place}, {giver} gave a {object} to",
     "After {first} and {second} went to the {place}, {giver} gave a {object} to",
@@ -32,7 +46,7 @@ TEMPLATES = (
     "As {first} and {second} left the {place}, {giver} showed a {object} to",
     "Because {first} and {second} were alone in the {place}, {giver} brought a {object} to",
 )
-# What may stand before a training sentence, so that no name has a place of its own.
+# Texts before a training sentence, so that names do not always stand at the same positions.
 OPENINGS = ("", "", "Today was fine. ", "It was late, and the house was quiet. ", "This is a short story. ")
 
 
@@ -57,10 +71,10 @@ def make_examples(
     """Return examples whose two names never meet in training.
 
     Args:
-        n, seed: how many, and which.
+        n, seed: how many examples, and which.
         corruption: `"swap"`: the other name gives, and the answer is the other way round. `"abc"`: a third name gives,
             and either name would do. `"unrelated"`: three other names, as in the paper's `p_ABC`.
-        order: `"abba"`: the name met second gives; `"baba"`: the name met first; None: each in turn.
+        order: `"abba"`: the second name gives; `"baba"`: the first name gives; None: each in turn.
         template: an index into `TEMPLATES`; prompts of one template have one length, but for objects of several words.
             None takes each in turn.
 

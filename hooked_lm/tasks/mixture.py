@@ -13,6 +13,8 @@ from torch import Tensor
 from hooked_lm.tasks import capitals, greater_than, ioi, prose, relations, repeated_tokens
 from hooked_lm.tokenization import Tokenizer, encode
 
+__all__ = ["DOCUMENTS", "EARLY_SHARES", "SHARES", "TaskBatches"]
+
 DOCUMENTS = {
     "ioi": ioi.document,
     "capitals": capitals.document,
@@ -20,9 +22,9 @@ DOCUMENTS = {
     "greater_than": greater_than.document,
     "prose": prose.document,
 }
-# Of 100 documents, how many are of which kind. Those of random tokens and of capitals are the longest.
+# The number of documents of each kind in 100. Those of random tokens and of capitals are the longest.
 SHARES = {"ioi": 36, "capitals": 10, "relations": 28, "greater_than": 10, "prose": 6, "repeated_tokens": 10}
-# What is learned from the context alone takes longer to begin than facts do.
+# At the start of training more repeats: skills that use the context alone are learned later than facts.
 EARLY_SHARES = {"ioi": 18, "capitals": 4, "relations": 10, "greater_than": 4, "prose": 4, "repeated_tokens": 60}
 
 
@@ -34,12 +36,13 @@ class TaskBatches:
         tokenizer: with a BOS token, which stands before every document.
         rows, width: rows in a batch, and tokens in a row.
         seed: of the data.
-        shares: how many documents are of which kind, in proportion.
-        early_steps, early_shares, early_tokens: the steps at the start that have other shares, and which. In them
-            random tokens are drawn from `early_alphabet`: every so manieth of the vocabulary, at least so many.
+        shares: the proportion of documents of each kind.
+        early_steps, early_shares: the first `early_steps` steps have these shares instead.
+        early_tokens: in these steps random tokens are drawn from `early_alphabet`, at least
+            this many evenly spaced tokens of the vocabulary.
 
     Raises:
-        ValueError: a kind of document that there is none of, or rows without room for one.
+        ValueError: an unknown kind of document, or rows without room for one.
     """
 
     tokenizer: Tokenizer
@@ -59,19 +62,19 @@ class TaskBatches:
             raise ValueError(f"a batch has 1 row of 16 tokens at least, not {self.rows} of {self.width}")
         if not max(repeated_tokens.LENGTHS) <= self.early_tokens < len(self.tokenizer):
             raise ValueError(
-                f"early random tokens are of {max(repeated_tokens.LENGTHS)} kinds, as many as a block may have, up to "
-                f"the tokenizer's {len(self.tokenizer) - 1}; not {self.early_tokens}"
+                f"early_tokens is at least {max(repeated_tokens.LENGTHS)}, the longest block's length, and at most "
+                f"{len(self.tokenizer) - 1}, the tokenizer's tokens without BOS; got {self.early_tokens}"
             )
 
     @property
     def early_alphabet(self) -> range:
-        """What random tokens are drawn from in the early steps, evenly over the vocabulary; BOS, which is 0, is not."""
+        """The choice of random tokens in the early steps: evenly spaced in the vocabulary, without BOS, which is 0."""
         return range(1, len(self.tokenizer), len(self.tokenizer) // self.early_tokens)
 
     def __call__(self, step: int) -> tuple[Int[Tensor, "batch pos"], Float[Tensor, "batch pos"]]:
         """Return a step's tokens [batch pos], and each token's weight in the loss [batch pos].
 
-        The weight is 0 for random tokens that nothing before them determines, and for the row's first; otherwise 1.
+        The weight is 0 for random tokens that the tokens before do not determine, and for the row's first; otherwise 1.
         """
         rng = random.Random(f"{self.seed} {step}")
         early = step < self.early_steps
@@ -95,6 +98,6 @@ class TaskBatches:
         if kind != repeated_tokens.NAME:
             tokens = encode(self.tokenizer, DOCUMENTS[kind](rng))
             return tokens, [1.0] * len(tokens)
-        # With little room left, the row ends within the block, where nothing is determined.
+        # With little room left, the row ends within the first block, before any token is determined by those before it.
         drawn, determined = repeated_tokens.draw_tokens(rng, alphabet, max(left - 1, 16))
         return drawn, [float(known) for known in determined]

@@ -1,6 +1,6 @@
 """Plain sentences from templates, so that a model that learns the tasks has also seen their words elsewhere.
 
-A document has one name at most, so that no pair of names is given away.
+A document has one name at most, so that no pair of names occurs together.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import random
 from collections.abc import Iterator
 
 from hooked_lm.tasks.words import CAPITALS, NAMES, OBJECTS, OPPOSITES, PAST, PLACES, PLURALS
+
+__all__ = ["SENTENCES", "document", "lexicon"]
 
 SENTENCES = (
     "{name} went to the {place} and found a {object}.",
@@ -22,7 +24,7 @@ SENTENCES = (
     "Nobody in {country} has seen the {noun}.",
     "The {place} was full of {nouns}, and a {object} was on the table.",
 )
-# The opposites that a thing can be: those up to the first that a thing can do.
+# The opposites that describe a thing: the list up to the first pair that does not.
 _ADJECTIVES = tuple(OPPOSITES)[: tuple(OPPOSITES).index("north")]
 
 

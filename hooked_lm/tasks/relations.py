@@ -1,8 +1,8 @@
 """Relations between words, shown by examples: "old: young, vanish: appear, dark:" -> " light".
 
-A word takes part in several relations, so that " dark" alone has no one answer, and what the pairs before it have in
-common decides. Queries and answers alike follow a space: so a word is the same token wherever it stands but at the
-start. (Todd et al. 2023, "Function Vectors in Large Language Models", ask in this way.)
+A word takes part in several relations, so that " dark" alone has several answers, and the relation of the pairs before
+it decides. Queries and answers alike follow a space: so a word is the same token everywhere but at the start. (Todd et
+al. 2023, "Function Vectors in Large Language Models", ask in this way.)
 
 Held out are pairs of neighbours: for each relation, about one in eight (word, next word) never stand next to each other
 in training. Every example ends on such a pair.
@@ -17,6 +17,18 @@ from functools import cache
 from hooked_lm.tasks.split import is_held_out
 from hooked_lm.tasks.task_set import Example, Task, TaskSet, check_choice
 from hooked_lm.tasks.words import RELATIONS
+
+__all__ = [
+    "CORRUPTIONS",
+    "MOST_PAIRS",
+    "NAME",
+    "ONE_IN",
+    "TASK",
+    "are_held_out",
+    "document",
+    "lexicon",
+    "make_examples",
+]
 
 NAME = "relations"
 ONE_IN = 8
@@ -45,11 +57,11 @@ def make_examples(
     """Return examples whose last pair before the query never stood before it in training.
 
     Args:
-        n, seed: how many, and which.
+        n, seed: how many examples, and which.
         relation: one of `RELATIONS`; None: each in turn.
-        shots: pairs before the query, 0 to 11. With 0 every query is one that training has; nothing is held out.
+        shots: pairs before the query, 0 to 11. With 0 every query occurs in training, and none is held out.
         corruption: `"relation"`, the default where there are shots: the shots show another relation of the query word,
-            whose answer is then right. `"shuffled"`: the shots' answers change places, and nothing is right.
+            whose answer is then right. `"shuffled"`: the shots' answers change places, and no answer is right.
             `"query"`, the default without shots: another query.
 
     The wrong answer is the query's own in another relation; with `"query"`, and where it has none, that of another
@@ -98,13 +110,13 @@ def _example(rng: random.Random, relation: str, shots: int, corruption: str) -> 
 
 
 def _others(relation: str, word: str) -> list[str]:
-    """The other relations that a word takes part in, those apart that have the same answer."""
+    """The other relations that a word takes part in with another answer."""
     answer = RELATIONS[relation][word]
     return [other for other in RELATIONS if other != relation and RELATIONS[other].get(word, answer) != answer]
 
 
 def _shots_before(rng: random.Random, relation: str, query: str, shots: int) -> list[str]:
-    """Words to show before a query, the last of which training never shows before it."""
+    """Words to show before a query; training never shows the last one right before it."""
     if shots == 0:
         return []
     taken = (query, RELATIONS[relation][query])
@@ -118,7 +130,7 @@ def _shots_before(rng: random.Random, relation: str, query: str, shots: int) -> 
 
 
 def _draw(rng: random.Random, relation: str, n: int, taken: tuple[str, ...]) -> list[str]:
-    """Draw words of a relation, none of which is a taken one or the answer to another, and no neighbours held out."""
+    """Draw words of a relation: no taken word, no answer to another, no held-out neighbours."""
     table = RELATIONS[relation]
     words: list[str] = []
     used = set(taken)

@@ -1,7 +1,7 @@
-"""Repeated random tokens: what came after a token the first time comes after it again.
+"""Repeated random tokens: the token that followed a token the first time follows it again.
 
 As text the tokens are words; as tokens, `circuits.induction.repeated_random_tokens` gives whole rows to evaluate, and
-`draw_tokens` rows to train on. Held out of training are blocks of certain lengths: none is ever repeated as a whole.
+`draw_tokens` rows to train on. Blocks of certain lengths are held out of training: none is ever repeated as a whole.
 (Pieces of a longer block, up to `LONGEST_PIECE` tokens, come again in any length.)
 """
 
@@ -13,8 +13,22 @@ from collections.abc import Iterator
 from hooked_lm.tasks.task_set import Example, Task, TaskSet
 from hooked_lm.tasks.words import CAPITALS, EVENTS, NAMES, PLACES, RELATIONS
 
+__all__ = [
+    "HELD_OUT_LENGTHS",
+    "LENGTHS",
+    "LONGEST_PIECE",
+    "NAME",
+    "TASK",
+    "TRAINED_LENGTHS",
+    "WORDS",
+    "document",
+    "draw_tokens",
+    "lexicon",
+    "make_examples",
+]
+
 NAME = "repeated_tokens"
-# The lengths of a block; that of every example is held out.
+# The lengths of a block; the blocks of examples have held-out lengths.
 LENGTHS = range(4, 61)
 HELD_OUT_LENGTHS = tuple(length for length in LENGTHS if length % 5 == 0)
 TRAINED_LENGTHS = tuple(length for length in LENGTHS if length not in HELD_OUT_LENGTHS)
@@ -38,9 +52,9 @@ def draw_tokens(rng: random.Random, tokens: range, room: int) -> tuple[list[int]
     random place and of random length, so that neither a position nor a distance tells what comes next.
 
     Args:
-        rng: where the randomness comes from.
-        tokens: what to draw from.
-        room: 8 at least.
+        rng: the source of randomness.
+        tokens: the tokens to draw from.
+        room: at least 8.
 
     Returns:
         The tokens, and for each whether those before it determine it. Blocks have lengths of `TRAINED_LENGTHS`.
@@ -61,7 +75,7 @@ def make_examples(n: int, seed: int = 0, length: int = 20) -> TaskSet:
     """Return a block of random words and the first half of it again; the answer is the word that follows.
 
     Args:
-        n, seed: how many, and which.
+        n, seed: how many examples, and which.
         length: words in the block, one of `HELD_OUT_LENGTHS`. In the corrupted prompt the block has another word in
             place of the answer.
 

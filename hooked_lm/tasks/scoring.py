@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from hooked_lm.hooked_model import HookedModel
 from hooked_lm.tasks.task_set import TaskSet
+
+__all__ = ["Score", "score"]
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a model makes of a task set.
+    """How often, and how clearly, a model gives the answers of a task set.
 
     Attributes:
-        n: examples.
+        n: the number of examples.
         top: the share whose answer has the highest logit of all tokens.
         preferred: the share whose answer has a higher logit than the wrong answer.
         logit_diff: the answer's logit less the wrong answer's, the mean.
@@ -30,13 +32,13 @@ class Score:
 
 
 @torch.no_grad()
-def score(model: Any, examples: TaskSet, batch: int = 64) -> Score:
+def score(model: HookedModel, examples: TaskSet, batch: int = 64) -> Score:
     """Return how a model does on the clean prompts.
 
     Args:
         model: a `HookedTransformer` with a tokenizer.
-        examples: of any lengths; prompts of one length run together.
-        batch: how many of them at a time.
+        examples: prompts of any lengths; those of one length run together.
+        batch: how many prompts run at a time.
 
     Raises:
         ValueError: the tokenizer does not suit the examples; see `TaskSet.check`.
@@ -44,7 +46,8 @@ def score(model: Any, examples: TaskSet, batch: int = 64) -> Score:
     answer_logits, wrong_logits, top, probabilities = [], [], [], []
     for group in examples.groups(model.tokenizer):
         tokens = group.tokens(model)
-        for rows in torch.arange(len(group)).split(batch):
+        for start in range(0, len(group), batch):
+            rows = slice(start, start + batch)
             logits = model(tokens.clean[rows], logits_to_keep=1)[:, -1]
             answers = tokens.answers[rows, None]
             answer_logits.append(logits.gather(-1, answers))

@@ -1,8 +1,10 @@
-"""Which combinations are kept out of training: decided by a hash, so that they are the same for every seed and run."""
+"""Which combinations are held out of training: decided by a hash, so that they are the same for every seed and run."""
 
 from __future__ import annotations
 
 import hashlib
+
+__all__ = ["bucket", "is_held_out"]
 
 
 def bucket(*parts: str, buckets: int) -> int:
@@ -12,5 +14,5 @@ def bucket(*parts: str, buckets: int) -> int:
 
 
 def is_held_out(*parts: str, one_in: int) -> bool:
-    """Return whether a combination is one of those, about one in `one_in`, that training never shows."""
+    """Return whether a combination is held out of training: about one in `one_in` is."""
     return bucket(*parts, buckets=one_in) == 0

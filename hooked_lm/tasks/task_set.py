@@ -1,28 +1,30 @@
-"""Labelled examples and sets of them, and what a task is."""
+"""Labelled examples, sets of them, and tasks, which make both examples and text to train on."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooked_lm.hooked_model import HookedModel
 from hooked_lm.tokenization import Tokenizer, single_token, tokenize
+
+__all__ = ["Example", "Task", "TaskSet", "TaskTokens", "check_choice", "check_count"]
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with a known answer, beside one that differs in what the answer depends on.
+    """A prompt with a known answer, beside a corrupted prompt that differs in what the answer depends on.
 
     Attributes:
         prompt: the clean prompt, without the answer.
-        answer: its answer, with the leading space it has in the text.
-        wrong: an answer that would be right if one thing about the prompt were different.
-        corrupted: the prompt with that thing different; as many tokens as the clean one.
+        answer: the answer to `prompt`, with the leading space it has in the text.
+        wrong: an answer that would be right if one detail of the prompt were different.
+        corrupted: the prompt with this detail changed; as many tokens as the clean prompt.
         corrupted_answer: the corrupted prompt's answer; None where it has no single one.
     """
 
@@ -89,7 +91,7 @@ class TaskSet:
         """Check that a tokenizer suits the examples: answers of one token, pairs of prompts of one length.
 
         Raises:
-            ValueError: it does not; the message names the example.
+            ValueError: the tokenizer does not suit; the message names the example.
         """
         for index, example in enumerate(self.examples):
             for answer in (example.answer, example.wrong, example.corrupted_answer):
@@ -110,14 +112,14 @@ class TaskSet:
             raise ValueError(f"{self.task} example {index}: an answer has to be one token, but {error}") from error
 
     def groups(self, tokenizer: Tokenizer) -> list[TaskSet]:
-        """Return the examples as sets of which each has prompts of one length, the shortest first."""
+        """Return the examples as sets with prompts of one length each, the shortest first."""
         lengths = [_length(tokenizer, prompt) for prompt in self.clean]
         return [
             TaskSet(self.task, tuple(e for e, length in zip(self.examples, lengths, strict=True) if length == one))
             for one in sorted(set(lengths))
         ]
 
-    def tokens(self, model: Any) -> TaskTokens:
+    def tokens(self, model: HookedModel) -> TaskTokens:
         """Return the prompts and answers as tokens, on the model's device.
 
         Args:
@@ -157,11 +159,11 @@ class Task:
     """A task: text to train on, and labelled examples that training never shows.
 
     Attributes:
-        name: what `get_task` knows it by.
-        summary: a line that says what it asks.
+        name: the name that `get_task` finds it by.
+        summary: the question that it asks, in one line.
         document: draws one training document.
         make_examples: `(n, seed, **options)` to a `TaskSet`; the options are the task module's.
-        lexicon: texts that between them hold every word of the task's text, in each form that occurs.
+        lexicon: yields texts that together hold every word of the task's text, in each form that occurs.
     """
 
     name: str
@@ -176,16 +178,16 @@ class Task:
         while True:
             yield self.document(rng)
 
-    def examples(self, n: int = 100, seed: int = 0, **options: Any) -> TaskSet:
+    def examples(self, n: int = 100, seed: int = 0, **options: object) -> TaskSet:
         """Return `n` labelled examples, made of combinations that no training document has.
 
         Args:
-            n: how many.
+            n: how many examples.
             seed: the same seed gives the same examples.
-            options: the task's own, as its module's `make_examples` describes them.
+            options: of the task, as its module's `make_examples` describes them.
 
         Raises:
-            ValueError: `n` is not positive, or an option's value is not one the task knows.
+            ValueError: `n` is not positive, or an option has an unknown value.
         """
         check_count(n)
         return self.make_examples(n, seed, **options)
@@ -202,15 +204,15 @@ def check_count(n: int) -> None:
 
 
 def check_choice(what: str, given: object, known: tuple[str, ...]) -> None:
-    """Check that a choice is among what is known.
+    """Check that a choice is one of the known ones.
 
     Args:
         what: what is chosen; for the message.
         given: the choice.
-        known: what there is to choose from.
+        known: the possible choices.
 
     Raises:
-        ValueError: it is not; the message lists what is known.
+        ValueError: it is not; the message lists the known ones.
     """
     if given not in known:
         raise ValueError(f"unknown {what} {given!r}: it is one of {', '.join(map(repr, known))}")

@@ -1,11 +1,13 @@
-"""A tokenizer whose words are given rather than found: what the tasks ask for is then one token each."""
+"""A tokenizer in which given words are one token each, so that the answers of the tasks are one token each."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from hooked_lm.tokenization import Tokenizer
+
+__all__ = ["END_OF_TEXT", "PIECE", "word_tokenizer"]
 
 END_OF_TEXT = "<|endoftext|>"
 # A word or a number of up to two digits, each with the space in front of it; or one other character.
@@ -16,14 +18,14 @@ def word_tokenizer(texts: Iterable[str], merges: int = 256) -> Tokenizer:
     """Return a byte-level BPE tokenizer in which every word of the texts is one token.
 
     A word comes with the space in front of it, as in GPT-2's: `"Mary"` and `" Mary"` are two tokens. Numbers fall into
-    pieces of two digits: `" 1732"` is `" 17"` and `"32"`. Any other text is spelled with the merges that the words
-    taught, or byte by byte. `<|endoftext|>`, token 0, is BOS and EOS.
+    pieces of two digits: `" 1732"` is `" 17"` and `"32"`. Any other text is spelled with merges learned from the words,
+    or byte by byte. `<|endoftext|>`, token 0, is BOS and EOS.
 
     Args:
-        texts: what to take the words from.
+        texts: the texts to take the words from.
         merges: byte pairs to learn for other words.
     """
-    # Only making a tokenizer needs these, which take a while to import.
+    # Imported here: they take a while to import, and only this function needs them.
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedTokenizerFast
@@ -57,4 +59,6 @@ def word_tokenizer(texts: Iterable[str], merges: int = 256) -> Tokenizer:
     tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([END_OF_TEXT])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+    # By way of an annotated name: the class itself has no annotations.
+    make: Callable[..., Tokenizer] = PreTrainedTokenizerFast
+    return make(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)

@@ -5,6 +5,19 @@ Every word is one run of letters, so that a tokenizer can keep it as one token.
 
 from __future__ import annotations
 
+__all__ = [
+    "CAPITALS",
+    "EVENTS",
+    "FRENCH",
+    "NAMES",
+    "OBJECTS",
+    "OPPOSITES",
+    "PAST",
+    "PLACES",
+    "PLURALS",
+    "RELATIONS",
+]
+
 
 def _words(text: str) -> tuple[str, ...]:
     """Read words with spaces between."""

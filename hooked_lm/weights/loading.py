@@ -16,7 +16,7 @@ from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.tokenization import Tokenizer
 from hooked_lm.weights import processing
 from hooked_lm.weights.classic import from_classic
-from hooked_lm.weights.placement import Homes
+from hooked_lm.weights.placement import ParameterPlacement
 from hooked_lm.weights.processing import Weights
 from weight_conversion import checkpoint
 
@@ -134,27 +134,27 @@ class WeightLoading(nn.Module):
         Everything that can be wrong with names and shapes is found on the meta device, before memory is spent.
         """
         _check_steps(name, loaded.processed)
-        parted = processing.unties(cfg, plan)
-        before = cfg.replace(tie_word_embeddings=cfg.tie_word_embeddings and not parted)
+        untied_by_processing = processing.unties(cfg, plan)
+        before = cfg.replace(tie_word_embeddings=cfg.tie_word_embeddings and not untied_by_processing)
         shapes = {key: torch.empty(shape, device="meta") for key, shape in loaded.weights.shapes.items()}
         with torch.device("meta"):
             model = cls(cfg, loaded.tokenizer, move_to_device=False)
         # As they are before processing, which would not miss a norm's gain.
         _check_shapes(name, shapes, model.state_dict())
         if plan:
-            if parted:
+            if untied_by_processing:
                 shapes["unembed.W_U"] = shapes["embed.W_E"].T
             with torch.device("meta"):
                 after = processing.process_(before, shapes, plan)
                 model = cls(after, loaded.tokenizer, move_to_device=False)
-        homes = Homes(model, device or "cpu")
+        placement = ParameterPlacement(model, device or "cpu")
         for chunk in loaded.weights:
-            if parted and "embed.W_E" in chunk:
+            if untied_by_processing and "embed.W_E" in chunk:
                 chunk["unembed.W_U"] = chunk["embed.W_E"].T
-            if not homes.take_in(chunk, before, plan, keep_views=loaded.weights.mapped) or plan:
+            if not placement.load_chunk(chunk, before, plan, keep_views=loaded.weights.mapped) or plan:
                 # Views hold on to the mapped file; without any, its pages can go.
                 loaded.weights.release()
-        model.cfg.device = str(torch.device(device or "cpu"))
+        model.cfg.set_unlocked(device=str(torch.device(device or "cpu")))
         model.processed, model.origin = (*loaded.processed, *plan), loaded.origin
         return model
 
@@ -274,7 +274,7 @@ class WeightLoading(nn.Module):
 
     def _install(self, cfg: HookedTransformerConfig, weights: Weights) -> None:
         """Take over processed weights; norms whose gain has been folded away lose it."""
-        self.cfg.normalization_type, self.cfg.tie_word_embeddings = cfg.normalization_type, cfg.tie_word_embeddings
+        self.cfg.set_unlocked(normalization_type=cfg.normalization_type, tie_word_embeddings=cfg.tie_word_embeddings)
         if not cfg.tie_word_embeddings:
             self.unembed.untie()
         for name, module in self.named_modules():

@@ -1,4 +1,4 @@
-"""Where a model's parameters come to lie as they are read: in memory of their own, or in the checkpoint's file."""
+"""Decide where each loaded parameter lives: in its own memory, or as a copy-on-write view of the mapped file."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hooked_lm.weights import processing
 from hooked_lm.weights.processing import Weights
 
 
-class Homes:
-    """The parameters of a model on the meta device, each given a real one in its turn.
+class ParameterPlacement:
+    """Gives the parameters of a model on the meta device their real values.
 
-    A tensor that is a private view of a memory-mapped file, and right as it is, becomes the parameter itself: its pages
-    are read when they are used, and a write to them stays in memory. Everything else is copied, in the memory order
-    that the model's projections want, and processed there.
+    A tensor that is a copy-on-write view of a memory-mapped file, and needs no processing, becomes the parameter
+    itself: its pages are read when they are used, and a write to them stays in memory. Every other tensor is copied, in
+    the memory order that the model's projections use, and processed there.
 
     Args:
         model: built on the meta device.
@@ -27,10 +27,12 @@ class Homes:
     def __init__(self, model: nn.Module, device: str | torch.device) -> None:
         self.device, self.dtype = torch.device(device), next(model.parameters()).dtype
         self._owners = {
-            f"{path}.{name}": (module, name) for path, module in model.named_modules() for name in module._parameters
+            f"{path}.{name}": (module, name)
+            for path, module in model.named_modules()
+            for name, _ in module.named_parameters(recurse=False)
         }
 
-    def take_in(self, chunk: Weights, cfg: HookedTransformerConfig, plan: list[str], *, keep_views: bool) -> bool:
+    def load_chunk(self, chunk: Weights, cfg: HookedTransformerConfig, plan: list[str], *, keep_views: bool) -> bool:
         """Give the parameters of some whole blocks their values; return whether any of them is a view of the file.
 
         Args:
@@ -40,7 +42,7 @@ class Homes:
             keep_views: what is read may be kept rather than copied.
         """
         rewritten = re.compile("|".join(processing.STEPS[step].writes(cfg) for step in plan) or "(?!)")
-        # What is processed reads also what is not: all of it in one precision.
+        # A processing step reads tensors that it leaves unchanged too: all of them in one precision.
         keep_views = keep_views and self.device.type == "cpu" and (not plan or self.dtype == self._precise)
         placed, kept = {}, set[int]()
         for name, value in chunk.items():
@@ -59,14 +61,14 @@ class Homes:
 
     def _home(self, name: str) -> Tensor | None:
         module, attribute = self._owners.get(name, (None, ""))
-        return None if module is None else module._parameters[attribute]
+        return None if module is None else module.get_parameter(attribute)
 
     def _copied(self, name: str, value: Tensor, home: Tensor | None, *, processed: bool) -> Tensor:
-        """A copy on the model's device. What is to be processed is kept precise: low precision would round twice."""
+        """A copy on the model's device; if it is processed in float32 at least, since low precision rounds twice."""
         if home is None:
             return value.to(self.device, self._precise, copy=True)
         if not processed and _serves(name, value):
-            # In the checkpoint's order, which serves as well: to transpose it on the way would be work for nobody.
+            # The checkpoint's memory order serves the products as well, so it is kept.
             return value.to(self.device, home.dtype, copy=True)
         dtype = self._precise if processed else home.dtype
         return torch.empty_like(home, device=self.device, dtype=dtype).copy_(value)
@@ -79,15 +81,14 @@ class Homes:
         if name not in self._owners:
             return
         module, attribute = self._owners[name]
-        home = module._parameters[attribute]
-        assert home is not None
-        module._parameters[attribute] = nn.Parameter(value.to(home.dtype), requires_grad=home.requires_grad)
+        home = module.get_parameter(attribute)
+        setattr(module, attribute, nn.Parameter(value.to(home.dtype), requires_grad=home.requires_grad))
 
 
 def _serves(name: str, value: Tensor) -> bool:
     """Whether a tensor can be a parameter in the order in which it lies in memory."""
     repeats = any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True))
-    # A GEMM takes a matrix as it lies only if one of its axes is contiguous; else it is copied every time.
+    # BLAS uses a matrix in place only if one of its last two strides is 1; otherwise PyTorch copies it on every call.
     scattered = value.ndim > 1 and 1 not in value.stride()[-2:]
     return not repeats and not scattered and (".attn.W_" not in name or _heads_are_one_matrix(name, value))
 

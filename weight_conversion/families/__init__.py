@@ -1,1 +1,1 @@
-"""One small file per family of HuggingFace models: a config mapping and a table of rules, as data."""
+"""The families of HuggingFace models that come with the package, one file each; `registry.FAMILIES` lists them."""

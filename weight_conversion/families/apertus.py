@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.families import llama
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Drop, Entry, Rule, RuleTable
 
+__all__ = ["FAMILY", "config", "rules"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map an `ApertusConfig`."""
     fields.ignore("hidden_dropout")
-    # What published files say of the one architecture that transformers computes.
+    # Published files give these fields; transformers does not read them.
     fields.require("mlp_bias", False)
     fields.require("post_norm", False)
     fields.require("qk_norm", True)
@@ -38,7 +38,7 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
 
 
 def _activation(source: str) -> tuple[Entry, ...]:
-    """Return the rows of xIELU: two numbers that each layer learns, and two that are fixed but stored all the same."""
+    """Return the rows of xIELU: two numbers that each layer learns, and two constants that checkpoints store."""
     target = "blocks.{layer}.mlp.act_fn"
     return (
         Rule(f"{source}.alpha_p", "1 -> 1", f"{target}.alpha_p"),

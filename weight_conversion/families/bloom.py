@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.family import Family, Sites
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import RuleTable
 
+__all__ = ["FAMILY", "config", "rules"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map a `BloomConfig`."""
     fields.require("apply_residual_connection_post_layernorm", False)
-    # With it, and tensor parallelism, transformers leaves out the biases of what attention and MLP write.
+    # With this field and tensor parallelism, transformers leaves out the output biases of attention and MLP.
     fields.require("slow_but_exact", False)
     fields.require("n_inner", None)
     fields.ignore("attention_dropout", "hidden_dropout", "pretraining_tp")
-    # How the training code went about it; transformers has other names for the last two.
+    # Settings of the training code; transformers has other names for the last two.
     fields.ignore("attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion", "offset_alibi")
     fields.ignore("skip_bias_add", "skip_bias_add_qkv", "unk_token_id", "n_embed", "num_attention_heads")
     d_model = fields.take("hidden_size")
@@ -27,7 +27,7 @@ def config(fields: ConfigFields) -> dict[str, Any]:
         "d_model": d_model,
         "n_heads": fields.take("n_head"),
         "d_mlp": 4 * d_model,
-        # ALiBi sets no limit; this is how long the training sequences were.
+        # ALiBi sets no limit on the context; the training sequences were this long.
         "n_ctx": fields.get("seq_length", 2048),
         "d_vocab": fields.take("vocab_size"),
         "act_fn": "gelu_new",
@@ -61,6 +61,6 @@ FAMILY = Family(
     rules,
     embedding="word_embeddings.weight",
     prefix="transformer.",
-    # The modules around these add the residual stream themselves.
+    # The modules around these two add the residual stream.
     sites=Sites(layers="transformer.h", attn="self_attention.dense", mlp="mlp.dense_4h_to_h"),
 )

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.families import gptj
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Drop, Rule, RuleTable
+
+__all__ = ["CORES", "FAMILY", "config", "rules"]
 
 CORES = 4
 
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+def config(fields: ConfigFields) -> Arguments:
     """Map a `CodeGenConfig`."""
-    # `n_positions` is what counts.
+    # transformers reads `n_positions` instead.
     fields.ignore("n_ctx")
     return gptj.config(fields)
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import Constant, Entry, Rule, RuleTable
 from weight_conversion.sizes import d_head, sizes
 
+__all__ = ["FAMILY", "config", "rules", "shared_config"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map a `CohereConfig`."""
     per_head = fields.take("use_qk_norm")
     return {
@@ -24,10 +24,10 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     }
 
 
-def shared_config(fields: ConfigFields) -> dict[str, Any]:
-    """Map what both generations of Cohere's configs have. Dimensions rotate with their neighbours."""
+def shared_config(fields: ConfigFields) -> Arguments:
+    """Map the fields that both generations of Cohere's configs have. Adjacent dimensions rotate together."""
     fields.ignore("attention_dropout", "pretraining_tp")
-    # How long a prompt its tokenizer lets through.
+    # The longest prompt of the tokenizer.
     fields.ignore("model_max_length")
     return {
         **sizes(fields),

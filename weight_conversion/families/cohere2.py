@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from weight_conversion.families import cohere
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.layer_types import layer_types
 
+__all__ = ["FAMILY", "config"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map a `Cohere2Config`."""
-    # `layer_types` says it already.
+    # `layer_types` holds the same.
     fields.ignore("sliding_window_pattern", "_sliding_window_pattern", "layer_switch")
     fields.ignore("cache_implementation", "use_parallel_embedding")
-    # What published files say of the one architecture that transformers computes.
+    # Published files give these fields; transformers does not read them.
     fields.require("order_of_interleaved_layers", "local_attn_first")
     fields.require("position_embedding_type", "rope_gptj")
     fields.require("rotary_pct", 1.0)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.families import llama
 from weight_conversion.family import Family, Sites
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.layer_types import layer_types
 from weight_conversion.rules import RuleTable
 
+__all__ = ["FAMILY", "config", "rules"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map an `Exaone4Config`. Without a window every layer is global and rotates."""
-    # `layer_types` says it already.
+    # `layer_types` holds the same.
     fields.ignore("sliding_window_pattern")
     windows = layer_types(fields)
     return {

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.errors import CheckpointError
 from weight_conversion.family import Family, Sites
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rotary import LEGACY_FIELDS, rotary
 from weight_conversion.rules import Entry, Piece, RuleTable, Split
 
+__all__ = ["FAMILY", "config", "rules"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map a `FalconConfig`."""
     fields.require("apply_residual_connection_post_layernorm", False)
     fields.ignore("attention_dropout", "hidden_dropout")
-    # `ffn_hidden_size` says the same.
+    # `ffn_hidden_size` holds the same.
     fields.ignore("ff_factor")
     n_heads = fields.take("num_attention_heads")
     d_head = fields.take("hidden_size") // n_heads
     kv_heads, multi_query = fields.take("num_kv_heads"), fields.take("multi_query")
-    # Only new models have as many as they say.
+    # `num_kv_heads` holds only for the new architecture.
     if not fields.take("new_decoder_architecture"):
         kv_heads = 1 if multi_query else n_heads
     return {
@@ -42,7 +43,7 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     }
 
 
-def _alibi(fields: ConfigFields, d_head: int) -> dict[str, Any]:
+def _alibi(fields: ConfigFields, d_head: int) -> Arguments:
     """ALiBi as Falcon was trained with it: added before scores are divided, and rounded."""
     fields.ignore("rope_parameters", *LEGACY_FIELDS)
     return {
@@ -72,7 +73,7 @@ def _norms(cfg: HookedTransformerConfig, fields: ConfigFields) -> tuple[Entry, .
     n_norms = fields.get("num_ln_in_parallel_attn", None)
     if is_new and n_norms is None:
         n_norms = 2
-    # Transformers refuses these as well, when it runs them.
+    # Transformers refuses these too, when the model runs.
     if is_new and not (parallel and n_norms in (1, 2)):
         raise CheckpointError(
             f"Falcon with new_decoder_architecture, parallel_attn={parallel} and num_ln_in_parallel_attn={n_norms}: "
@@ -126,6 +127,6 @@ FAMILY = Family(
     rules,
     embedding="word_embeddings.weight",
     prefix="transformer.",
-    # In parallel, what attention gives is added to the MLP's output in place, so that one shows both.
+    # With attention and MLP in parallel, transformers adds attention's output to that of the MLP in place.
     sites=Sites(layers="transformer.h", attn="self_attention", mlp="mlp", attention="sdpa"),
 )

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.errors import CheckpointError
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import Entry, RuleTable
 from weight_conversion.sizes import d_head
 
-# What the model adds to a stored gain.
+__all__ = ["FAMILY", "GAIN", "around_the_norms", "body", "config", "rules"]
+
+# The number that the model adds to a stored gain.
 GAIN = 1.0
 
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+def config(fields: ConfigFields) -> Arguments:
     """Map a `GemmaConfig`."""
-    # A second name that some published files have; transformers reads the other.
+    # Some published files have a second name for this field; transformers reads the first.
     fields.ignore("hidden_activation")
     return {**body(fields, act_fn="hidden_act"), **rotary(fields, d_head(fields))}
 
 
-def body(fields: ConfigFields, act_fn: str = "hidden_activation") -> dict[str, Any]:
+def body(fields: ConfigFields, act_fn: str = "hidden_activation") -> Arguments:
     """Map all but the rotary positions. The activation has one of two names.
 
     Raises:
@@ -33,7 +34,7 @@ def body(fields: ConfigFields, act_fn: str = "hidden_activation") -> dict[str, A
     """
     if fields.get("use_bidirectional_attention", None):
         raise CheckpointError(f"{fields.family} with use_bidirectional_attention=True is not supported")
-    # It says what to keep while generating.
+    # It is about the cache while generating.
     fields.ignore("cache_implementation", "attention_dropout")
     d_model = fields.take("hidden_size")
     return {

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.families import gemma
 from weight_conversion.family import Family, Sites
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.layer_types import layer_types
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
 from weight_conversion.sizes import d_head
 
+__all__ = ["FAMILY", "SITES", "body", "config", "rules", "soft_cap"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map a `Gemma2Config`."""
-    # Other names, in published files, for what transformers reads elsewhere.
+    # Published files have these names too; transformers reads the same values under other names.
     fields.ignore("hidden_act", "sliding_window_size")
     return {
         **body(fields),
@@ -28,8 +29,8 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     }
 
 
-def body(fields: ConfigFields) -> dict[str, Any]:
-    """Map what Gemmas after the first have in common."""
+def body(fields: ConfigFields) -> Arguments:
+    """Map the fields that all Gemmas after the first have."""
     return {
         **gemma.body(fields),
         **layer_types(fields),
@@ -39,7 +40,7 @@ def body(fields: ConfigFields) -> dict[str, Any]:
 
 
 def soft_cap(fields: ConfigFields, name: str) -> float:
-    """Return a soft-cap as our config says it, which has -1 for none."""
+    """Return a soft-cap, -1 for none, as `HookedTransformerConfig` has it."""
     cap = fields.take(name)
     return -1.0 if cap is None else float(cap)
 

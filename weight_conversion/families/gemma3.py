@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.families import gemma, gemma2
 from weight_conversion.families.olmo3 import unscaled_base
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
 from weight_conversion.sizes import d_head
 
+__all__ = ["FAMILY", "config", "rules"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map a `Gemma3TextConfig`."""
-    # `layer_types` and `rope_parameters` say it already.
+    # `layer_types` and `rope_parameters` hold the same.
     fields.ignore("sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq")
-    # Transformers has the field and leaves scores as they are.
+    # Transformers has the field and does not use it.
     fields.require("attn_logit_softcapping", None)
     by_type = fields.take("rope_parameters")
     return {

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.families import llama
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Rule, RuleTable
 
+__all__ = ["FAMILY", "config", "rules"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map a `GlmConfig`."""
     return {**llama.config(fields, partial=True), "rotary_adjacent_pairs": True}
 

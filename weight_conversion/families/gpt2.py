@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.family import Family, Sites
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Rule, RuleTable
 
+__all__ = ["FAMILY", "blocks", "config", "rules"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map a `GPT2Config`."""
     fields.require("add_cross_attention", False)
     fields.ignore("attn_pdrop", "embd_pdrop", "resid_pdrop", "reorder_and_upcast_attn")
-    # What old files say besides.
+    # Fields of old files, which transformers does not read.
     fields.ignore("n_ctx", "predict_special_tokens")
     fields.require("n_special", 0)
     d_model = fields.take("n_embd")

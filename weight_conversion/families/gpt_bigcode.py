@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.family import Family, Sites
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Entry, Piece, Rule, RuleTable, Split
 
+__all__ = ["FAMILY", "config", "rules"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map a `GPTBigCodeConfig`."""
     fields.require("add_cross_attention", False)
     fields.ignore("attn_pdrop", "embd_pdrop", "resid_pdrop")
-    # In which precision scores are computed.
+    # The precision in which scores are computed.
     fields.ignore("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32")
     # `multi_query` decides, and this follows.
     fields.ignore("num_key_value_heads")
-    # How an old version went about inference.
+    # Settings of an old version, about inference.
     fields.ignore("inference_runner", "max_batch_size", "max_sequence_length", "pad_key_length")
     fields.ignore("pre_allocate_kv_cache", "validate_runner_input")
     d_model, n_heads = fields.take("n_embd"), fields.take("n_head")

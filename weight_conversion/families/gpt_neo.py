@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.family import Family, Sites
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Rule, RuleTable
 
+__all__ = ["FAMILY", "config", "rules"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map a `GPTNeoConfig`."""
     fields.ignore("attention_dropout", "classifier_dropout", "embed_dropout", "resid_dropout")
-    # `attention_layers` says the same, layer by layer.
+    # `attention_layers` holds the same, layer by layer.
     fields.ignore("attention_types")
     d_model, layers = fields.take("hidden_size"), fields.take("attention_layers")
     window = fields.take("window_size")

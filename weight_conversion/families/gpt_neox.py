@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.family import Family, Sites
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
 
+__all__ = ["FAMILY", "config", "rules"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map a `GPTNeoXConfig`."""
     fields.ignore("attention_dropout", "hidden_dropout", "classifier_dropout", "is_decoder")
-    # Old names of the dropouts and of what `rope_parameters` holds, and how long Polyglot was trained.
+    # Old names of the dropouts and of the fields in `rope_parameters`, and the training steps of Polyglot.
     fields.ignore("attention_probs_dropout_prob", "hidden_dropout_prob", "rotary_emb_base", "rotary_pct", "num_steps")
     d_model, n_heads = fields.take("hidden_size"), fields.take("num_attention_heads")
     return {

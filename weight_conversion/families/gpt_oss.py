@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.errors import CheckpointError
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.layer_types import layer_types
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import Rule, RuleTable
 from weight_conversion.sizes import d_head, sizes
 
+__all__ = ["FAMILY", "config", "rules"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map a `GptOssConfig`."""
     _refuse_quantised(fields)
     fields.ignore("attention_dropout", "output_router_logits", "router_aux_loss_coef")
@@ -23,7 +23,7 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     # own only for 1.702.
     fields.ignore("hidden_act")
     fields.require("swiglu_alpha", 1.702)
-    # Other names, in published files, for what transformers reads elsewhere.
+    # Published files have these names too; transformers reads the same values under other names.
     fields.ignore("experts_per_token", "initial_context_length")
     return {
         **sizes(fields),

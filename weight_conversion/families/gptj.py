@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.family import Family, Sites
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Entry, RuleTable
 
+__all__ = ["FAMILY", "around", "config", "rules"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map a `GPTJConfig`."""
     fields.ignore("attn_pdrop", "embd_pdrop", "resid_pdrop")
-    # Old files say these of the one model there was.
+    # Fields of old files, each with the value of the one model that has them.
     fields.require("rotary", True)
     fields.require("scale_attn_weights", True)
     d_model = fields.take("n_embd")
@@ -43,7 +43,7 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
 
 
 def around(cfg: HookedTransformerConfig, attention: tuple[Entry, ...]) -> RuleTable:
-    """Return all rows, given those of attention's weights and biases."""
+    """Return all rows, given the rows of attention's weights and biases."""
     block = "h.{layer}"
     return (
         *tables.embeddings(cfg, "wte.weight", bias=True),

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion.families import granite_moe
 from weight_conversion.family import Sites
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Constant, Rule, RuleTable
 
+__all__ = ["FAMILY", "config", "rules"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map a `GraniteMoeSharedConfig`, in which a width of 0 means no shared expert."""
     return {**granite_moe.config(fields), "d_shared_expert": fields.take("shared_intermediate_size") or None}
 
@@ -35,7 +36,7 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     )
 
 
-# The block adds up the experts and the shared one itself: no module's output is their sum.
+# The block adds the output of the experts and of the shared expert: no module's output is their sum.
 FAMILY = replace(
     granite_moe.FAMILY,
     name="GraniteMoE with a shared expert",

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields, HFConfig
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
 from weight_conversion.sizes import d_head, sizes
 
+__all__ = ["FAMILY", "config", "rules"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map a `HunYuanDenseV1Config`."""
     fields.ignore("attention_dropout", "pretraining_tp")
     # Of a classifier, of images, and special tokens.
     fields.ignore("add_classification_head", "class_num", "dense_list", "pool_type", "mask_init_id", "org_vocab_size")
     fields.ignore("im_start_id", "im_end_id", "im_newline_id", "text_start_id", "text_end_id", "pad_id", "eod_token_id")
-    # What published files say of the one architecture that transformers computes; `head_dim` has the head's width.
+    # Published files give these fields; transformers does not read them. `head_dim` is the width of a head.
     fields.ignore("attention_head_dim", "cla_share_factor")
     fields.require("mlp_bias", False)
     fields.require("norm_type", "rms")
@@ -37,7 +37,7 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     }
 
 
-def _with_alpha(given: dict[str, Any], d_head: int) -> dict[str, Any]:
+def _with_alpha(given: HFConfig, d_head: int) -> HFConfig:
     """Return the rotary parameters with their `alpha` in the base.
 
     Published files call it "dynamic", but it is a fixed change of base, and nothing else they give is read then.

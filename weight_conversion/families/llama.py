@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
 from weight_conversion.sizes import d_head, sizes
 
+__all__ = ["FAMILY", "body", "config", "rules"]
 
-def config(fields: ConfigFields, *, eps: float | None = None, partial: bool = False) -> dict[str, Any]:
+
+def config(fields: ConfigFields, *, eps: float | None = None, partial: bool = False) -> Arguments:
     """Map a `LlamaConfig`, or another that has its fields.
 
     Args:
@@ -24,7 +24,7 @@ def config(fields: ConfigFields, *, eps: float | None = None, partial: bool = Fa
     return {**body(fields, eps=eps), **rotary(fields, d_head(fields), partial=partial)}
 
 
-def body(fields: ConfigFields, *, eps: float | None = None) -> dict[str, Any]:
+def body(fields: ConfigFields, *, eps: float | None = None) -> Arguments:
     """Map all but the rotary positions."""
     fields.ignore("attention_dropout", "pretraining_tp", "rope_interleaved")
     # Left in files by training code and other tools; transformers reads none of them.

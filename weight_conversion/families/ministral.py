@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from weight_conversion.families import llama, mistral
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.layer_types import layer_types
 
+__all__ = ["FAMILY", "config"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map a `MinistralConfig`."""
     return {**llama.config(fields), **layer_types(fields)}
 

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.families import llama
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.layer_types import layer_types
 from weight_conversion.rules import RuleTable
 
+__all__ = ["FAMILY", "config", "rules"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map a `MistralConfig` or `MinistralConfig`."""
     return {**llama.config(fields), **_windows(fields)}
 
 
-def _windows(fields: ConfigFields) -> dict[str, Any]:
-    # Ministral's files name the architecture of Mistral. What tells them apart is the model type that transformers
-    # gives them for their `layer_types`, which its Mistral does not read.
+def _windows(fields: ConfigFields) -> Arguments:
+    # Ministral's files name the architecture of Mistral. The two differ in the model type: transformers sets that of
+    # Ministral for files with `layer_types`, which its Mistral does not read.
     if fields.take("model_type") == "ministral":
         return layer_types(fields)
     fields.ignore("layer_types")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.family import Family, Sites
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import RuleTable
 
+__all__ = ["FAMILY", "config", "rules"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map an `MptConfig`. What its code takes for granted whatever the config says is required to be so."""
     fields.require("no_bias", True)
     fields.require("norm_type", "low_precision_layernorm")
@@ -37,17 +37,17 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     }
 
 
-def _attention(fields: ConfigFields) -> dict[str, Any]:
+def _attention(fields: ConfigFields) -> Arguments:
     """Map an `MptAttentionConfig`."""
     fields.require("attn_type", "multihead_attention")
     fields.require("alibi", True)
-    # Transformers builds slopes of 8 whatever is given: a model trained with another number would run wrong there.
+    # Transformers always builds slopes with 8: it would run a model trained with another wrongly.
     fields.require("alibi_bias_max", 8)
     fields.require("qk_ln", False)
     fields.require("prefix_lm", False)
     fields.ignore("attn_impl", "attn_pdrop", "attn_uses_sequence_id")
     scale = fields.take("softmax_scale")
-    # A clip of 0 is none.
+    # A clip of 0 means none.
     arguments = {"clip_qkv": fields.take("clip_qkv") or None}
     fields.finish()
     return arguments if scale is None else {**arguments, "attn_scale": 1 / scale}
@@ -69,12 +69,12 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
 
 FAMILY = Family(
     "MPT",
-    # The second is the name that checkpoints give themselves.
+    # Published checkpoints name the second.
     ("MptForCausalLM", "MPTForCausalLM", "MptModel"),
     config,
     rules,
     embedding="wte.weight",
     prefix="transformer.",
-    # `ffn` adds the residual stream itself.
+    # The output of `ffn` includes the residual stream.
     sites=Sites(layers="transformer.blocks", attn="attn", mlp="ffn.down_proj"),
 )

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.families import llama
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Constant, RuleTable
 
+__all__ = ["FAMILY", "config", "rules"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map a `NanoChatConfig`."""
     arguments = llama.config(fields)
     cap = fields.take("final_logit_softcapping")
@@ -25,7 +25,7 @@ def config(fields: ConfigFields) -> dict[str, Any]:
         "qk_norm_type": "RMSPre",
         "qk_norm_after_rotary": True,
         "output_logits_soft_cap": -1.0 if cap is None else cap,
-        # It turns backwards, as if positions were negative.
+        # It rotates backwards, as if positions were negative.
         "rotary_scaling_factor": -arguments.get("rotary_scaling_factor", 1.0),
     }
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.family import Family, Sites
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
 from weight_conversion.sizes import d_head, sizes
 
+__all__ = ["FAMILY", "config", "rules"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map a `NemotronConfig`."""
     fields.ignore("attention_dropout", "pretraining_tp")
     # The width of a head by another name, which transformers does not read.
@@ -40,5 +40,5 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     )
 
 
-# Its eager attention computes the softmax in float32 whatever the weights are.
+# Its eager attention computes the softmax in float32 for weights of any dtype.
 FAMILY = Family("Nemotron", ("NemotronForCausalLM",), config, rules, sites=Sites(attention="sdpa"))

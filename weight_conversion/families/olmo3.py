@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from weight_conversion.families import llama, olmo2
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields, HFConfig
 from weight_conversion.layer_types import layer_types
 from weight_conversion.rotary import rotary
 from weight_conversion.sizes import d_head
 
+__all__ = ["FAMILY", "config", "unscaled_base"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map an `Olmo3Config`."""
     by_type = fields.take("rope_parameters")
     return {
@@ -26,8 +26,8 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     }
 
 
-def unscaled_base(fields: ConfigFields, parameters: dict[str, Any]) -> float:
-    """Return the rotary base of local layers, which nothing scales.
+def unscaled_base(fields: ConfigFields, parameters: HFConfig) -> float:
+    """Return the rotary base of local layers, whose frequencies are not scaled.
 
     Raises:
         CheckpointError: something does.

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.families import gpt2
 from weight_conversion.family import Family, Sites
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Drop, Rule, RuleTable
 
-# By these names the model means its own functions.
+__all__ = ["ACTIVATIONS", "FAMILY", "config", "rules"]
+
+# The functions that these names stand for in this model.
 ACTIVATIONS = {"gelu": "gelu_new", "relu": "relu", "silu": "silu", "swish": "silu"}
 
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+def config(fields: ConfigFields) -> Arguments:
     """Map an `OpenAIGPTConfig`."""
     fields.ignore("attn_pdrop", "embd_pdrop", "resid_pdrop")
-    # Old files repeat `n_positions`, and say how many tokens come on top of `vocab_size`.
+    # Old files repeat `n_positions`, and give a number of tokens beyond `vocab_size`.
     fields.ignore("n_ctx", "predict_special_tokens")
     fields.require("n_special", 0)
     d_model, act_fn = fields.take("n_embd"), fields.take("afn")

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.family import Family, Sites
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Constant, Drop, Entry, Product, Rule, RuleTable
+
+__all__ = ["FAMILY", "OFFSET", "config", "rules"]
 
 # The first row of positions that is in use.
 OFFSET = 2
 
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+def config(fields: ConfigFields) -> Arguments:
     """Map an `OPTConfig`."""
     fields.ignore("activation_dropout", "attention_dropout", "dropout", "init_std", "layerdrop")
-    # Galactica's files say these of embeddings.
+    # Galactica's files have these fields about embeddings.
     fields.require("learned_embeddings", True)
     fields.require("scale_embeddings", False)
     pre_norm, d_model = fields.take("do_layer_norm_before"), fields.take("hidden_size")
     projected = fields.take("word_embed_proj_dim") != d_model
-    # Models fine-tuned before a bug was mended do without.
+    # Models fine-tuned before a bug was fixed have no final norm.
     no_final_norm = fields.get("_remove_final_layer_norm", False)
     return {
         "n_layers": fields.take("num_hidden_layers"),
@@ -37,7 +37,7 @@ def config(fields: ConfigFields) -> dict[str, Any]:
         "norm_placement": "before" if pre_norm else "residual",
         "final_norm": pre_norm and not no_final_norm,
         "positional_embedding_type": "standard",
-        # With projections around them, what is one tensor there becomes two matrices here.
+        # With projections around it, the one embedding of the checkpoint becomes two matrices here.
         "tie_word_embeddings": fields.take("tie_word_embeddings") and not projected,
     }
 
@@ -81,6 +81,6 @@ FAMILY = Family(
     config,
     rules,
     embedding="decoder.embed_tokens.weight",
-    # Either side of the prefix stands on the hub: the first checkpoints begin with "decoder.".
+    # Names on the hub have this prefix or lack its first part: the first checkpoints begin with "decoder.".
     sites=Sites(layers="model.decoder.layers", mlp="fc2"),
 )

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.families import llama
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Piece, Rule, RuleTable, Split
 
+__all__ = ["FAMILY", "config", "rules"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map a `Phi3Config`."""
     fields.ignore("resid_pdrop", "embd_pdrop")
-    # What published files say of the one architecture that transformers computes.
+    # Published files give these fields; transformers does not read them.
     fields.require("attention_bias", False)
     fields.require("mlp_bias", False)
     fields.require("lm_head_bias", False)

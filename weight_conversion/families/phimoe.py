@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.errors import CheckpointError
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields, HFConfig
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
 from weight_conversion.sizes import d_head, sizes
 
+__all__ = ["FAMILY", "config", "rules"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map a `PhimoeConfig`."""
     fields.ignore("attention_dropout", "output_router_logits", "router_aux_loss_coef")
     fields.ignore("input_jitter_noise", "hidden_dropout")
@@ -31,8 +31,8 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     }
 
 
-def _rope_parameters(fields: ConfigFields) -> dict[str, Any]:
-    """The rotary parameters in the words that other families use.
+def _rope_parameters(fields: ConfigFields) -> HFConfig:
+    """The rotary parameters under the names that other families use.
 
     Transformers works out the frequencies without being told how long the prompt is, so that it divides by the short
     factors however long it is. Only the amplitude may change with the length, which is not supported.
@@ -65,5 +65,5 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     )
 
 
-# The second is the name that published files give themselves.
+# Published checkpoints name the second.
 FAMILY = Family("Phi-MoE", ("PhimoeForCausalLM", "PhiMoEForCausalLM"), config, rules)

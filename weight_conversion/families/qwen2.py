@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.families import llama
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.layer_types import layer_types
 from weight_conversion.rules import RuleTable
 
+__all__ = ["FAMILY", "config", "rules"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map a `Qwen2Config`."""
-    # `layer_types` says which layers have a window, whatever these do.
+    # `layer_types` decides which layers have a window, and these fields do not matter.
     fields.ignore("use_sliding_window", "max_window_layers", "use_mrope")
     return {**llama.config(fields), **layer_types(fields)}
 

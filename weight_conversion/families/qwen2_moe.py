@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.families import llama
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.layer_types import layer_types
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import Constant, Entry, Rule, RuleTable
 from weight_conversion.sizes import d_head
 
+__all__ = ["FAMILY", "config", "mixture", "mlp_or_experts", "rules"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map a `Qwen2MoeConfig`."""
     fields.ignore("output_router_logits", "router_aux_loss_coef")
-    # `layer_types` says which layers have a window, whatever these do.
+    # `layer_types` decides which layers have a window, and these fields do not matter.
     fields.ignore("use_sliding_window", "max_window_layers")
     return {
         **llama.body(fields),
@@ -31,8 +31,8 @@ def config(fields: ConfigFields) -> dict[str, Any]:
     }
 
 
-def mixture(fields: ConfigFields) -> dict[str, Any]:
-    """Return what both generations say alike of their experts, and of the layers that have one dense MLP instead."""
+def mixture(fields: ConfigFields) -> Arguments:
+    """Return the arguments about experts, and about layers with one dense MLP instead, that both generations share."""
     dense, step = fields.take("mlp_only_layers"), fields.take("decoder_sparse_step")
     layers = range(fields.take("num_hidden_layers"))
     return {

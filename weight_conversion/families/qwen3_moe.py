@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.families import llama
 from weight_conversion.families.qwen2_moe import mixture, mlp_or_experts
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
 from weight_conversion.sizes import d_head
 
+__all__ = ["FAMILY", "config", "rules"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map a `Qwen3MoeConfig`."""
     fields.ignore("output_router_logits", "router_aux_loss_coef")
     # There is a window in every layer or in none, and none without `use_sliding_window`. The count of experts has
     # another name in files.
     fields.ignore("use_sliding_window", "max_window_layers", "num_experts")
-    # Left in checkpoints by the training code. Transformers reads none of them and computes this.
+    # Left in checkpoints by the training code. Transformers reads none of them.
     fields.require("qkv_bias", False)
     fields.require("use_qk_norm", True)
     fields.require("shared_expert_intermediate_size", 0)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from weight_conversion.families import llama
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.layer_types import layer_types
 
+__all__ = ["FAMILY", "config"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map a `SmolLM3Config`."""
-    # The list of layers says it already.
+    # The list of layers holds the same.
     fields.ignore("no_rope_layer_interval", "max_window_layers")
     windows = layer_types(fields)
     if not fields.take("use_sliding_window"):
         windows = {}
-    # The field says where there are no rotary positions, and holds 1 where there are.
+    # In spite of its name, the field holds 1 for layers with rotary positions.
     return {**llama.config(fields), **windows, "rotary_layers": [bool(it) for it in fields.take("no_rope_layers")]}
 
 

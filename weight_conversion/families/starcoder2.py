@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.family import Family
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
 from weight_conversion.sizes import d_head, sizes
 
+__all__ = ["FAMILY", "config", "rules"]
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+
+def config(fields: ConfigFields) -> Arguments:
     """Map a `Starcoder2Config`."""
     fields.ignore("attention_dropout", "embedding_dropout", "residual_dropout")
-    # Left in checkpoints by the training code. Transformers reads none of them, but has names of its own for most.
+    # Left in checkpoints by the training code. Transformers reads none of them; it has other names for most.
     fields.ignore("activation_function", "layer_norm_epsilon", "mlp_type", "norm_type", "scale_attn_weights")
     fields.ignore("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32")
     return {

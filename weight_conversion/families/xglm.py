@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,14 +12,16 @@ from torch import Tensor
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.family import Family, Sites
-from weight_conversion.fields import ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Computed, Drop, RuleTable
 
-# The first position is the sinusoids' third.
+__all__ = ["FAMILY", "OFFSET", "config", "rules", "sinusoids"]
+
+# The first position takes the third of the sinusoids.
 OFFSET = 2
 
 
-def config(fields: ConfigFields) -> dict[str, Any]:
+def config(fields: ConfigFields) -> Arguments:
     """Map an `XGLMConfig`."""
     fields.require("add_cross_attention", False)
     fields.ignore("activation_dropout", "attention_dropout", "dropout", "init_std", "layerdrop")

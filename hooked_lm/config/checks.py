@@ -1,0 +1,358 @@
+"""Filling in and checking a config: one function per concern, each of which changes the config in place or raises."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from hooked_lm.config.activations import activation_names
+from hooked_lm.config.choices import (
+    ATTENTION_DIRECTIONS,
+    INIT_MODES,
+    NORM_PLACEMENTS,
+    NORMALIZATION_TYPES,
+    PADDING_SIDES,
+    POSITION_TYPES,
+    QK_NORM_TYPES,
+)
+
+if TYPE_CHECKING:
+    from hooked_lm.config.config import HookedTransformerConfig
+
+__all__ = [
+    "check_choices",
+    "check_per_layer",
+    "check_rotary_scaling",
+    "count_parameters",
+    "fill_and_check",
+    "fill_experts",
+    "fill_heads",
+    "fill_init",
+    "fill_mlp",
+    "fill_norms",
+    "fill_positions",
+    "fill_vocab",
+    "fill_windows",
+    "is_above_zero",
+    "mlp_parameters",
+    "parse_dtype",
+    "require_above_zero",
+    "require_choice",
+    "require_divisible",
+    "require_positive",
+    "require_positive_integer",
+]
+
+
+def fill_and_check(cfg: HookedTransformerConfig) -> None:
+    """Fill in the fields that follow from others, and check all of them.
+
+    Raises:
+        ValueError: a value out of range, or fields that contradict each other.
+    """
+    for name in ("n_layers", "d_model", "n_ctx"):
+        require_positive(cfg, name, at_least=0 if name == "n_layers" else 1)
+    fill_heads(cfg)
+    fill_mlp(cfg)
+    fill_experts(cfg)
+    fill_norms(cfg)
+    fill_vocab(cfg)
+    fill_positions(cfg)
+    fill_windows(cfg)
+    fill_init(cfg)
+    check_choices(cfg)
+    cfg.n_params = count_parameters(cfg)
+
+
+def fill_heads(cfg: HookedTransformerConfig) -> None:
+    """Fill in `n_heads` or `d_head`, and `attn_scale`."""
+    if cfg.n_heads == -1 and cfg.d_head == -1:
+        raise ValueError("give n_heads or d_head: one follows from d_model and the other")
+    if cfg.n_heads == -1:
+        require_positive(cfg, "d_head")
+        require_divisible(cfg, "d_model", "d_head", "give n_heads")
+        cfg.n_heads = cfg.d_model // cfg.d_head
+    require_positive(cfg, "n_heads")
+    if cfg.d_head == -1:
+        require_divisible(cfg, "d_model", "n_heads", "give d_head")
+        cfg.d_head = cfg.d_model // cfg.n_heads
+    require_positive(cfg, "d_head")
+    if cfg.n_key_value_heads is not None:
+        require_positive(cfg, "n_key_value_heads")
+        require_divisible(cfg, "n_heads", "n_key_value_heads", "each key-value head serves as many query heads")
+    if not cfg.use_attn_scale:
+        cfg.attn_scale = 1.0
+    elif cfg.attn_scale == -1.0:
+        cfg.attn_scale = math.sqrt(cfg.d_head)
+    require_above_zero(cfg, "clip_qkv", or_none=True)
+    if not cfg.attn_scale > 0:
+        raise ValueError(f"attn_scale divides the attention scores, so it is positive; got {cfg.attn_scale}")
+
+
+def fill_mlp(cfg: HookedTransformerConfig) -> None:
+    """Fill in `d_mlp`, and check the fields about dense MLPs."""
+    if cfg.attn_only:
+        if cfg.num_experts is not None or cfg.gated_mlp:
+            raise ValueError("attn_only means no MLP: num_experts and gated_mlp contradict it")
+        return
+    if cfg.d_mlp is None:
+        cfg.d_mlp = 4 * cfg.d_model
+    require_positive(cfg, "d_mlp")
+    if cfg.act_fn is None:
+        raise ValueError(f"act_fn is missing: give one of {activation_names()}, or attn_only=True for no MLPs")
+    if cfg.gated_mlp and cfg.act_fn == "solu_ln":
+        raise ValueError("solu_ln is not defined for a gated MLP")
+
+
+def fill_experts(cfg: HookedTransformerConfig) -> None:
+    """Check the fields about experts."""
+    if (cfg.num_experts is None) != (cfg.experts_per_token is None):
+        raise ValueError("num_experts and experts_per_token go together")
+    if cfg.num_experts is None or cfg.experts_per_token is None:
+        about_experts = ("moe_layers", "d_expert", "d_shared_expert", "sparsemixer_jitter", "gated_limit")
+        for name in (*about_experts, "shared_expert_gate"):
+            if getattr(cfg, name) is not None and getattr(cfg, name) is not False:
+                raise ValueError(f"{name} goes with num_experts: this config has no experts")
+        return
+    require_positive(cfg, "num_experts")
+    if not 1 <= cfg.experts_per_token <= cfg.num_experts:
+        raise ValueError(f"experts_per_token {cfg.experts_per_token} is not in 1-{cfg.num_experts}")
+    if cfg.act_fn in ("solu_ln", "xielu"):
+        raise ValueError(f"{cfg.act_fn} is not defined for a mixture of experts")
+    require_above_zero(cfg, "gated_limit", "sparsemixer_jitter", or_none=True)
+    if cfg.sparsemixer_jitter is not None and cfg.experts_per_token != 2:
+        raise ValueError(f"SparseMixer picks two experts, not experts_per_token={cfg.experts_per_token}")
+    if cfg.gated_limit is not None and not cfg.gated_mlp:
+        raise ValueError("gated_limit is about the two factors of gated experts: give gated_mlp=True")
+    if cfg.d_shared_expert is not None and not cfg.gated_mlp:
+        raise ValueError("the shared expert is a gated MLP: d_shared_expert needs gated_mlp=True")
+    if cfg.shared_expert_gate and cfg.d_shared_expert is None:
+        raise ValueError("shared_expert_gate needs a shared expert: give d_shared_expert")
+    for name in ("d_expert", "d_shared_expert"):
+        if getattr(cfg, name) is not None:
+            require_positive(cfg, name)
+    check_per_layer(cfg, "moe_layers")
+
+
+def fill_norms(cfg: HookedTransformerConfig) -> None:
+    """Bring the two fields about the place of norms into agreement, and check the fields about norms."""
+    if cfg.use_normalization_before_and_after:
+        if cfg.norm_placement not in ("before", "before_and_after"):
+            raise ValueError(f"use_normalization_before_and_after contradicts norm_placement={cfg.norm_placement!r}")
+        cfg.norm_placement = "before_and_after"
+    cfg.use_normalization_before_and_after = cfg.norm_placement == "before_and_after"
+    if cfg.final_rms and not cfg.final_norm:
+        raise ValueError("final_rms is about the final norm, and with final_norm=False there is none")
+    for name in ("qk_norm_across_heads", "qk_norm_per_head_gains", "qk_norm_after_rotary"):
+        if getattr(cfg, name) and not cfg.use_qk_norm:
+            raise ValueError(f"{name} is about the norm of queries and keys: it needs use_qk_norm=True")
+    if cfg.norm_placement == "residual" and cfg.parallel_attn_mlp:
+        raise ValueError("norms on the residual stream come after attention and after the MLP: not in parallel")
+
+
+def fill_vocab(cfg: HookedTransformerConfig) -> None:
+    """Fill in `d_vocab_out`, and check both vocabularies."""
+    for name in ("d_vocab", "d_vocab_out"):
+        if getattr(cfg, name) != -1:
+            require_positive(cfg, name)
+    if cfg.d_vocab_out == -1:
+        cfg.d_vocab_out = cfg.d_vocab
+    # A d_vocab of -1 is set from the tokenizer later, and the config checked again.
+    if cfg.tie_word_embeddings and cfg.d_vocab != -1 and cfg.d_vocab_out != cfg.d_vocab:
+        raise ValueError(f"tied embeddings have one vocabulary, not {cfg.d_vocab} in and {cfg.d_vocab_out} out")
+
+
+def fill_positions(cfg: HookedTransformerConfig) -> None:
+    """Fill in `rotary_dim`, and check the fields about positions."""
+    if cfg.positional_embedding_type == "rotary":
+        if cfg.rotary_dim is None:
+            cfg.rotary_dim = cfg.d_head
+        require_positive(cfg, "rotary_dim")
+        if cfg.rotary_dim % 2 or cfg.rotary_dim > cfg.d_head:
+            raise ValueError(f"rotary_dim {cfg.rotary_dim} is not even and at most d_head {cfg.d_head}")
+        check_rotary_scaling(cfg, cfg.rotary_dim // 2)
+    elif cfg.rotary_layers is not None:
+        raise ValueError(f"rotary_layers goes with rotary positions, not {cfg.positional_embedding_type!r}")
+    require_above_zero(cfg, "rotary_base", "alibi_scale", "embedding_scale", "logit_scale")
+    require_above_zero(cfg, "rotary_base_local", or_none=True)
+    if cfg.alibi_in_bfloat16 and cfg.attention_dir == "bidirectional":
+        raise ValueError("alibi_in_bfloat16 counts from the first key, which only causal attention allows")
+    check_per_layer(cfg, "rotary_layers")
+
+
+def check_rotary_scaling(cfg: HookedTransformerConfig, n_pairs: int) -> None:
+    """Check that rotary frequencies are scaled in one way at most, and the numbers of that way."""
+    switches = ("use_NTK_by_parts_rope", "use_yarn_rope", "use_dynamic_rope", "use_longrope")
+    scalings = [name for name in switches if getattr(cfg, name)]
+    if cfg.rotary_scaling_factor != 1.0:
+        scalings.append("rotary_scaling_factor")
+    if len(scalings) > 1:
+        raise ValueError(f"rotary frequencies are scaled in one way, not by {' and '.join(scalings)}")
+    if cfg.rotary_scaling_factor == 0:  # a negative factor reverses the rotation
+        raise ValueError("rotary_scaling_factor divides positions, so it is not 0")
+    if cfg.use_NTK_by_parts_rope:
+        require_above_zero(cfg, "NTK_by_parts_factor", "NTK_original_ctx_len")
+        low, high = cfg.NTK_by_parts_low_freq_factor, cfg.NTK_by_parts_high_freq_factor
+        if not 0 < low < high:
+            raise ValueError(f"NTK_by_parts_low_freq_factor {low} is not above 0 and below the high one, {high}")
+    if cfg.use_yarn_rope:
+        require_above_zero(cfg, "yarn_factor", "yarn_beta_fast", "yarn_beta_slow")
+        require_above_zero(cfg, "yarn_original_max_position_embeddings")
+        require_above_zero(cfg, "yarn_attention_factor", or_none=True)
+    if cfg.use_dynamic_rope:
+        require_above_zero(cfg, "dynamic_rope_factor", "dynamic_rope_original_ctx_len")
+        if n_pairs == 1:
+            raise ValueError("use_dynamic_rope stretches every pair but the fastest: rotary_dim 2 has no other")
+    if cfg.use_longrope:
+        require_above_zero(cfg, "longrope_attention_factor", "longrope_original_ctx_len")
+        for name in ("longrope_short_factors", "longrope_long_factors"):
+            factors = getattr(cfg, name)
+            if factors is None or len(factors) != n_pairs or not all(is_above_zero(f) for f in factors):
+                raise ValueError(f"{name} holds one positive factor for each of {n_pairs} pairs; got {factors}")
+
+
+def check_per_layer(cfg: HookedTransformerConfig, name: str) -> None:
+    """Check a field with a bool per layer, and make it a list of the config's own."""
+    per_layer = getattr(cfg, name)
+    if per_layer is None:
+        return
+    listed = isinstance(per_layer, (list, tuple)) and all(isinstance(value, bool) for value in per_layer)
+    if not listed or len(per_layer) < cfg.n_layers:
+        raise ValueError(f"{name} holds True or False for each of {cfg.n_layers} layers; got {per_layer}")
+    setattr(cfg, name, list(per_layer))
+
+
+def fill_windows(cfg: HookedTransformerConfig) -> None:
+    """Fill in `use_local_attn` and `attn_types`, and check the fields about windows."""
+    if cfg.use_local_attn is None:
+        cfg.use_local_attn = cfg.window_size is not None
+    if not cfg.use_local_attn:
+        if cfg.attn_types is not None and "local" in cfg.attn_types and cfg.window_size is None:
+            raise ValueError("attn_types names local layers: give window_size")
+        return
+    if cfg.window_size is None:
+        raise ValueError("use_local_attn needs window_size")
+    require_positive(cfg, "window_size")
+    if cfg.attn_types is None:
+        cfg.attn_types = ["local"] * cfg.n_layers
+    if len(cfg.attn_types) < cfg.n_layers or not set(cfg.attn_types) <= {"global", "local"}:
+        raise ValueError(
+            f"attn_types holds 'global' or 'local' for each of {cfg.n_layers} layers; got {cfg.attn_types}"
+        )
+
+
+def fill_init(cfg: HookedTransformerConfig) -> None:
+    """Fill in `initializer_range`, and parse `dtype` and `device`."""
+    if cfg.initializer_range < 0:
+        cfg.initializer_range = 0.8 / math.sqrt(cfg.d_model) if cfg.init_mode == "gpt2" else 1.0
+    cfg.dtype = parse_dtype(cfg.dtype)
+    if cfg.device is not None:
+        cfg.device = str(torch.device(cfg.device))
+
+
+def check_choices(cfg: HookedTransformerConfig) -> None:
+    """Check the fields whose values are a closed list."""
+    for name, choices in (
+        ("normalization_type", NORMALIZATION_TYPES),
+        ("positional_embedding_type", POSITION_TYPES),
+        ("attention_dir", ATTENTION_DIRECTIONS),
+        ("init_mode", INIT_MODES),
+        ("norm_placement", NORM_PLACEMENTS),
+        ("qk_norm_type", QK_NORM_TYPES),
+        ("default_padding_side", PADDING_SIDES),
+    ):
+        require_choice(name, getattr(cfg, name), choices)
+    own = "a function of your own is registered first: hooked_lm.config.register_activation"
+    require_choice("act_fn", cfg.act_fn, (*activation_names(), None), otherwise=own)
+    if cfg.final_rms and cfg.normalization_type is None:
+        raise ValueError("final_rms goes with norms: with normalization_type=None there is no final norm")
+    if not cfg.eps >= 0:
+        raise ValueError(f"eps is not negative; got {cfg.eps}")
+
+
+def require_choice(name: str, value: object, choices: Sequence[object], otherwise: str = "") -> None:
+    """Check that a field's value is one of its choices.
+
+    Args:
+        name: the field, for the message.
+        value: its value.
+        choices: the values it may have.
+        otherwise: for the end of the message.
+
+    Raises:
+        ValueError: it is not; the message names the nearest choice.
+    """
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name}={value!r} is none of {choices}{hint}{otherwise and f'; {otherwise}'}")
+
+
+def require_positive(cfg: HookedTransformerConfig, name: str, at_least: int = 1) -> None:
+    """Check that a field is an integer of at least 1, or of another least value."""
+    require_positive_integer(name, getattr(cfg, name), at_least)
+
+
+def require_positive_integer(name: str, value: object, at_least: int = 1) -> None:
+    """Check that a field's value is an integer of at least 1, or of another least value.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(f"{name} is an integer of at least {at_least}; got {value!r}")
+
+
+def require_above_zero(cfg: HookedTransformerConfig, *names: str, or_none: bool = False) -> None:
+    """Check that fields are positive, finite numbers."""
+    for name in names:
+        value = getattr(cfg, name)
+        if not (is_above_zero(value) or (or_none and value is None)):
+            raise ValueError(f"{name} is positive; got {value!r}")
+
+
+def require_divisible(cfg: HookedTransformerConfig, name: str, by: str, otherwise: str) -> None:
+    """Check that one field is a multiple of another; `otherwise` ends the message."""
+    if getattr(cfg, name) % getattr(cfg, by):
+        raise ValueError(f"{name} {getattr(cfg, name)} is not a multiple of {by} {getattr(cfg, by)}: {otherwise}")
+
+
+def count_parameters(cfg: HookedTransformerConfig) -> int:
+    """Return the number of weights of attention and MLPs: no embeddings, biases, norms (Kaplan et al. 2020)."""
+    heads = 2 * cfg.n_heads + 2 * cfg.n_kv_heads
+    count = cfg.n_layers * cfg.d_model * cfg.d_head * heads
+    if cfg.d_mlp is not None and not cfg.attn_only:
+        per_width = (3 if cfg.gated_mlp else 2) * cfg.d_model
+        for layer in range(cfg.n_layers):
+            count += mlp_parameters(cfg, layer, per_width)
+    return count
+
+
+def mlp_parameters(cfg: HookedTransformerConfig, layer: int, per_width: int) -> int:
+    """Return the number of weights of one layer's MLP, given their number per unit of its hidden width."""
+    if not cfg.has_experts(layer):
+        return per_width * (cfg.d_mlp or 0)
+    shared = per_width * (cfg.d_shared_expert or 0) + (cfg.d_model if cfg.shared_expert_gate else 0)
+    return shared + (per_width * cfg.expert_width + cfg.d_model) * (cfg.num_experts or 0)
+
+
+def is_above_zero(value: object) -> bool:
+    """Return whether a value is a positive, finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def parse_dtype(dtype: object) -> torch.dtype:
+    """Return a floating-point torch dtype from itself or from its name.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype is a floating-point torch dtype or its name; got {dtype!r}")
+    return dtype

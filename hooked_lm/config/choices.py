@@ -1,0 +1,21 @@
+"""The values that a config field may take, where they are a closed list."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ATTENTION_DIRECTIONS",
+    "INIT_MODES",
+    "NORMALIZATION_TYPES",
+    "NORM_PLACEMENTS",
+    "PADDING_SIDES",
+    "POSITION_TYPES",
+    "QK_NORM_TYPES",
+]
+
+NORMALIZATION_TYPES = ("LN", "LNPre", "RMS", "RMSPre", None)
+POSITION_TYPES = ("standard", "rotary", "alibi", "shortformer", "none")
+ATTENTION_DIRECTIONS = ("causal", "bidirectional")
+INIT_MODES = ("gpt2", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal")
+NORM_PLACEMENTS = ("before", "before_and_after", "after", "residual")
+QK_NORM_TYPES = ("RMS", "RMSPre", "LN")
+PADDING_SIDES = ("left", "right")

@@ -1,0 +1,141 @@
+"""HookHandle: one hook on one hook point, and where it acts."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+from hooked_lm.hooks.thread import Token, here
+
+if TYPE_CHECKING:
+    from hooked_lm.hooks.point import HookPoint
+
+HookFunction = Callable[..., Any]
+Direction = Literal["fwd", "bwd", "both"]
+
+# Held while a list of hooks changes. One for all models: a lock cannot be copied with a model.
+changing_hooks = threading.RLock()
+
+
+class HookHandle:
+    """One hook on one hook point.
+
+    A function may say what it does by two attributes of its own: `reads_only = True`, it never changes what it is
+    shown; `edits_in_place = False`, it returns a new tensor rather than write to the one it is shown. Either spares
+    the point a copy.
+
+    Attributes:
+        hook: the function, called as `hook(activation, hook_point)`.
+        is_permanent: survives `reset_hooks` unless that is told otherwise.
+        context_level: how many `hooks()` contexts were open when it was added; None if added at no level.
+        reads_only: it never changes the activation; it is then shown the tensor itself, never a copy.
+        edits_in_place: it may write to the tensor it is shown.
+        thread: the thread in which it acts; None for all threads.
+        scope: acts only in `only` blocks of this scope; None for outside of them.
+        fired: whether it has run since it was attached.
+        by_keyword: whether it is called with `hook=`; looked up in its signature, if that is not said.
+    """
+
+    def __init__(
+        self,
+        point: HookPoint,
+        hook: HookFunction,
+        dir: Direction = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        reads_only: bool | None = None,
+        by_keyword: bool | None = None,
+        this_thread: bool = False,
+        scope: Token | None = None,
+    ) -> None:
+        if not callable(hook):
+            raise TypeError(f"the hook for {point.name!r} is not callable: {hook!r}")
+        if dir not in ("fwd", "bwd"):
+            raise ValueError(f"a hook runs in direction 'fwd' or 'bwd', not {dir!r}")
+        if dir == "bwd" and not point.differentiable:
+            raise ValueError(f"no backward hook can run at {point.name!r}: its activation holds integers")
+        self.point, self.hook, self.dir = point, hook, dir
+        self.is_permanent, self.context_level = is_permanent, level
+        self.reads_only = bool(getattr(hook, "reads_only", False)) if reads_only is None else reads_only
+        self.edits_in_place = not self.reads_only and bool(getattr(hook, "edits_in_place", True))
+        self.thread = here.identity if this_thread else None
+        self.scope = scope
+        self.fired = False
+        # Looking at a signature takes longer than most hooks do, so callers that know the answer pass it.
+        self.by_keyword = _takes_hook_keyword(hook, point.name) if by_keyword is None else by_keyword
+
+    @property
+    def acts(self) -> bool:
+        """Whether it acts in the thread, and the block, that asks."""
+        if here.edits_only and (self.reads_only or self.dir == "bwd"):
+            return False
+        return (self.thread is None or self.thread is here.identity) and self.scope is here.scope
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Show `x` to the hook; return what the run goes on with."""
+        self.fired = True
+        returned = self.hook(x, hook=self.point) if self.by_keyword else self.hook(x, self.point)
+        if returned is None or returned is x or self.reads_only:
+            return x
+        if self.dir == "bwd" and isinstance(returned, tuple) and len(returned) == 1:
+            returned = returned[0]
+        self._check(returned, x)
+        return returned  # type: ignore[no-any-return]
+
+    def _check(self, returned: object, x: Tensor) -> None:
+        where = f"the {'backward ' if self.dir == 'bwd' else ''}hook at {self.point.name!r}"
+        if not isinstance(returned, Tensor):
+            raise TypeError(f"{where} returned {type(returned).__name__}: return a tensor, or None to change nothing")
+        came, expected = tuple(returned.shape), tuple(x.shape)
+        # A forward hook may change how many prompts there are.
+        if self.dir == "fwd" and self.point.axes[:1] == ("batch",) and came and expected:
+            came, expected = came[1:], expected[1:]
+        if came != expected:
+            raise ValueError(
+                f"{where} returned shape {tuple(returned.shape)}, but the activation has shape {tuple(x.shape)}"
+            )
+        for what in ("dtype", "device"):
+            if getattr(returned, what) != getattr(x, what):
+                raise ValueError(
+                    f"{where} returned {what} {getattr(returned, what)}, but the activation has {what} "
+                    f"{getattr(x, what)}"
+                )
+
+    def attach(self, prepend: bool = False) -> None:
+        """Put this handle on its hook point, first in line if `prepend`."""
+        with changing_hooks:
+            handles = self._line()
+            handles.insert(0 if prepend else len(handles), self)
+
+    def remove(self) -> None:
+        """Take this handle off its hook point; harmless when it is gone already."""
+        with changing_hooks:
+            handles = self._line()
+            if self in handles:
+                handles.remove(self)
+
+    def _line(self) -> list[HookHandle]:
+        return self.point.fwd_hooks if self.dir == "fwd" else self.point.bwd_hooks
+
+
+def _takes_hook_keyword(function: HookFunction, name: str) -> bool:
+    """Whether to pass the hook point as `hook=`: then partials that fill other arguments work in any order.
+
+    Raises:
+        TypeError: the function can be called neither so nor with two positional arguments.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # builtins without a signature
+        return False
+    for by_keyword in (True, False):
+        try:
+            signature.bind(None, hook=None) if by_keyword else signature.bind(None, None)
+        except TypeError:
+            continue
+        return by_keyword
+    raise TypeError(f"the hook for {name!r} takes {signature}; it is called with (activation, hook)")

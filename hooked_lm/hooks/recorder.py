@@ -1,0 +1,50 @@
+"""What a cache keeps of an activation, and the hook that keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hooked_lm.hooks.point import HookPoint
+from hooked_lm.slicing import Slice
+
+
+@dataclass(frozen=True, eq=False)
+class Recorder:
+    """A hook that puts what it is shown into a dictionary, under the hook's name.
+
+    Attributes:
+        store: the dictionary.
+        suffix: added to the name: `"_grad"` for gradients.
+        positions: which to keep.
+        remove_batch_dim: drop the batch axis, which must have length 1.
+        device: where to keep the tensors; None leaves them where they are.
+    """
+
+    store: MutableMapping[str, Tensor]
+    suffix: str
+    positions: Slice
+    remove_batch_dim: bool
+    device: torch.device | str | None
+
+    reads_only = True
+
+    def __call__(self, x: Tensor, hook: HookPoint) -> None:
+        part = recorded_part(x, hook, self.positions, self.remove_batch_dim)
+        self.store[hook.name + self.suffix] = part if self.device is None else part.to(self.device)
+
+
+def recorded_part(x: Tensor, hook: HookPoint, positions: Slice, remove_batch_dim: bool) -> Tensor:
+    """Return what a cache keeps of an activation: some positions (of queries, for patterns), with or without batch."""
+    if not positions.is_identity:
+        axis = "query" if "query" in hook.axes else "pos"
+        # A copy of the few positions lets go of the rest.
+        x = positions.apply(x, dim=hook.axis(axis)).clone()
+    if not remove_batch_dim:
+        return x
+    if x.shape[0] != 1:
+        raise ValueError(f"remove_batch_dim needs a batch of 1; {hook.name!r} has shape {tuple(x.shape)}")
+    return x[0]

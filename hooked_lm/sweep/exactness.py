@@ -1,0 +1,38 @@
+"""When a sweep may walk: the conditions under which skipping work gives the numbers of the plain loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hooked_lm.components.stock import not_stock
+from hooked_lm.hooked_model import HookedModel
+from hooked_lm.hooks import any_live
+from hooked_lm.interventions import Intervention
+from hooked_lm.transformer import HookedTransformer
+
+
+def walking_obstacle(model: HookedModel, always: Sequence[Intervention]) -> str | None:
+    """Return why nothing can be walked, for the progress bar; None if walking is exact.
+
+    A walk leaves out the positions before a cell's edit and the layers below it, so nothing may look back at them but
+    attention, and everything between the hook points must be what this package's own components do there.
+
+    Args:
+        model: the model.
+        always: interventions that are made in every run besides the cells.
+    """
+    cfg = model.cfg
+    if cfg.n_layers == 0:
+        return "there are no layers to spare"
+    if cfg.attention_dir == "bidirectional":
+        return "earlier positions see later ones"
+    if any_live(model.hook_points()):
+        return "the model has hooks, which may do anything"
+    changed = not_stock(model, HookedTransformer)  # type: ignore[arg-type]
+    if changed is not None:
+        return changed
+    if any(one.site.startswith(("blocks.", "ln_final.", "unembed.")) for one in always):
+        return "something in the blocks is changed in every run"
+    if cfg.use_qk_norm and cfg.qk_norm_after_rotary and not all(map(cfg.rotates, range(cfg.n_layers))):
+        return "no hook point shows the keys as attention uses them"
+    return None
