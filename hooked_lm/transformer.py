@@ -71,7 +71,8 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
         if cfg.positional_embedding_type in ("standard", "shortformer"):
             self.pos_embed = PosEmbed(cfg)
             self.hook_pos_embed = HookPoint("batch pos d_model")
-        self.blocks = nn.ModuleList([TransformerBlock(cfg, layer) for layer in range(cfg.n_layers)])
+        blocks = [TransformerBlock(cfg, layer) for layer in range(cfg.n_layers)]
+        self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.ln_final = make_norm(cfg, kind=_final_norm_kind(cfg)) if cfg.final_norm else NoNorm()
         self.unembed = Unembed(cfg, tied_to=self.embed if cfg.tie_word_embeddings else None)
         device = cfg.device  # asked for; from the next line on the config says where the parameters are
@@ -105,16 +106,16 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
         """Have the config refuse changes that would do nothing, and tell this model of those that move it."""
         model = weakref.ref(self)
 
-        def moved(name: str, value: torch.dtype | str) -> None:
+        def moved(name: str, value: object) -> None:
             owner = model()
             if owner is not None:
-                owner.to(dtype=value) if isinstance(value, torch.dtype) else owner.to(device=value)
+                owner.to(dtype=value) if isinstance(value, torch.dtype) else owner.to(device=str(value))
 
         self._cfg.lock(moved)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy of a config is free; a copy of the model has one of its own to lock.
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._lock_config()
 
     # The forward pass
@@ -201,7 +202,8 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
             residual: [batch pos d_model].
             logits_to_keep: as for a call of the model.
         """
-        return self.unembed(_kept(self.ln_final(residual), logits_to_keep))
+        logits: Tensor = self.unembed(_kept(self.ln_final(residual), logits_to_keep))
+        return logits
 
     def _output(
         self, logits: Tensor, tokens: Tensor | None, mask: Tensor | None, return_type: ReturnType, per_token: bool
@@ -464,7 +466,7 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Keep the config's dtype and device true after `.to()`, `.half()`, `.cuda()` and their like."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if hasattr(self, "unembed"):
             self.cfg.set_unlocked(dtype=self.unembed.W_U.dtype, device=str(self.unembed.W_U.device))
         return self

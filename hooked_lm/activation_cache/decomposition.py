@@ -10,7 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_lm.activation_cache.mapping import CachedActivations, CacheKey
-from hooked_lm.components.norm import Norm
+from hooked_lm.components.norm import NoNorm, Norm
+from hooked_lm.components.stock import not_stock, require_stock
+from hooked_lm.hooks import without_hooks
 from hooked_lm.names import UnknownHookError, get_act_name
 from hooked_lm.slicing import Slice
 
@@ -147,6 +149,7 @@ class ActivationCache(CachedActivations):
         for layer, block in enumerate(self.model.blocks):
             name = get_act_name("result", layer)
             if name not in self.cache_dict:
+                require_stock("what each head writes", f"blocks.{layer}.attn", block.attn)
                 self.cache_dict[name] = _head_results(self["z", layer], block.attn.W_O)
 
     def stack_head_results(
@@ -170,9 +173,7 @@ class ActivationCache(CachedActivations):
         self._require_additive()
         pieces, labels = [], []
         for depth in range(last):
-            # Of the product only the kept positions are formed.
-            z = positions.apply(self["z", depth], dim=-3)
-            pieces.append(_head_results(z, self.model.blocks[depth].attn.W_O).movedim(-2, 0))
+            pieces.append(self._results_of(depth, positions).movedim(-2, 0))
             labels += [f"L{depth}H{head}" for head in range(self.model.cfg.n_heads)]
         stack = torch.cat(pieces) if pieces else self._stacked([], positions.apply(self[self._any_stream()], dim=-2))
         if incl_remainder:
@@ -181,6 +182,15 @@ class ActivationCache(CachedActivations):
         if apply_ln:
             stack = self.apply_ln_to_stack(stack, layer, pos_slice=positions)
         return (stack, labels) if return_labels else stack
+
+    def _results_of(self, layer: int, positions: Slice) -> Float[Tensor, "*batch_and_pos head d_model"]:
+        """What each head of a layer writes: as it was recorded, or from `z`."""
+        attn = self.model.blocks[layer].attn
+        if not_stock(attn) is not None and get_act_name("result", layer) in self.cache_dict:
+            return positions.apply(self["result", layer], dim=-3)
+        require_stock("what each head writes (record hook_result by name)", f"blocks.{layer}.attn", attn)
+        # Of the product only the kept positions are formed.
+        return _head_results(positions.apply(self["z", layer], dim=-3), attn.W_O)
 
     def _require_additive(self) -> None:
         """Heads and neurons write to the stream themselves only where no norm comes after them."""
@@ -236,6 +246,7 @@ class ActivationCache(CachedActivations):
             raise ValueError(f"layer {layer} is out of range: 0-{self.model.cfg.n_layers - 1}")
         if neurons.mode == "int":
             neurons = Slice([neurons.slice])
+        require_stock("what neurons write", f"blocks.{layer}.mlp", self.model.blocks[layer].mlp)
         post = positions.apply(self["post", layer], dim=-2)
         return neurons.apply(post, dim=-1), neurons.apply(self.model.blocks[layer].mlp.W_out, dim=0)
 
@@ -407,7 +418,9 @@ class ActivationCache(CachedActivations):
         if norm is None:
             return residual_stack
         if recompute_ln:
-            return norm.without_hooks(residual_stack)
+            with without_hooks():
+                normalized: Tensor = norm(residual_stack)
+            return normalized
         _, scale = self._norm_and_scale(layer, mlp_input, Slice.unwrap(pos_slice), Slice.unwrap(batch_slice))
         if self.has_batch_dim and not has_batch_dim and scale.shape[0] == 1:
             scale = scale[0]

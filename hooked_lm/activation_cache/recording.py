@@ -14,6 +14,7 @@ from hooked_lm.activation_cache.file import Offloading
 from hooked_lm.activation_cache.lazy import LazyActivations, Part
 from hooked_lm.activation_cache.mapping import CacheModel
 from hooked_lm.activation_cache.replay import record_run
+from hooked_lm.hooked_model import HookedModel
 from hooked_lm.hooks import HookHandle, HookPoint
 from hooked_lm.interventions.running import Intervening
 from hooked_lm.names import NamesFilter
@@ -93,7 +94,7 @@ class Caching(TextInterface, Intervening):
             raise ValueError("a lazy cache has no gradients and leaves no hooks: no incl_bwd, no reset_hooks_end=False")
         call = inspect.signature(self.forward).bind(*model_args, **kwargs)
         call.apply_defaults()
-        output, run = record_run(self, call.arguments, device, clear_contexts)
+        output, run = record_run(cast(HookedModel, self), call.arguments, device, clear_contexts)
         handles = [HookHandle(self.hook_dict[name], _read, "fwd") for name in names]
         for handle in handles:
             handle.fired = run.covers(handle.point.name)

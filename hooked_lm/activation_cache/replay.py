@@ -132,9 +132,10 @@ class ReplayableRun:
     def _run(self, place: Segment, names: set[str]) -> Tensor | None:
         """Run a place, and return the stream that leaves it."""
         if isinstance(place, int):
-            return self.model(
+            left: Tensor = self.model(
                 self._stream(place), start_at_layer=place, stop_at_layer=place + 1, attention_mask=self.mask
             )
+            return left
         if place == "final":
             stream = self._stream(self.last)
             if any(name.startswith("unembed.") for name in names):
@@ -143,15 +144,17 @@ class ReplayableRun:
                 self.model.ln_final(stream)
             return None
         if self.tokens is not None:
-            left = self._embedded()
-            return left if self.first == 0 < self.last else None
+            embedded = self._embedded()
+            return embedded if self.first == 0 < self.last else None
         begin = self.first
         self.model(self._stream(begin), start_at_layer=begin, stop_at_layer=begin, attention_mask=self.mask)
         return None
 
     def _embedded(self) -> Tensor:
-        mask = torch.ones_like(self.tokens) if self.mask is None else self.mask  # type: ignore[arg-type]
-        return self.model(self.tokens, stop_at_layer=0, attention_mask=mask)
+        assert self.tokens is not None
+        mask = torch.ones_like(self.tokens) if self.mask is None else self.mask
+        embedded: Tensor = self.model(self.tokens, stop_at_layer=0, attention_mask=mask)
+        return embedded
 
     def _stream(self, layer: int) -> Tensor:
         # A model without blocks has kept no stream.

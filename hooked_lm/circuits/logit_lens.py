@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -24,9 +24,6 @@ from hooked_lm.hooked_model import HookedModel
 from hooked_lm.names import get_act_name
 from hooked_lm.slicing import Slice
 from hooked_lm.tokenization import PaddingSide, Prompts
-
-if TYPE_CHECKING:
-    from hooked_lm.transformer import HookedTransformer
 
 __all__ = ["SITES", "LogitLens", "Targets", "logit_lens", "read_out"]
 
@@ -48,7 +45,7 @@ class LogitLens:
     Attributes:
         labels: the sites in order of depth: `"0_pre"`, `"0_mid"`, `"0_post"`, ...
         positions: the positions of the prompt that were read, [pos].
-        tokens: the tokens at these positions, [batch pos].
+        tokens: the prompts' tokens at these positions, before any hook, [batch pos].
         top_tokens: the likeliest tokens, the likeliest first, [component batch pos top].
         top_log_probs: their log-probabilities in nats, [component batch pos top].
         entropy: of the distribution, in nats, [component batch pos].
@@ -188,10 +185,7 @@ def logit_lens(
     limit = model.cfg.d_vocab_out
     if not 1 <= top_k <= limit or (block is not None and block < 1):
         raise ValueError(f"top_k is in 1-{limit} and block at least 1; got top_k={top_k}, block={block}")
-    # `HookedModel.tokens_and_mask` has neither prepend_bos nor padding_side.
-    _, tokens, _, mask = cast("HookedTransformer", model).input_to_embed(
-        cast("str | Tensor", input), prepend_bos=prepend_bos, padding_side=padding_side, attention_mask=attention_mask
-    )
+    tokens, mask = model.tokens_and_mask(input, attention_mask, prepend_bos, padding_side)
     kept = _kept_positions(positions, tokens.shape[1], tokens.device)
     asked = _targets(model, targets, tokens.shape[0], len(kept))
     index = None if Slice.unwrap(positions).is_identity else kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from einops import einsum
@@ -230,7 +230,7 @@ def _heads(
             expected = f"[layer head] = ({n_layers}, {per_layer})"
             raise ValueError(f"effects are {expected} for this model, got {tuple(effects.shape)}")
         return _top_heads(effects, _DEFAULT_N_HEADS if n_heads is None else n_heads)
-    heads = [(layer, head) for layer, head in effects]
+    heads: list[Head] = [cast("Head", tuple(one)) for one in effects]
     if n_heads is not None:
         raise ValueError(f"n_heads={n_heads} chooses among effects, and here are the {len(heads)} heads themselves")
     if not heads or len(set(heads)) < len(heads):

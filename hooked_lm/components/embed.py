@@ -29,7 +29,8 @@ class Embed(nn.Module):
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         embedded = F.embedding(tokens, self.W_E)
         # The factor is rounded to the model's precision first, as checkpoints in low precision were trained with.
-        return self.ln(embedded if self.scale == 1.0 else embedded * embedded.new_tensor(self.scale))
+        scaled: Tensor = self.ln(embedded if self.scale == 1.0 else embedded * embedded.new_tensor(self.scale))
+        return scaled
 
 
 class Unembed(nn.Module):

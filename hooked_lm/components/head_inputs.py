@@ -108,10 +108,10 @@ class _HookedNorm:
         self.hooked = any_live(points)
         self.edited = any(may_edit_forward(point) for point in points)
         # With hooks it is computed for them to see, even if no head reads it.
-        self.shared = ln1(resid_pre) if self.hooked else None
+        self.shared: Tensor | None = ln1(resid_pre) if self.hooked else None
 
     def __call__(self, source: HeadSource) -> Tensor:
-        stream = source.stream
+        stream: Tensor = source.stream
         if stream is self.resid_pre:
             shared: Tensor = self.ln1(stream) if self.shared is None else self.shared
             self.shared = shared

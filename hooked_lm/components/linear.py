@@ -40,7 +40,10 @@ def linear(
         return F.linear(x, weight, bias)
     learned = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if learned and torch.is_grad_enabled():
-        return _DifferentiableProduct.apply(x, weight, bias) if _suits_onednn(x, weight) else F.linear(x, weight, bias)
+        if not _suits_onednn(x, weight):
+            return F.linear(x, weight, bias)
+        product: Tensor = _DifferentiableProduct.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return product
     return _product(x, weight, bias)
 
 

@@ -88,7 +88,7 @@ class MoE(nn.Module):
     def shared_output(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """Return what the shared expert writes, weighted by its own gate where it has one."""
         assert self.shared is not None
-        out = self.shared(x)
+        out: Tensor = self.shared(x)
         if not self.gates_shared:
             return out
         return out * torch.sigmoid(linear(x, self.W_shared_gate.T, self.b_shared_gate))

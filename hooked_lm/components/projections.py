@@ -27,4 +27,5 @@ def project(
     if x.ndim == 4:
         projected: Tensor = einsum(x, W, "batch pos head d_model, head d_model d_head -> batch pos head d_head")
         return projected + b
-    return linear(x, W.mT.flatten(0, 1), b.flatten()).unflatten(-1, b.shape)
+    heads: Tensor = linear(x, W.mT.flatten(0, 1), b.flatten()).unflatten(-1, b.shape)
+    return heads

@@ -41,21 +41,47 @@ _HARMLESS = frozenset(
 )
 
 
-def not_stock(root: nn.Module, stock_root: type | None = None) -> str | None:
-    """Return what in a module tree is not stock, as the end of a sentence; None if everything is.
+def not_stock(
+    root: nn.Module, stock_root: type | None = None, *, name: str = "the model", alone: bool = False
+) -> str | None:
+    """Return what in a module tree is not stock, as a clause such as `"ln_final is a Louder, which overrides forward"`.
 
     Args:
         root: a model, a block or any other component.
         stock_root: the stock class of `root` itself, where it is no component: the model's.
+        name: of `root`, for the clause.
+        alone: look at `root` itself and not at the modules inside it.
+
+    Returns:
+        The clause, or None if everything is stock.
     """
     if has_global_module_hooks():
         return "torch's global module hooks may do anything"
-    for name, module in root.named_modules():
+    inside = "" if name == "the model" else f"{name}."
+    for path, module in (("", root),) if alone else root.named_modules():
         known = STOCK if stock_root is None or module is not root else STOCK | {stock_root}
         reason = _own_override(module, known)
         if reason is not None:
-            return f"{name or 'the model'} {reason}"
+            return f"{inside}{path} {reason}" if path else f"{name} {reason}"
     return None
+
+
+def require_stock(what: str, name: str, component: nn.Module, *, alone: bool = False) -> None:
+    """Check that a component is stock, for something that is worked out from its weights alone.
+
+    Args:
+        what: is worked out; for the message.
+        name, component, alone: as `name`, `root` and `alone` of `not_stock`.
+
+    Raises:
+        ValueError: the component is overridden.
+    """
+    reason = not_stock(component, name=name, alone=alone)
+    if reason is not None:
+        raise ValueError(
+            f"{what} is computed from weights alone, as the components of hooked_lm use them, and {reason}: the result "
+            "would not describe this model"
+        )
 
 
 def _own_override(module: nn.Module, known: frozenset[type]) -> str | None:

@@ -423,7 +423,8 @@ def _axes(site: str, cache: Recorded) -> Sequence[str]:
     """The axes of a cached activation."""
     if not cache.has_batch_dim:
         raise ValueError(f"the cache has no batch axis, and {site!r} is taken by prompt: leave out remove_batch_dim")
-    return cache.model.hook_dict[site].axes
+    axes: Sequence[str] = cache.model.hook_dict[site].axes
+    return axes
 
 
 def _mask_weights(site: str, value: Tensor, averaged: Sequence[int], mask: Tensor | None) -> Tensor | None:

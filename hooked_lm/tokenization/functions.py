@@ -169,7 +169,7 @@ def decode(tokenizer: Tokenizer, tokens: Tensor | np.ndarray | Sequence[int] | i
         raise ValueError(f"expected one sequence of tokens or a batch [batch pos], got shape {tuple(rows.shape)}")
     if rows.ndim == 2:
         return [str(decode(tokenizer, row)) for row in rows]
-    return tokenizer.decode(rows.reshape(-1).tolist(), clean_up_tokenization_spaces=False)
+    return str(tokenizer.decode(rows.reshape(-1).tolist(), clean_up_tokenization_spaces=False))
 
 
 def str_tokens(tokenizer: Tokenizer, tokens: Tensor | np.ndarray | Sequence[int]) -> list[str]:
@@ -221,7 +221,7 @@ def token_position(single: int, tokens: Tensor, what: str, mode: Literal["first"
     found = (tokens == single).nonzero().flatten().tolist()
     if not found:
         raise ValueError(f"{what} does not occur in the tokens {tokens.tolist()}")
-    return found[0 if mode == "first" else -1]
+    return int(found[0 if mode == "first" else -1])
 
 
 def tokenize_and_concatenate(

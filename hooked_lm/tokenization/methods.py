@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_lm import tokenization
+from hooked_lm.components import Embed, Unembed
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.tokenization import TokenBatch, Tokenizer
+from hooked_lm.tokenization import PaddingSide, Prompts, TokenBatch, Tokenizer
 
 Text = str | Sequence[str]
 
@@ -22,8 +23,8 @@ class TextInterface(nn.Module):
     """The text methods of `HookedTransformer`."""
 
     cfg: HookedTransformerConfig
-    embed: Any
-    unembed: Any
+    embed: Embed
+    unembed: Unembed
     _tokenizer: Tokenizer | None = None
 
     @property
@@ -65,17 +66,17 @@ class TextInterface(nn.Module):
     def _prepends_bos(self, prepend_bos: bool | None) -> bool:
         return self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
 
-    def _padding_side(self, padding_side: str | None) -> Any:
+    def _padding_side(self, padding_side: PaddingSide | None) -> PaddingSide:
         return self.cfg.default_padding_side if padding_side is None else padding_side
 
-    def _tokenize(self, text: Text, prepend_bos: bool | None, padding_side: str | None) -> TokenBatch:
+    def _tokenize(self, text: Text, prepend_bos: bool | None, padding_side: PaddingSide | None) -> TokenBatch:
         return tokenization.tokenize(
             self._require_tokenizer(), text, self._prepends_bos(prepend_bos), self._padding_side(padding_side)
         )
 
-    def _check_tokens(self, tokens: Any) -> Tensor:
+    def _check_tokens(self, given: Prompts | int) -> Tensor:
         """Return tokens in any form as [batch pos] on the model's device, or say what is wrong with them."""
-        tokens = tokenization.token_rows(tokens)
+        tokens = tokenization.token_rows(given)
         if tokens.ndim == 1:
             tokens = tokens[None]
         if tokens.ndim != 2 or tokens.numel() == 0:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hooked_lm import bundled
-from hooked_lm.components.norm import Norm
+from hooked_lm.components import Norm, Unembed
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.tokenization import Tokenizer
 from hooked_lm.weights import processing
@@ -30,7 +30,7 @@ class WeightLoading(nn.Module):
     processed: tuple[str, ...] = ()
     # The HuggingFace config that the model was loaded with, for the way back.
     origin: dict[str, Any] | None = None
-    unembed: Any
+    unembed: Unembed
 
     # Checkpoints
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hooked_lm.components import Embed, PosEmbed, TransformerBlock, Unembed
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.factored_matrix import FactoredMatrix, composition_scores
 
@@ -23,10 +25,10 @@ class WeightViews(nn.Module):
     """The weight accessors of `HookedTransformer`. Stacks are copies; the rest are the parameters themselves."""
 
     cfg: HookedTransformerConfig
-    blocks: Any  # an nn.ModuleList of TransformerBlock
-    embed: Any
-    pos_embed: Any
-    unembed: Any
+    blocks: Sequence[TransformerBlock]
+    embed: Embed
+    pos_embed: PosEmbed
+    unembed: Unembed
 
     def _stack(self, module: str, name: str) -> Tensor:
         if len(self.blocks) == 0:
