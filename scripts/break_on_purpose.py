@@ -330,7 +330,7 @@ BREAKAGES = (
     # Hooks, interventions, sweeps
     Breakage(
         "removed-hook-stays",
-        "hooked_lm/hooks/point.py",
+        "hooked_lm/hooks/handle.py",
         r"handles\.remove\(self\)",
         "pass",
         ("test_hooks.py",),

@@ -209,7 +209,9 @@ def test_a_cache_does_not_take_overridden_components_for_stock_ones() -> None:
         with pytest.raises(ValueError, match="is a Hot, which overrides forward"):
             read()
     lens = cache.accumulated_resid(apply_ln=True)
-    torch.testing.assert_close(lens[-1], cache["ln_final.hook_normalized"] * 0 + model.ln_final(cache["resid_post", -1]))
+    torch.testing.assert_close(
+        lens[-1], cache["ln_final.hook_normalized"] * 0 + model.ln_final(cache["resid_post", -1])
+    )
 
 
 @torch.no_grad()
