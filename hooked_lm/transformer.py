@@ -24,7 +24,7 @@ from hooked_lm.generation.methods import TextGeneration
 from hooked_lm.hooks import HookPoint, Pass, any_live, in_pass, is_live
 from hooked_lm.kv_cache import HookedTransformerKeyValueCache
 from hooked_lm.losses import lm_cross_entropy_loss
-from hooked_lm.tokenization import Prompts, Tokenizer
+from hooked_lm.tokenization import PaddingSide, Prompts, Tokenizer
 from hooked_lm.tokenization.methods import check_attention_mask, describe
 from hooked_lm.weights.initialization import initialize_weights
 from hooked_lm.weights.saving import WeightSaving
@@ -246,7 +246,7 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
         self,
         input: ModelInput,
         prepend_bos: bool | None,
-        padding_side: str | None,
+        padding_side: PaddingSide | None,
         attention_mask: Tensor | None,
         past_kv_cache: HookedTransformerKeyValueCache | None,
         start_at_layer: int | None,
@@ -315,7 +315,7 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
         self,
         input: ModelInput,
         prepend_bos: bool | None,
-        padding_side: str | None,
+        padding_side: PaddingSide | None,
         attention_mask: Tensor | None,
         past_kv_cache: HookedTransformerKeyValueCache | None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -350,7 +350,7 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
         tokens: Tensor,
         attention_mask: Tensor | None,
         prepend_bos: bool | None,
-        padding_side: str | None,
+        padding_side: PaddingSide | None,
         past_kv_cache: HookedTransformerKeyValueCache | None,
     ) -> Tensor | None:
         """The mask given; or, for tokens padded on the left at the start of a sequence, the one they imply."""
@@ -500,6 +500,9 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
     def n_params_total(self) -> int:
         """All parameters, embeddings, biases and norms included."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+HookedTransformer.stock_class = HookedTransformer
 
 
 def _with_vocabulary(cfg: HookedTransformerConfig, tokenizer: Tokenizer | None) -> HookedTransformerConfig:

@@ -17,9 +17,9 @@ from hooked_lm.circuits.full_circuits import full_ov_circuit, full_qk_circuit, t
 from hooked_lm.circuits.function_vectors import function_vector
 from hooked_lm.circuits.heads import copying_scores, matching_scores
 from hooked_lm.circuits.induction import k_composition_qk_circuit
-from hooked_lm.circuits.stock_only import override_of
 from hooked_lm.circuits.svd import circuit_vectors
 from hooked_lm.components import MLP, Attention, LayerNorm, TransformerBlock, Unembed
+from hooked_lm.components.stock import not_stock
 from tests.helpers import tiny_model, tiny_tokens
 
 Override = Callable[[HookedTransformer], Any]
@@ -239,8 +239,8 @@ def test_an_effective_embedding_of_an_overridden_block_raises() -> None:
 
 def test_a_clause_names_the_module_that_is_overridden() -> None:
     model = small()
-    assert override_of("blocks.0", model.blocks[0]) is None
+    assert not_stock(model.blocks[0], name="blocks.0") is None
     MLPS["a subclass of the MLP"](model)
-    assert override_of("blocks.0", model.blocks[0]) == "blocks.0.mlp is a LoudMLP, which overrides forward"
-    assert override_of("blocks.0", model.blocks[0], alone=True) is None
-    assert override_of("blocks.0.mlp", model.blocks[0].mlp) == "blocks.0.mlp is a LoudMLP, which overrides forward"
+    assert not_stock(model.blocks[0], name="blocks.0") == "blocks.0.mlp is a LoudMLP, which overrides forward"
+    assert not_stock(model.blocks[0], name="blocks.0", alone=True) is None
+    assert not_stock(model.blocks[0].mlp, name="blocks.0.mlp") == "blocks.0.mlp is a LoudMLP, which overrides forward"

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from einops import einsum
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from hooked_lm.activation_cache.mapping import CachedActivations, CacheKey
 from hooked_lm.components.norm import NoNorm, Norm
@@ -421,7 +421,8 @@ class ActivationCache(CachedActivations):
             with without_hooks():
                 normalized: Tensor = norm(residual_stack)
             return normalized
-        _, scale = self._norm_and_scale(layer, mlp_input, Slice.unwrap(pos_slice), Slice.unwrap(batch_slice))
+        norm, scale = self._norm_and_scale(layer, mlp_input, Slice.unwrap(pos_slice), Slice.unwrap(batch_slice))
+        assert norm is not None
         if self.has_batch_dim and not has_batch_dim and scale.shape[0] == 1:
             scale = scale[0]
         if norm.centred:
@@ -429,15 +430,16 @@ class ActivationCache(CachedActivations):
         residual_stack = residual_stack / scale
         return residual_stack if norm.w is None else residual_stack * norm.w
 
-    def _norm(self, layer: int | None, mlp_input: bool) -> Norm | None:
+    def _norm(self, layer: int | None, mlp_input: bool) -> nn.Module | None:
+        """The norm that reads the stream at a layer, of whatever kind; None where none does."""
         depth = self._final(layer)
-        if depth == self.model.cfg.n_layers:
-            module = self.model.ln_final
-        else:
+        if depth < self.model.cfg.n_layers and self.model.cfg.norm_placement == "residual":
+            return None
+        module: nn.Module = self.model.ln_final
+        if depth < self.model.cfg.n_layers:
             block = self.model.blocks[depth]
-            reads_raw = self.model.cfg.norm_placement == "residual"
-            module = None if reads_raw else block.ln2 if mlp_input else block.ln1
-        return module if isinstance(module, Norm) else None
+            module = block.ln2 if mlp_input else block.ln1
+        return None if type(module) is NoNorm else module
 
     def _norm_and_scale(
         self, layer: int | None, mlp_input: bool, positions: Slice, batch: Slice
@@ -445,6 +447,8 @@ class ActivationCache(CachedActivations):
         norm = self._norm(layer, mlp_input)
         if norm is None:
             return None, torch.ones(())
+        require_stock("the share of a component in what a norm returns", "the norm that reads there", norm)
+        assert isinstance(norm, Norm)
         depth = self._final(layer)
         if depth == self.model.cfg.n_layers:
             scale = self["scale"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import MutableMapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from hooked_lm.activation_cache.file import Offloading
 from hooked_lm.activation_cache.lazy import LazyActivations, Part
 from hooked_lm.activation_cache.mapping import CacheModel
 from hooked_lm.activation_cache.replay import record_run
+from hooked_lm.components.stock import not_stock
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.hooks import HookHandle, HookPoint
 from hooked_lm.interventions.running import Intervening
@@ -24,6 +25,9 @@ from hooked_lm.tokenization.methods import TextInterface
 
 class Caching(TextInterface, Intervening):
     """The caching method of `HookedTransformer`."""
+
+    # The class whose forward pass the caches know: `HookedTransformer`, in subclasses of it too.
+    stock_class: ClassVar[type]
 
     def _cache(self, activations: MutableMapping[str, Tensor], remove_batch_dim: bool) -> ActivationCache:
         return ActivationCache(activations, cast(CacheModel, self), has_batch_dim=not remove_batch_dim)
@@ -92,6 +96,12 @@ class Caching(TextInterface, Intervening):
         clear_contexts = kwargs.pop("clear_contexts", False)
         if kwargs.pop("incl_bwd", False) or not kwargs.pop("reset_hooks_end", True):
             raise ValueError("a lazy cache has no gradients and leaves no hooks: no incl_bwd, no reset_hooks_end=False")
+        changed = not_stock(self, self.stock_class)
+        if changed is not None:
+            raise ValueError(
+                "a lazy cache computes blocks again from the streams that entered them, as the components of hooked_lm "
+                f"do, and {changed}: cache without lazy=True"
+            )
         call = inspect.signature(self.forward).bind(*model_args, **kwargs)
         call.apply_defaults()
         output, run = record_run(cast(HookedModel, self), call.arguments, device, clear_contexts)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.amp.autocast_mode import is_autocast_available
 
-from hooked_lm._support.torch_internals import has_global_module_hooks, has_module_hooks, times_written
+from hooked_lm._support.torch_internals import times_written
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.hooks import HookHandle, HookPoint, carries_run
 from hooked_lm.names import layer_of
@@ -256,8 +256,6 @@ def record_run(
 def _check_keepable(model: HookedModel, call: dict[str, Any]) -> None:
     if call["past_kv_cache"] is not None:
         raise ValueError("a key-value cache moves on after the run, so a lazy cache cannot be computed from it")
-    if any(map(has_module_hooks, model.modules())) or has_global_module_hooks():
-        raise ValueError("a lazy cache cannot know what torch's own hooks do: use hooks of hook points, or lazy=False")
 
 
 def _may_change(point: HookPoint) -> bool:

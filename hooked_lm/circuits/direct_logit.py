@@ -21,8 +21,8 @@ from torch import Tensor
 from hooked_lm.activation_cache import ActivationCache
 from hooked_lm.circuits.attribution_parts import LogitParts, RecordedRun
 from hooked_lm.circuits.attribution_result import LogitAttribution, Split
-from hooked_lm.circuits.stock_only import override_of
 from hooked_lm.components.norm import Norm
+from hooked_lm.components.stock import not_stock
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.names import get_act_name
 
@@ -111,7 +111,7 @@ def logit_attribution(
             "of parts; pass before_soft_cap=True to split the logit before the cap"
         )
     # What happens to the logits after `unembed.hook_out` is not in the cache, so the check of the sum cannot see it.
-    reason = override_of("unembed", model.unembed)
+    reason = not_stock(model.unembed, name="unembed")
     if reason is not None:
         raise ValueError(
             f"logit attribution takes the stock unembedding: a component computes something else ({reason})"

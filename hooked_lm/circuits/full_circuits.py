@@ -18,8 +18,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooked_lm.circuits.folded import head_norm_linear_part, linear_part, require_additive, require_scores_by_head
-from hooked_lm.circuits.stock_only import override_of, require_stock, require_stock_attention, require_stock_unembedding
+from hooked_lm.circuits.stock_only import require_stock_attention, require_stock_unembedding
 from hooked_lm.components.norm import Norm
+from hooked_lm.components.stock import not_stock, require_stock
 from hooked_lm.factored_matrix import FactoredMatrix
 from hooked_lm.hooked_model import HookedModel
 
@@ -57,7 +58,7 @@ def token_embeddings(
     rows = torch.arange(model.cfg.d_vocab, device=model.W_E.device)
     if not effective:
         scaled = model.cfg.embedding_scale != 1.0 or isinstance(model.embed.ln, Norm)
-        plain = not scaled and override_of("embed", model.embed) is None
+        plain = not scaled and not_stock(model.embed, name="embed") is None
         return model.W_E.detach() if plain else model.embed(rows[None])[0]
     require_additive(model)
     if model.cfg.attn_only or model.cfg.n_layers == 0:

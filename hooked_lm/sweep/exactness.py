@@ -26,11 +26,11 @@ def walking_obstacle(model: HookedModel, always: Sequence[Intervention]) -> str 
         return "there are no layers to spare"
     if cfg.attention_dir == "bidirectional":
         return "earlier positions see later ones"
-    if any_live(model.hook_points()):
-        return "the model has hooks, which may do anything"
     changed = not_stock(model, HookedTransformer)  # type: ignore[arg-type]
     if changed is not None:
         return changed
+    if any_live(model.hook_points()):
+        return "the model has hooks, which may do anything"
     if any(one.site.startswith(("blocks.", "ln_final.", "unembed.")) for one in always):
         return "something in the blocks is changed in every run"
     if cfg.use_qk_norm and cfg.qk_norm_after_rotary and not all(map(cfg.rotates, range(cfg.n_layers))):

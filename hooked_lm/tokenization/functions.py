@@ -137,7 +137,7 @@ def infer_attention_mask(tokenizer: Tokenizer, tokens: Tensor, prepend_bos: bool
     return None if not bool(padded.any()) else (~padded).long()
 
 
-def token_rows(tokens: Tensor | np.ndarray | Sequence[int] | int) -> Tensor:
+def token_rows(tokens: Prompts | int) -> Tensor:
     """Return tokens in any form as an integer tensor.
 
     Raises:

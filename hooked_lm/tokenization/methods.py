@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ class TextInterface(nn.Module):
         return self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
 
     def _padding_side(self, padding_side: PaddingSide | None) -> PaddingSide:
-        return self.cfg.default_padding_side if padding_side is None else padding_side
+        return cast(PaddingSide, self.cfg.default_padding_side) if padding_side is None else padding_side
 
     def _tokenize(self, text: Text, prepend_bos: bool | None, padding_side: PaddingSide | None) -> TokenBatch:
         return tokenization.tokenize(
@@ -151,7 +151,7 @@ class TextInterface(nn.Module):
             return of_text(input)
         if isinstance(input, (list, tuple)) and input and isinstance(input[0], str):
             return [of_text(str(text)) for text in input]
-        rows = tokenization.token_rows(input)  # type: ignore[arg-type]
+        rows = tokenization.token_rows(input)
         if rows.ndim > 2:
             raise ValueError(f"expected tokens [pos] or [batch pos], got shape {tuple(rows.shape)}")
         if rows.ndim == 2 and rows.shape[0] > 1:
