@@ -37,8 +37,18 @@ CORE = (
 )
 # Files whose tests take longest come first, so that no process is left with one of them at the end.
 LONG = (
-    *("families", "notebooks", "docs", "browser", "hook_sites", "compile", "readme", "figures_saved", "wheel", "cli"),
-    *("path_patching", "patching", "attribution_patching", "generation", "lazy_cache", "training", "demo", "tour"),
+    *("compile", "families", "benchmarks", "contestants", "notebooks", "docs", "browser", "hook_sites", "observing"),
+    *(
+        "patching_own_components",
+        "figures_saved",
+        "readme",
+        "cli",
+        "training",
+        "path_patching",
+        "patching",
+        "lazy_cache",
+    ),
+    *("attribution_patching", "generation", "wheel", "demo", "tour"),
 )
 
 
