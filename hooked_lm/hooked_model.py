@@ -12,7 +12,7 @@ from hooked_lm.components import Embed, PosEmbed, TransformerBlock, Unembed
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookFunction, HookHandle, HookPoint, HookSpec, ModelOutput
 from hooked_lm.interventions import Intervention
-from hooked_lm.tokenization import Prompts, Tokenizer
+from hooked_lm.tokenization import LogitTokens, Prompts, Tokenizer
 
 if TYPE_CHECKING:
     from hooked_lm.activation_cache import ActivationCache
@@ -122,7 +122,7 @@ class HookedModel(Protocol):
 
     def to_single_str_token(self, int_token: int) -> str: ...
 
-    def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Tensor: ...
+    def tokens_to_residual_directions(self, tokens: LogitTokens) -> Tensor: ...
 
     # What any module has
 

@@ -28,6 +28,7 @@ from hooked_lm.names import (
     select_names,
 )
 from hooked_lm.slicing import Slice
+from hooked_lm.tokenization import LogitTokens
 
 
 class CacheModel(Protocol):
@@ -40,7 +41,7 @@ class CacheModel(Protocol):
     @property
     def blocks(self) -> Sequence[TransformerBlock]: ...
 
-    def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Tensor: ...
+    def tokens_to_residual_directions(self, tokens: LogitTokens) -> Tensor: ...
 
     def accumulated_bias(self, layer: int, mlp_input: bool, include_mlp_biases: bool) -> Tensor: ...
 

@@ -14,6 +14,7 @@ from hooked_lm.components.stock import require_stock
 from hooked_lm.hooks import without_hooks
 from hooked_lm.names import ActivationKey, UnknownHookError
 from hooked_lm.slicing import Slice
+from hooked_lm.tokenization import LogitTokens
 
 __all__ = ["ResidualStreams", "Stack"]
 
@@ -258,8 +259,8 @@ class ResidualStreams(CachedActivations):
     def logit_attrs(
         self,
         residual_stack: Stack,
-        tokens: str | int | Tensor,
-        incorrect_tokens: str | int | Tensor | None = None,
+        tokens: LogitTokens,
+        incorrect_tokens: LogitTokens | None = None,
         pos_slice: object = None,
         batch_slice: object = None,
         has_batch_dim: bool = True,

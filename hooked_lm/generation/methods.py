@@ -143,31 +143,26 @@ class TextGeneration(TextInterface, Intervening):
             verbose,
         )
 
-        so_far, sent = tokens[:, :skip], ""
-        parts, pending = [tokens[:, skip:] if as_text else tokens], 0
+        pieces = _new_tokens(tokens, steps, max_tokens_per_yield)
+        if as_text:
+            yield from self._text_pieces(pieces, skip)
+        else:
+            for new, _ in pieces:
+                yield new[0] if isinstance(input, Tensor) and input.ndim == 1 else new
 
-        def piece(last: bool) -> Tensor | str:
-            nonlocal so_far, sent
-            new = torch.cat(parts, 1)
-            if not as_text:
-                return new[0] if isinstance(input, Tensor) and input.ndim == 1 else new
-            so_far = torch.cat((so_far, new), 1)
-            text = str(self.to_string(so_far[0, skip:]))
-            # The bytes of a character may be spread over tokens: an unfinished one waits for the next piece.
-            text = text if last else text.rstrip("\ufffd")
-            fresh, sent = text[len(sent) :], text
-            return fresh
-
-        for token in steps:
-            parts.append(token[:, None])
-            pending += 1
-            if pending == max_tokens_per_yield:
-                yield piece(last=False)
-                parts, pending = [], 0
-        if parts:
-            yield piece(last=True)
-        elif as_text and (rest := str(self.to_string(so_far[0, skip:]))[len(sent) :]):
-            yield rest
+    def _text_pieces(self, pieces: Iterator[tuple[Tensor, bool]], skip: int) -> Iterator[str]:
+        """Yield the text that each piece [1 pos] adds, without the first `skip` tokens."""
+        so_far: Tensor | None = None
+        sent = text = ""
+        for new, last in pieces:
+            so_far = new[:, skip:] if so_far is None else torch.cat((so_far, new), 1)
+            text = str(self.to_string(so_far[0]))
+            # The bytes of a character may be spread over tokens: an unfinished character waits for the next piece.
+            finished = text if last else text.rstrip("\ufffd")
+            yield finished[len(sent) :]
+            sent = finished
+        if text != sent:
+            yield text[len(sent) :]
 
     def _prompts(
         self,
@@ -244,3 +239,19 @@ class TextGeneration(TextInterface, Intervening):
             kept = new[: stops[0] + 1] if stops else new
             strings.append(str(self.to_string(prompt[int(skip_bos) :].tolist() + kept)))
         return strings
+
+
+def _new_tokens(tokens: Tensor, steps: Iterator[Tensor], per_piece: int) -> Iterator[tuple[Tensor, bool]]:
+    """Yield the new tokens [batch pos], `per_piece` at a time, the prompt with the first piece.
+
+    Each comes with whether it is known to be the last piece, since it has fewer new tokens.
+    """
+    parts, pending = [tokens], 0
+    for token in steps:
+        parts.append(token[:, None])
+        pending += 1
+        if pending == per_piece:
+            yield torch.cat(parts, 1), False
+            parts, pending = [], 0
+    if parts:
+        yield torch.cat(parts, 1), True

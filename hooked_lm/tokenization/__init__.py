@@ -1,6 +1,7 @@
 """From text to tokens and back: functions over a tokenizer, and the model's methods in `methods`."""
 
 from hooked_lm.tokenization.functions import (
+    LogitTokens,
     PaddingSide,
     Prompts,
     TokenBatch,
@@ -19,6 +20,7 @@ from hooked_lm.tokenization.functions import (
 )
 
 __all__ = [
+    "LogitTokens",
     "PaddingSide",
     "Prompts",
     "TokenBatch",

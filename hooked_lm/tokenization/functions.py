@@ -21,6 +21,9 @@ PaddingSide = Literal["left", "right"]
 # What a model reads: a string or several, or tokens [pos] or [batch pos].
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | np.ndarray
 
+# Tokens whose logits are looked at: a string that is one token, a token, or tokens in any shape.
+LogitTokens = str | int | Sequence[int] | Tensor
+
 
 def prepare_tokenizer(tokenizer: Tokenizer, padding_side: str) -> Tokenizer:
     """Return a copy of a tokenizer that has BOS and padding tokens: its own, or else its end-of-sequence token.

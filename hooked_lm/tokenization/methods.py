@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hooked_lm import tokenization
 from hooked_lm.components import Embed, Unembed
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.tokenization import PaddingSide, Prompts, TokenBatch, Tokenizer
+from hooked_lm.tokenization import LogitTokens, PaddingSide, Prompts, TokenBatch, Tokenizer
 
 Text = str | Sequence[str]
 
@@ -198,7 +198,7 @@ class TextInterface(nn.Module):
         token = self.to_single_token(single_token) if isinstance(single_token, str) else int(single_token)
         return tokenization.token_position(token, tokens, repr(single_token), mode)
 
-    def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "*shape d_model"]:
+    def tokens_to_residual_directions(self, tokens: LogitTokens) -> Float[Tensor, "*shape d_model"]:
         """Return the direction in the final stream that raises each token's logit: its column of `W_U`.
 
         It is times `logit_scale`, if the model has one.

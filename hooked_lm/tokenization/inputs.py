@@ -1,0 +1,168 @@
+"""InputReading: the input of a forward pass, checked and in one form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hooked_lm import tokenization
+from hooked_lm.components import SequenceLayout
+from hooked_lm.components.sequence import Prompt
+from hooked_lm.hooks import HookedRootModule, any_live
+from hooked_lm.kv_cache import HookedTransformerKeyValueCache
+from hooked_lm.tokenization import PaddingSide, Prompts
+from hooked_lm.tokenization.methods import TextInterface, check_attention_mask, describe
+
+__all__ = ["InputReading"]
+
+
+class InputReading(TextInterface, HookedRootModule):
+    """The input methods of `HookedTransformer`."""
+
+    def _prompt(
+        self,
+        input: Prompts,
+        prepend_bos: bool | None,
+        padding_side: PaddingSide | None,
+        attention_mask: Tensor | None,
+        past_kv_cache: HookedTransformerKeyValueCache | None,
+        start_at_layer: int | None,
+        tokens: Tensor | None,
+    ) -> Prompt:
+        """Return what a pass reads, checked and in one form; a key-value cache then knows of the new positions."""
+        if start_at_layer is None:
+            if tokens is not None:
+                raise ValueError("tokens= goes with start_at_layer; without it the input is the tokens")
+            tokens, attention_mask = self._read(input, prepend_bos, padding_side, attention_mask, past_kv_cache)
+            layout = self._layout(tokens.shape[0], tokens.shape[1], attention_mask, past_kv_cache)
+            return Prompt(tokens, attention_mask, None, layout)
+        residual = self._check_residual(input, tokens)
+        if tokens is not None:
+            tokens = self._check_tokens(tokens)
+            attention_mask = self._infer_mask(tokens, attention_mask, prepend_bos, padding_side, past_kv_cache)
+        layout = self._layout(residual.shape[0], residual.shape[1], attention_mask, past_kv_cache)
+        if any_live(self.hook_points()):
+            # A cache would otherwise share memory with the caller's tensor.
+            residual = residual.clone()
+        return Prompt(tokens, attention_mask, residual, layout)
+
+    def tokens_and_mask(
+        self,
+        input: Prompts,
+        attention_mask: Tensor | None = None,
+        prepend_bos: bool | None = None,
+        padding_side: Literal["left", "right"] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the tokens [batch pos] that an input stands for, and their mask; None if nothing is padded.
+
+        Args:
+            input, attention_mask, prepend_bos, padding_side: as for a call of the model.
+        """
+        return self._read(input, prepend_bos, padding_side, attention_mask, None)
+
+    def _read(
+        self,
+        input: Prompts,
+        prepend_bos: bool | None,
+        padding_side: PaddingSide | None,
+        attention_mask: Tensor | None,
+        past_kv_cache: HookedTransformerKeyValueCache | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return tokens [batch pos] on the model's device, and their mask (None if nothing is padded)."""
+        if isinstance(input, str) or (isinstance(input, (list, tuple)) and input and isinstance(input[0], str)):
+            if attention_mask is not None:
+                raise ValueError("strings bring their own attention mask: pass tokens to use another")
+            batch = self._tokenize(input, prepend_bos, padding_side)
+            mask = None if batch.attention_mask is None else batch.attention_mask.to(self.embed.W_E.device)
+            return self._check_tokens(batch.tokens), mask
+        if not isinstance(input, (Tensor, np.ndarray, list, tuple)) or _is_empty(input):
+            raise TypeError(f"the input is a string, a list of strings or tokens, got {describe(input)}")
+        tokens = self._check_tokens(input)
+        return tokens, self._infer_mask(tokens, attention_mask, prepend_bos, padding_side, past_kv_cache)
+
+    def _check_residual(self, residual: object, tokens: Tensor | None) -> Tensor:
+        if not isinstance(residual, Tensor) or residual.ndim != 3 or residual.shape[-1] != self.cfg.d_model:
+            raise ValueError(
+                f"with start_at_layer the input is the residual stream [batch pos {self.cfg.d_model}], "
+                f"got {describe(residual)}"
+            )
+        if residual.numel() == 0:
+            raise ValueError(f"the residual stream is empty: {describe(residual)}")
+        if residual.dtype != self.embed.W_E.dtype:
+            raise ValueError(f"the residual stream has dtype {residual.dtype}, the model {self.embed.W_E.dtype}")
+        if tokens is not None and (1, *tokens.shape)[-2:] != tuple(residual.shape[:2]):
+            raise ValueError(f"tokens {tuple(tokens.shape)} do not fit the residual {tuple(residual.shape)}")
+        return residual
+
+    def _infer_mask(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None,
+        prepend_bos: bool | None,
+        padding_side: PaddingSide | None,
+        past_kv_cache: HookedTransformerKeyValueCache | None,
+    ) -> Tensor | None:
+        """The mask given; or, for tokens padded on the left at the start of a sequence, the one they imply."""
+        side = self._padding_side(padding_side)
+        tokenization.check_padding_side(side)
+        continuing = past_kv_cache is not None and past_kv_cache.length > 0
+        if attention_mask is not None or self.tokenizer is None or side == "right" or continuing:
+            return attention_mask
+        return tokenization.infer_attention_mask(self.tokenizer, tokens, self._prepends_bos(prepend_bos), side)
+
+    def _layout(
+        self,
+        batch: int,
+        n_new: int,
+        attention_mask: Tensor | None,
+        past_kv_cache: HookedTransformerKeyValueCache | None,
+    ) -> SequenceLayout:
+        device = self.embed.W_E.device
+        n_past = 0 if past_kv_cache is None else past_kv_cache.length
+        if n_past + n_new > self.cfg.n_ctx:
+            raise ValueError(f"{n_past + n_new} positions are more than this model's n_ctx of {self.cfg.n_ctx}")
+        if past_kv_cache is not None and (len(past_kv_cache), past_kv_cache.batch_size) != (self.cfg.n_layers, batch):
+            raise ValueError(
+                f"the key-value cache is for {len(past_kv_cache)} layers and batch {past_kv_cache.batch_size}; "
+                f"the model has {self.cfg.n_layers} layers and the input batch {batch}"
+            )
+        if past_kv_cache is not None and self.outgrows(past_kv_cache, n_new):
+            raise ValueError(
+                f"with {n_past + n_new} positions this model rotates the {n_past} in the key-value cache anew, so that "
+                "what it holds is out of date: read the whole text with a new cache (generate does)"
+            )
+        if attention_mask is not None:
+            check_attention_mask(attention_mask, batch, n_new, continuing=n_past > 0)
+            attention_mask = attention_mask.to(device=device, dtype=torch.long)
+        if past_kv_cache is not None:
+            new = (
+                torch.ones(batch, n_new, dtype=torch.long, device=device) if attention_mask is None else attention_mask
+            )
+            attention_mask = past_kv_cache.append_attention_mask(new)
+        # A compiled graph cannot look whether anything is padded.
+        padded = attention_mask is not None and (torch.compiler.is_compiling() or not bool(attention_mask.all()))
+        valid = attention_mask.bool() if attention_mask is not None and padded else None
+        return SequenceLayout(n_new, n_past, device, valid)
+
+    def outgrows(self, cache: HookedTransformerKeyValueCache, n_new: int = 1) -> bool:
+        """Return whether `n_new` positions more would change what a key-value cache holds of those before.
+
+        That is so where rotary frequencies depend on the prompt's length (dynamic NTK, LongRoPE).
+
+        Args:
+            cache: the key-value cache.
+            n_new: how many positions are to come.
+        """
+        if cache.length == 0 or not (self.cfg.use_dynamic_rope or self.cfg.use_longrope):
+            return False
+        lengths = cache.previous_attention_mask.sum(1).tolist()
+        return any(self.cfg.rotation_changes(length, length + n_new) for length in lengths)
+
+
+def _is_empty(input: Tensor | np.ndarray | Sequence[object]) -> bool:
+    """Whether there is nothing along the first axis, or no axis."""
+    return (isinstance(input, (Tensor, np.ndarray)) and input.ndim == 0) or len(input) == 0
