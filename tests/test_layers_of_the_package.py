@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from collections.abc import Callable, Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import hooked_lm
@@ -151,3 +153,112 @@ def test_no_architecture_is_looked_at_outside_weight_conversion() -> None:
 def test_the_search_for_architectures_finds_one() -> None:
     tree = ast.parse("if cfg.original_architecture == 'LlamaForCausalLM' or kind == 'gpt2':\n    pass")
     assert names_of_families(tree) == {"original_architecture", "LlamaForCausalLM", "gpt2"}
+
+
+def module_level_imports(path: Path) -> set[str]:
+    """Return the modules of ours whose code runs when a module is imported, the packages around the module apart."""
+    known = {dotted(file) for file in FILES}
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            return
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            named = [f"{source}.{alias.name}" for alias in node.names]
+            found.update(name if name in known else source for name in named)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(parsed(path))
+    # Importing a module runs the packages it is in first.
+    packages = {name.rsplit(".", depth)[0] for name in found for depth in range(1, name.count(".") + 1)}
+    own = {dotted(path).rsplit(".", depth)[0] for depth in range(1, dotted(path).count(".") + 1)}
+    return ((found | (packages - own)) & known) - {dotted(path), "hooked_lm"}
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = {dotted(path): module_level_imports(path) for path in FILES}
+    assert sum(map(len, graph.values())) > 500
+    # Raises CycleError, which names the modules of the circle.
+    assert len(list(TopologicalSorter(graph).static_order())) == len(graph)
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_names(tree: ast.AST) -> set[str]:
+    """Return the private functions, classes, variables and attributes that a module defines."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names.add(node.attr)
+    return {name for name in names if private(name)}
+
+
+def private_uses(tree: ast.AST) -> set[str]:
+    """Return the private names that a module imports, or reads from anything but self, cls or super()."""
+    used = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and private(node.attr):
+            owner = node.value.func if isinstance(node.value, ast.Call) else node.value
+            if not (isinstance(owner, ast.Name) and owner.id in {"self", "cls", "super"}):
+                used.add(node.attr)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("hooked_lm", "weight_conversion")):
+            used |= {alias.name for alias in node.names if private(alias.name)}
+    return used - {"_support"}
+
+
+def test_no_private_name_is_used_in_another_file() -> None:
+    defined = {path: private_names(parsed(path)) for path in FILES}
+    ours = set().union(*defined.values())
+
+    def foreign(path: Path) -> set[str]:
+        return (private_uses(parsed(path)) & ours) - defined[path]
+
+    assert len(ours) > 500
+    assert offenders(FILES, foreign) == {}
+
+
+def test_the_search_for_private_names_finds_them() -> None:
+    tree = ast.parse("from hooked_lm.names import _hidden\nmodel._run()\nself._own()\nsuper()._own()\nx.__dict__")
+    assert private_uses(tree) == {"_hidden", "_run"}
+    assert private_names(ast.parse("def _f(): self._g = 1\n_h = 2\nclass _C: ...")) == {"_f", "_g", "_h", "_C"}
+
+
+def lines_of_code(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Return how many lines a function has, its docstring apart."""
+    assert function.end_lineno is not None
+    first = function.body[0]
+    lines = function.end_lineno - function.lineno + 1
+    documented = ast.get_docstring(function) is not None
+    return lines - (first.end_lineno or first.lineno) + first.lineno - 1 if documented else lines
+
+
+def test_files_and_functions_can_be_read_at_one_sitting() -> None:
+    def too_long(path: Path) -> set[str]:
+        functions = [
+            node for node in ast.walk(parsed(path)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        ]
+        found = {f"{node.name}: {lines_of_code(node)} lines" for node in functions if lines_of_code(node) > 60}
+        length = len(path.read_text().splitlines())
+        return found | ({f"{length} lines"} if length > 500 else set())
+
+    assert offenders(FILES, too_long) == {}
+
+
+def test_any_is_an_exception() -> None:
+    counted = {}
+    for path in FILES:
+        lines = [line for line in path.read_text().splitlines() if "import" not in line]
+        counted[dotted(path)] = sum(len(re.findall(r"\bAny\b", line)) for line in lines)
+    assert sum(counted.values()) < 60, {module: number for module, number in counted.items() if number}
