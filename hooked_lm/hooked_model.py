@@ -17,6 +17,8 @@ from hooked_lm.tokenization import LogitTokens, Prompts, Tokenizer
 if TYPE_CHECKING:
     from hooked_lm.activation_cache import ActivationCache
 
+__all__ = ["HookedModel"]
+
 
 class HookedModel(Protocol):
     """A `HookedTransformer`, or another model with its hook points, blocks and methods.

@@ -30,6 +30,8 @@ from hooked_lm.weights.initialization import initialize_weights
 from hooked_lm.weights.saving import WeightSaving
 from hooked_lm.weights.views import WeightViews
 
+__all__ = ["HookedTransformer", "ModelInput", "Output", "ReturnType"]
+
 ReturnType = Literal["logits", "loss", "both"] | None
 ModelInput = Prompts
 Output = Tensor | tuple[Tensor, Tensor] | None

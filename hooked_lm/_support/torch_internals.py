@@ -13,6 +13,15 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
 
+__all__ = [
+    "ONEDNN_LINEAR",
+    "has_global_module_hooks",
+    "has_module_hooks",
+    "memory_reference",
+    "only_plain_operations",
+    "times_written",
+]
+
 try:
     from torch.multiprocessing.reductions import StorageWeakRef
 except ImportError:

@@ -19,6 +19,8 @@ from hooked_lm._support.files import explained, whole_file
 from hooked_lm._support.plain_data import PlainData
 from hooked_lm._support.torch_internals import memory_reference, times_written
 
+__all__ = ["Memory", "Offloading", "memory_of"]
+
 _TYPES = {
     torch.float64: "F64",
     torch.float32: "F32",

@@ -13,6 +13,8 @@ from hooked_lm.hooks import recorded_part
 from hooked_lm.hooks.point import HookPoint
 from hooked_lm.slicing import Slice
 
+__all__ = ["Change", "LazyActivations", "Moved", "Part"]
+
 Change = Callable[[str, Tensor], Tensor]
 
 

@@ -30,6 +30,8 @@ from hooked_lm.names import (
 from hooked_lm.slicing import Slice
 from hooked_lm.tokenization import LogitTokens
 
+__all__ = ["CacheModel", "CachedActivations"]
+
 
 class CacheModel(Protocol):
     """The part of a model that a cache reads."""

@@ -23,6 +23,8 @@ from hooked_lm.names import NamesFilter
 from hooked_lm.slicing import Slice
 from hooked_lm.tokenization.methods import TextInterface
 
+__all__ = ["Caching"]
+
 
 class Caching(TextInterface, Intervening):
     """The caching method of `HookedTransformer`."""

@@ -24,6 +24,8 @@ from hooked_lm.kv_cache import HookedTransformerKeyValueCache
 from hooked_lm.names import layer_of
 from hooked_lm.tokenization import PaddingSide, Prompts
 
+__all__ = ["Fingerprint", "ForwardCall", "ReplayableRun", "Segment", "fingerprint", "record_run", "segment_of"]
+
 Segment = int | str
 Fingerprint = tuple[tuple[int, int], ...]
 

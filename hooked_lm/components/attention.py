@@ -20,6 +20,8 @@ from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint, carries_run, is_live
 from hooked_lm.kv_cache import HookedTransformerKeyValueCacheEntry
 
+__all__ = ["Attention"]
+
 
 class Attention(nn.Module):
     """Multi-head attention with named activations (Elhage et al. 2021, "A Mathematical Framework").

@@ -17,6 +17,8 @@ from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint, any_live, is_live
 from hooked_lm.kv_cache import HookedTransformerKeyValueCacheEntry
 
+__all__ = ["TransformerBlock"]
+
 
 class TransformerBlock(nn.Module):
     """`resid_mid = resid_pre + attn(ln1(resid_pre))`, `resid_post = resid_mid + mlp(ln2(resid_mid))`.

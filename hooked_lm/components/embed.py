@@ -16,6 +16,8 @@ from hooked_lm.components.norm import NoNorm, make_writing_norm
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint
 
+__all__ = ["Embed", "Unembed"]
+
 
 class Embed(nn.Module):
     """Token embedding, `W_E` [d_vocab d_model] times `embedding_scale`, with a norm after it if `post_embedding_ln`."""

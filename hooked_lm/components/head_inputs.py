@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from hooked_lm.hooks import any_live, carries_run, is_live, may_edit_forward, without_hooks
 from hooked_lm.hooks.thread import editing_hooks_only
 
+__all__ = ["HeadInputs", "HeadSource", "per_head_inputs"]
+
 HeadInputs = tuple[Tensor, Tensor, Tensor]
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from hooked_lm._support.torch_internals import ONEDNN_LINEAR, only_plain_operations
 
+__all__ = ["linear"]
+
 # More rows keep the threads busy by themselves; a smaller matrix is multiplied before its parts are handed out, or
 # before oneDNN has found its kernel.
 _FEW, _LARGE = 2, 2**17

@@ -12,6 +12,8 @@ from hooked_lm.components.norm import make_norm
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint
 
+__all__ = ["MLP", "GatedMLP"]
+
 
 class MLP(nn.Module):
     """`act(x W_in + b_in) W_out + b_out`, with W_in [d_model d_mlp] and W_out [d_mlp d_model].

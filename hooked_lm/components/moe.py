@@ -13,6 +13,8 @@ from hooked_lm.components.mlp import GatedMLP
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint
 
+__all__ = ["MoE"]
+
 
 class MoE(nn.Module):
     """`sum over the chosen experts of weight * expert(x)` (Shazeer et al. 2017), and a shared expert if there is one.

@@ -12,6 +12,20 @@ from hooked_lm.components.activations import Activation, identity
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint, is_live
 
+__all__ = [
+    "NORMS",
+    "LayerNorm",
+    "LayerNormPre",
+    "NoNorm",
+    "Norm",
+    "RMSNorm",
+    "RMSNormPre",
+    "make_block_norm",
+    "make_norm",
+    "make_qk_norm",
+    "make_writing_norm",
+]
+
 
 class Norm(nn.Module):
     """`(x - mean) / scale * w + b`, where `scale = sqrt(variance + eps)`; RMS norms subtract no mean.

@@ -17,6 +17,20 @@ from hooked_lm.config import HookedTransformerConfig
 if TYPE_CHECKING:
     from hooked_lm.components.sequence import SequenceLayout
 
+__all__ = [
+    "AlibiSpec",
+    "ByParts",
+    "Dynamic",
+    "LongRope",
+    "PosEmbed",
+    "RotarySpec",
+    "Yarn",
+    "alibi_slopes",
+    "rotary_frequencies",
+    "rotary_tables",
+    "rotate",
+]
+
 
 class PosEmbed(nn.Module):
     """Learned positions, `W_pos` [n_ctx d_model]."""

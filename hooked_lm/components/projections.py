@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from hooked_lm.components.linear import linear
 
+__all__ = ["input_projection", "project"]
+
 
 def input_projection(heads: int, d_model: int, d_head: int) -> nn.Parameter:
     """Return an uninitialised [head d_model d_head] parameter in the memory order of the GEMM that uses it.

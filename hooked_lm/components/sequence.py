@@ -13,6 +13,8 @@ from torch import Tensor
 
 from hooked_lm.components.positions import AlibiSpec, RotarySpec, alibi_slopes, rotary_tables
 
+__all__ = ["Prompt", "SequenceLayout"]
+
 
 class SequenceLayout:
     """The shape of one forward pass.

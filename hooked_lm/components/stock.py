@@ -29,6 +29,8 @@ from hooked_lm.components.norm import LayerNorm, LayerNormPre, NoNorm, Norm, RMS
 from hooked_lm.components.positions import PosEmbed
 from hooked_lm.hooks import HookPoint
 
+__all__ = ["STOCK", "not_stock", "require_stock"]
+
 _NORMS = (Norm, LayerNorm, LayerNormPre, RMSNorm, RMSNormPre, NoNorm)
 _MLPS = (MLP, GatedMLP, MoE)
 STOCK: frozenset[type] = frozenset(

@@ -15,6 +15,8 @@ from tqdm.auto import tqdm
 from hooked_lm._support.precision import at_least_single
 from hooked_lm.kv_cache import HookedTransformerKeyValueCache
 
+__all__ = ["LanguageModel", "Sampling", "decode_steps", "sample_logits"]
+
 
 @runtime_checkable
 class LanguageModel(Protocol):

@@ -14,6 +14,8 @@ from hooked_lm.interventions import Intervention
 from hooked_lm.interventions.running import Intervening
 from hooked_lm.tokenization.methods import TextInterface, check_attention_mask
 
+__all__ = ["ReturnAs", "TextGeneration"]
+
 ReturnAs = Literal["input", "str", "tokens"]
 
 

@@ -14,6 +14,8 @@ from hooked_lm.hooks.thread import Token, here
 if TYPE_CHECKING:
     from hooked_lm.hooks.point import HookPoint
 
+__all__ = ["Direction", "HookFunction", "HookHandle", "changing_hooks"]
+
 HookFunction = Callable[..., object]
 Direction = Literal["fwd", "bwd", "both"]
 

@@ -19,6 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from hooked_lm.hooks.handle import Direction, HookFunction, HookHandle, changing_hooks
 from hooked_lm.names import layer_of
 
+__all__ = ["HookPoint", "TorchHook", "any_live", "carries_run", "is_live", "may_edit_forward"]
+
 # Any: torch gives its hooks the arguments and outputs of the module, of whatever types.
 TorchHook = Callable[..., Any]
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from hooked_lm.hooks.point import HookPoint
 from hooked_lm.slicing import Slice
 
+__all__ = ["Recorder", "recorded_part"]
+
 
 @dataclass(frozen=True, eq=False)
 class Recorder:

@@ -19,6 +19,8 @@ from hooked_lm.hooks.thread import Token, only
 from hooked_lm.names import NamesFilter, is_pattern, select_names
 from hooked_lm.slicing import Slice
 
+__all__ = ["HookSpec", "HookedRootModule", "ModelOutput"]
+
 HookSpec = tuple[NamesFilter, HookFunction]
 # Any: a call of the model returns whatever its forward does, which may depend on arguments (`return_type`).
 ModelOutput = Any

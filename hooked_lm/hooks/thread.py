@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
+__all__ = ["Pass", "Token", "current_pass", "editing_hooks_only", "here", "in_pass", "only", "without_hooks"]
+
 
 class Token:
     """Something that is only ever compared by identity; a copy of it is itself."""

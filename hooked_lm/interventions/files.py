@@ -16,6 +16,8 @@ from hooked_lm._support.files import write_whole
 from hooked_lm._support.plain_data import PlainData
 from hooked_lm.interventions.intervention import Intervention
 
+__all__ = ["Cells", "interventions_from_json", "interventions_to_json", "load_interventions", "save_interventions"]
+
 _FORMAT, _VERSION = "hooked_lm interventions", 1
 _SELECTIONS = ("pos", "head", "feature", "batch")
 # JSON has no words for these numbers.

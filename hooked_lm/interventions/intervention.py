@@ -20,6 +20,17 @@ from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint
 from hooked_lm.names import ActivationKey, UnknownHookError, describe_unknown
 
+__all__ = [
+    "OPERATIONS",
+    "HasHookPoints",
+    "Intervention",
+    "Operation",
+    "Recorded",
+    "Selection",
+    "Selections",
+    "draw_prompts",
+]
+
 Operation = Literal["replace", "add", "scale", "zero"]
 # Which entries along an axis: None for all, one (the axis is then dropped from the value's shape), or several.
 Selection = int | tuple[int, ...] | None

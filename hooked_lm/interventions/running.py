@@ -12,6 +12,8 @@ from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookedRootModule, HookPoint, ModelOutput, current_pass
 from hooked_lm.interventions.intervention import Intervention
 
+__all__ = ["Intervening", "InterventionHook"]
+
 
 class InterventionHook:
     """An intervention as a hook. It returns a new tensor and never writes to the one it is shown.

@@ -24,6 +24,8 @@ from hooked_lm.sweep.plan import Stage, SweepCell, plan_cell, reads_per_head
 from hooked_lm.sweep.walk import BaseRun, SweepWalk, WalkGroup, key_site
 from hooked_lm.tokenization import Prompts
 
+__all__ = ["AnyMetric", "sweep"]
+
 AnyMetric = Metric | Callable[[Tensor], Tensor | float]
 
 

@@ -10,6 +10,8 @@ from hooked_lm.hooks import any_live
 from hooked_lm.interventions import Intervention
 from hooked_lm.transformer import HookedTransformer
 
+__all__ = ["walking_obstacle"]
+
 
 def walking_obstacle(model: HookedModel, always: Sequence[Intervention]) -> str | None:
     """Return why nothing can be walked, for the progress bar; None if walking is exact.

@@ -16,6 +16,8 @@ from hooked_lm.hooks import HookPoint
 from hooked_lm.interventions import Intervention
 from hooked_lm.sweep.plan import SweepCell
 
+__all__ = ["from_first_change", "is_compared"]
+
 # Two ways of computing one activation (attention fused or not) differ by some forty roundings of an entry, or of one of
 # middling size at its position.
 _ROUNDINGS = 48

@@ -10,6 +10,8 @@ from enum import IntEnum
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.interventions import Intervention
 
+__all__ = ["Stage", "SweepCell", "plan_cell", "reads_per_head"]
+
 
 class Stage(IntEnum):
     """The points of a block at which a cell's rows can join the walk, in the order of computation."""

@@ -26,6 +26,8 @@ from hooked_lm.interventions import Intervention
 from hooked_lm.names import get_act_name
 from hooked_lm.sweep.plan import Stage, SweepCell
 
+__all__ = ["BaseRun", "SweepWalk", "WalkGroup", "key_site"]
+
 
 def key_site(cfg: HookedTransformerConfig, layer: int) -> str:
     """Return where a layer's keys are as attention uses them."""

@@ -15,6 +15,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+__all__ = [
+    "LogitTokens",
+    "PaddingSide",
+    "Prompts",
+    "TokenBatch",
+    "Tokenizer",
+    "check_padding_side",
+    "decode",
+    "encode",
+    "infer_attention_mask",
+    "prepare_tokenizer",
+    "single_token",
+    "str_tokens",
+    "token_position",
+    "token_rows",
+    "tokenize",
+    "tokenize_and_concatenate",
+]
+
 # Any: a transformers PreTrainedTokenizerBase; naming the type would import transformers.
 Tokenizer = Any
 PaddingSide = Literal["left", "right"]

@@ -16,6 +16,8 @@ from hooked_lm.components import Embed, Unembed
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.tokenization import LogitTokens, PaddingSide, Prompts, TokenBatch, Tokenizer
 
+__all__ = ["Text", "TextInterface", "check_attention_mask", "describe"]
+
 Text = str | Sequence[str]
 
 

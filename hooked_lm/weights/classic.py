@@ -9,6 +9,8 @@ from torch import Tensor
 
 from hooked_lm.weights.processing import Weights
 
+__all__ = ["from_classic"]
+
 _CLASSIC_BUFFERS = re.compile(r"blocks\.\d+\.attn\.(mask|IGNORE|rotary_sin|rotary_cos|alibi)")
 _CLASSIC_GROUPED = re.compile(r"(blocks\.\d+\.attn\.)_([Wb]_[KV])")
 _CLASSIC_EXPERT = re.compile(r"(blocks\.\d+\.mlp\.)experts\.(\d+)\.([Wb]_(?:in|gate|out))(\.weight)?")

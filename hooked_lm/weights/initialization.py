@@ -9,6 +9,15 @@ from torch import Tensor, nn
 
 from hooked_lm.config import HookedTransformerConfig
 
+__all__ = [
+    "calc_fan_in_and_fan_out",
+    "init_kaiming_normal_",
+    "init_kaiming_uniform_",
+    "init_xavier_normal_",
+    "init_xavier_uniform_",
+    "initialize_weights",
+]
+
 
 def calc_fan_in_and_fan_out(tensor: Tensor) -> tuple[int, int]:
     """Return how many inputs and outputs a weight connects.

@@ -21,6 +21,8 @@ from hooked_lm.weights.placement import ParameterPlacement
 from hooked_lm.weights.processing import Weights
 from weight_conversion import checkpoint
 
+__all__ = ["WeightLoading"]
+
 
 class WeightLoading(nn.Module):
     """The loading and processing methods of `HookedTransformer`."""

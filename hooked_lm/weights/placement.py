@@ -11,6 +11,8 @@ from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.weights import processing
 from hooked_lm.weights.processing import Weights
 
+__all__ = ["ParameterPlacement"]
+
 
 class ParameterPlacement:
     """Gives the parameters of a model on the meta device their real values.

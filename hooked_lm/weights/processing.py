@@ -19,6 +19,23 @@ from torch import Tensor
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.factored_matrix import FactoredMatrix
 
+__all__ = [
+    "STEPS",
+    "Processed",
+    "Step",
+    "Weights",
+    "center_unembed",
+    "center_writing_weights",
+    "fold_layer_norm",
+    "fold_value_biases",
+    "plan_processing",
+    "process",
+    "process_",
+    "refactor_factored_attn_matrices",
+    "untie",
+    "unties",
+]
+
 Weights = dict[str, Tensor]
 Processed = tuple[HookedTransformerConfig, Weights]
 

@@ -12,6 +12,8 @@ from hooked_lm.weights.loading import WeightLoading
 from weight_conversion import checkpoint
 from weight_conversion.export import export
 
+__all__ = ["WeightSaving"]
+
 
 class WeightSaving(WeightLoading):
     """The saving methods of `HookedTransformer`."""

@@ -13,6 +13,8 @@ from hooked_lm.components import Embed, PosEmbed, TransformerBlock, Unembed
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.factored_matrix import FactoredMatrix, composition_scores
 
+__all__ = ["HeadLabels", "WeightViews"]
+
 
 class HeadLabels(list[str]):
     """A list of labels that may also be called, since existing code has it both as an attribute and as a method."""
