@@ -1,4 +1,4 @@
-"""HookedModel: what the engines (sweeps, patching, circuits, caches, tracing) may ask of a model."""
+"""HookedModel: the attributes and methods of a model that sweeps, patching, circuits, caches and tracing use."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ __all__ = ["HookedModel"]
 class HookedModel(Protocol):
     """A `HookedTransformer`, or another model with its hook points, blocks and methods.
 
-    Engines are written against this and nothing else, so that no private method crosses a file.
+    Functions that run a model are annotated with this protocol, and use nothing of the model besides.
 
     Attributes:
         cfg: the architecture.
         hook_dict: full hook name -> hook point, in the order in which they run.
         blocks, embed, pos_embed, ln_final, unembed: the parts of the network. `pos_embed` only with learned positions.
-        tokenizer: None for a model that reads tokens only.
-        processed: the processing steps that the weights have been through.
+        tokenizer: None for a model whose input is tokens only.
+        processed: the processing steps applied to the weights, by name.
     """
 
     cfg: HookedTransformerConfig
@@ -126,7 +126,7 @@ class HookedModel(Protocol):
 
     def tokens_to_residual_directions(self, tokens: LogitTokens) -> Tensor: ...
 
-    # What any module has
+    # Methods of every nn.Module
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 

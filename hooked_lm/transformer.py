@@ -1,4 +1,4 @@
-"""HookedTransformer: the model, its forward pass, and how it is loaded and saved."""
+"""HookedTransformer: the model's constructor and forward pass; its other methods are in packages."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
 
     Args:
         cfg: the architecture, as a config or a dictionary of its fields.
-        tokenizer: a HuggingFace tokenizer, needed to read strings. A config with `tokenizer_name` loads its own.
-        move_to_device: move the parameters to `cfg.device`, where that is given.
+        tokenizer: a HuggingFace tokenizer, needed for strings. With `cfg.tokenizer_name`, that one is loaded.
+        move_to_device: move the parameters to `cfg.device`, if given.
         default_padding_side: overrides the config's.
 
     Raises:
@@ -78,7 +78,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.ln_final = make_norm(cfg, kind=_final_norm_kind(cfg)) if cfg.final_norm else NoNorm()
         self.unembed = Unembed(cfg, tied_to=self.embed if cfg.tie_word_embeddings else None)
-        device = cfg.device  # asked for; from the next line on the config says where the parameters are
+        device = cfg.device  # read first: `self.to` sets cfg.device to the parameters' device
         self.to(cfg.dtype)
         if cfg.init_weights:
             initialize_weights(self, cfg)
@@ -91,22 +91,22 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
 
     @property
     def cfg(self) -> HookedTransformerConfig:
-        """The architecture. What the forward pass computes with is what this says.
+        """The config. The forward pass computes with its values.
 
-        Fields that act when they are changed may be assigned: the soft caps, `attention_dir`, `n_ctx`, dtype, device
-        and the defaults of tokens. Every other assignment raises and says how to build the model anew.
+        Fields that take effect when they are changed may be assigned: the soft caps, `attention_dir`, `n_ctx`, dtype,
+        device and the defaults of tokens. Every other assignment raises, with how to build such a model.
         """
         return self._cfg
 
     @cfg.setter
     def cfg(self, cfg: HookedTransformerConfig) -> None:
         raise AttributeError(
-            "a model keeps the config it was built with: assign its fields that act (cfg.n_ctx = ...), or build "
+            "a model keeps the config it was built with: assign a field of it (model.cfg.n_ctx = ...), or build "
             "another model, HookedTransformer(cfg)"
         )
 
     def _lock_config(self) -> None:
-        """Have the config refuse changes that would do nothing, and tell this model of those that move it."""
+        """Make the config refuse changes without effect, and move this model when its dtype or device is assigned."""
         model = weakref.ref(self)
 
         def moved(name: str, value: object) -> None:
@@ -117,7 +117,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         self._cfg.lock(moved)
 
     def __setstate__(self, state: PlainData) -> None:
-        # A copy of a config is free; a copy of the model has one of its own to lock.
+        # A copied config is unlocked, so the copied model locks its own.
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._lock_config()
 
@@ -137,27 +137,27 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         past_kv_cache: HookedTransformerKeyValueCache | None = None,
         logits_to_keep: int | slice | Tensor | None = None,
     ) -> Output:
-        """Run the model.
+        """Return the model's logits, its loss, or the residual stream before a layer.
 
         Args:
             input: a string, a list of strings, tokens [pos] or [batch pos], or with `start_at_layer` the residual
-                stream [batch pos d_model] that enters that block.
+                stream [batch pos d_model] at the input of that block.
             return_type: `"logits"` [batch pos vocab]; `"loss"`, the mean next-token loss in nats; `"both"`, a pair;
                 None runs up to the final norm and returns None.
-            loss_per_token: the loss as [batch pos-1].
-            prepend_bos: for strings; by default the model's. Never applies to tokens.
-            padding_side: for strings, and for recognising padding in tokens without a mask; by default the model's.
+            loss_per_token: return the loss as [batch pos-1].
+            prepend_bos: for strings; by default the model's. It never applies to tokens.
+            padding_side: for strings, and to infer padding in tokens without a mask; by default the model's.
             start_at_layer: the first block to run; negative counts from the end.
             tokens: with `start_at_layer`, the tokens [batch pos] that a loss needs.
-            attention_mask: [batch pos], 0 at padding. By default it follows from the strings, or from a run of padding
-                tokens on the left when the padding side is left.
-            stop_at_layer: the first block not to run; the residual stream before it comes back. 0 is embeddings only,
-                `n_layers` is all blocks without the final norm, negative counts from the end.
-            past_kv_cache: keys and values of the positions before; extended by this call.
-            logits_to_keep: the last so many positions, or a slice or index of positions, to compute logits for.
+            attention_mask: [batch pos], 0 at padding. By default it follows from the padding of the strings, or from a
+                run of padding tokens on the left when the padding side is left.
+            stop_at_layer: the first block not to run; the residual stream at its input is returned. 0 is embeddings
+                only, `n_layers` is all blocks without the final norm, negative counts from the end.
+            past_kv_cache: keys and values of earlier positions; extended by this call.
+            logits_to_keep: compute logits for the last so many positions, or for a slice or index of positions.
 
         Raises:
-            TypeError: the input is none of these.
+            TypeError: an input of another type.
             ValueError: tokens out of range, too long a sequence, layers out of range, shapes that do not match, or
                 options that exclude each other.
         """
@@ -185,7 +185,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         return_type: ReturnType,
         loss_per_token: bool,
     ) -> Output:
-        """Run embedding, blocks and unembedding, or those of them that were asked for."""
+        """Run embedding, blocks and unembedding, as far as the options select them."""
         prompt, residual, shortformer_pos = self._entered(prompt)
         for layer, block in enumerate(islice(self.blocks, start, stop), start):
             past = None if past_kv_cache is None else past_kv_cache[layer]
@@ -199,11 +199,11 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         return self._output(logits, prompt.tokens, prompt.mask, return_type, loss_per_token)
 
     def logits_of(self, residual: Tensor, logits_to_keep: int | slice | Tensor | None = None) -> Tensor:
-        """Return the logits of the stream that leaves the last block [batch pos d_model]: final norm, unembedding.
+        """Return the logits of the residual stream after the last block: final norm, then unembedding.
 
         Args:
             residual: [batch pos d_model].
-            logits_to_keep: as for a call of the model.
+            logits_to_keep: as for `forward`.
         """
         logits: Tensor = self.unembed(_kept(self.ln_final(residual), logits_to_keep))
         return logits
@@ -216,20 +216,25 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         if return_type == "logits":
             return logits
         if tokens is None:
-            raise ValueError("a loss from a residual stream needs tokens=, the tokens it came from")
+            raise ValueError("a loss from a residual stream needs tokens=, the tokens of that stream")
         loss = self.loss_fn(logits, tokens, mask, per_token)
         return loss if return_type == "loss" else (logits, loss)
 
     def _check_cacheable(self, cache: HookedTransformerKeyValueCache, start: int, stop: int) -> None:
         if self.cfg.attention_dir == "bidirectional":
-            raise ValueError("a bidirectional model has no use for a key-value cache: earlier positions see later ones")
+            raise ValueError(
+                "a bidirectional model cannot use a key-value cache: earlier positions attend to later ones"
+            )
         if (start, stop) != (0, self.cfg.n_layers) and not cache.frozen:
             raise ValueError(
                 "a key-value cache needs every layer: start_at_layer and stop_at_layer would leave some without keys"
             )
 
     def layer_range(self, start: int | None, stop: int | None) -> tuple[int, int]:
-        """Return the first block that runs and the first that does not, for these options of `forward`.
+        """Return the first block that runs and the first block that does not, for these options of `forward`.
+
+        Args:
+            start, stop: `start_at_layer` and `stop_at_layer` of `forward`.
 
         Raises:
             ValueError: one is out of range, or they are in the wrong order.
@@ -246,14 +251,14 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         return first, last
 
     def _entered(self, prompt: Prompt) -> tuple[Prompt, Tensor, Tensor | None]:
-        """Return the prompt, its tokens as hooks leave them; the stream that enters block 0; shortformer positions."""
+        """Return the prompt, with its tokens after hooks; the residual at the first block; shortformer positions."""
         layout = prompt.layout
         if prompt.residual is not None:
             return prompt, prompt.residual, self._shortformer_pos(layout, prompt.residual.shape[0])
         tokens = prompt.tokens
         assert tokens is not None
         if is_live(self.hook_tokens):
-            # A copy: what hooks keep must not share memory with the caller's tokens.
+            # Hooks get a copy, so that a tensor they keep does not share memory with the caller's tokens.
             tokens = self._check_tokens(self.hook_tokens(tokens.clone()))
             prompt = replace(prompt, tokens=tokens)
         residual = self.hook_embed(self.embed(tokens))
@@ -268,7 +273,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
 
     def _positions(self, layout: SequenceLayout, batch: int) -> Tensor:
         positions = self.pos_embed(layout, batch)
-        # The positions are a view of `W_pos`, which training writes to: a cache keeps a copy.
+        # Hooks get a copy: the positions are a view of `W_pos`, which training writes to.
         return self.hook_pos_embed(positions.clone()) if is_live(self.hook_pos_embed) else positions
 
     def input_to_embed(
@@ -279,10 +284,10 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         attention_mask: Tensor | None = None,
         past_kv_cache: HookedTransformerKeyValueCache | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Return (residual entering block 0, tokens, shortformer positions or None, attention mask or None).
+        """Return (residual at block 0, tokens, shortformer positions or None, attention mask or None).
 
         Args:
-            input, prepend_bos, padding_side, attention_mask, past_kv_cache: as for a call of the model.
+            input, prepend_bos, padding_side, attention_mask, past_kv_cache: as for `forward`.
         """
         with _rewound_on_error(past_kv_cache):
             prompt = self._prompt(input, prepend_bos, padding_side, attention_mask, past_kv_cache, None, None)
@@ -301,11 +306,13 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         """Return the next-token loss in nats; see `losses.lm_cross_entropy_loss`.
 
         Args:
-            logits, tokens, attention_mask, per_token: as there.
+            logits: [batch pos vocab].
+            tokens: [batch pos].
+            attention_mask: [batch pos], 0 at padding.
+            per_token: return the loss as [batch pos-1] instead of its mean.
 
         Raises:
-            ValueError: there is no next token: a single position, or a mask under which no real token follows a real
-                one.
+            ValueError: there is a single position, or the mask leaves no two adjacent real tokens.
         """
         if tokens.shape[1] < 2:
             raise ValueError("a next-token loss needs at least two positions")
@@ -319,15 +326,15 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         """Return an empty key-value cache for this model, with room for `capacity` positions; it grows beyond.
 
         Args:
-            batch_size: how many prompts.
-            capacity: positions to make room for.
+            batch_size: the number of prompts.
+            capacity: the number of positions to allocate.
         """
         return HookedTransformerKeyValueCache.init_cache(self.cfg, self.W_E.device, batch_size, capacity)
 
     # Housekeeping
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Keep the config's dtype and device true after `.to()`, `.half()`, `.cuda()` and their like."""
+        """Update the config's dtype and device after `.to()`, `.half()`, `.cuda()` and similar calls."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if hasattr(self, "unembed"):
             self.cfg.set_unlocked(dtype=self.unembed.W_U.dtype, device=str(self.unembed.W_U.device))
@@ -337,7 +344,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         """Move the model to Apple's GPU."""
         return self.to("mps")
 
-    # The classic library's gates. Every hook point exists whatever they say.
+    # Flags of the classic library. Every hook point exists whatever their values.
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
         """Set `cfg.use_attn_result`."""
@@ -356,7 +363,11 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         self.cfg.use_hook_mlp_in = use_hook_mlp_in
 
     def set_ungroup_grouped_query_attention(self, ungroup_grouped_query_attention: bool) -> None:
-        """Accepted, without effect: keys and values are hooked per key-value head."""
+        """Accepted for compatibility, without effect: keys and values have hook points per key-value head.
+
+        Args:
+            ungroup_grouped_query_attention: ignored.
+        """
 
     @property
     def n_params_total(self) -> int:
@@ -368,7 +379,7 @@ HookedTransformer.stock_class = HookedTransformer
 
 
 def _with_vocabulary(cfg: HookedTransformerConfig, tokenizer: Tokenizer | None) -> HookedTransformerConfig:
-    """A copy of the config, with `d_vocab` from the tokenizer where it has none of its own."""
+    """Return a copy of the config, with `d_vocab` from the tokenizer if the config has none."""
     if cfg.d_vocab != -1:
         return cfg.replace()
     if tokenizer is None:
@@ -408,7 +419,7 @@ def _kept(normalized: Tensor, logits_to_keep: int | slice | Tensor | None) -> Te
 
 @contextmanager
 def _rewound_on_error(cache: HookedTransformerKeyValueCache | None) -> Generator[None, None, None]:
-    """Take back what a failed run has added to a key-value cache."""
+    """Remove the positions that a failed run has added to a key-value cache."""
     length = 0 if cache is None else cache.length
     try:
         yield

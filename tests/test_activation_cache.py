@@ -621,7 +621,7 @@ def test_heads_and_neurons_are_not_taken_apart_where_a_norm_comes_after_them() -
         lambda: cache.stack_neuron_results(-1),
         cache.get_full_resid_decomposition,
     ):
-        with pytest.raises(ValueError, match=r"normalised together|normalised before"):
+        with pytest.raises(ValueError, match=r"normalises the sum|normalised before|normalises biases"):
             take_apart()
     total = cache.decompose_resid().sum(0)
     torch.testing.assert_close(total, cache["resid_post", -1], rtol=0, atol=1e-10)

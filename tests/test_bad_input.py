@@ -214,7 +214,7 @@ def test_a_wrong_mask_raises(mask: Any, message: str, half_way: bool) -> None:
 
 def test_a_mask_beside_strings_raises() -> None:
     model = text_model()
-    with unharmed(model), pytest.raises(ValueError, match="strings bring their own attention mask"):
+    with unharmed(model), pytest.raises(ValueError, match="the attention mask of strings follows from their padding"):
         model("Mary", attention_mask=torch.ones(1, 2))
 
 

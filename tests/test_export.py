@@ -255,9 +255,9 @@ def test_a_processed_model_names_what_it_has_been_through(checkpoint: Callable[[
 
 
 def test_a_model_that_was_never_of_huggingface_has_no_family(tmp_path: Path) -> None:
-    refuses(tiny_model(), tmp_path, "does not come from a HuggingFace checkpoint", ValueError)
+    refuses(tiny_model(), tmp_path, "was not loaded from a HuggingFace checkpoint", ValueError)
     tiny_model().save_pretrained(tmp_path / "own")
-    refuses(unprocessed(tmp_path / "own"), tmp_path, "does not come from a HuggingFace checkpoint", ValueError)
+    refuses(unprocessed(tmp_path / "own"), tmp_path, "was not loaded from a HuggingFace checkpoint", ValueError)
 
 
 @pytest.mark.parametrize(

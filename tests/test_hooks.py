@@ -430,7 +430,8 @@ def test_reset_clears_contexts_by_default_and_leaves_them_if_asked(subject: Subj
 
 def test_a_hook_that_never_ran_raises_after_the_run(subject: Subject) -> None:
     with pytest.raises(
-        RuntimeError, match=r"the hook at 'blocks.1.hook_resid_pre' was asked for but the model did not"
+        RuntimeError,
+        match=r"the hook at 'blocks.1.hook_resid_pre' never ran: the model did not compute that activation",
     ):
         subject.model.run_with_hooks(subject.tokens, stop_at_layer=1, fwd_hooks=[(FIRST, look), (SECOND, look)])
     with pytest.raises(RuntimeError, match=r"'blocks.1.hook_resid_pre'"):

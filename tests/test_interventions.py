@@ -172,7 +172,7 @@ def test_positions_that_are_one_and_the_same_in_the_prompts_are_refused_where_th
 
 
 def test_a_single_intervention_in_place_of_a_list_is_refused() -> None:
-    with pytest.raises(TypeError, match="interventions are a list"):
+    with pytest.raises(TypeError, match="interventions is a list"):
         tiny_model().as_hooks(Intervention(Z, "zero"))  # type: ignore[arg-type]
 
 

@@ -330,7 +330,7 @@ def test_a_run_that_would_leave_layers_without_keys_is_refused(options: dict[str
 
 def test_a_bidirectional_model_refuses_a_cache() -> None:
     model = model_of("rotary", attention_dir="bidirectional")
-    with pytest.raises(ValueError, match="earlier positions see later ones"):
+    with pytest.raises(ValueError, match="earlier positions attend to later ones"):
         model(TOKENS[:, :4], past_kv_cache=model.new_kv_cache(2))
 
 

@@ -144,7 +144,7 @@ def test_a_run_that_begins_with_a_residual(architecture: str, options: dict[str,
     residual = model(TOKENS, stop_at_layer=1).detach()
     options = {**options, "tokens": TOKENS, "attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1, 1], [1] * 7])}
     if "stop_at_layer" in options:
-        with pytest.raises(RuntimeError, match="model did not get there"):
+        with pytest.raises(RuntimeError, match="the model did not compute that activation"):
             model.run_with_cache(residual, lazy=True, names_filter="hook_embed", **options)
         if architecture == "gpt2":  # nothing at all is computed
             return
@@ -346,7 +346,7 @@ def test_weights_that_have_changed_since_are_noticed_and_what_was_fetched_stays(
     lazy.prefetch("blocks.1.attn.hook_pattern")
     with torch.no_grad():
         model.blocks[0].mlp.W_in[0, 0] += 1.0
-    with pytest.raises(RuntimeError, match=r"its weights, or a stream .* have been changed or moved since"):
+    with pytest.raises(RuntimeError, match=r"its weights, or a residual .* have been changed or moved since"):
         lazy["q", 1]
     with pytest.raises(RuntimeError, match="changed or moved"):
         lazy.to("meta")
@@ -360,7 +360,7 @@ def test_weights_that_have_changed_since_are_noticed_and_what_was_fetched_stays(
 def test_a_stream_that_was_written_to_is_noticed(model: HookedTransformer) -> None:
     _, lazy = model.run_with_cache(TOKENS, lazy=True)
     lazy["resid_pre", 1].zero_()
-    with pytest.raises(RuntimeError, match="clone what is to be written to"):
+    with pytest.raises(RuntimeError, match="clone a tensor before writing to it"):
         lazy["q", 1]
 
 
@@ -497,14 +497,14 @@ def test_options_that_exclude_it_are_errors(model: HookedTransformer, options: d
 
 
 def test_a_key_value_cache_does_not_go_with_it(model: HookedTransformer) -> None:
-    with pytest.raises(ValueError, match="moves on after the run"):
+    with pytest.raises(ValueError, match="grows after the run"):
         model.run_with_cache(TOKENS, lazy=True, past_kv_cache=model.new_kv_cache(2))
 
 
 def test_names_are_checked_as_in_a_full_cache(model: HookedTransformer) -> None:
     with pytest.raises(UnknownHookError, match="hook_patern"):
         model.run_with_cache(TOKENS, lazy=True, names_filter="blocks.0.attn.hook_patern")
-    with pytest.raises(RuntimeError, match=r"'blocks.1.hook_resid_pre' was asked for but the model did not get there"):
+    with pytest.raises(RuntimeError, match=r"'blocks.1.hook_resid_pre' never ran"):
         model.run_with_cache(TOKENS, lazy=True, names_filter="blocks.1.hook_resid_pre", stop_at_layer=1)
     with pytest.raises(TypeError, match="unexpected keyword argument 'stop_at'"):
         model.run_with_cache(TOKENS, lazy=True, stop_at=1)

@@ -216,7 +216,7 @@ def test_scaled_as_the_reader_scales_the_parts_still_sum_to_what_it_reads(placem
 
 def test_a_normalised_stream_is_no_sum_and_says_so() -> None:
     _, cache = run(model_of("residual"))
-    with pytest.raises(ValueError, match="no sum of what the layers write; accumulated_resid gives the stream"):
+    with pytest.raises(ValueError, match="no sum of the layers' outputs; accumulated_resid gives the stream"):
         cache.decompose_resid()
 
 
@@ -232,7 +232,7 @@ def test_where_writes_are_normalised_heads_and_neurons_do_not_split_and_say_so(p
     ):
         with pytest.raises(ValueError, match="does not split into what each of them adds"):
             split()
-    with pytest.raises(ValueError, match="biases are normalised before they reach the stream"):
+    with pytest.raises(ValueError, match="this model normalises biases before they reach the stream"):
         model.accumulated_bias(1)
 
 

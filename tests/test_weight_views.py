@@ -220,7 +220,7 @@ def test_the_accumulated_bias_of_a_layer_that_is_not_there_raises(layer: int, ml
 
 
 def test_biases_that_do_not_add_up_raise() -> None:
-    with pytest.raises(ValueError, match="biases are normalised before they reach the stream"):
+    with pytest.raises(ValueError, match="this model normalises biases before they reach the stream"):
         tiny_model(use_normalization_before_and_after=True).accumulated_bias(1)
     experts = tiny_model(num_experts=3, experts_per_token=1)
     with pytest.raises(ValueError, match="pass include_mlp_biases=False"):

@@ -18,20 +18,20 @@ __all__ = ["ActivationCache"]
 
 
 class ActivationCache(ResidualStreams):
-    """The activations of a run, and what the residual stream is made of.
+    """The activations of a run, and the components that the residual stream is the sum of.
 
-    Everything that is written to the residual stream adds up to it. So what is read from it along a direction (say,
-    a token's logit) is the sum of what each component writes there (Elhage et al. 2021, "A Mathematical Framework").
+    The residual stream is the sum of the components' outputs. So its projection on a direction (say, a token's logit)
+    is the sum of the components' projections (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits").
     """
 
     # Heads
 
     def compute_head_results(self) -> None:
-        """Add `hook_result`, what each head writes, [batch pos head d_model], for every layer whose `z` is cached."""
+        """Add `hook_result`, the output of each head, [batch pos head d_model], for every layer whose `z` is cached."""
         for layer, block in enumerate(self.model.blocks):
             name = get_act_name("result", layer)
             if name not in self.cache_dict:
-                require_stock("what each head writes", f"blocks.{layer}.attn", block.attn)
+                require_stock("a head's output", f"blocks.{layer}.attn", block.attn)
                 self.cache_dict[name] = _head_results(self["z", layer], block.attn.W_O)
 
     @overload
@@ -63,14 +63,14 @@ class ActivationCache(ResidualStreams):
         pos_slice: object = None,
         apply_ln: bool = False,
     ) -> Tensor | tuple[Tensor, list[str]]:
-        """Return what every head before `layer` writes, [layer*head batch pos d_model].
+        """Return the output of every head before `layer`, [layer*head batch pos d_model].
 
         Args:
             layer: None or -1 for all heads.
             return_labels: also return `"L0H0"`, `"L0H1"`, ..., `"remainder"`.
-            incl_remainder: add what is in the stream besides (embeddings, MLPs, biases), so that it sums to the stream.
+            incl_remainder: add one component for embeddings, MLPs and biases, so that the stack sums to the stream.
             pos_slice: positions to keep.
-            apply_ln: scale as the norm that reads at `layer` scales, by its cached statistics.
+            apply_ln: scale as the norm at the input of `layer` does, by its cached statistics.
         """
         last, positions = self._final(layer), Slice.unwrap(pos_slice)
         self._require_additive()
@@ -87,20 +87,20 @@ class ActivationCache(ResidualStreams):
         return (stack, labels) if return_labels else stack
 
     def _results_of(self, layer: int, positions: Slice) -> Float[Tensor, "*batch_and_pos head d_model"]:
-        """What each head of a layer writes: as it was recorded, or from `z`."""
+        """Return the outputs of a layer's heads: as recorded, or from `z`."""
         attn = self.model.blocks[layer].attn
         if not_stock(attn) is not None and get_act_name("result", layer) in self.cache_dict:
             return positions.apply(self["result", layer], dim=-3)
-        require_stock("what each head writes (record hook_result by name)", f"blocks.{layer}.attn", attn)
-        # Of the product only the kept positions are formed.
+        require_stock("a head's output (record hook_result by name)", f"blocks.{layer}.attn", attn)
+        # Positions are selected before the product, so that only theirs is computed.
         return _head_results(positions.apply(self["z", layer], dim=-3), attn.W_O)
 
     def _require_additive(self) -> None:
-        """Heads and neurons write to the stream themselves only where no norm comes after them."""
+        """Raise ValueError if a norm follows the heads and neurons, so that their outputs do not add up."""
         if self.model.cfg.normalizes_writes:
             raise ValueError(
-                "what heads and neurons write is normalised together before it goes on in the stream here, so it does "
-                "not split into what each of them adds"
+                "this model normalises the sum of the heads' (and neurons') outputs before adding it to the stream, so "
+                "the sum does not split into what each of them adds"
             )
 
     def _with_remainder(self, stack: Stack, last: int, positions: Slice) -> Tensor:
@@ -115,8 +115,8 @@ class ActivationCache(ResidualStreams):
 
         Args:
             activation_name: the short name, such as `"z"` or `"scale"`.
-            layer: the blocks before it count; None or -1 for all.
-            sublayer_type: the module it is in, as for norms: `"ln1"`.
+            layer: take the blocks before this layer; None or -1 for all.
+            sublayer_type: the module of the activation, needed for norms: `"ln1"`.
 
         Raises:
             ValueError: no block comes before layer 0, or the layer is out of range.
@@ -131,17 +131,17 @@ class ActivationCache(ResidualStreams):
     def get_neuron_results(
         self, layer: int, neuron_slice: object = None, pos_slice: object = None
     ) -> Float[Tensor, "*batch_and_pos neuron d_model"]:
-        """Return what each neuron of a layer writes: its activation times its row of `W_out`.
+        """Return the output of each neuron of a layer: its activation times its row of `W_out`.
 
         Args:
-            layer: whose neurons.
+            layer: the block of the neurons.
             neuron_slice, pos_slice: neurons and positions to keep, anything `Slice` takes.
         """
         post, W_out = self._neurons(layer, Slice.unwrap(neuron_slice), Slice.unwrap(pos_slice))
         return post[..., None] * W_out
 
     def _neurons(self, layer: int, neurons: Slice, positions: Slice) -> tuple[Tensor, Tensor]:
-        """Activations [batch pos neuron] and output weights [neuron d_model] of some neurons."""
+        """Return activations [batch pos neuron] and output weights [neuron d_model] of some neurons."""
         self._require_additive()
         if self.model.cfg.attn_only or self.model.cfg.num_experts is not None:
             raise ValueError("neurons are those of plain MLPs: this model has none, or a mixture of experts")
@@ -149,7 +149,7 @@ class ActivationCache(ResidualStreams):
             raise ValueError(f"layer {layer} is out of range: 0-{self.model.cfg.n_layers - 1}")
         if neurons.mode == "int":
             neurons = Slice([neurons.slice])
-        require_stock("what neurons write", f"blocks.{layer}.mlp", self.model.blocks[layer].mlp)
+        require_stock("a neuron's output", f"blocks.{layer}.mlp", self.model.blocks[layer].mlp)
         post = positions.apply(self["post", layer], dim=-2)
         return neurons.apply(post, dim=-1), neurons.apply(self.model.blocks[layer].mlp.W_out, dim=0)
 
@@ -188,16 +188,16 @@ class ActivationCache(ResidualStreams):
         apply_ln: bool = False,
         project_output_onto: Float[Tensor, " d_model *out"] | None = None,
     ) -> Tensor | tuple[Tensor, list[str]]:
-        """Return what every neuron before `layer` writes, [layer*neuron batch pos d_model].
+        """Return the output of every neuron before `layer`, [layer*neuron batch pos d_model].
 
         Args:
             layer: None or -1 for all.
             pos_slice, neuron_slice: positions and neurons to keep.
             return_labels: also return `"L0N0"`, ..., `"remainder"`.
-            incl_remainder: add what is in the stream besides.
-            apply_ln: scale as the norm that reads at `layer` scales, by its cached statistics.
+            incl_remainder: add one component for everything in the stream but these neurons.
+            apply_ln: scale as the norm at the input of `layer` does, by its cached statistics.
             project_output_onto: a direction [d_model], or several [d_model out]: the result is [... batch pos] or
-                [... batch pos out], and the outputs themselves, `d_model` times as large, are never formed.
+                [... batch pos out], and the full outputs, `d_model` times as large, are never formed.
         """
         last = self._final(layer)
         neurons, positions = Slice.unwrap(neuron_slice), Slice.unwrap(pos_slice)
@@ -223,7 +223,7 @@ class ActivationCache(ResidualStreams):
         apply_ln: bool,
         onto: Tensor | None,
     ) -> Tensor:
-        """[neuron batch pos d_model] or, projected, [neuron batch pos *out]."""
+        """Return the neurons' outputs, [neuron batch pos d_model] or, projected, [neuron batch pos *out]."""
         if onto is None:
             stack = (post[..., None] * W_out).movedim(-2, 0)
             return self.apply_ln_to_stack(stack, layer, pos_slice=positions) if apply_ln else stack
@@ -288,13 +288,13 @@ class ActivationCache(ResidualStreams):
         return_labels: bool = False,
         project_output_onto: Float[Tensor, " d_model *out"] | None = None,
     ) -> Tensor | tuple[Tensor, list[str]]:
-        """Return everything written to the stream before `layer`: heads, neurons (or MLPs), embeddings and biases.
+        """Return all components of the stream before `layer`: heads, neurons (or MLPs), embeddings and biases.
 
-        It sums to the stream.
+        They sum to the residual stream.
 
         Args:
             layer, mlp_input, apply_ln, pos_slice, return_labels: as for `decompose_resid`; labels end with `"bias"`.
-            expand_neurons: each neuron by itself; False for each MLP as a whole, its bias included.
+            expand_neurons: one component per neuron; False for one per MLP, its bias included.
             project_output_onto: as for `stack_neuron_results`.
         """
         last, positions = self._final(layer), Slice.unwrap(pos_slice)
@@ -350,5 +350,5 @@ def _head_results(
 
 
 def _spread(projected: Tensor, between: int) -> Tensor:
-    """[neuron *out] with `between` axes of length 1 after the first."""
+    """Return [neuron *out] with `between` axes of length 1 after the first."""
     return projected.reshape(projected.shape[0], *(1,) * between, *projected.shape[1:])

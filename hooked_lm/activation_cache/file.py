@@ -1,6 +1,6 @@
-"""Activations that go to a file as they are computed, in safetensors format.
+"""Offloading: a dictionary that writes activations to a safetensors file as they are computed.
 
-The format puts a table of contents first. Room for it is left at the start of the file, filled with spaces at the end.
+The format begins with a table of contents. Its space is reserved at the start of the file and padded with spaces.
 """
 
 from __future__ import annotations
@@ -33,42 +33,42 @@ _TYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_LENGTH = 8  # bytes of the table's length, which come before it
+_LENGTH = 8  # bytes, in front of the table, that hold its length
 _PADDING = "padding {}"
-# Of one entry, besides its name: type, a shape of few axes and two offsets, with what JSON puts around them.
+# Bytes of one entry besides its name: type, a shape of few axes, two offsets, and the JSON punctuation.
 _ENTRY = 160
 
 Memory = tuple[object, ...]
 
 
 def memory_of(tensor: Tensor) -> Memory:
-    """Return what tells whether two tensors are one: the same memory, read in the same way, and not written to between.
+    """Return a key that is equal for tensors with the same memory, layout and write count.
 
-    The reference to the memory is weak: it keeps nothing alive, and memory that has been used again is another.
+    The reference to the memory is weak: it does not keep the tensor alive, and reused memory gives another key.
     """
     place = memory_reference(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
     return (*place, tensor.dtype, times_written(tensor))
 
 
 class Offloading(dict[str, Tensor]):
-    """A dictionary for the length of a `with` block that writes what is assigned to it, and holds nothing of it.
+    """A dictionary that, within a `with` block, writes each assigned tensor to a file and does not hold it.
 
-    An entry that is the same tensor as one before is written once. The file is there whole or not at all.
+    An entry that is the same tensor as an earlier entry is written once. The file appears whole or not at all.
 
     Args:
         path: of the file.
-        names: those that may come, for the length of the table.
-        has_batch_dim: said in the file, for `ActivationCache.load`.
+        names: the names that may be assigned; they determine the space reserved for the table.
+        has_batch_dim: recorded in the file, for `ActivationCache.load`.
 
     Raises:
-        ValueError: the file cannot be written, a name comes twice, or a tensor has a dtype that the format has not.
+        ValueError: the file cannot be written, a name is assigned twice, or the format lacks a tensor's dtype.
     """
 
     def __init__(self, path: str | Path, names: Iterable[str], has_batch_dim: bool = True) -> None:
         super().__init__()
         self.path, self.has_batch_dim = Path(path).resolve(), has_batch_dim
         lengths = [len(_json(name).encode()) for name in names]
-        # Of each name: its entry, one of padding before it, its place in the order, and a name it is the same as.
+        # For each name: its entry, an entry of padding before it, its place in the order, and the name it aliases.
         self._room = 1024 + sum(3 * length + 2 * _ENTRY for length in lengths) + len(lengths) * max(lengths, default=0)
         self._room += -self._room % _LENGTH
         self._table: PlainData = {}
@@ -95,7 +95,7 @@ class Offloading(dict[str, Tensor]):
         if name in self._order:
             raise ValueError(f"{name!r} has been written to {self.path} already")
         if tensor.dtype not in _TYPES:
-            raise ValueError(f"{name!r} has dtype {tensor.dtype}, which safetensors files of ours have not")
+            raise ValueError(f"{name!r} has dtype {tensor.dtype}, which these safetensors files do not support")
         self._order[name] = None
         same = self._written.setdefault(memory_of(tensor), name)
         if same != name:
@@ -117,7 +117,7 @@ class Offloading(dict[str, Tensor]):
         self._at = end
 
     def _finish(self, error: type[BaseException] | None, *_: object) -> None:
-        """Write the table, if nothing has gone wrong."""
+        """Write the table, unless the `with` block raised."""
         if error is not None:
             return
         about = {

@@ -1,4 +1,4 @@
-"""The activations of a run of which one residual per layer was kept: any other is computed when it is read."""
+"""LazyActivations: the activations of a run, computed when they are read from one kept residual per layer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Change = Callable[[str, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Part:
-    """What a cache keeps of an activation: some positions, with or without the batch axis, on some device."""
+    """The part of an activation that a cache keeps: some positions, with or without the batch axis, on some device."""
 
     points: dict[str, HookPoint]
     positions: Slice
@@ -33,7 +33,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Moved:
-    """Each activation on a device."""
+    """A change that moves each activation to a device."""
 
     device: torch.device | str
 
@@ -42,14 +42,14 @@ class Moved:
 
 
 class LazyActivations(MutableMapping[str, Tensor]):
-    """Activations by name, computed when they are read. What is assigned or prefetched is held.
+    """Activations by name, computed when they are read. Assigned and prefetched activations are held.
 
-    Reads from several threads wait for each other. The model must not run in another thread meanwhile.
+    Several threads may read at the same time; the model must not run in another thread meanwhile.
 
     Args:
-        run: what was kept.
-        names: of the activations there are.
-        changes: made to each activation before it is given out.
+        run: the kept tensors of the run.
+        names: of the activations in the cache.
+        changes: made, in order, to each activation before it is returned.
     """
 
     def __init__(self, run: ReplayableRun, names: Iterable[str], changes: tuple[Change, ...] = ()) -> None:
@@ -93,7 +93,7 @@ class LazyActivations(MutableMapping[str, Tensor]):
         groups: dict[Segment, list[str]] = {}
         for name in missing:
             groups.setdefault(segment_of(name), []).append(name)
-        # What is computed and not yet given out: of one place, where the names of a place stand together.
+        # Computed but not yet yielded activations: those of one segment, if each segment's names are adjacent.
         found: dict[str, Tensor] = {}
         for name in order:
             if name not in found and segment_of(name) in groups and name in groups[segment_of(name)]:
@@ -111,7 +111,7 @@ class LazyActivations(MutableMapping[str, Tensor]):
         return changed
 
     def moved(self, device: torch.device | str) -> LazyActivations:
-        """Return the same activations on a device, with what is kept moved there, for the model as it is now."""
+        """Return the same activations on a device, with the kept tensors moved there too."""
         residuals = {layer: x.to(device) for layer, x in self.run.residuals.items()}
         edits = {name: x.to(device) for name, x in self.run.edits.items()}
         moved = self.then(Moved(device))

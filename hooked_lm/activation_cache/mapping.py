@@ -1,4 +1,4 @@
-"""CachedActivations: what a run computed, by name."""
+"""CachedActivations: the activations of a run, by name."""
 
 from __future__ import annotations
 
@@ -63,10 +63,13 @@ class CachedActivations(Mapping[str, Tensor]):
         self.has_batch_dim = has_batch_dim
 
     def full_name(self, key: ActivationKey) -> str:
-        """Return the hook name that a key stands for; negative layers count from the last.
+        """Return the full hook name of a key; negative layers count from the last.
+
+        Args:
+            key: a hook name, or the arguments of `get_act_name` as a tuple.
 
         Raises:
-            UnknownHookError: it stands for none.
+            UnknownHookError: there is no such hook name.
         """
         if isinstance(key, str) and key in self.cache_dict:
             return key
@@ -114,7 +117,7 @@ class CachedActivations(Mapping[str, Tensor]):
     def prefetch(self, names: NamesFilter | Iterable[ActivationKey]) -> Self:
         """Compute activations of a lazy cache, each block once, and hold them. Returns this cache.
 
-        A full cache holds everything, and is only checked for them.
+        In a full cache the names are only checked: it holds every activation already.
 
         Args:
             names: a name, a glob, a predicate, a short key such as `("q", 3)`, or several of these.
@@ -134,7 +137,7 @@ class CachedActivations(Mapping[str, Tensor]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the tensors take; of a lazy cache, those that are held."""
+        """Bytes of memory of the tensors; of a lazy cache, of the tensors that are held."""
         entries = self.cache_dict
         tensors = entries.kept() if isinstance(entries, LazyActivations) else entries.values()
         storages = {memory_reference(one): one.untyped_storage().nbytes() for one in tensors}
@@ -157,7 +160,7 @@ class CachedActivations(Mapping[str, Tensor]):
             self.cache_dict = self.cache_dict.moved(device)
         else:
             moved: dict[Memory, Tensor] = {}
-            # Entries that are one tensor stay one.
+            # Entries that share a tensor still share it afterwards.
             self._change(lambda name, tensor: moved.setdefault(memory_of(tensor), tensor.to(device)))
         return self
 
@@ -168,7 +171,7 @@ class CachedActivations(Mapping[str, Tensor]):
             ValueError: the batch is not 1; nothing has been changed then.
         """
         if self.has_batch_dim:
-            # In a lazy cache all entries are of one run, and so of one batch.
+            # In a lazy cache all entries have the batch of one run, so one shape suffices.
             for name in list(self)[:1] if isinstance(self.cache_dict, LazyActivations) else self:
                 shape = tuple(self[name].shape)
                 if shape[0] != 1:
@@ -179,6 +182,9 @@ class CachedActivations(Mapping[str, Tensor]):
 
     def apply_slice_to_batch_dim(self, batch_slice: object) -> Self:
         """Return a new cache with some of the prompts; a single index drops the batch axis.
+
+        Args:
+            batch_slice: which prompts, anything `Slice` takes.
 
         Raises:
             ValueError: the cache has no batch axis.
@@ -191,7 +197,7 @@ class CachedActivations(Mapping[str, Tensor]):
         return sliced
 
     def _change(self, change: Callable[[str, Tensor], Tensor]) -> None:
-        """Make a change to every tensor: now, or in a lazy cache when it is read."""
+        """Apply a change to every tensor: at once, or in a lazy cache when the tensor is read."""
         if isinstance(self.cache_dict, LazyActivations):
             self.cache_dict = self.cache_dict.then(change)
         else:
@@ -202,7 +208,7 @@ class CachedActivations(Mapping[str, Tensor]):
         torch.set_grad_enabled(mode)
 
     def _read(self, keys: Iterable[ActivationKey]) -> list[Tensor]:
-        """The tensors of several keys; of a lazy cache each block is run once for all of them."""
+        """Return the tensors of several keys; a lazy cache runs each block once for all of them."""
         names = [self.full_name(key) for key in keys]
         if not isinstance(self.cache_dict, LazyActivations) or not all(name in self.cache_dict for name in names):
             return [self[name] for name in names]

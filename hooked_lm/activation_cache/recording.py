@@ -27,7 +27,7 @@ __all__ = ["Caching"]
 
 
 class Caching(TextInterface, Intervening):
-    """The caching method of `HookedTransformer`."""
+    """`run_with_cache` of `HookedTransformer`."""
 
     # The class whose forward pass a lazy cache re-enacts: `HookedTransformer`, in subclasses of it too.
     stock_class: ClassVar[type]

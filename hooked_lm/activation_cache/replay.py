@@ -1,9 +1,9 @@
-"""The parts of a run that a lazy cache keeps, and how the other activations are computed from them again.
+"""ReplayableRun: the tensors that a lazy cache keeps of a run, and how other activations are computed from them.
 
-A block is a function of the residual stream that enters it. So any activation of block `l` can be computed again from
-that stream, for the work of one block. Activations that hooks or interventions have changed are kept too and put back
-when the block runs again; the hooks themselves are not called a second time, so counters and random draws stay as they
-were.
+The activations of block `l` are a function of the residual stream at its input. So any of them can be computed again
+from that residual, at the cost of running one block. Activations that hooks or interventions changed are kept too, and
+put back when the block runs again; the hooks themselves are not called a second time, so that counters and random
+draws stay as they were.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ForwardCall(TypedDict):
 
 
 def segment_of(name: str) -> Segment:
-    """Return what has to run again for a hook point: a block's number, `"embed"` or `"final"`."""
+    """Return the segment of the model that computes a hook point: a block's number, `"embed"` or `"final"`."""
     layer = layer_of(name)
     if layer is not None:
         return layer
@@ -55,26 +55,26 @@ def segment_of(name: str) -> Segment:
 
 
 def fingerprint(model: HookedModel, *kept: Mapping[int, Tensor] | Mapping[str, Tensor]) -> Fingerprint:
-    """Return where each parameter and kept tensor is, and how often it was written to: what changes when they do."""
+    """Return the address and write count of each parameter and kept tensor; it differs once any of them has changed."""
     tensors = [*model.parameters(), *(one for tensors in kept for one in tensors.values())]
     return tuple((one.data_ptr(), times_written(one)) for one in tensors)
 
 
 @dataclass(frozen=True, eq=False)
 class ReplayableRun:
-    """What is kept of a run, and how parts of it are run again.
+    """The tensors kept of a run, and the methods that run a segment of it again.
 
     Attributes:
-        model: that ran.
+        model: the model that ran.
         first, last: blocks `first` to `last - 1` ran.
-        tokens, mask: what it read, [batch pos]; no tokens for a run that began with a residual, no mask for one
-            without padding.
-        residuals: by block, the stream that entered it; under `last`, the stream that left the last.
-        edits: by hook name, the activation as hooks left it.
+        tokens, mask: the input, [batch pos]; no tokens for a run that began with a residual, no mask for a run without
+            padding.
+        residuals: block number -> the residual stream at its input; under `last`, the residual after the last block.
+        edits: hook name -> the activation after its hooks.
         ends: whether final norm and unembedding belong to the run.
-        logits_to_keep: the positions that were unembedded, as they were asked for.
+        logits_to_keep: the positions that were unembedded, as given to `forward`.
         autocast: whether it ran under autocast, and in which dtype.
-        fingerprint: tells whether the weights and what is kept are still as they were in the run.
+        fingerprint: of the weights and kept tensors, right after the run.
     """
 
     model: HookedModel
@@ -108,21 +108,24 @@ class ReplayableRun:
         if isinstance(place, int) and name.endswith(".hook_resid_pre"):
             return self.residuals[place]
         if isinstance(place, int) and name.endswith(".hook_resid_post"):
-            return self._left(place)
+            return self._residual_after(place)
         return None
 
-    def _left(self, layer: int) -> Tensor | None:
-        """What left a block, or the embeddings (-1); None if hooks changed it on its way into the next."""
+    def _residual_after(self, layer: int) -> Tensor | None:
+        """Residual after block `layer` (-1: embeddings); None if a hook edited it at the next hook_resid_pre."""
         if f"blocks.{layer + 1}.hook_resid_pre" in self.edits:
             return None
         return self.residuals.get(layer + 1)
 
     def compute(self, place: Segment, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return the named activations of one place, from one run of it.
+        """Return the named activations of one segment, by running it once.
+
+        Args:
+            place: a block's number, `"embed"` or `"final"`.
+            names: hook names of that segment.
 
         Raises:
-            RuntimeError: the model does not compute what it did in the run: its weights, or what is kept, have been
-                changed.
+            RuntimeError: the weights or the kept tensors have changed since the run.
         """
         self.check()
         names, found = set(names), {}
@@ -136,21 +139,25 @@ class ReplayableRun:
         enabled, dtype = self.autocast
         kind = self._device.type
         precision = torch.autocast(kind, dtype, enabled) if is_autocast_available(kind) else nullcontext()
-        # Not under inference mode: what it makes could not be used with gradients later.
+        # Not under inference mode: tensors made there cannot be used with gradients later.
         with torch.inference_mode(False), torch.no_grad(), precision, self.model.only_hooks(handles):
             left = self._run(place, names)
-        expected = None if place == "final" else self._left(-1 if place == "embed" else int(place))
+        expected = None if place == "final" else self._residual_after(-1 if place == "embed" else int(place))
         if left is not None and expected is not None and not _agree(left, expected, (enabled and dtype) or left.dtype):
             raise RuntimeError(_CHANGED)
         return found
 
     def check(self) -> None:
-        """Raise RuntimeError if weights, or what is kept, are not where and as they were in the run."""
+        """Check that weights and kept tensors are unchanged.
+
+        Raises:
+            RuntimeError: one of them has been written to or moved since the run.
+        """
         if fingerprint(self.model, self.residuals, self.edits) != self.fingerprint:
             raise RuntimeError(_CHANGED)
 
     def _run(self, place: Segment, names: set[str]) -> Tensor | None:
-        """Run a place, and return the stream that leaves it."""
+        """Run a segment, and return the residual stream after it; None after `"final"`."""
         if isinstance(place, int):
             left: Tensor = self.model(
                 self._stream(place), start_at_layer=place, stop_at_layer=place + 1, attention_mask=self.mask
@@ -177,14 +184,14 @@ class ReplayableRun:
         return embedded
 
     def _stream(self, layer: int) -> Tensor:
-        # A model without blocks has kept no stream.
+        # The run of a model without blocks keeps no residual.
         return self.residuals[layer].to(self._device) if layer in self.residuals else self._embedded()
 
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    # A copy has its own tensors in other places.
+    # The tensors of a copy have other addresses, so its fingerprint is taken anew.
 
     def __getstate__(self) -> dict[str, object]:
         self.check()
@@ -196,14 +203,14 @@ class ReplayableRun:
 
 
 _CHANGED = (
-    "the model does not compute what it did in the run: its weights, or a stream that this cache has given out, have "
-    "been changed or moved since. A lazy cache computes with them: read or prefetch what is needed before, clone what "
-    "is to be written to, or cache without lazy=True"
+    "the model does not compute what it did in the run: its weights, or a residual that this cache returned, have "
+    "been changed or moved since. A lazy cache computes activations from them: read or prefetch activations before "
+    "such a change, clone a tensor before writing to it, or cache without lazy=True"
 )
 
 
 class _Put:
-    """A hook that puts a kept activation back in its place."""
+    """A hook that replaces the activation by the kept one."""
 
     edits_in_place = False
 
@@ -215,7 +222,7 @@ class _Put:
 
 
 def _agree(left: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a stream is the one that was kept, up to the order of sums in fused attention, in this precision."""
+    """Return whether two residuals agree, up to the order of sums in fused attention, in this precision."""
     if left.is_meta:
         return True
     expected = expected.to(left)
@@ -230,7 +237,7 @@ def _agree(left: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
 def record_run(
     model: HookedModel, call: ForwardCall, device: torch.device | str | None, clear_contexts: bool = False
 ) -> tuple[ModelOutput, ReplayableRun]:
-    """Run a model and keep what its parts can be run again from; return its output and what is kept.
+    """Run a model; return its output and the kept tensors from which its segments can be run again.
 
     Args:
         model: a `HookedTransformer`.
@@ -244,7 +251,7 @@ def record_run(
     """
     _check_keepable(model, call)
     call = call.copy()
-    tokens, mask = _what_is_read(model, call)
+    tokens, mask = _tokens_and_mask(model, call)
     first, last = model.layer_range(call["start_at_layer"], call["stop_at_layer"])
     streams = {layer: f"blocks.{layer}.hook_resid_pre" for layer in range(first, last)}
     residuals: dict[int, Tensor] = {}
@@ -275,11 +282,11 @@ def record_run(
 
 def _check_keepable(model: HookedModel, call: ForwardCall) -> None:
     if call["past_kv_cache"] is not None:
-        raise ValueError("a key-value cache moves on after the run, so a lazy cache cannot be computed from it")
+        raise ValueError("a key-value cache grows after the run, so a lazy cache cannot be computed from it")
 
 
 def _may_change(point: HookPoint) -> bool:
-    """Whether hooks may change an activation, or make the run take another way to it."""
+    """Return whether hooks may change an activation, or make the run compute it by another path."""
     return point.edited_forward or (point.on_demand and carries_run(point, torch.is_grad_enabled()))
 
 
@@ -320,22 +327,24 @@ def _recorded(
         if clear_contexts:
             model.clear_contexts()
     if handles != _acting(model):
-        raise RuntimeError("hooks were added or removed while the model ran, which a lazy cache cannot follow")
+        raise RuntimeError(
+            "hooks were added or removed while the model ran, so a lazy cache cannot compute the same activations again"
+        )
     return output, seen, edits
 
 
 def _acting(model: HookedModel) -> list[HookHandle]:
-    """The forward hooks that act in this thread, in the order of their hook points."""
+    """Return the forward hooks that act in this thread, in the order of their hook points."""
     return [handle for point in model.hook_points() for handle in tuple(point.fwd_hooks) if handle.acts]
 
 
-def _what_is_read(model: HookedModel, call: ForwardCall) -> tuple[Tensor | None, Tensor | None]:
-    """Tokens and mask of a call, as copies; no tokens if it begins with a residual. The call then has them."""
+def _tokens_and_mask(model: HookedModel, call: ForwardCall) -> tuple[Tensor | None, Tensor | None]:
+    """Return copies of a call's tokens and mask, and put them into the call; no tokens if it begins with a residual."""
     how = call["attention_mask"], call["prepend_bos"], call["padding_side"]
     if call["start_at_layer"] is None:
         tokens, mask = model.tokens_and_mask(call["input"], *how)
         call["input"] = tokens = tokens.clone()
-        # Said outright, so that padding is not looked for again.
+        # An explicit mask, so that forward does not infer padding a second time.
         call["attention_mask"] = torch.ones_like(tokens) if mask is None else mask
         return tokens, _own(mask)
     if call["tokens"] is not None:
@@ -344,5 +353,5 @@ def _what_is_read(model: HookedModel, call: ForwardCall) -> tuple[Tensor | None,
 
 
 def _own(mask: Tensor | None) -> Tensor | None:
-    """A copy of a mask; what is none is left to the model, which says so."""
+    """Return a copy of a mask. Anything but a tensor is returned as it is, and `forward` raises on it."""
     return mask.clone() if isinstance(mask, Tensor) else mask

@@ -25,7 +25,7 @@ class ResidualStreams(CachedActivations):
     """The residual stream of a run, whole and layer by layer."""
 
     def _final(self, layer: int | None) -> int:
-        """`layer` as 0 to n_layers; None and -1 are the end of the model."""
+        """Return `layer` as a number from 0 to n_layers; None and -1 are the end of the model."""
         n_layers = self.model.cfg.n_layers
         if layer is None or layer == -1:
             return n_layers
@@ -76,8 +76,8 @@ class ResidualStreams(CachedActivations):
         Args:
             layer: the block whose input comes last; None or -1 for the end of the model.
             incl_mid: also between attention and MLP.
-            apply_ln: apply the norm that reads at `layer` (the final one at the end), each partial stream with its own
-                statistics: the logit lens (nostalgebraist 2020).
+            apply_ln: apply the norm at the input of `layer` (the final norm at the end) to each partial residual, with
+                statistics of its own: the logit lens (nostalgebraist 2020).
             pos_slice: positions to keep, anything `Slice` takes.
             mlp_input: end with the input of `layer`'s MLP.
             return_labels: also return labels: `"0_pre"`, `"0_mid"`, ..., `"final_post"`.
@@ -88,7 +88,7 @@ class ResidualStreams(CachedActivations):
         last = self._final(layer)
         n_layers = self.model.cfg.n_layers
         if mlp_input and last == n_layers:
-            raise ValueError("mlp_input needs a layer whose MLP is meant: the end of the model has none")
+            raise ValueError("mlp_input needs a layer with an MLP; the end of the model is none")
         keys: list[tuple[str, ActivationKey]] = []
         for depth in range(last + 1):
             if depth == n_layers:
@@ -138,27 +138,27 @@ class ResidualStreams(CachedActivations):
         incl_embeds: bool = True,
         return_labels: bool = False,
     ) -> Stack | tuple[Stack, list[str]]:
-        """Return what each layer writes, [component batch pos d_model]; with mode `"all"` it sums to the stream.
+        """Return the outputs of each layer, [component batch pos d_model]; with mode `"all"` they sum to the stream.
 
         Args:
             layer: up to the input of this block; None or -1 for the end of the model.
             mlp_input: up to the input of its MLP.
             mode: attention and MLPs, or one of them.
-            apply_ln: scale as the norm that reads at `layer` scales, by its cached statistics.
+            apply_ln: scale as the norm at the input of `layer` does, by its cached statistics.
             pos_slice: positions to keep.
             incl_embeds: start with the embeddings.
             return_labels: also return labels: `"embed"`, `"pos_embed"`, `"0_attn_out"`, `"0_mlp_out"`, ...
 
         Raises:
-            ValueError: another mode, a layer out of range, or a model whose stream is no sum, since norms are applied
-                to the stream itself.
+            ValueError: another mode, a layer out of range, or a model that normalises the residual stream itself,
+                which then is no sum of the layers' outputs.
         """
         if mode not in ("all", "mlp", "attn"):
             raise ValueError(f"mode is 'all', 'mlp' or 'attn', not {mode!r}")
         if self.model.cfg.norm_placement == "residual":
             raise ValueError(
                 "this model normalises the residual stream itself after each layer has written to it, so the stream is "
-                "no sum of what the layers write; accumulated_resid gives the stream at every layer"
+                "no sum of the layers' outputs; accumulated_resid gives the stream at every layer"
             )
         last = self._final(layer)
         keys: list[tuple[str, ActivationKey]] = self._embedding_keys() if incl_embeds else []
@@ -182,7 +182,7 @@ class ResidualStreams(CachedActivations):
         return keys
 
     def _any_stream(self) -> str:
-        """The name of some recorded tensor [batch pos d_model], for its shape."""
+        """Return the name of a cached tensor [batch pos d_model], for its shape."""
         for name in self.cache_dict:
             if name.endswith(("hook_embed", "hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out")):
                 return name
@@ -200,18 +200,18 @@ class ResidualStreams(CachedActivations):
         has_batch_dim: bool = True,
         recompute_ln: bool = False,
     ) -> Stack:
-        """Return the stack as the norm that reads at `layer` would scale it.
+        """Return the stack scaled as the norm at the input of `layer` would scale it.
 
         With the cached scale this is linear, so components still add up: it centres (LayerNorm), divides by the scale
-        and multiplies with the gain, if that has not been folded away. A norm's own bias belongs to no component.
+        and multiplies by the gain, unless the gain has been folded away. The norm's own bias belongs to no component.
 
         Args:
-            residual_stack: [component batch pos d_model], already sliced as `pos_slice` and `batch_slice` say.
-            layer: the block that reads; None or -1 for the final norm.
-            mlp_input: its MLP rather than its attention.
+            residual_stack: [component batch pos d_model], already sliced by `pos_slice` and `batch_slice`.
+            layer: the block whose norm is meant; None or -1 for the final norm.
+            mlp_input: the norm of its MLP rather than of its attention.
             pos_slice, batch_slice: which positions and prompts of the cached scale belong to the stack.
             has_batch_dim: whether the stack has a batch axis.
-            recompute_ln: each component with statistics of its own, gain and bias included: for whole streams.
+            recompute_ln: give each component statistics of its own, gain and bias included: for whole residuals.
         """
         norm = self._norm(layer, mlp_input)
         if norm is None:
@@ -230,7 +230,7 @@ class ResidualStreams(CachedActivations):
         return residual_stack if norm.w is None else residual_stack * norm.w
 
     def _norm(self, layer: int | None, mlp_input: bool) -> nn.Module | None:
-        """The norm that reads the stream at a layer, of whatever kind; None where none does."""
+        """Return the norm of the residual stream at a layer's input; None if it has none."""
         depth = self._final(layer)
         if depth < self.model.cfg.n_layers and self.model.cfg.norm_placement == "residual":
             return None
@@ -246,7 +246,7 @@ class ResidualStreams(CachedActivations):
         norm = self._norm(layer, mlp_input)
         if norm is None:
             return None, torch.ones(())
-        require_stock("the share of a component in what a norm returns", "the norm that reads there", norm)
+        require_stock("a component's share of a norm's output", "the norm at that layer", norm)
         assert isinstance(norm, Norm)
         depth = self._final(layer)
         if depth == self.model.cfg.n_layers:
@@ -267,13 +267,13 @@ class ResidualStreams(CachedActivations):
     ) -> Float[Tensor, " component *batch_and_pos"]:
         """Return how much each component adds to a token's logit, or to a difference of two logits.
 
-        The stack is scaled as the final norm scales it and projected on the tokens' unembedding directions. The biases
-        of the norm and of the unembedding belong to no component.
+        `ln_final(component) @ W_U[:, token]`, where the norm scales by its cached statistics (Elhage et al. 2021, "A
+        Mathematical Framework"). The biases of the norm and of the unembedding belong to no component.
 
         Args:
             residual_stack: [component batch pos d_model], sliced as below.
-            tokens: a string that is one token, a token, or tensors [batch] or [batch pos].
-            incorrect_tokens: the same; their logits are subtracted.
+            tokens: a string that is one token, a token, or tokens [batch] or [batch pos].
+            incorrect_tokens: tokens in the same form; their logits are subtracted.
             pos_slice, batch_slice: which positions and prompts of the run the stack holds.
             has_batch_dim: whether the stack has a batch axis.
 

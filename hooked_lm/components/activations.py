@@ -40,8 +40,8 @@ __all__ = [
 class XIELU(nn.Module):
     """`alpha_p x^2 + beta x` where x is positive, `alpha_n (exp(x) - 1 - x) + beta x` elsewhere.
 
-    Huang and Schlag 2024, with `beta` 1/2. The two alphas are learned, as numbers whose softplus counts; `alpha_n` has
-    `beta` added to that.
+    Huang and Schlag 2024, with `beta` 1/2. The two alphas are learned, through a softplus; `beta` is
+    added to `alpha_n` after it.
     """
 
     beta = 0.5
@@ -53,13 +53,13 @@ class XIELU(nn.Module):
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         alpha_p, alpha_n = F.softplus(self.alpha_p), self.beta + F.softplus(self.alpha_n)
-        # Just below zero the difference of two nearly equal numbers would be rounded away.
+        # expm1 and a clamp, since exp(x) - 1 - x loses all digits just below zero.
         negative = (torch.expm1(x.clamp(max=-1e-6)) - x) * alpha_n
         return torch.where(x > 0, alpha_p * x * x, negative) + self.beta * x
 
 
 def make_activation(cfg: HookedTransformerConfig) -> Activation:
-    """Return a config's activation function; a module where it has parameters."""
+    """Return a config's activation function; a module if it has parameters."""
     return XIELU() if cfg.act_fn == "xielu" else ACTIVATION_FUNCTIONS[str(cfg.act_fn)]
 
 

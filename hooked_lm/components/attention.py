@@ -26,7 +26,7 @@ __all__ = ["Attention"]
 class Attention(nn.Module):
     """Multi-head attention with named activations (Elhage et al. 2021, "A Mathematical Framework").
 
-    Fused unless `hook_attn_scores` or `hook_pattern` is live here; `hook_result` is computed when it is.
+    Fused unless `hook_attn_scores` or `hook_pattern` has a hook; `hook_result` is computed only if it has a hook.
 
     Parameters:
         W_Q [head d_model d_head], W_K, W_V [kv_head d_model d_head], W_O [head d_head d_model],
@@ -69,12 +69,12 @@ class Attention(nn.Module):
 
     @property
     def causal(self) -> bool:
-        """Whether queries see no later keys: `cfg.attention_dir`, which may be changed."""
+        """Whether queries attend to no later keys: `cfg.attention_dir`, which may be assigned."""
         return self.cfg.attention_dir == "causal"
 
     @property
     def score_cap(self) -> float:
-        """Where scores are soft-capped, off if not positive: `cfg.attn_scores_soft_cap`, which may be changed."""
+        """The scores' soft-cap, off if not positive: `cfg.attn_scores_soft_cap`, which may be assigned."""
         return self.cfg.attn_scores_soft_cap
 
     def forward(
@@ -85,12 +85,12 @@ class Attention(nn.Module):
         layout: SequenceLayout | None = None,
         past: HookedTransformerKeyValueCacheEntry | None = None,
     ) -> Float[Tensor, "out_batch pos d_model"]:
-        """Return what the heads add to the residual stream.
+        """Return the output of the heads together, [batch pos d_model].
 
         Args:
-            query_input, key_input, value_input: normalised inputs, shared by the heads or, with a head axis, their own.
-            layout: lengths, padding and positions; by default a sequence without padding that goes on after `past`.
-            past: this layer's key-value cache, which grows by the new positions.
+            query_input, key_input, value_input: normalised inputs, shared by the heads or, with a head axis, one each.
+            layout: lengths, padding and positions; by default a sequence without padding that continues `past`.
+            past: this layer's key-value cache, which is extended by the new positions.
         """
         if layout is None:
             n_past = 0 if past is None else past.past_keys.shape[1]
@@ -119,7 +119,7 @@ class Attention(nn.Module):
         v: Float[Tensor, "batch key kv_head d_head"],
         layout: SequenceLayout,
     ) -> Float[Tensor, "out_batch query head d_head"]:
-        """Return z: fused, unless something has to see or change the scores."""
+        """Return z; by the fused kernel, unless the scores are needed: for hooks, a soft-cap or sinks."""
         hooked = is_live(self.hook_attn_scores) or is_live(self.hook_pattern)
         eager = hooked or self.score_cap > 0 or self.sinks is not None
         return (self.eager_attention if eager else self.fused_attention)(q, k, v, layout)
@@ -127,7 +127,7 @@ class Attention(nn.Module):
     def project(
         self, x: Float[Tensor, "batch pos *head d_model"], which: Literal["Q", "K", "V"]
     ) -> Float[Tensor, "out_batch pos head d_head"]:
-        """Return queries, keys or values, before positions: normalised and clipped, where the config says so."""
+        """Return queries, keys or values before rotation: normalised and clipped, if the config has that."""
         projected = project(x, getattr(self, f"W_{which}"), getattr(self, f"b_{which}"))
         if which != "V" and not self.norm_after_rotary:
             projected = (self.q_norm if which == "Q" else self.k_norm)(projected)
@@ -139,7 +139,7 @@ class Attention(nn.Module):
         k: Float[Tensor, "batch pos kv_head d_head"],
         layout: SequenceLayout,
     ) -> tuple[Float[Tensor, "batch pos head d_head"], Float[Tensor, "batch pos kv_head d_head"]]:
-        """Return queries and keys as the scores use them: rotated, where the layer rotates."""
+        """Return queries and keys as the scores use them: rotated, if the layer is rotary."""
         if self.rotary is not None:
             cos, sin = layout.rotary(self.rotary, q.dtype)
             q, k = rotate(q, self.rotary, cos, sin), rotate(k, self.rotary, cos, sin)
@@ -179,11 +179,11 @@ class Attention(nn.Module):
         v: Float[Tensor, "batch key kv_head d_head"],
         layout: SequenceLayout,
     ) -> Float[Tensor, "out_batch query head d_head"]:
-        """Return z by way of scores and pattern, each shown to its hook point."""
+        """Return z by way of scores and pattern, each passed through its hook point."""
         group = q.shape[2] // k.shape[2]
         if group > 1:
             k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
-        # The scale goes on the queries: one pass over them is cheaper than one over the scores.
+        # Scaling the queries touches fewer numbers than scaling the scores.
         scores = einsum(q * self.scale, k, "batch query head d_head, batch key head d_head -> batch head query key")
         scores = soft_cap(scores, self.score_cap)
         if self.alibi is not None:
@@ -195,14 +195,14 @@ class Attention(nn.Module):
         return einsum(pattern, v, "batch head query key, batch key head d_head -> batch query head d_head")
 
     def softmax(self, scores: Float[Tensor, "batch head query key"]) -> Float[Tensor, "out_batch head query key"]:
-        """Return the pattern; with sinks, less what each head's sink takes (Xiao et al. 2023, "Attention Sinks")."""
+        """Return the pattern; with sinks, a row sums to less than 1 (Xiao et al. 2023, "Attention Sinks")."""
         if self.sinks is None:
             return F.softmax(scores, dim=-1)
         sinks = self.sinks[:, None, None].expand(scores.shape[0], -1, scores.shape[2], 1)
         return F.softmax(torch.cat((scores, sinks), -1), dim=-1)[..., :-1]
 
     def write(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "out_batch pos d_model"]:
-        """Return the sum of the heads' outputs and `b_O`; by way of `hook_result` where that must carry it."""
+        """Return the sum of the heads' outputs and `b_O`; from `hook_result` if its hooks may change the run."""
         if is_live(self.hook_result):
             carries = carries_run(self.hook_result, torch.is_grad_enabled())
             result = self.hook_result(

@@ -1,4 +1,4 @@
-"""One transformer block: attention and MLP, each reading from and writing to the residual stream."""
+"""TransformerBlock: attention and MLP, each with its input from the residual stream and its output added to it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ __all__ = ["TransformerBlock"]
 class TransformerBlock(nn.Module):
     """`resid_mid = resid_pre + attn(ln1(resid_pre))`, `resid_post = resid_mid + mlp(ln2(resid_mid))`.
 
-    Parallel blocks feed `resid_pre` to the MLP too and have no `resid_mid`; attention-only blocks have no MLP. With
+    Parallel blocks give `resid_pre` to the MLP too and have no `resid_mid`; attention-only blocks have no MLP. With
     norms on the stream (post-norm), `resid_mid = ln1(resid_pre + attn(resid_pre))`, and likewise `resid_post`.
 
-    The stages of `forward` are methods, which sweeps and path patching run one by one. A subclass that overrides some
-    and keeps the rest as they are says so with `keeps_stages = True`; see `components.stock`.
+    The stages of `forward` are methods, which sweeps and path patching call one by one. A subclass that overrides a
+    method but keeps the stages sets `keeps_stages = True`; see `components.stock`.
     """
 
     def __init__(self, cfg: HookedTransformerConfig, layer_id: int) -> None:
@@ -70,11 +70,11 @@ class TransformerBlock(nn.Module):
     def attention_inputs(
         self, resid_pre: Float[Tensor, "batch pos d_model"], shortformer_pos: Tensor | None = None
     ) -> HeadInputs:
-        """Return the normalised inputs of queries, keys and values: one tensor for all, unless heads read their own.
+        """Return the normalised inputs of queries, keys and values: one tensor, unless hooks separate the heads.
 
         Args:
-            resid_pre: the stream that enters the block.
-            shortformer_pos: [batch pos d_model], added to what queries and keys read.
+            resid_pre: the residual stream at the block's input.
+            shortformer_pos: [batch pos d_model], added to the inputs of queries and keys.
         """
         points = (self.hook_attn_in, self.hook_q_input, self.hook_k_input, self.hook_v_input)
         if any_live(points):
@@ -88,13 +88,13 @@ class TransformerBlock(nn.Module):
         return q, k, v
 
     def attention_output(self, written: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "out_batch pos d_model"]:
-        """Return what attention adds to the stream, given what its heads write together."""
+        """Return attention's contribution to the stream, given the output of its heads together."""
         return self.hook_attn_out(self.ln1_post(written))
 
     def after_attention(
         self, resid_pre: Float[Tensor, "batch pos d_model"], attn_out: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "out_batch pos d_model"]:
-        """Return the stream after the block, given the stream that entered it and what attention adds."""
+        """Return the residual after the block, given the residual before it and attention's contribution."""
         if self.parallel and not self.attn_only:
             return self.hook_resid_post(resid_pre + attn_out + self.mlp_output(resid_pre))
         resid_mid = self.joined(resid_pre, attn_out, self.ln1)
@@ -103,19 +103,19 @@ class TransformerBlock(nn.Module):
         return self.after_mid(self.hook_resid_mid(resid_mid))
 
     def after_mid(self, resid_mid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "out_batch pos d_model"]:
-        """Return the stream after the block, given the stream that the MLP reads."""
+        """Return the residual after the block, given the residual at the MLP's input."""
         return self.hook_resid_post(self.joined(resid_mid, self.mlp_output(resid_mid), self.ln2))
 
     def joined(
         self, stream: Tensor, written: Tensor, norm: Callable[[Tensor], Tensor]
     ) -> Float[Tensor, "out_batch pos d_model"]:
-        """Return the stream with what has been written to it, normalised where the norms are on the stream."""
+        """Return the stream plus a contribution, normalised if the norms are on the stream."""
         return norm(stream + written) if self.norms_stream else stream + written
 
     def mlp_output(self, stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "out_batch pos d_model"]:
-        """Return what the MLP adds, given the stream it reads; an edit at `hook_mlp_in` stays off the stream."""
+        """Return the MLP's contribution; an edit at `hook_mlp_in` changes its input but not the stream."""
         mlp_in = stream
         if is_live(self.hook_mlp_in):
-            # A view of its own: its gradient is that of the MLP's reading alone.
+            # A separate view, so that the gradient at the hook point is that through the MLP alone.
             mlp_in = self.hook_mlp_in(stream.view_as(stream))
         return self.hook_mlp_out(self.ln2_post(self.mlp(mlp_in if self.norms_stream else self.ln2(mlp_in))))

@@ -38,17 +38,17 @@ class Embed(nn.Module):
 class Unembed(nn.Module):
     """From the normalised residual stream to logits: `W_U` [d_model d_vocab_out], `b_U` [d_vocab_out].
 
-    `hook_out` is what the model returns: `logit_scale` and the soft-cap, if there are such, come before it.
+    `hook_out` has the logits that the model returns, after `logit_scale` and the soft-cap.
 
     Args:
         cfg: the architecture.
-        tied_to: the embedding, where its transpose serves as `W_U`; then this module has no `W_U` of its own.
+        tied_to: the embedding whose transpose is `W_U`; then this module has no `W_U` parameter.
     """
 
     def __init__(self, cfg: HookedTransformerConfig, tied_to: Embed | None = None) -> None:
         super().__init__()
         self.cfg, self.scale = cfg, cfg.logit_scale
-        # In a tuple, so that the embedding is not registered as a part of this module.
+        # In a tuple, so that the embedding is not registered as a submodule.
         self._tied_to = None if tied_to is None else (tied_to,)
         if tied_to is None:
             self.W_U = nn.Parameter(torch.empty(cfg.d_model, cfg.d_vocab_out))
@@ -58,24 +58,24 @@ class Unembed(nn.Module):
 
     @property
     def cap(self) -> float:
-        """Where logits are soft-capped, off if not positive: `cfg.output_logits_soft_cap`, which may be changed."""
+        """The logits' soft-cap, off if not positive: `cfg.output_logits_soft_cap`, which may be assigned."""
         return self.cfg.output_logits_soft_cap
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "out_batch pos vocab"]:
         return self.hook_out(self.scaled(linear(self.hook_in(x), self._by_token(), self._bias())))
 
     def scaled(self, logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """Return logits with `logit_scale` and the soft-cap applied, where there are such."""
+        """Return logits with `logit_scale` and the soft-cap applied, if the model has them."""
         return soft_cap(logits if self.scale == 1.0 else logits * self.scale, self.cap)
 
     def of_tokens(
         self, x: Float[Tensor, "cell batch d_model"], tokens: Int[Tensor, "batch_or_1 token"]
     ) -> Float[Tensor, "cell batch token"]:
-        """Return the logits of a few tokens only; its hook points are shown nothing.
+        """Return the logits of a few tokens only, without calling hooks.
 
         Args:
-            x: normalised streams.
-            tokens: for each prompt, or for all.
+            x: normalised residuals.
+            tokens: for each prompt, or one row for all.
         """
         directions = self.W_U.T[tokens].expand(x.shape[1], -1, -1)
         logits = einsum(x, directions, "cell batch d_model, batch token d_model -> cell batch token")
@@ -83,30 +83,30 @@ class Unembed(nn.Module):
 
     # Any: parameters, buffers and modules all come through torch's lookup.
     def __getattr__(self, name: str) -> Any:
-        # Only where there is no parameter of that name does torch's lookup come to nothing.
+        # Python calls this only if there is no attribute of that name; torch then looks among parameters and modules.
         if name == "W_U" and self._tied_to is not None:
             return self._tied_to[0].W_E.T
         return super().__getattr__(name)
 
     def untie(self) -> None:
-        """Have a `W_U` of its own from now on: a copy of what it is tied to."""
+        """Replace the tied `W_U` by a parameter, a copy of its values."""
         if self._tied_to is None:
             return
         W_E = self._tied_to[0].W_E
         W_U = W_E.detach().T.clone(memory_format=torch.contiguous_format)
-        # As long as there seems to be a `W_U` already, torch refuses a parameter of that name.
+        # Untied first: torch refuses a parameter whose name is an attribute already.
         self._tied_to = None
         self.W_U = nn.Parameter(W_U, requires_grad=W_E.requires_grad)
 
     def _by_token(self) -> Float[Tensor, "vocab d_model"]:
-        """`W_U` transposed: the embedding itself where that is what it is tied to."""
+        """Return `W_U` transposed; the embedding itself if tied."""
         return self.W_U.T if self._tied_to is None else self._tied_to[0].W_E
 
     def _bias(self) -> Tensor | None:
-        """`b_U`, or None where adding it would change nothing.
+        """Return `b_U`, or None if it is zero.
 
-        On the CPU a bias is first copied to every row of the output, the model's largest tensor by far. Looking at
-        `b_U` costs next to nothing, and unprocessed models mostly have none.
+        On the CPU, `F.linear` first copies a bias to every row of the output, the model's largest tensor by far.
+        Checking `b_U` for zeros costs little, and in most unprocessed models it is zero.
         """
         needed = self.b_U.requires_grad and torch.is_grad_enabled()
         if needed or torch.compiler.is_compiling() or self.b_U.device.type != "cpu" or bool(self.b_U.any()):

@@ -1,4 +1,4 @@
-"""`F.linear`, and as fast as the CPU is: few rows are multiplied by all threads, more of them by oneDNN."""
+"""`F.linear`, faster on the CPU: products of one or two rows use all threads, larger ones use oneDNN."""
 
 from __future__ import annotations
 
@@ -13,26 +13,31 @@ from hooked_lm._support.torch_internals import ONEDNN_LINEAR, only_plain_operati
 
 __all__ = ["linear"]
 
-# More rows keep the threads busy by themselves; a smaller matrix is multiplied before its parts are handed out, or
-# before oneDNN has found its kernel.
+# At most _FEW rows are multiplied part by part: torch divides more rows among the threads itself. A matrix with fewer
+# than _LARGE entries goes to `F.linear`, since splitting it, or choosing a oneDNN kernel, takes longer.
 _FEW, _LARGE = 2, 2**17
-# Memory is read no faster by more threads than these.
+# More threads than these do not read memory faster.
 _MOST_PARTS = 16
 
 
 def linear(
     x: Float[Tensor, "*batch d_in"], weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, " d_out"] | None = None
 ) -> Float[Tensor, "*batch d_out"]:
-    """Return `x weight^T + bias`. It is `F.linear`'s work where the matrix is small or not on the CPU.
+    """Return `x weight^T + bias`, computed by `F.linear` if the matrix is small or not on the CPU.
 
-    A product of one or two rows with a matrix is as fast as the matrix can be read. Torch reads it with one thread; as
-    a batch of products with parts of the matrix it is read by all. (GPT-2 small's matrices on two cores of an AMD EPYC:
-    1.8 times as fast if they are stored `[d_in d_out]`, 3 times if `[d_out d_in]`, which one thread too reads faster in
-    parts.)
+    The time of a product of one or two rows is the time to read the matrix. `F.linear` reads it with one thread; a
+    batch of products with parts of the matrix reads it with all threads. (GPT-2 small's matrices on two cores of an
+    AMD EPYC: 1.8 times as fast if stored `[d_in d_out]`; 3 times if stored `[d_out d_in]`, where parts are faster in
+    one thread too.)
 
-    Products of more rows in float32 torch leaves to MKL, which is written for Intel's processors. oneDNN, which torch
-    brings too, takes 0.5 to 0.8 of its time on an AMD EPYC, and adds the bias on its way.
-    `torch.backends.mkldnn.enabled = False` turns it off.
+    For more rows in float32, torch uses MKL, which is optimised for Intel processors. oneDNN, also part of torch, takes
+    0.5 to 0.8 times as long on an AMD EPYC, and adds the bias in the same pass. `torch.backends.mkldnn.enabled = False`
+    turns it off.
+
+    Args:
+        x: the rows.
+        weight: the matrix.
+        bias: added to every row; None for none.
     """
     if (
         weight.numel() < _LARGE
@@ -50,14 +55,14 @@ def linear(
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether they can be multiplied; if not, `F.linear` says so."""
+    """Return whether the tensors can be multiplied; if not, `F.linear` raises."""
     alike = x.device == weight.device and x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
     return alike and x.shape[-1:] == weight.shape[1:]
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     available = ONEDNN_LINEAR is not None and bool(torch.backends.mkldnn.enabled)
-    # For a matrix with gaps, columns of a wider one, it has but a reference, which takes a hundred times as long.
+    # For a matrix with gaps (columns of a wider one) oneDNN uses a reference kernel, a hundred times as slow.
     dense = weight.is_contiguous() or weight.T.is_contiguous()
     return available and dense and x.dtype == torch.float32 and x.numel() > 0
 
@@ -76,7 +81,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _DifferentiableProduct(torch.autograd.Function):
-    """oneDNN's product, which torch knows no derivative of; what it keeps for the way back is what `F.linear` keeps."""
+    """oneDNN's product, which has no registered backward. Saves the same tensors for backward as `F.linear`."""
 
     # Any: torch gives the context attributes that its own class does not declare.
     @staticmethod
@@ -95,7 +100,7 @@ class _DifferentiableProduct(torch.autograd.Function):
 
 
 def _by_outputs(x: Float[Tensor, "row d_in"], weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "row d_out"]:
-    """Each part of the matrix gives some of the outputs."""
+    """Return the product, computed in parts that each give some of the outputs."""
     parts = min(max(2, torch.get_num_threads()), _MOST_PARTS)
     rest = len(weight) % parts
     shared = weight[: len(weight) - rest].unflatten(0, (parts, -1))
@@ -104,7 +109,7 @@ def _by_outputs(x: Float[Tensor, "row d_in"], weight: Float[Tensor, "d_out d_in"
 
 
 def _by_inputs(x: Float[Tensor, "row d_in"], matrix: Float[Tensor, "d_in d_out"]) -> Float[Tensor, "row d_out"]:
-    """Each part of the matrix gives a part of every output."""
+    """Return the product, computed in parts that each give a summand of every output."""
     parts = min(torch.get_num_threads(), _MOST_PARTS)
     rest = len(matrix) % parts
     n_shared = len(matrix) - rest

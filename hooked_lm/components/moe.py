@@ -1,4 +1,4 @@
-"""A mixture of experts: each token goes through the few MLPs its router picks."""
+"""MoE, a mixture of experts: each token goes through the few MLPs that its router chooses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class MoE(nn.Module):
     """`sum over the chosen experts of weight * expert(x)` (Shazeer et al. 2017), and a shared expert if there is one.
 
     `hook_expert_weights` [batch pos expert] is the router's weight of every expert, a softmax in float32 at least; an
-    edit there also changes who is chosen. `hook_expert_indices` [batch pos chosen] is who is chosen.
+    edit there also changes which experts are chosen. `hook_expert_indices` [batch pos chosen] are the chosen experts.
 
     Parameters:
         W_router [d_model expert], b_router [expert]; W_in, W_gate [expert d_model d_mlp], W_out [expert d_mlp d_model]
@@ -31,7 +31,7 @@ class MoE(nn.Module):
     def __init__(self, cfg: HookedTransformerConfig) -> None:
         super().__init__()
         if cfg.num_experts is None or cfg.experts_per_token is None:
-            raise ValueError("a mixture needs num_experts and experts_per_token")
+            raise ValueError("a mixture of experts needs num_experts and experts_per_token")
         experts, self.chosen, d_mlp = cfg.num_experts, cfg.experts_per_token, cfg.expert_width
         self.rescale, self.jitter = cfg.norm_topk_prob and cfg.sparsemixer_jitter is None, cfg.sparsemixer_jitter
         self.gated, self.limit = cfg.gated_mlp, cfg.gated_limit
@@ -58,7 +58,7 @@ class MoE(nn.Module):
         indices = self.hook_expert_indices(probabilities.topk(self.chosen, dim=-1).indices)
         weights = probabilities.gather(-1, indices)
         if self.rescale:
-            # A token whose every weight a hook has made zero gets nothing, rather than 0 / 0.
+            # If hooks have made all weights of a token zero, the output is zero rather than 0 / 0.
             weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
         weights = weights.to(x.dtype)
         out = torch.zeros_like(x) if self.shared is None else self.shared_output(x)
@@ -69,13 +69,13 @@ class MoE(nn.Module):
         return out
 
     def route(self, scores: Float[Tensor, "batch pos expert"]) -> Float[Tensor, "out_batch pos expert"]:
-        """Return the weight of every expert, of which those with the largest are chosen.
+        """Return the weight of every expert; the experts with the largest weights are chosen.
 
-        With SparseMixer only two are not zero: the experts with the two highest scores, each with its share among those
-        whose scores come close to its own (Liu et al. 2024, "GRIN").
+        With SparseMixer two weights are not zero, those of the two highest scores: each is the softmax over the experts
+        whose scores are close to it (Liu et al. 2024, "GRIN").
         """
         if self.jitter is None:
-            # Models choose in float32: rounded to low precision, different weights become equal.
+            # In float32 as in the reference: in low precision, different weights would round to equal ones.
             return F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
         weights, rest = torch.zeros_like(scores), scores
         for _ in range(2):
@@ -88,7 +88,7 @@ class MoE(nn.Module):
         return weights
 
     def shared_output(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "out_batch pos d_model"]:
-        """Return what the shared expert writes, weighted by its own gate where it has one."""
+        """Return the shared expert's output, weighted by its gate if it has one."""
         assert self.shared is not None
         out: Tensor = self.shared(x)
         if not self.gates_shared:
@@ -96,7 +96,7 @@ class MoE(nn.Module):
         return out * torch.sigmoid(linear(x, self.W_shared_gate.T, self.b_shared_gate))
 
     def expert(self, expert: int, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
-        """Return one expert's output on the tokens sent to it."""
+        """Return one expert's output for the tokens that chose it."""
         hidden = linear(x, self.W_in[expert].T, self.b_in[expert])
         if self.gated:
             gate = linear(x, self.W_gate[expert].T, self.b_gate[expert])

@@ -145,30 +145,30 @@ NORMS: dict[str, type[LayerNorm | LayerNormPre | RMSNorm | RMSNormPre]] = {
 
 
 class NoNorm(nn.Identity):
-    """No norm. Calling it costs next to nothing."""
+    """The identity, where a config has no norm."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        # Past torch's own call, unless somebody has hooked it.
+        # Skip torch's module call, unless the module has hooks of torch's.
         return super().__call__(x) if has_module_hooks(self) else x
 
 
 def make_norm(
     cfg: HookedTransformerConfig, length: int | None = None, axes: str = "batch pos d_model", kind: str | None = None
 ) -> nn.Module:
-    """Return the norm a config asks for (or another `kind`); the identity where it asks for none."""
+    """Return a config's norm (or one of another `kind`); the identity if the config has none."""
     kind = kind or cfg.normalization_type
     return NoNorm() if kind is None else NORMS[kind](cfg, length, axes)
 
 
 def make_writing_norm(cfg: HookedTransformerConfig) -> nn.Module:
-    """Return a norm whose output goes into the residual stream: its gain and bias have no reader to be folded into."""
+    """Return a norm whose output is added to the residual stream, so that its gain and bias cannot be folded."""
     return make_norm(cfg, kind=cfg.normalization_type and cfg.normalization_type.removesuffix("Pre"))
 
 
 def make_block_norm(cfg: HookedTransformerConfig, *, writing: bool = False) -> nn.Module:
-    """Return a block's norm of what attention or MLP read (or write); the identity where the placement has none.
+    """Return a block's norm before (or, if `writing`, after) attention or MLP; the identity if it has none there.
 
-    A norm on the stream itself is among the first, and keeps its gain and bias: the stream goes on through it.
+    With `norm_placement="residual"` the norm before is on the stream itself, and keeps its gain and bias.
     """
     placement = cfg.norm_placement
     if writing:
@@ -179,7 +179,7 @@ def make_block_norm(cfg: HookedTransformerConfig, *, writing: bool = False) -> n
 
 
 def make_qk_norm(cfg: HookedTransformerConfig, heads: int, axes: str) -> nn.Module:
-    """Return the norm of the queries or keys of so many heads; the identity where the config asks for none."""
+    """Return the norm of the queries or keys of so many heads; the identity if the config has none."""
     if not cfg.use_qk_norm:
         return NoNorm()
     every_head = (heads, cfg.d_head)

@@ -93,7 +93,7 @@ class Yarn:
         return (1 - slowed) / powers + slowed / (self.factor * powers)
 
     def _pair(self, turns: float, n_pairs: int) -> float:
-        """Which pair turns so often over the original context."""
+        """Return the pair, as a real number, that turns so often over the original context."""
         return n_pairs * math.log(self.original_ctx / (turns * 2 * math.pi)) / math.log(self.base)
 
 
@@ -106,7 +106,7 @@ class Dynamic:
     base: float
 
     def __call__(self, powers: Float[Tensor, " pair"], lengths: Int[Tensor, " batch"]) -> Float[Tensor, "batch pair"]:
-        """Return each prompt's frequencies, of as many pairs as there are powers of the base."""
+        """Return each prompt's frequencies, one for each of the base's powers."""
         dim = 2 * len(powers)
         stretch = self.factor * lengths.clamp(min=self.original_ctx) / self.original_ctx - (self.factor - 1)
         bases = self.base * stretch.float() ** (dim / (dim - 2))
@@ -130,14 +130,14 @@ class LongRope:
 
 @dataclass(frozen=True)
 class RotarySpec:
-    """Everything rotary angles depend on besides the positions (Su et al. 2021, "RoFormer").
+    """The parameters of rotary angles (Su et al. 2021, "RoFormer").
 
     Attributes:
-        dim: how many dimensions rotate.
+        dim: the number of dimensions that rotate.
         base: the slowest pair turns by `base ** -(1 - 2/dim)` radians per position.
         adjacent: pairs are neighbours (0, 1), (2, 3), ... rather than halves (0, dim/2), ...
         divisor: positions are divided by it (linear scaling).
-        scaling: what else is done to the frequencies.
+        scaling: the scaling of the frequencies besides; None for none.
         amplitude: queries and keys are multiplied by it as they rotate.
     """
 
@@ -150,7 +150,7 @@ class RotarySpec:
 
     @classmethod
     def of(cls, cfg: HookedTransformerConfig, layer: int) -> RotarySpec:
-        """Return the rotary positions of one layer. A base of its own frees a local layer from all scaling."""
+        """Return the rotary parameters of one layer. A local layer with `rotary_base_local` has no scaling."""
         assert cfg.rotary_dim is not None  # filled in by the config
         if cfg.window(layer) is not None and cfg.rotary_base_local is not None:
             return cls(cfg.rotary_dim, cfg.rotary_base_local, cfg.rotary_adjacent_pairs)
@@ -206,11 +206,11 @@ def rotary_frequencies(spec: RotarySpec, lengths: Int[Tensor, " batch"]) -> Floa
 
     Args:
         spec: the rotary positions.
-        lengths: how long each prompt is, padding not counted.
+        lengths: the length of each prompt without padding.
     """
     if isinstance(spec.scaling, (Dynamic, LongRope)):
         return spec.scaling(spec.base ** _exponents(spec.dim, lengths.device), lengths)
-    # A compiled graph has its constants anyway, and the compiler warns of what looks them up.
+    # Not through the cache under torch.compile, which warns about lru_cache and folds constants itself.
     compiling = torch.compiler.is_compiling()
     return (_fixed_frequencies.__wrapped__ if compiling else _fixed_frequencies)(spec, lengths.device)
 

@@ -13,7 +13,7 @@ __all__ = ["input_projection", "project"]
 
 
 def input_projection(heads: int, d_model: int, d_head: int) -> nn.Parameter:
-    """Return an uninitialised [head d_model d_head] parameter in the memory order of the GEMM that uses it.
+    """Return an uninitialised [head d_model d_head] parameter in the memory order of the matrix product that uses it.
 
     In memory it is [d_model (head d_head)]: one matrix that projects to all heads at once.
     """
@@ -25,7 +25,7 @@ def project(
     W: Float[Tensor, "head d_model d_head"],
     b: Float[Tensor, "head d_head"],
 ) -> Float[Tensor, "batch pos head d_head"]:
-    """Return `x W + b` for every head: one GEMM on a view of `W` when the heads share their input."""
+    """Return `x W + b` for every head: one matrix product on a view of `W` if the heads share their input."""
     if x.ndim == 4:
         projected: Tensor = einsum(x, W, "batch pos head d_model, head d_model d_head -> batch pos head d_head")
         return projected + b

@@ -1,6 +1,6 @@
-"""What one forward pass knows about its sequence: lengths, padding, positions, and the masks that follow.
+"""SequenceLayout: the lengths, padding and positions of one forward pass, and the masks and tables computed from them.
 
-Every layer asks the same questions, so each answer is worked out once per pass.
+Each mask and table is computed once per pass and shared by all layers.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class SequenceLayout:
         return self._made["positions"]  # type: ignore[return-value]
 
     def is_plainly_causal(self, window: int | None) -> bool:
-        """Whether the mask is the whole lower triangle, which fused attention knows without being given it."""
-        # Not one expression: to a compiler, which counts positions by symbols, its value would be a symbol too.
+        """Whether the mask is the full lower triangle, for which fused attention needs no mask (`is_causal`)."""
+        # Two statements: under torch.compile with dynamic shapes one expression would be symbolic, not a bool.
         if window is not None and window < self.n_keys:
             return False
         return self.valid is None and self.n_past == 0
 
     def mask(self, causal: bool, window: int | None) -> Bool[Tensor, "batch_or_1 1 query key"] | None:
-        """Return where a query may look; None when it may look everywhere."""
+        """Return which keys each query may attend to; None if every key."""
         key = ("mask", causal, window)
         if key not in self._made:
             self._made[key] = self._make_mask(causal, window)
@@ -58,7 +58,7 @@ class SequenceLayout:
 
     def _make_mask(self, causal: bool, window: int | None) -> Tensor | None:
         if causal and self.n_queries == 1 and self.valid is None and (window is None or window >= self.n_keys):
-            return None  # the newest position sees everything: a step of generation
+            return None  # a step of generation: the newest position attends to every key
         # Comparisons rather than a matrix of distances, which would take eight bytes for each of its entries.
         queries = torch.arange(self.n_past, self.n_keys, device=self.device)[:, None]
         keys = torch.arange(self.n_keys, device=self.device)[None]
@@ -69,12 +69,12 @@ class SequenceLayout:
             allowed = allowed & (there > here - window) & (there < here + window)
         allowed = allowed[:, None]
         if self.valid is not None:
-            # A padded query has nothing real to look at; its own position keeps its softmax defined.
+            # A query at padding has no real key; it attends to itself, so that its softmax is defined.
             allowed = (allowed & self.valid[:, None, None, :]) | (keys == queries)
         return None if not torch.compiler.is_compiling() and bool(allowed.all()) else allowed
 
     def _distance(self) -> Int[Tensor, "batch_or_1 query key"]:
-        """How far apart query and key are within their prompt: padding is not counted."""
+        """Return the distance of query and key within their prompt, padding not counted."""
         if self.valid is None:
             return self._slot_distance()[None]
         positions = self._key_positions()
@@ -86,7 +86,7 @@ class SequenceLayout:
         return queries[:, None] - keys[None, :]
 
     def alibi(self, spec: AlibiSpec, dtype: torch.dtype) -> Float[Tensor, "batch_or_1 head query_or_1 key"]:
-        """Return what ALiBi adds to the scores: minus slope times distance (Press et al. 2022).
+        """Return ALiBi's bias on the scores, minus slope times distance (Press et al. 2022).
 
         Rounded to bfloat16, it is slope times the key's position instead: the same to a softmax, apart from rounding.
         """
@@ -102,13 +102,13 @@ class SequenceLayout:
         return self._made[key]  # type: ignore[return-value]
 
     def _key_positions(self) -> Int[Tensor, "batch_or_1 key"]:
-        """The position of each key within its own prompt."""
+        """Return the position of each key within its prompt."""
         if self.valid is None:
             return torch.arange(self.n_keys, device=self.device)[None]
         return (self.valid.long().cumsum(-1) - 1).clamp(min=0)
 
     def _lengths(self) -> Int[Tensor, " batch_or_1"]:
-        """How long each prompt is, padding not counted."""
+        """Return the length of each prompt, padding not counted."""
         if self.valid is None:
             return torch.tensor([self.n_keys], device=self.device)
         return self.valid.sum(-1)
@@ -132,13 +132,13 @@ class SequenceLayout:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """What a forward pass reads, checked and in one form.
+    """The checked input of a forward pass.
 
     Attributes:
         tokens: [batch pos]; None for a pass that begins with a residual and was given no tokens.
         mask: [batch pos], 0 at padding, as it was given or inferred; None if nothing is padded.
-        residual: the residual stream [batch pos d_model] that enters the first block; None for one that begins with
-            tokens, until they are embedded.
+        residual: the residual stream [batch pos d_model] at the first block; None for a pass that begins with tokens,
+            until they are embedded.
         layout: lengths, padding and positions.
     """
 

@@ -1,11 +1,11 @@
-"""Which components are as this package wrote them, so that an engine may run their stages by itself.
+"""not_stock: tell whether a model's components are unmodified, so that their stages can be run one by one.
 
-An engine that runs part of a block (a sweep, path patching) relies on what the stock components do between their hook
-points. A subclass may do something else; so may a module in another's place, a method set on an instance, a
-parametrisation or a hook of torch's. Engines ask here first, and take the plain way where the answer is not None.
+Sweeps and path patching run parts of a block, and rely on what the stock components do between their hook points. A
+subclass may do something else; so may a replaced module, a method set on an instance, a parametrisation or a hook of
+torch's. They call `not_stock` first and run the whole model if it returns a reason.
 
-A subclass that overrides methods and still keeps the stages (each hook point sees what the stock component shows it,
-computed from the same inputs, position by position outside attention) may say so: `keeps_stages = True` in its body.
+A subclass that overrides methods but keeps the stages (each hook point has the same activation as in the stock
+component, computed from the same inputs, position by position outside attention) sets `keeps_stages = True`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MLPS = (MLP, GatedMLP, MoE)
 STOCK: frozenset[type] = frozenset(
     {TransformerBlock, Attention, *_MLPS, *_NORMS, Embed, Unembed, PosEmbed, XIELU, HookPoint, nn.ModuleList}
 )
-# What a subclass may define without changing what the component computes.
+# Names that a subclass may define without changing the component's computation.
 _HARMLESS = frozenset(
     {"__init__", "__module__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__qualname__", "__repr__"}
     | {"__parameters__", "__static_attributes__", "__firstlineno__", "__orig_bases__", "extra_repr", "_get_name"}
@@ -50,8 +50,8 @@ def not_stock(
 
     Args:
         root: a model, a block or any other component.
-        stock_root: the stock class of `root` itself, where it is no component: the model's.
-        name: of `root`, for the clause.
+        stock_root: the stock class of `root`, if `root` is a model rather than a component.
+        name: the name of `root` in the clause.
         alone: look at `root` itself and not at the modules inside it.
 
     Returns:
@@ -69,10 +69,10 @@ def not_stock(
 
 
 def require_stock(what: str, name: str, component: nn.Module, *, alone: bool = False) -> None:
-    """Check that a component is stock, for something that is worked out from its weights alone.
+    """Check that a component is stock, so that a quantity can be computed from its weights alone.
 
     Args:
-        what: is worked out; for the message.
+        what: the quantity, for the error message.
         name, component, alone: as `name`, `root` and `alone` of `not_stock`.
 
     Raises:
@@ -87,7 +87,7 @@ def require_stock(what: str, name: str, component: nn.Module, *, alone: bool = F
 
 
 def _own_override(module: nn.Module, known: frozenset[type]) -> str | None:
-    """What about one module, its children apart, is not stock."""
+    """Return why one module, its children apart, is not stock; None if it is."""
     if parametrize.is_parametrized(module):
         return "is parametrised"
     if has_module_hooks(module):
@@ -107,7 +107,7 @@ def _own_override(module: nn.Module, known: frozenset[type]) -> str | None:
 
 @lru_cache(maxsize=1024)
 def _overridden(kind: Hashable, known: frozenset[type]) -> str | None:
-    """What a class that is not stock changes of the stock class it comes from."""
+    """Return what a class changes of the stock class it derives from; None if nothing."""
     assert isinstance(kind, type)
     if vars(kind).get("keeps_stages", False):
         return None

@@ -20,7 +20,7 @@ __all__ = ["LanguageModel", "Sampling", "decode_steps", "sample_logits"]
 
 @runtime_checkable
 class LanguageModel(Protocol):
-    """What the decoding loop needs of a model."""
+    """The methods of a model that the decoding loop calls."""
 
     def __call__(self, input: Tensor, **options: object) -> Tensor: ...
 
@@ -64,7 +64,16 @@ class Sampling:
         tokens: Int[Tensor, "batch pos"] | None = None,
         attention_mask: Int[Tensor, "batch pos"] | None = None,
     ) -> Int[Tensor, " batch"]:
-        """Return one token for each prompt. `tokens`, the text so far, is read by `freq_penalty` alone."""
+        """Return one token for each prompt.
+
+        Args:
+            logits: of the position that is continued, [batch vocab].
+            tokens: the text so far [batch pos], which `freq_penalty` counts.
+            attention_mask: [batch pos], 0 at padding, which is not counted.
+
+        Raises:
+            ValueError: a `freq_penalty` without tokens.
+        """
         if self.freq_penalty:
             if tokens is None:
                 raise ValueError("freq_penalty counts the tokens so far: give tokens [batch pos]")
@@ -73,7 +82,7 @@ class Sampling:
             logits = logits - self.freq_penalty * counts
         if not self.do_sample or self.temperature == 0:
             return logits.argmax(-1)
-        # In half precision the probabilities of many unlikely tokens would not add up.
+        # In half precision the probabilities of many unlikely tokens would be rounded to zero.
         logits = at_least_single(logits) / self.temperature
         if self.top_k is not None:
             least = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
@@ -128,24 +137,24 @@ def decode_steps(
     A prompt that has produced an end-of-sequence token goes on repeating it; when all have, the loop ends.
 
     Args:
-        model: called once per step, under whatever hooks it has.
+        model: called once per step, with its hooks.
         tokens, attention_mask: the prompts, padded on the left if at all.
         max_new_tokens: steps at most.
         sampling: how tokens are drawn.
         eos_token_ids: tokens that end a prompt; none by default.
-        use_past_kv_cache: read only the new token at each step; False reads everything anew.
+        use_past_kv_cache: run only the new token at each step; False runs the whole text.
         verbose: show a progress bar.
     """
-    # The last token is not read again.
+    # The last new token needs no room in the cache: it is not run through the model.
     size = tokens.shape[0], tokens.shape[1] + max(max_new_tokens - 1, 0)
     cache = model.new_kv_cache(*size) if use_past_kv_cache else None
     if attention_mask is None:
-        # Said outright: the model would otherwise look for padding among the tokens.
+        # An explicit mask, so that the model does not infer padding from the tokens.
         attention_mask = torch.ones_like(tokens)
     written: list[Tensor] = []
 
     def text() -> tuple[Tensor, Tensor]:
-        """The tokens so far and their mask, put together only where somebody reads them."""
+        """Return the tokens so far and their mask."""
         return torch.cat((tokens, *written), 1), F.pad(attention_mask, (0, len(written)), value=1)
 
     unread: Tensor = tokens

@@ -41,21 +41,21 @@ class TextGeneration(TextInterface, Intervening):
         attention_mask: Tensor | None = None,
         interventions: Sequence[Intervention] = (),
     ) -> Tensor | str | list[str]:
-        """Extend prompts token by token and return them, extended.
+        """Return prompts extended token by token.
 
-        Whatever hooks the model has act at every step, and so do the interventions. With the key-value cache a step
-        after the first sees only the newest position.
+        The model's hooks and the interventions act at every step. With the key-value cache, each step after the first
+        runs only the newest position.
 
         Args:
             input: a string, a list of strings, or tokens [pos] or [batch pos]. An empty string is BOS alone.
             max_new_tokens: steps at most.
-            stop_at_eos: stop a prompt that has produced `eos_token_id`; it goes on repeating it until all have stopped.
+            stop_at_eos: stop a prompt after `eos_token_id`; it is padded with that token until all have stopped.
             eos_token_id: one or several; by default the tokenizer's.
             do_sample, top_k, top_p, temperature, freq_penalty: how tokens are drawn; see `generation.Sampling`.
-            use_past_kv_cache: False reads the whole text anew at each step. The logits are the same.
+            use_past_kv_cache: False runs the whole text at each step. The logits are the same.
             prepend_bos: for strings; by default the model's.
-            padding_side: for strings; left, and nothing else, since text goes on at the right.
-            return_type: `"str"`, `"tokens"`, or `"input"` for whichever came in.
+            padding_side: for strings; only `"left"`, since new tokens are added at the right.
+            return_type: `"str"`, `"tokens"`, or `"input"` for the type of the input.
             verbose: show a progress bar.
             attention_mask: [batch pos] for tokens padded on the left.
             interventions: edits as data; their positions are those of the whole text.
@@ -173,13 +173,13 @@ class TextGeneration(TextInterface, Intervening):
         padding_side: str | None,
         attention_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, list[str] | None]:
-        """Tokens [batch pos], their mask, and the strings they came from, if they did."""
+        """Return tokens [batch pos], their mask, and the strings they came from; None for an input of tokens."""
         device = self.unembed.W_U.device
         if padding_side == "right":
-            raise ValueError("text goes on at the right, so prompts of unequal length are padded on the left")
+            raise ValueError("new tokens are added at the right, so prompts of unequal length are padded on the left")
         if isinstance(input, str) or (isinstance(input, (list, tuple)) and input and isinstance(input[0], str)):
             if attention_mask is not None:
-                raise ValueError("strings bring their own attention mask: pass tokens to use another")
+                raise ValueError("the attention mask of strings follows from their padding: pass tokens to use another")
             texts = [input] if isinstance(input, str) else list(input)
             batch = self._tokenize(texts, prepend_bos, "left")
             mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
@@ -192,23 +192,25 @@ class TextGeneration(TextInterface, Intervening):
         elif tokens.shape[0] > 1 and self.tokenizer is not None:
             attention_mask = self._mask_of_batch(tokens, self._prepends_bos(prepend_bos))
         if attention_mask is not None and not bool(attention_mask[:, -1].all()):
-            raise ValueError("text goes on at the right, so the last position of every prompt has to be a real token")
+            raise ValueError(
+                "new tokens are added at the right, so the last position of every prompt has to be a real token"
+            )
         return tokens, attention_mask, None
 
     def _mask_of_batch(self, tokens: Tensor, prepend_bos: bool) -> Tensor | None:
-        """The mask of prompts padded on the left, whatever side the model pads by default; None if nothing is padded.
+        """Return the mask of prompts padded on the left, whatever the model's padding side; None if nothing is padded.
 
         Raises:
-            ValueError: some prompts, not all, end in padding: they seem to be padded on the right.
+            ValueError: some prompts, not all, end in padding, as if padded on the right.
         """
         tokenizer = self._require_tokenizer()
         is_pad = tokens == tokenizer.pad_token_id
-        # A row of nothing but padding tokens is a BOS alone, where the two are the same token.
+        # Where padding and BOS are the same token, a row of padding tokens alone is a BOS.
         ends_in_padding = is_pad[:, -1] & ~is_pad.all(1)
         if bool(ends_in_padding.any()) and not bool(ends_in_padding.all()):
             raise ValueError(
-                "some prompts end in padding tokens, and text goes on at the right: tokenize with padding_side='left', "
-                "or pass attention_mask if these tokens are text"
+                "some prompts end in padding tokens, and new tokens are added at the right: tokenize with "
+                "padding_side='left', or pass attention_mask if these tokens are text"
             )
         return tokenization.infer_attention_mask(tokenizer, tokens, prepend_bos, "left")
 
@@ -232,7 +234,7 @@ class TextGeneration(TextInterface, Intervening):
     def _texts(
         self, tokens: Tensor, mask: Tensor | None, n_prompt: int, ends: tuple[int, ...], skip_bos: bool
     ) -> list[str]:
-        """Each row as text: without padding and the BOS put in front, up to the first end-of-sequence token."""
+        """Return each row as text, without padding and the added BOS, up to the first end-of-sequence token."""
         strings = []
         for index, row in enumerate(tokens):
             prompt = row[:n_prompt] if mask is None else row[:n_prompt][mask[index].bool()]

@@ -1,4 +1,4 @@
-"""Hook points, and the registry that attaches, checks and removes what hooks into them."""
+"""Hook points, and the registry that attaches, checks and removes hooks."""
 
 from hooked_lm.hooks.handle import Direction, HookFunction, HookHandle
 from hooked_lm.hooks.point import HookPoint, any_live, carries_run, is_live, may_edit_forward

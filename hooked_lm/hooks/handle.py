@@ -26,20 +26,19 @@ changing_hooks = threading.RLock()
 class HookHandle:
     """One hook on one hook point.
 
-    A function may say what it does by two attributes of its own: `reads_only = True`, it never changes what it is
-    shown; `edits_in_place = False`, it returns a new tensor rather than write to the one it is shown. Either spares
-    the point a copy.
+    Two attributes of the function save a copy of the activation: `reads_only = True`, it never changes its argument;
+    `edits_in_place = False`, it returns a new tensor rather than write to its argument.
 
     Attributes:
         hook: the function, called as `hook(activation, hook_point)`.
-        is_permanent: survives `reset_hooks` unless that is told otherwise.
+        is_permanent: kept by `reset_hooks`, unless with `including_permanent`.
         context_level: how many `hooks()` contexts were open when it was added; None if added at no level.
-        reads_only: it never changes the activation; it is then shown the tensor itself, never a copy.
-        edits_in_place: it may write to the tensor it is shown.
+        reads_only: it never changes the activation, and gets the tensor itself, never a copy.
+        edits_in_place: it may write to its argument.
         thread: the thread in which it acts; None for all threads.
         scope: acts only in `only` blocks of this scope; None for outside of them.
         fired: whether it has run since it was attached.
-        by_keyword: whether it is called with `hook=`; looked up in its signature, if that is not said.
+        by_keyword: whether it is called with `hook=`; found from its signature if not given.
     """
 
     def __init__(
@@ -67,18 +66,18 @@ class HookHandle:
         self.thread = here.identity if this_thread else None
         self.scope = scope
         self.fired = False
-        # Looking at a signature takes longer than most hooks do, so callers that know the answer pass it.
+        # Inspecting a signature takes longer than most hooks, so `plan_hooks` passes the result of the first.
         self.by_keyword = _takes_hook_keyword(hook, point.name) if by_keyword is None else by_keyword
 
     @property
     def acts(self) -> bool:
-        """Whether it acts in the thread, and the block, that asks."""
+        """Whether it acts in the current thread and `with` block."""
         if here.edits_only and (self.reads_only or self.dir == "bwd"):
             return False
         return (self.thread is None or self.thread is here.identity) and self.scope is here.scope
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Show `x` to the hook; return what the run goes on with."""
+        """Call the hook with `x`; return the tensor with which the run continues."""
         self.fired = True
         returned = self.hook(x, hook=self.point) if self.by_keyword else self.hook(x, self.point)
         if returned is None or returned is x or self.reads_only:
@@ -92,7 +91,7 @@ class HookHandle:
         if not isinstance(returned, Tensor):
             raise TypeError(f"{where} returned {type(returned).__name__}: return a tensor, or None to change nothing")
         came, expected = tuple(returned.shape), tuple(x.shape)
-        # A forward hook may change how many prompts there are.
+        # A forward hook may change the number of prompts.
         if self.dir == "fwd" and self.point.axes[:1] == ("batch",) and came and expected:
             came, expected = came[1:], expected[1:]
         if came != expected:
@@ -108,13 +107,13 @@ class HookHandle:
         return returned
 
     def attach(self, prepend: bool = False) -> None:
-        """Put this handle on its hook point, first in line if `prepend`."""
+        """Attach this handle to its hook point, in front of the others if `prepend`."""
         with changing_hooks:
             handles = self._line()
             handles.insert(0 if prepend else len(handles), self)
 
     def remove(self) -> None:
-        """Take this handle off its hook point; harmless when it is gone already."""
+        """Remove this handle from its hook point; nothing happens if it is not attached."""
         with changing_hooks:
             handles = self._line()
             if self in handles:
@@ -125,10 +124,10 @@ class HookHandle:
 
 
 def _takes_hook_keyword(function: HookFunction, name: str) -> bool:
-    """Whether to pass the hook point as `hook=`: then partials that fill other arguments work in any order.
+    """Return whether to pass the hook point as `hook=`, which lets partials fill other arguments in any order.
 
     Raises:
-        TypeError: the function can be called neither so nor with two positional arguments.
+        TypeError: the function can be called neither with `hook=` nor with two positional arguments.
     """
     try:
         signature = inspect.signature(function)

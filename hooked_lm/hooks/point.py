@@ -1,10 +1,10 @@
-"""HookPoint: an identity that costs one call until something observes or edits it.
+"""HookPoint: an identity module that calls the hooks attached to it.
 
-Hooks see tensors under one contract:
+Hooks get tensors under one contract:
 
-* a hook that only reads is shown the activation itself, and what it keeps never changes afterwards;
-* hooks that may edit share one tensor, a copy that is private to this point and this run, and the run goes on with it.
-  So a tensor that one hook keeps is the one through which the next hook's gradient flows;
+* a hook that only reads gets the activation itself, and a tensor that it keeps never changes afterwards;
+* hooks that may edit share one tensor, a copy that is private to this point and this run, and the run continues with
+  it. So the gradient of the next hook flows through the tensor that an earlier hook kept;
 * a returned tensor replaces the activation. It must have its shape (the batch axis apart), dtype and device.
 """
 
@@ -26,22 +26,22 @@ TorchHook = Callable[..., Any]
 
 
 class HookPoint(nn.Module):
-    """An identity that hands its input to its hooks, and passes on what they return.
+    """An identity module that passes its input through its hooks.
 
     Args:
-        axes: the names of the activation's axes, from `names.AXES` or of one's own: `"batch pos head d_head"`, or a
+        axes: the names of the activation's axes, from `names.AXES` or others: `"batch pos head d_head"`, or a
             sequence of names. Position slices and interventions select along them.
-        on_demand: computed only when asked for by name, so left out when everything is cached.
+        on_demand: computed only when a hook is attached; a cache records it only if it is named.
         differentiable: False for integer activations, which have no gradient.
 
     Attributes:
         axes: the names as a tuple; empty if none were given.
         name: the full hook name, given by `HookedRootModule.setup`.
-        ctx: a dictionary for hooks to keep things in between calls.
-        fwd_hooks, bwd_hooks: the `HookHandle`s in the order they run.
+        ctx: a dictionary in which hooks may keep values between calls.
+        fwd_hooks, bwd_hooks: the `HookHandle`s, in the order in which they run.
     """
 
-    # Whether calls go through torch: its own hooks were registered, or a subclass has a forward of its own.
+    # Whether calls go through torch's module call: torch's own hooks were registered, or a subclass overrides forward.
     _always_runs = False
 
     def __init__(
@@ -52,7 +52,7 @@ class HookPoint(nn.Module):
         self.on_demand = on_demand
         self.differentiable = differentiable
         self.name: str = ""
-        self.ctx: dict[object, Any] = {}  # Any: hooks put values of any type here, under keys of their own
+        self.ctx: dict[object, Any] = {}  # Any: hooks store values of any type
         self.fwd_hooks: list[HookHandle] = []
         self.bwd_hooks: list[HookHandle] = []
 
@@ -61,13 +61,13 @@ class HookPoint(nn.Module):
         cls._always_runs = cls.forward is not HookPoint.forward
 
     def __call__(self, x: Tensor) -> Tensor:
-        # Past torch's own call, which looks for hooks of its own and costs ten times this.
+        # Skip torch's module call, which looks for torch's own hooks and takes ten times as long.
         if self._always_runs:
             return super().__call__(x)  # type: ignore[no-any-return]
         return self.forward(x) if self.fwd_hooks or self.bwd_hooks else x
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the activation as the hooks leave it."""
+        """Return the activation after its hooks."""
         x = _through(self.fwd_hooks, x)
         handles = [handle for handle in tuple(self.bwd_hooks) if handle.acts]
         return self._watched(x, handles) if handles else x
@@ -77,7 +77,7 @@ class HookPoint(nn.Module):
         if x.requires_grad:
             # A view of its own: two points may be shown one tensor, and the gradient passes the later point first.
             x = x.view_as(x)
-            # The handles of now: a graph built under a hook runs it, also when the context has closed by then.
+            # The present handles: backward runs them even if their `with` block has ended by then.
             x.register_hook(lambda grad: _through(handles, grad, check_acts=False))
         elif any(not handle.reads_only for handle in handles):
             raise RuntimeError(
@@ -115,13 +115,13 @@ class HookPoint(nn.Module):
         """Add a hook here, for every thread, and return its handle.
 
         Args:
-            hook: `hook(activation, hook_point) -> tensor | None`; None keeps the activation, in-place edits included.
+            hook: `hook(activation, hook_point) -> tensor | None`; None keeps the activation, with in-place edits.
             dir: `"fwd"` for the activation, `"bwd"` for its gradient.
             is_permanent: keep it through `reset_hooks`.
-            level: the depth of `hooks()` contexts it belongs to.
-            prepend: run it before the hooks that are here already.
-            reads_only: the hook promises not to write, and is shown the activation itself; by default what its own
-                `reads_only` attribute says.
+            level: the depth of the `hooks()` context it belongs to.
+            prepend: run it before the hooks attached earlier.
+            reads_only: the hook does not write to the activation, and gets it without a copy; by default the hook's own
+                `reads_only` attribute.
         """
         handle = HookHandle(self, hook, dir, is_permanent, level, reads_only)
         handle.attach(prepend)
@@ -136,13 +136,13 @@ class HookPoint(nn.Module):
         return self.add_hook(hook, dir, is_permanent=True)
 
     def remove_hooks(self, dir: Direction = "fwd", including_permanent: bool = False, level: int | None = None) -> None:
-        """Remove the hooks of a direction; permanent ones only if asked, and of one context level only if given.
+        """Remove the hooks of a direction; permanent ones only with `including_permanent`.
 
         Hooks of another thread's `with` blocks stay.
 
         Args:
             dir: `"fwd"`, `"bwd"` or `"both"`.
-            including_permanent: permanent ones too.
+            including_permanent: remove permanent hooks too.
             level: only hooks added in `hooks` contexts of this depth; None for any.
 
         Raises:
@@ -162,11 +162,11 @@ class HookPoint(nn.Module):
                 self.bwd_hooks[:] = [handle for handle in self.bwd_hooks if stays(handle)]
 
     def has_hooks(self, dir: Direction = "both", including_permanent: bool = True, level: int | None = None) -> bool:
-        """Whether hooks of this direction (and level) are here.
+        """Return whether hooks of this direction (and level) are attached.
 
         Args:
             dir: `"fwd"`, `"bwd"`, or `"both"` for either.
-            including_permanent: whether permanent ones count.
+            including_permanent: count permanent hooks too.
             level: only hooks added in `hooks` contexts of this depth; None for any.
         """
         handles = [handle for handle in (*self.fwd_hooks, *self.bwd_hooks) if dir in ("both", handle.dir)]
@@ -176,14 +176,14 @@ class HookPoint(nn.Module):
         )
 
     def clear_context(self) -> None:
-        """Forget what hooks have kept in `ctx`."""
+        """Empty `ctx`."""
         self.ctx.clear()
 
     def layer(self) -> int:
-        """Return the block this hook point is in.
+        """Return the number of the block of this hook point.
 
         Raises:
-            ValueError: it is in none, like `hook_embed`.
+            ValueError: it is in no block, like `hook_embed`.
         """
         layer = layer_of(self.name)
         if layer is None:
@@ -191,7 +191,10 @@ class HookPoint(nn.Module):
         return layer
 
     def axis(self, name: str) -> int:
-        """Return where an axis of the activation is, counted from the end, so that a missing batch is harmless.
+        """Return the index of an axis of the activation, counted from the end: the same with or without a batch axis.
+
+        Args:
+            name: of the axis.
 
         Raises:
             ValueError: the activation has no such axis.
@@ -204,60 +207,84 @@ class HookPoint(nn.Module):
         """Return the axes, for the printed model."""
         return repr(" ".join(self.axes)) if self.axes else ""
 
-    # Torch's own hooks run here as at any module: from the first one on, calls go through torch.
+    # Torch's own hooks run as at any module: once one is registered, calls go through torch's module call.
 
     def register_forward_hook(
         self, hook: TorchHook, *, prepend: bool = False, with_kwargs: bool = False, always_call: bool = False
     ) -> RemovableHandle:
-        """Register a hook of torch's, called as `hook(module, args, output)`."""
+        """Register a hook of torch's, called as `hook(module, args, output)`.
+
+        Args:
+            hook, prepend, with_kwargs, always_call: as for `torch.nn.Module.register_forward_hook`.
+        """
         self._always_runs = True
         return super().register_forward_hook(hook, prepend=prepend, with_kwargs=with_kwargs, always_call=always_call)
 
     def register_forward_pre_hook(
         self, hook: TorchHook, *, prepend: bool = False, with_kwargs: bool = False
     ) -> RemovableHandle:
-        """Register a hook of torch's, called as `hook(module, args)`."""
+        """Register a hook of torch's, called as `hook(module, args)`.
+
+        Args:
+            hook, prepend, with_kwargs: as for `torch.nn.Module.register_forward_pre_hook`.
+        """
         self._always_runs = True
         return super().register_forward_pre_hook(hook, prepend=prepend, with_kwargs=with_kwargs)
 
     def register_full_backward_hook(self, hook: TorchHook, prepend: bool = False) -> RemovableHandle:
-        """Register a hook of torch's, called as `hook(module, grad_input, grad_output)`."""
+        """Register a hook of torch's, called as `hook(module, grad_input, grad_output)`.
+
+        Args:
+            hook, prepend: as for `torch.nn.Module.register_full_backward_hook`.
+        """
         self._always_runs = True
         return super().register_full_backward_hook(hook, prepend)
 
     def register_full_backward_pre_hook(self, hook: TorchHook, prepend: bool = False) -> RemovableHandle:
-        """Register a hook of torch's, called as `hook(module, grad_output)`."""
+        """Register a hook of torch's, called as `hook(module, grad_output)`.
+
+        Args:
+            hook, prepend: as for `torch.nn.Module.register_full_backward_pre_hook`.
+        """
         self._always_runs = True
         return super().register_full_backward_pre_hook(hook, prepend)
 
 
 def _through(handles: Sequence[HookHandle], x: Tensor, check_acts: bool = True) -> Tensor:
-    """Return an activation, or a gradient, as hooks leave it."""
-    private = False  # whether x is the copy that editing hooks share, which nothing else holds
+    """Return an activation, or a gradient, after hooks."""
+    private = False  # whether x is the copy that editing hooks share
     for handle in tuple(handles):
         if check_acts and not handle.acts:
             continue
         if handle.edits_in_place and not private:
             x, private = x.clone(), True
         returned = handle(x)
-        # A hook that reads may keep the tensor, and one that returns a tensor may have it from anywhere.
+        # A reading hook may keep the tensor, and a returned tensor may be referenced elsewhere.
         private = private and returned is x and not handle.reads_only
         x = returned
     return x
 
 
-# A module of another kind may stand in a hook point's place: it always runs, and may do anything.
+# A hook point may be replaced by a module of another class, which always runs and may do anything.
 
 
 def is_live(point: nn.Module) -> bool:
-    """Whether a hook acts at a hook point in this thread, or a module of another kind stands in its place."""
+    """Return whether a hook acts at a hook point in this thread, or a module of another class replaces it.
+
+    Args:
+        point: a hook point, or a module in its place.
+    """
     if isinstance(point, HookPoint):
         return point.live if point.fwd_hooks or point.bwd_hooks or point._always_runs else False
     return True
 
 
 def any_live(points: Iterable[nn.Module]) -> bool:
-    """Whether `is_live` of any of some hook points."""
+    """Return whether `is_live` is true of any of the hook points.
+
+    Args:
+        points: hook points, or modules in their places.
+    """
     for point in points:
         if not isinstance(point, HookPoint) or (
             (point.fwd_hooks or point.bwd_hooks or point._always_runs) and point.live
@@ -267,12 +294,16 @@ def any_live(points: Iterable[nn.Module]) -> bool:
 
 
 def may_edit_forward(point: nn.Module) -> bool:
-    """Whether a hook, or a module in the hook point's place, may change the activation."""
+    """Return whether a hook, or a module in the hook point's place, may change the activation.
+
+    Args:
+        point: a hook point, or a module in its place.
+    """
     return point.edited_forward if isinstance(point, HookPoint) else True
 
 
 def carries_run(point: nn.Module, gradients: bool) -> bool:
-    """Whether the run must go on with what a hook point returns: it may be edited, or differentiated by.
+    """Return whether the run must use a hook point's output: it may be edited, or need a gradient.
 
     Args:
         point: a hook point, or a module in its place.

@@ -1,4 +1,4 @@
-"""What a cache keeps of an activation, and the hook that keeps it."""
+"""Recorder: the hook that puts an activation, or some positions of it, into a cache."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["Recorder", "recorded_part"]
 
 @dataclass(frozen=True, eq=False)
 class Recorder:
-    """A hook that puts what it is shown into a dictionary, under the hook's name.
+    """A hook that stores the activation in a dictionary, under the hook point's name.
 
     Attributes:
         store: the dictionary.
         suffix: added to the name: `"_grad"` for gradients.
-        positions: which to keep.
+        positions: the positions to keep.
         remove_batch_dim: drop the batch axis, which must have length 1.
         device: where to keep the tensors; None leaves them where they are.
     """
@@ -40,10 +40,20 @@ class Recorder:
 
 
 def recorded_part(x: Tensor, hook: HookPoint, positions: Slice, remove_batch_dim: bool) -> Tensor:
-    """Return what a cache keeps of an activation: some positions (of queries, for patterns), with or without batch."""
+    """Return the part of an activation that a cache keeps: some positions (of queries, for patterns).
+
+    Args:
+        x: the activation.
+        hook: its hook point, for the axes.
+        positions: the positions to keep.
+        remove_batch_dim: drop the batch axis.
+
+    Raises:
+        ValueError: `remove_batch_dim` with a batch that is not 1.
+    """
     if not positions.is_identity:
         axis = "query" if "query" in hook.axes else "pos"
-        # A copy of the few positions lets go of the rest.
+        # A copy, since a view of the few positions would keep the whole activation in memory.
         x = positions.apply(x, dim=hook.axis(axis)).clone()
     if not remove_batch_dim:
         return x

@@ -52,14 +52,14 @@ class HookedRootModule(nn.Module):
         return _open_contexts.of.get(self, 0)
 
     def setup(self) -> None:
-        """Name every hook point after its place in the module tree, and index them."""
-        # Plain dictionaries: as attributes of a module they are not registered a second time.
+        """Name every hook point by its path in the module tree, and index them by name."""
+        # Plain dictionaries, so that torch does not register the modules a second time.
         self.mod_dict = {name: module for name, module in self.named_modules() if name}
         self.hook_dict = {name: module for name, module in self.mod_dict.items() if isinstance(module, HookPoint)}
         for name, point in self.hook_dict.items():
             point.name = name
             parent, _, attribute = name.rpartition(".")
-            # Found where Python looks first: torch looks for a module in three dictionaries after that.
+            # In the instance dictionary, where Python looks first: torch's lookup of modules is slower.
             vars(self.get_submodule(parent))[attribute] = point
 
     def hook_points(self) -> Iterable[HookPoint]:
@@ -67,7 +67,14 @@ class HookedRootModule(nn.Module):
         return self.hook_dict.values()
 
     def list_hooks(self, names_filter: NamesFilter = None) -> list[str]:
-        """Return the names of the hook points a filter picks; all of them by default."""
+        """Return the names of the hook points that match a filter; all of them by default.
+
+        Args:
+            names_filter: a name, a glob, a list of either, or a predicate of names; None for all.
+
+        Raises:
+            UnknownHookError: a name or pattern matches nothing.
+        """
         return select_names(names_filter, list(self.hook_dict))
 
     # Adding and removing
@@ -81,14 +88,14 @@ class HookedRootModule(nn.Module):
         level: int | None = None,
         prepend: bool = False,
     ) -> list[HookHandle]:
-        """Add a hook wherever a name, glob, list or predicate points; return the handles.
+        """Add a hook at every hook point that matches; return the handles.
 
         Args:
             name: a hook name, a glob, a list of either, or a predicate of names.
             hook, dir, is_permanent, level, prepend: as for `HookPoint.add_hook`.
 
         Raises:
-            UnknownHookError: something in `name` matches no hook point. Nothing has been added then.
+            UnknownHookError: an entry of `name` matches no hook point. Nothing has been added then.
         """
         handles = self.plan_hooks([(name, hook)], dir, is_permanent=is_permanent, level=level)
         for handle in handles:
@@ -118,7 +125,7 @@ class HookedRootModule(nn.Module):
         Args:
             clear_contexts: also empty the `ctx` of every hook point.
             direction: `"fwd"`, `"bwd"` or `"both"`.
-            including_permanent: permanent ones too.
+            including_permanent: remove permanent hooks too.
             level: only hooks added in `hooks` contexts of this depth; None for any.
 
         Raises:
@@ -132,7 +139,7 @@ class HookedRootModule(nn.Module):
     def remove_all_hook_fns(
         self, direction: Direction = "both", including_permanent: bool = False, level: int | None = None
     ) -> None:
-        """Remove hooks and leave what they kept in `ctx`.
+        """Remove hooks, but leave every `ctx` as it is.
 
         Args:
             direction, including_permanent, level: as for `reset_hooks`.
@@ -140,7 +147,7 @@ class HookedRootModule(nn.Module):
         self.reset_hooks(False, direction, including_permanent, level)
 
     def clear_contexts(self) -> None:
-        """Forget what hooks have kept in the `ctx` of any hook point."""
+        """Empty the `ctx` of every hook point."""
         for point in self.hook_points():
             point.clear_context()
 
@@ -152,16 +159,16 @@ class HookedRootModule(nn.Module):
         level: int | None = None,
         this_thread: bool = False,
     ) -> list[HookHandle]:
-        """Turn (filter, function) pairs into handles, all checked, none attached.
+        """Return checked handles for (filter, function) pairs, without attaching them.
 
         Args:
             specs: the pairs.
             dir, is_permanent, level: as for `add_hook`.
-            this_thread: they act in this thread only.
+            this_thread: the hooks act in this thread only.
 
         Raises:
             UnknownHookError: a filter matches nothing.
-            TypeError: something is no such pair, or no function that a hook point can call.
+            TypeError: an entry is no such pair, or its function cannot be called as a hook.
         """
         handles = []
         for spec in specs:
@@ -192,7 +199,7 @@ class HookedRootModule(nn.Module):
 
         Args:
             fwd_hooks: (name, glob, list of names or predicate; function) pairs on activations.
-            bwd_hooks: the same on gradients. They act in every backward pass through what was computed in the block.
+            bwd_hooks: the same on gradients. They act in every backward pass through activations computed in the block.
             reset_hooks_end: False leaves the hooks in place afterwards.
             clear_contexts: also empty the `ctx` of every hook point afterwards.
 
@@ -212,7 +219,7 @@ class HookedRootModule(nn.Module):
         """Attach handles for the length of a `with` block.
 
         Args:
-            handles: made by `plan_hooks`, or by hand.
+            handles: as `plan_hooks` returns them.
             reset_hooks_end, clear_contexts: as for `hooks`.
         """
         levels = _open_contexts.of
@@ -231,7 +238,11 @@ class HookedRootModule(nn.Module):
 
     @contextmanager
     def only_hooks(self, handles: Iterable[HookHandle]) -> Generator[None, None, None]:
-        """Within a `with` block these hooks act in this thread, and no others; other threads notice nothing."""
+        """Within a `with` block, only these hooks act in this thread; other threads are not affected.
+
+        Args:
+            handles: as `plan_hooks` returns them, not attached.
+        """
         handles, scope = list(handles), Token()
         for handle in handles:
             handle.scope = scope
@@ -277,7 +288,15 @@ class HookedRootModule(nn.Module):
 
     @staticmethod
     def check_fired(names_filter: NamesFilter, handles: Sequence[HookHandle]) -> None:
-        """Every hook asked for by its plain name must have run; of each pattern, one at least."""
+        """Check that every hook given by its plain name has run, and at least one hook of each pattern.
+
+        Args:
+            names_filter: the filter that the hooks were given by.
+            handles: the hooks.
+
+        Raises:
+            RuntimeError: a hook did not run.
+        """
         entries = [names_filter] if names_filter is None or callable(names_filter) else names_filter
         for entry in [entries] if isinstance(entries, str) else entries:
             if entry is None or callable(entry):
@@ -288,8 +307,8 @@ class HookedRootModule(nn.Module):
             silent = [handle for handle in matched if not handle.fired]
             if silent and (not is_pattern(entry) or len(silent) == len(matched)):
                 raise RuntimeError(
-                    f"the hook at {silent[0].point.name!r} was asked for but the model did not get there in this run "
-                    "(start_at_layer and stop_at_layer leave layers out)"
+                    f"the hook at {silent[0].point.name!r} never ran: the model did not compute that activation in "
+                    "this run (start_at_layer and stop_at_layer leave layers out)"
                 )
 
     # Caching
@@ -324,7 +343,14 @@ class HookedRootModule(nn.Module):
         return store, fwd, bwd if incl_bwd else []
 
     def names_to_cache(self, names_filter: NamesFilter = None) -> list[str]:
-        """Return the names a filter picks for caching: by default all but those that are computed on demand."""
+        """Return the names of the activations to cache: by default all but those computed on demand.
+
+        Args:
+            names_filter: as for `get_caching_hooks`.
+
+        Raises:
+            UnknownHookError: a name or pattern matches nothing.
+        """
         names = self.list_hooks(names_filter)
         return names if names_filter is not None else [name for name in names if not self.hook_dict[name].on_demand]
 
@@ -392,7 +418,7 @@ class HookedRootModule(nn.Module):
         level: int | None = None,
         this_thread: bool = False,
     ) -> list[HookHandle]:
-        """Turn (name, function) pairs that only read into handles.
+        """Return handles for (name, function) pairs that only read, without attaching them.
 
         Args:
             fwd, bwd: as `get_caching_hooks` returns them.
@@ -420,9 +446,9 @@ class HookedRootModule(nn.Module):
         store: dict[str, Tensor] | None = None,
         **model_kwargs: object,
     ) -> tuple[ModelOutput, dict[str, Tensor]]:
-        """Run the model once; return its output and a dictionary of the activations on the way.
+        """Run the model once; return its output and a dictionary of its activations.
 
-        A cached tensor is never changed by a later hook or run. Entries that are one tensor share their memory.
+        A cached tensor is never changed by a later hook or run. Entries with the same tensor share its memory.
 
         Args:
             *model_args, **model_kwargs: go to the model.
@@ -434,7 +460,7 @@ class HookedRootModule(nn.Module):
 
         Raises:
             UnknownHookError: before the run, if a name or pattern matches nothing.
-            RuntimeError: after it, if an activation asked for by name was not computed in this run.
+            RuntimeError: after the run, if a named activation was not computed in it.
         """
         recorded: dict[str, Tensor] = {} if store is None else store
         _, fwd, bwd = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, recorded, pos_slice)
@@ -449,7 +475,7 @@ class HookedRootModule(nn.Module):
             return output, store
         result = dict(recorded)
         if reset_hooks_end:
-            # A graph keeps its backward hooks, and these keep `recorded`: full, it would keep every tensor in a cycle.
+            # The graph refers to its backward hooks and these to `recorded`, a reference cycle: empty it.
             recorded.clear()
         return output, result
 

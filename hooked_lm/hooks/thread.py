@@ -1,6 +1,6 @@
-"""What belongs to the thread that runs a model: which hooks act in it, and the pass that is under way.
+"""The state of the thread that runs a model: the hooks that act in it, and its current forward pass.
 
-None of it is kept on the model, so two threads may run one model under hooks of their own.
+None of it is kept on the model, so two threads may run one model under different hooks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["Pass", "Token", "current_pass", "editing_hooks_only", "here", "in_pa
 
 
 class Token:
-    """Something that is only ever compared by identity; a copy of it is itself."""
+    """An object that is compared by identity only; copying it returns the object itself."""
 
     def __copy__(self) -> Self:
         return self
@@ -26,10 +26,10 @@ class Token:
 
 @dataclass(frozen=True)
 class Pass:
-    """The forward pass that is under way.
+    """A forward pass.
 
     Attributes:
-        n_past: positions of the text that earlier passes have read, which are in the key-value cache.
+        n_past: the number of positions in the key-value cache, run in earlier passes.
     """
 
     n_past: int = 0
@@ -39,10 +39,10 @@ class _Thread(threading.local):
     """The state of one thread.
 
     Attributes:
-        identity: stands for the thread; unlike its number it is never given to another.
-        scope: None, or the token of the `only` block that the thread is in: then hooks of other scopes do not act.
-        edits_only: whether hooks that only read, and backward hooks, are left out.
-        running: the pass that is under way; between passes one that begins a text.
+        identity: identifies the thread; unlike a thread number it is never reused.
+        scope: None, or the token of the current `only` block, in which hooks of other scopes do not act.
+        edits_only: whether hooks that only read, and backward hooks, do not act.
+        running: the current pass; between passes, a pass without earlier positions.
     """
 
     def __init__(self) -> None:
@@ -56,13 +56,17 @@ here = _Thread()
 
 
 def current_pass() -> Pass:
-    """Return the pass that this thread is in; outside of passes, one that begins a text."""
+    """Return this thread's current pass; between passes, a pass without earlier positions."""
     return here.running
 
 
 @contextmanager
 def in_pass(running: Pass) -> Generator[None, None, None]:
-    """Within a `with` block this pass is under way; afterwards it is the one before again, whatever happens."""
+    """Make a pass the current one within a `with` block; afterwards the earlier one is restored, also on errors.
+
+    Args:
+        running: the pass.
+    """
     before = here.running
     here.running = running
     try:
@@ -73,7 +77,11 @@ def in_pass(running: Pass) -> Generator[None, None, None]:
 
 @contextmanager
 def only(scope: Token) -> Generator[None, None, None]:
-    """Within a `with` block, in this thread, no hooks act but those of the scope."""
+    """Within a `with` block, only hooks of the scope act in this thread.
+
+    Args:
+        scope: the token of the block.
+    """
     before = here.scope
     here.scope = scope
     try:
@@ -91,7 +99,7 @@ def without_hooks() -> Generator[None, None, None]:
 
 @contextmanager
 def editing_hooks_only() -> Generator[None, None, None]:
-    """Within a `with` block, in this thread, forward hooks that may edit act, and no others."""
+    """Within a `with` block, only forward hooks that may edit act in this thread."""
     before = here.edits_only
     here.edits_only = True
     try:

@@ -23,7 +23,7 @@ _SELECTIONS = ("pos", "head", "feature", "batch")
 # JSON has no words for these numbers.
 _SPECIAL = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
-# What a sweep takes: cells, each an intervention or several that are made together.
+# The cells of a sweep: each an intervention, or several that are made together.
 Cells = Sequence[Intervention | Sequence[Intervention]]
 
 
@@ -31,12 +31,12 @@ def save_interventions(path: str | Path, interventions: Cells) -> None:
     """Write interventions, or the cells of a sweep, to `path` and, if there are tensors, to a file beside it.
 
     Args:
-        path: ends in `.json`; tensors go to the same name with `.safetensors`.
+        path: ends in `.json`; the tensors are written to the same name with `.safetensors`.
         interventions: each an intervention, or a list of several.
 
     Raises:
-        ValueError: another ending.
-        TypeError: something that is no intervention. Nothing has been written then.
+        ValueError: the path does not end in `.json`.
+        TypeError: an entry is no intervention. Nothing has been written then.
     """
     path = _checked(path)
     text, tensors = interventions_to_json(interventions)
@@ -49,10 +49,13 @@ def save_interventions(path: str | Path, interventions: Cells) -> None:
 
 
 def load_interventions(path: str | Path) -> list[Intervention | list[Intervention]]:
-    """Return what `save_interventions` has written: interventions, and lists of them.
+    """Return the interventions, and lists of interventions, of a file that `save_interventions` wrote.
+
+    Args:
+        path: the `.json` file.
 
     Raises:
-        ValueError: the file is not one of those, or its tensors are not those beside it.
+        ValueError: the file holds no interventions, or their tensors are not those of the file beside it.
     """
     path = _checked(path)
     beside = path.with_suffix(".safetensors")
@@ -60,9 +63,15 @@ def load_interventions(path: str | Path) -> list[Intervention | list[Interventio
 
 
 def interventions_to_json(interventions: Cells) -> tuple[str, dict[str, Tensor]]:
-    """Return interventions as JSON text, and the tensors that it names.
+    """Return interventions as JSON text, and the tensors that the text refers to by name.
 
-    A tensor that several interventions share is there once.
+    A tensor that several interventions share is stored once.
+
+    Args:
+        interventions: each an intervention, or a list of several.
+
+    Raises:
+        TypeError: an entry is no intervention.
     """
     tensors: dict[str, Tensor] = {}
     names: dict[int, str] = {}
@@ -88,14 +97,14 @@ def interventions_to_json(interventions: Cells) -> tuple[str, dict[str, Tensor]]
 
 
 def interventions_from_json(text: str, tensors: Mapping[str, Tensor]) -> list[Intervention | list[Intervention]]:
-    """Return the interventions, and lists of them, that `interventions_to_json` has described.
+    """Return the interventions, and lists of interventions, of a text that `interventions_to_json` made.
 
     Args:
-        text: the description.
-        tensors: the values, by the names that the description gives them.
+        text: the JSON text.
+        tensors: name in the text -> tensor.
 
     Raises:
-        ValueError: the text is not such a description, or tensors are missing or left over.
+        ValueError: the text is of another format or version, or tensors are missing or unused.
     """
     try:
         document = json.loads(text)

@@ -1,8 +1,8 @@
 """Interventions as data: at a site, on chosen positions, heads, features and prompts, replace, add, scale or zero.
 
-The same object acts on a forward pass and on every step of a generation. It can be checked before anything runs, since
-it says what it will touch; and written to a file, since it holds its value. `Intervention.from_cache`, `.mean` and
-`.resample` take that value from a cache.
+The same object acts on a forward pass and on every step of a generation. It is checked against a model before anything
+runs, and can be written to a file together with its value. `Intervention.from_cache`, `.mean` and `.resample` take the
+value from a cache.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ Operation = Literal["replace", "add", "scale", "zero"]
 Selection = int | tuple[int, ...] | None
 
 OPERATIONS = ("replace", "add", "scale", "zero")
-# The axis each selection is along, by the names a site may give it. A feature is an entry of the last axis, whatever
-# its name (`d_sae` of a hook point of one's own), unless that name is one of these or of `_NO_FEATURES`.
+# Selection -> the names of the axes it may select along. `feature` selects along the last axis, whatever its name
+# (`d_sae` of a hook point that a user added), unless that name is one of these or in `_NO_FEATURES`.
 _AXIS_OF = {
     "batch": ("batch",),
     "pos": ("pos", "query"),
@@ -126,7 +126,7 @@ class Intervention:
                 raise ValueError(f"{name}={selection!r} at {self.site!r} is not an int or a tuple of ints")
             _refuse_repeats(self.site, name, selection, None)
 
-    # Values that come from a cache. Selections say both what is taken and where it goes.
+    # Values from a cache. The selections are applied both to the cached activation and to the run.
 
     @classmethod
     def from_cache(
@@ -135,16 +135,16 @@ class Intervention:
         cache: Recorded,
         **selections: Unpack[Selections],
     ) -> Self:
-        """Return "replace by what the cache has there": activation patching.
+        """Return the intervention that replaces an activation by the cached one: activation patching.
 
         Args:
             site: a hook name or a short key, `("z", 3)`.
-            cache: of a run with as many positions, and as many prompts or one.
-            selections: `pos`, `head`, `feature`, `batch`: the part that is taken, and replaced.
+            cache: of a run with the same number of positions, and the same number of prompts or one.
+            selections: `pos`, `head`, `feature`, `batch`: the part that is replaced, by the same part of the cache.
 
         Raises:
             KeyError: the cache has no such activation.
-            ValueError: the cache has no batch axis, or nothing at what is selected.
+            ValueError: the cache has no batch axis, or a selection is out of range.
         """
         return cls._replacing(site, cache, cache[site], (), selections)
 
@@ -158,19 +158,21 @@ class Intervention:
         attention_mask: Tensor | None = None,
         **selections: Unpack[Selections],
     ) -> Self:
-        """Return "replace by the mean over the cache": mean ablation (Wang et al. 2022).
+        """Return the intervention that replaces an activation by its mean over the cache: mean ablation.
+
+        Source: Wang et al. 2022, "Interpretability in the Wild".
 
         Args:
             site: a hook name or a short key, `("z", 3)`.
-            cache: of the prompts that the mean is over.
+            cache: of the prompts to average over.
             per_position: take the mean over prompts at each position, not over positions too.
-            attention_mask: [batch pos] of the cache's prompts, 0 at padding, which then counts for nothing.
+            attention_mask: [batch pos] of the cache's prompts, 0 at padding, which is left out of the mean.
             selections: `pos`, `head`, `feature`, `batch`: the part that is replaced.
 
         Raises:
             KeyError: the cache has no such activation.
             ValueError: the cache has no batch axis or holds whole numbers there, the mask does not fit, counts nothing
-                or belongs to a mean per position, or there is nothing at what is selected.
+                or is given for a mean per position, or a selection is out of range.
         """
         value, name = cache[site], cache.full_name(site)
         if not value.is_floating_point():
@@ -193,19 +195,21 @@ class Intervention:
         seed: int = 0,
         **selections: Unpack[Selections],
     ) -> Self:
-        """Return "replace by what it is in another prompt, drawn at random": resampling ablation (Chan et al. 2022).
+        """Return the intervention that replaces an activation by that of another prompt: resampling ablation.
+
+        Source: Chan et al. 2022, "Causal Scrubbing".
 
         Args:
             site: a hook name or a short key, `("z", 3)`.
-            cache: of a run with as many positions.
-            n_prompts: how many prompts will be run, each of which gets that of any of the cache's. By default the run
-                is of the cache's own prompts, and none gets its own.
-            seed: of the draw.
-            selections: `pos`, `head`, `feature`: the part that is taken, and replaced.
+            cache: of a run with the same number of positions.
+            n_prompts: the number of prompts in the run; each gets the activation of a random prompt of the cache. By
+                default the run has the cache's own prompts, and each gets the activation of another one.
+            seed: of the random draw.
+            selections: `pos`, `head`, `feature`: the part that is replaced, by the same part of the cache.
 
         Raises:
             KeyError: the cache has no such activation.
-            ValueError: the cache has no batch axis, one prompt and no other, or nothing at what is selected.
+            ValueError: the cache has no batch axis or only one prompt, or a selection is out of range.
         """
         value = cache[site]
         generator = torch.Generator().manual_seed(seed)
@@ -220,7 +224,7 @@ class Intervention:
     ) -> Self:
         name = cache.full_name(site)
         axes = _axes(name, cache)
-        # A placeholder value: what is selected is known before what is put there.
+        # Built with a placeholder value, to check the selections before the value is cut to them.
         made = cls(name, "replace", 0.0, **fields)
         chosen = {_find_axis(name, axes, field): selection for field, selection in made.selections().items()}
         index: int | slice | list[int]
@@ -238,7 +242,7 @@ class Intervention:
         return cls(name, "replace", value.detach(), **fields)
 
     def selections(self) -> dict[str, int | tuple[int, ...]]:
-        """Return the selections that were made, by the name of their field."""
+        """Return the selections that are not None, by the name of their field."""
         made = {"pos": self.pos, "head": self.head, "feature": self.feature, "batch": self.batch}
         return {name: selection for name, selection in made.items() if selection is not None}
 
@@ -282,7 +286,7 @@ class Intervention:
             n_positions: their length.
 
         Raises:
-            ValueError: a prompt, position or key that they lack, or a value that does not fit what is selected.
+            ValueError: a prompt, position or key out of range, or a value that does not broadcast to the selection.
         """
         axes = axes_by_site[self.site]
         lengths = {"batch": batch, "pos": n_positions, "query": n_positions, "key": n_positions, "1": 1}
@@ -312,7 +316,7 @@ class Intervention:
         """Return an activation with the edit made, and which of the selected positions it was made at.
 
         Args:
-            x: the activation; it comes back itself if none of the positions is in it.
+            x: the activation; returned itself if it has none of the positions.
             axes: the names of its axes.
             n_past: positions of the text that were read in earlier passes.
 
@@ -321,7 +325,7 @@ class Intervention:
             `pos` it is (0,).
 
         Raises:
-            ValueError: a prompt that is not there, or a value that does not broadcast to what is selected.
+            ValueError: a prompt out of range, or a value that does not broadcast to the selection.
         """
         chosen: dict[int, tuple[int, ...]] = {}
         dropped: list[int] = []
@@ -350,7 +354,7 @@ class Intervention:
         if self.operation == "zero":
             return torch.zeros_like(selected)
         value = torch.as_tensor(self.value, dtype=selected.dtype, device=selected.device)
-        # The value is as long as the whole selection, of which a pass may hold only some positions.
+        # The value covers the whole selection, while a pass may hold only some of the selected positions.
         whole = list(selected.shape)
         if pos_axis is not None and isinstance(self.pos, tuple):
             whole[pos_axis] = len(self.pos)
@@ -370,15 +374,16 @@ class Intervention:
 
 
 def draw_prompts(n_cached: int, n_prompts: int | None, generator: torch.Generator) -> Tensor:
-    """Return, for each prompt that will be run, the prompt of a cache that stands in for it, [batch].
+    """Return, for each prompt of a run, the index of the cached prompt that replaces it, [batch].
 
     Args:
         n_cached: how many prompts the cache has.
-        n_prompts: how many will be run, each of which may get any; None if they are the cache's own, and get another.
-        generator: of the draw.
+        n_prompts: the number of prompts in the run, each replaced by any cached one; None if the run has the cache's
+            own prompts, each replaced by another one.
+        generator: of the random draw.
 
     Raises:
-        ValueError: there is no other prompt, or none to be run.
+        ValueError: the cache has no other prompt, or the run has none.
     """
     if n_prompts is not None and n_prompts < 1:
         raise ValueError(f"n_prompts is how many prompts will be run, 1 or more; got {n_prompts}")
@@ -391,12 +396,12 @@ def draw_prompts(n_cached: int, n_prompts: int | None, generator: torch.Generato
 
 
 def _where(x: Tensor, chosen: Mapping[int, tuple[int, ...]]) -> tuple[slice | Tensor, ...]:
-    """An index of the chosen entries along some axes, which keeps every axis: slices where that is possible."""
+    """Return an index of the chosen entries that keeps every axis: slices where possible, else index tensors."""
     by_axis = [[one % x.shape[axis] for one in chosen[axis]] if axis in chosen else None for axis in range(x.ndim)]
     slices = [slice(None) if entries is None else _as_slice(entries) for entries in by_axis]
     if None not in slices:
         return tuple(one for one in slices if one is not None)
-    # Index tensors that broadcast against each other pick out a box.
+    # Index tensors that broadcast against each other select every combination of the entries.
     indices = [
         torch.arange(size, device=x.device) if entries is None else torch.tensor(entries, device=x.device)
         for size, entries in zip(x.shape, by_axis, strict=True)
@@ -405,7 +410,7 @@ def _where(x: Tensor, chosen: Mapping[int, tuple[int, ...]]) -> tuple[slice | Te
 
 
 def _as_slice(entries: Sequence[int]) -> slice | None:
-    """The slice that selects these entries, or None if none does."""
+    """Return the slice that selects these entries, or None if there is no such slice."""
     step = entries[1] - entries[0] if len(entries) > 1 else 1
     spaced = all(later - earlier == step for earlier, later in itertools.pairwise(entries))
     return slice(entries[0], entries[-1] + 1, step) if step > 0 and spaced else None
@@ -424,7 +429,7 @@ def _is_whole(value: Tensor | float | None) -> bool:
 
 
 def _refuse_repeats(site: str, name: str, selection: Selection, size: int | None) -> None:
-    """An entry that is selected twice would be edited once, by either value."""
+    """Raise ValueError if an entry is selected twice: it would be edited once, with one of the two values."""
     entries = selection if isinstance(selection, tuple) else ()
     counted = [one % size if size else one for one in entries]
     if len(set(counted)) < len(counted):
@@ -432,7 +437,7 @@ def _refuse_repeats(site: str, name: str, selection: Selection, size: int | None
 
 
 def _find_axis(site: str, axes: Sequence[str], selection: str) -> int:
-    """The axis of a site that a selection is along."""
+    """Return the axis of a site along which a selection selects."""
     if selection == "feature":
         others = {name for names in _AXIS_OF.values() for name in names}
         found = [len(axes) - 1] if axes and axes[-1] not in (*others, *_NO_FEATURES) else []
@@ -444,14 +449,14 @@ def _find_axis(site: str, axes: Sequence[str], selection: str) -> int:
 
 
 def _axes(site: str, cache: Recorded) -> Sequence[str]:
-    """The axes of a cached activation."""
+    """Return the names of a cached activation's axes."""
     if not cache.has_batch_dim:
         raise ValueError(f"the cache has no batch axis, and {site!r} is taken by prompt: leave out remove_batch_dim")
     return cache.model.hook_dict[site].axes
 
 
 def _mask_weights(site: str, value: Tensor, averaged: Sequence[int], mask: Tensor | None) -> Tensor | None:
-    """1 at what counts for a mean and 0 at padding, shaped like the activation's averaged axes; None if all counts."""
+    """Return 1 for entries in the mean and 0 at padding, shaped like the averaged axes; None without a mask."""
     if mask is None:
         return None
     wanted = tuple(value.shape[axis] for axis in averaged)
@@ -465,7 +470,7 @@ def _mask_weights(site: str, value: Tensor, averaged: Sequence[int], mask: Tenso
 
 
 def _fixed_size(cfg: HookedTransformerConfig, site: str, axis: str) -> int | None:
-    """The length of an axis, where the architecture fixes it."""
+    """Return the length of an axis, or None if it depends on the prompts."""
     return {
         "head": cfg.n_heads,
         "kv_head": cfg.n_kv_heads,

@@ -1,4 +1,4 @@
-"""A model under interventions: `run`, and the context that `generate` uses too."""
+"""Intervening: the model's methods that run it under interventions."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["Intervening", "InterventionHook"]
 
 
 class InterventionHook:
-    """An intervention as a hook. It returns a new tensor and never writes to the one it is shown.
+    """An intervention as a hook. It returns a new tensor and never writes to its argument.
 
     Attributes:
-        acted: which of its positions it has acted at, as indices into `pos`.
+        acted: the positions at which it has acted, as indices into `pos`.
     """
 
     edits_in_place = False
@@ -34,7 +34,7 @@ class InterventionHook:
         return edited
 
     def idle_positions(self) -> list[int | None]:
-        """Return the positions it has not acted at; [None] for an intervention at all positions that never ran."""
+        """Return the positions at which it has not acted; [None] if it acts at all positions and never ran."""
         pos = self.intervention.pos
         wanted: tuple[int | None, ...] = pos if isinstance(pos, tuple) else (pos,)
         return [one for index, one in enumerate(wanted) if index not in self.acted]
@@ -49,6 +49,9 @@ class Intervening(HookedRootModule):
     def intervening(self, interventions: Sequence[Intervention]) -> Generator[Self, None, None]:
         """Make the interventions in every pass within a `with` block, in the order given.
 
+        Args:
+            interventions: the edits.
+
         Raises:
             UnknownHookError: a site that the model does not have.
             ValueError: a position, head or feature that is out of range. Nothing has been added then.
@@ -59,12 +62,15 @@ class Intervening(HookedRootModule):
     def as_hooks(self, interventions: Sequence[Intervention]) -> list[tuple[str, InterventionHook]]:
         """Return the interventions as plain hooks, `(name, function)`, for `fwd_hooks=` of `run_with_hooks` or `hooks`.
 
+        Args:
+            interventions: the edits.
+
         Raises:
             UnknownHookError: a site that the model does not have.
             ValueError: a position, head or feature that is out of range.
         """
         if isinstance(interventions, Intervention):
-            raise TypeError("interventions are a list; put the one there is into a list")
+            raise TypeError("interventions is a list, got a single Intervention: put it into a list")
         axes = {name: point.axes for name, point in self.hook_dict.items()}
         for intervention in interventions:
             if not isinstance(intervention, Intervention):
@@ -73,17 +79,21 @@ class Intervening(HookedRootModule):
         return [(one.site, InterventionHook(one)) for one in interventions]
 
     def run(self, *args: object, interventions: Sequence[Intervention] = (), **kwargs: object) -> ModelOutput:
-        """Run the model once under interventions; arguments and result are those of the model.
+        """Run the model once under interventions and return its output.
+
+        Args:
+            *args, **kwargs: go to the model.
+            interventions: the edits.
 
         Raises:
-            RuntimeError: after the run, if an intervention did not act: its positions or its site were not in it.
+            RuntimeError: after the run, if an intervention did not act: its site or a position was not in the run.
         """
         with self._all_acting(interventions):
             return self(*args, **kwargs)
 
     @contextmanager
     def _all_acting(self, interventions: Sequence[Intervention]) -> Generator[None, None, None]:
-        """The same as `intervening`, and an error at the end if one of them never acted."""
+        """Do as `intervening` does, and raise at the end if an intervention never acted."""
         hooks = self.as_hooks(interventions)
         with self.hooks(fwd_hooks=hooks):
             yield
@@ -92,5 +102,5 @@ class Intervening(HookedRootModule):
             if idle:
                 where = "" if idle == [None] else f" at positions {idle}"
                 raise RuntimeError(
-                    f"this never acted{where}: {one.intervention}. Site or positions were not part of what was run"
+                    f"this never acted{where}: {one.intervention}. The run did not include that site or those positions"
                 )

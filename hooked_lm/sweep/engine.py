@@ -70,7 +70,7 @@ def sweep(
             something else than a number (a NaN too). Nothing has run when an intervention is at fault.
     """
     if isinstance(cells, Intervention) or isinstance(always, Intervention):
-        raise TypeError("cells and always are lists of interventions; put the one there is into a list")
+        raise TypeError("cells and always are lists of interventions, got a single Intervention: put it into a list")
     plans = [(cell,) if isinstance(cell, Intervention) else tuple(cell) for cell in cells]
     if not callable(metric) or isinstance(metric, type):
         raise TypeError(f"metric is one of hooked_lm.metrics or a function of logits, got {metric!r}")

@@ -1,7 +1,7 @@
-"""Text to tokens and back: functions over a tokenizer, none of which changes it.
+"""Text to tokens and back: functions that take a tokenizer and do not change it.
 
-A beginning-of-sequence token (BOS) is put in front of strings, and never in front of tokens. It is added here, not by
-the tokenizer, so that every tokenizer behaves alike.
+A beginning-of-sequence token (BOS) is put in front of strings, and never in front of tokens. These functions add it,
+not the tokenizer, so that the result is the same for every tokenizer.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ __all__ = [
 # Any: a transformers PreTrainedTokenizerBase; naming the type would import transformers.
 Tokenizer = Any
 PaddingSide = Literal["left", "right"]
-# What a model reads: a string or several, or tokens [pos] or [batch pos].
+# The input of a model: a string or several, or tokens [pos] or [batch pos].
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | np.ndarray
 
-# Tokens whose logits are looked at: a string that is one token, a token, or tokens in any shape.
+# Tokens of the output vocabulary: a string that is one token, a token, or tokens of any shape.
 LogitTokens = str | int | Sequence[int] | Tensor
 
 
@@ -48,17 +48,17 @@ def prepare_tokenizer(tokenizer: Tokenizer, padding_side: str) -> Tokenizer:
     """Return a copy of a tokenizer that has BOS and padding tokens: its own, or else its end-of-sequence token.
 
     Args:
-        tokenizer: it is left as it is.
+        tokenizer: the tokenizer to copy.
         padding_side: of the copy.
 
     Raises:
-        ValueError: it has neither an end-of-sequence token nor both of the others.
+        ValueError: a BOS or padding token is missing, and there is no end-of-sequence token to use instead.
     """
     tokenizer = copy.deepcopy(tokenizer)
     for role in ("bos_token", "pad_token"):
         if getattr(tokenizer, role) is None:
             if tokenizer.eos_token is None:
-                raise ValueError(f"the tokenizer has no {role} and no eos_token to stand in for it: set one")
+                raise ValueError(f"the tokenizer has no {role} and no eos_token to use instead: set one")
             setattr(tokenizer, role, tokenizer.eos_token)
     tokenizer.padding_side = padding_side
     return tokenizer
@@ -89,7 +89,7 @@ def tokenize(
     padding_side: PaddingSide,
     n_ctx: int | None = None,
 ) -> TokenBatch:
-    """Tokenize one string or several, padded to the longest.
+    """Return the tokens and mask of one string or several, padded to the longest.
 
     Args:
         tokenizer: as from `prepare_tokenizer`.
@@ -99,8 +99,8 @@ def tokenize(
         n_ctx: cut each prompt to this many tokens; None cuts nothing.
 
     Raises:
-        TypeError: something other than strings.
-        ValueError: no strings at all, or one without a single token.
+        TypeError: an entry is no string.
+        ValueError: there are no strings, or a string has no tokens.
     """
     texts = [text] if isinstance(text, str) else list(text)
     if not texts:
@@ -137,13 +137,13 @@ def check_padding_side(padding_side: str) -> None:
 
 
 def infer_attention_mask(tokenizer: Tokenizer, tokens: Tensor, prepend_bos: bool, padding_side: str) -> Tensor | None:
-    """Return the mask [batch pos] of tokens that came without one, or None if nothing is padded.
+    """Return the attention mask [batch pos] inferred from padding tokens, or None if nothing is padded.
 
     Padding is the run of padding tokens at the padded side. Where padding and BOS are the same token and prompts start
-    with BOS, the last of a left run is that BOS.
+    with BOS, the last token of a left run is that BOS.
 
     Args:
-        tokenizer: which knows its padding token and BOS.
+        tokenizer: its `pad_token_id` and `bos_token_id` are used.
         tokens: [batch pos].
         prepend_bos: whether prompts start with BOS.
         padding_side: `"left"` or `"right"`.
@@ -152,7 +152,7 @@ def infer_attention_mask(tokenizer: Tokenizer, tokens: Tensor, prepend_bos: bool
     if padding_side == "left":
         padded = is_pad.long().cumprod(1).bool()
         if prepend_bos and tokenizer.pad_token_id == tokenizer.bos_token_id:
-            # One step to the left: the last of the run is kept.
+            # Shifted by one to the left, so that the last token of the run counts as text.
             padded = torch.cat((padded[:, 1:], torch.zeros_like(padded[:, :1])), 1) & padded
     else:
         padded = is_pad.long().flip(1).cumprod(1).flip(1).bool()
@@ -163,6 +163,9 @@ def infer_attention_mask(tokenizer: Tokenizer, tokens: Tensor, prepend_bos: bool
 def token_rows(tokens: Prompts | int) -> Tensor:
     """Return tokens in any form as an integer tensor.
 
+    Args:
+        tokens: a token, a sequence of tokens, an array or a tensor.
+
     Raises:
         TypeError: they are not integers.
     """
@@ -171,7 +174,7 @@ def token_rows(tokens: Prompts | int) -> Tensor:
     except (ValueError, TypeError) as error:
         raise TypeError(f"these are no tokens: {tokens!r} ({error})") from error
     if isinstance(tokens, (list, tuple)) and not tokens:
-        tensor = tensor.long()  # an empty list says nothing about its type
+        tensor = tensor.long()  # torch makes an empty list a float tensor
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"tokens are integers, got {tensor.dtype}")
     return tensor.long()
@@ -207,14 +210,14 @@ def str_tokens(tokenizer: Tokenizer, tokens: Tensor | np.ndarray | Sequence[int]
 
 
 def single_token(tokenizer: Tokenizer, text: str) -> int:
-    """Return the one token a string is.
+    """Return the token of a string that is exactly one token.
 
     Args:
         tokenizer: any.
         text: the string.
 
     Raises:
-        ValueError: it is none, or several; the message shows which.
+        ValueError: the string is no token or several; the message lists them.
     """
     tokens = encode(tokenizer, text)
     if len(tokens) != 1:
@@ -224,13 +227,13 @@ def single_token(tokenizer: Tokenizer, text: str) -> int:
 
 
 def token_position(single: int, tokens: Tensor, what: str, mode: Literal["first", "last"] = "first") -> int:
-    """Return where a token stands in a sequence [pos] or [1 pos].
+    """Return the position of a token in a sequence [pos] or [1 pos].
 
     Args:
         single: the token.
         tokens: [pos] or [1 pos].
-        what: what it is called; for the message.
-        mode: `"first"` or `"last"`, where it stands more than once.
+        what: the name of the token in error messages.
+        mode: `"first"` or `"last"` occurrence.
 
     Raises:
         ValueError: it does not occur, the tokens are a batch, or there is no such mode.
@@ -247,7 +250,7 @@ def token_position(single: int, tokens: Tensor, what: str, mode: Literal["first"
     return int(found[0 if mode == "first" else -1])
 
 
-# Any: a `Dataset` goes in and comes out, and the `datasets` package is not a dependency.
+# Any: a `datasets.Dataset` in gives one out, and the `datasets` package is not a dependency.
 def tokenize_and_concatenate(
     dataset: Any,
     tokenizer: Tokenizer,
@@ -260,13 +263,13 @@ def tokenize_and_concatenate(
     """Turn a `datasets.Dataset` of texts, or an iterable of strings, into rows of `max_length` tokens.
 
     Texts are joined with the end-of-sequence token between them and cut into equal rows, each starting with BOS if
-    asked. What is left over at the end is dropped.
+    `add_bos_token`. The last, incomplete row is dropped.
 
     Args:
         dataset: a HuggingFace `Dataset` with a text column, or an iterable of strings.
         tokenizer: its `eos_token` and `bos_token` are used.
-        streaming, num_proc: accepted for old calls; a `Dataset` is read in one process.
-        max_length: tokens a row, BOS included.
+        streaming, num_proc: accepted for compatibility, without effect; a `Dataset` is read in one process.
+        max_length: tokens per row, BOS included.
         column_name: the text column.
         add_bos_token: start each row with BOS.
 

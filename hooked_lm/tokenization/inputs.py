@@ -1,4 +1,4 @@
-"""InputReading: the input of a forward pass, checked and in one form."""
+"""InputReading: turn the input of a forward pass into checked tokens, mask and layout."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class InputReading(TextInterface, HookedRootModule):
         start_at_layer: int | None,
         tokens: Tensor | None,
     ) -> Prompt:
-        """Return what a pass reads, checked and in one form; a key-value cache then knows of the new positions."""
+        """Return the checked input of a pass; a key-value cache is extended by the mask of the new positions."""
         if start_at_layer is None:
             if tokens is not None:
                 raise ValueError("tokens= goes with start_at_layer; without it the input is the tokens")
@@ -46,7 +46,7 @@ class InputReading(TextInterface, HookedRootModule):
             attention_mask = self._infer_mask(tokens, attention_mask, prepend_bos, padding_side, past_kv_cache)
         layout = self._layout(residual.shape[0], residual.shape[1], attention_mask, past_kv_cache)
         if any_live(self.hook_points()):
-            # A cache would otherwise share memory with the caller's tensor.
+            # Without a copy, cached activations would share memory with the caller's tensor.
             residual = residual.clone()
         return Prompt(tokens, attention_mask, residual, layout)
 
@@ -57,10 +57,10 @@ class InputReading(TextInterface, HookedRootModule):
         prepend_bos: bool | None = None,
         padding_side: Literal["left", "right"] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the tokens [batch pos] that an input stands for, and their mask; None if nothing is padded.
+        """Return the tokens [batch pos] of an input, and their mask; None if nothing is padded.
 
         Args:
-            input, attention_mask, prepend_bos, padding_side: as for a call of the model.
+            input, attention_mask, prepend_bos, padding_side: as for `forward`.
         """
         return self._read(input, prepend_bos, padding_side, attention_mask, None)
 
@@ -75,7 +75,7 @@ class InputReading(TextInterface, HookedRootModule):
         """Return tokens [batch pos] on the model's device, and their mask (None if nothing is padded)."""
         if isinstance(input, str) or (isinstance(input, (list, tuple)) and input and isinstance(input[0], str)):
             if attention_mask is not None:
-                raise ValueError("strings bring their own attention mask: pass tokens to use another")
+                raise ValueError("the attention mask of strings follows from their padding: pass tokens to use another")
             batch = self._tokenize(input, prepend_bos, padding_side)
             mask = None if batch.attention_mask is None else batch.attention_mask.to(self.embed.W_E.device)
             return self._check_tokens(batch.tokens), mask
@@ -106,7 +106,7 @@ class InputReading(TextInterface, HookedRootModule):
         padding_side: PaddingSide | None,
         past_kv_cache: HookedTransformerKeyValueCache | None,
     ) -> Tensor | None:
-        """The mask given; or, for tokens padded on the left at the start of a sequence, the one they imply."""
+        """Return the given mask; or, at the start of a text padded on the left, the mask inferred from tokens."""
         side = self._padding_side(padding_side)
         tokenization.check_padding_side(side)
         continuing = past_kv_cache is not None and past_kv_cache.length > 0
@@ -133,7 +133,7 @@ class InputReading(TextInterface, HookedRootModule):
         if past_kv_cache is not None and self.outgrows(past_kv_cache, n_new):
             raise ValueError(
                 f"with {n_past + n_new} positions this model rotates the {n_past} in the key-value cache anew, so that "
-                "what it holds is out of date: read the whole text with a new cache (generate does)"
+                "the cached keys are out of date: run the whole text with a new cache (generate does)"
             )
         if attention_mask is not None:
             check_attention_mask(attention_mask, batch, n_new, continuing=n_past > 0)
@@ -143,15 +143,15 @@ class InputReading(TextInterface, HookedRootModule):
                 torch.ones(batch, n_new, dtype=torch.long, device=device) if attention_mask is None else attention_mask
             )
             attention_mask = past_kv_cache.append_attention_mask(new)
-        # A compiled graph cannot look whether anything is padded.
+        # Values cannot be read inside a compiled graph, so padding is assumed there.
         padded = attention_mask is not None and (torch.compiler.is_compiling() or not bool(attention_mask.all()))
         valid = attention_mask.bool() if attention_mask is not None and padded else None
         return SequenceLayout(n_new, n_past, device, valid)
 
     def outgrows(self, cache: HookedTransformerKeyValueCache, n_new: int = 1) -> bool:
-        """Return whether `n_new` positions more would change what a key-value cache holds of those before.
+        """Return whether `n_new` more positions would change the keys in a key-value cache.
 
-        That is so where rotary frequencies depend on the prompt's length (dynamic NTK, LongRoPE).
+        They do where rotary frequencies depend on the prompt's length (dynamic NTK, LongRoPE).
 
         Args:
             cache: the key-value cache.

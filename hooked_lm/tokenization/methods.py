@@ -1,4 +1,4 @@
-"""A model's dealings with text: strings to tokens, tokens to strings, tokens to directions."""
+"""TextInterface: a model's methods between strings, tokens and unembedding directions."""
 
 from __future__ import annotations
 
@@ -42,15 +42,16 @@ class TextInterface(nn.Module):
             self.set_tokenizer(tokenizer)
 
     def set_tokenizer(self, tokenizer: Tokenizer, default_padding_side: str | None = None) -> None:
-        """Give the model a tokenizer. It is copied; a missing BOS or padding token becomes the end-of-sequence token.
+        """Set the model's tokenizer to a copy of this one, with BOS and padding tokens.
+
+        A missing BOS or padding token becomes the end-of-sequence token.
 
         Args:
-            tokenizer: one of transformers, or alike.
-            default_padding_side: `"left"` or `"right"` from now on; None leaves it.
+            tokenizer: a HuggingFace tokenizer, or an object with the same methods.
+            default_padding_side: `"left"` or `"right"`, the new default; None keeps the present one.
 
         Raises:
-            ValueError: the tokenizer has tokens that the embedding has no row for, or none to pad with, or the side is
-                neither.
+            ValueError: a token has no row in the embedding, there is no token to pad with, or the side is neither.
         """
         if default_padding_side is not None:
             tokenization.check_padding_side(default_padding_side)
@@ -62,7 +63,7 @@ class TextInterface(nn.Module):
 
     def _require_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
-            raise ValueError("this model has no tokenizer, so it reads tokens only; give it one with set_tokenizer")
+            raise ValueError("this model has no tokenizer, so its input must be tokens; set one with set_tokenizer")
         return self._tokenizer
 
     def _prepends_bos(self, prepend_bos: bool | None) -> bool:
@@ -77,13 +78,13 @@ class TextInterface(nn.Module):
         )
 
     def _check_tokens(self, given: Prompts | int) -> Tensor:
-        """Return tokens in any form as [batch pos] on the model's device, or say what is wrong with them."""
+        """Return tokens in any form as [batch pos] on the model's device, checked against its vocabulary."""
         tokens = tokenization.token_rows(given)
         if tokens.ndim == 1:
             tokens = tokens[None]
         if tokens.ndim != 2 or tokens.numel() == 0:
             raise ValueError(f"tokens have shape [batch pos], neither empty; got {tuple(tokens.shape)}")
-        if not torch.compiler.is_compiling():  # a compiled graph cannot read values on its way
+        if not torch.compiler.is_compiling():  # values cannot be read inside a compiled graph
             least, most = (int(extreme) for extreme in torch.aminmax(tokens))
             if least < 0 or most >= self.cfg.d_vocab:
                 culprit = least if least < 0 else most
@@ -104,7 +105,7 @@ class TextInterface(nn.Module):
             input: a string or a list of strings.
             prepend_bos: put BOS in front; by default as the model's `default_prepend_bos`.
             padding_side: by default the model's.
-            move_to_device: put the tokens where the model is.
+            move_to_device: return the tokens on the model's device.
             truncate: cut to `n_ctx` tokens, with a warning.
 
         Raises:
@@ -124,7 +125,14 @@ class TextInterface(nn.Module):
         return tokens.to(self.unembed.W_U.device) if move_to_device else tokens
 
     def to_string(self, tokens: Tensor | np.ndarray | Sequence[int] | int) -> str | list[str]:
-        """Return the string of a sequence of tokens, or a list of them for a batch."""
+        """Return the string of a sequence of tokens, or a list of strings for a batch.
+
+        Args:
+            tokens: a token, [pos] or [batch pos].
+
+        Raises:
+            ValueError: tokens of more than two axes, or the model has no tokenizer.
+        """
         return tokenization.decode(self._require_tokenizer(), tokens)
 
     def to_str_tokens(
@@ -139,7 +147,7 @@ class TextInterface(nn.Module):
             input: a string, a list of strings, or the tokens of one sequence, [pos] or [1 pos]; a batch [batch pos]
                 gives a list of lists.
             prepend_bos: for strings; by default as the model's `default_prepend_bos`.
-            padding_side: accepted for old calls: prompts are taken one by one, so nothing is padded.
+            padding_side: accepted for compatibility, without effect: prompts are tokenized one by one.
 
         Raises:
             ValueError: tokens of more than two axes.
@@ -161,11 +169,21 @@ class TextInterface(nn.Module):
         return tokenization.str_tokens(tokenizer, rows)
 
     def to_single_token(self, string: str) -> int:
-        """Return the token that a string is. Raises ValueError if it is not exactly one."""
+        """Return the token of a string that is exactly one token.
+
+        Args:
+            string: the string.
+
+        Raises:
+            ValueError: the string is no token or several, or the model has no tokenizer.
+        """
         return tokenization.single_token(self._require_tokenizer(), string)
 
     def to_single_str_token(self, int_token: int) -> str:
-        """Return the string that a token stands for.
+        """Return the string of a token.
+
+        Args:
+            int_token: the token.
 
         Raises:
             TypeError: it is no integer.
@@ -203,10 +221,10 @@ class TextInterface(nn.Module):
     def tokens_to_residual_directions(self, tokens: LogitTokens) -> Float[Tensor, "*shape d_model"]:
         """Return the direction in the final stream that raises each token's logit: its column of `W_U`.
 
-        It is times `logit_scale`, if the model has one.
+        Multiplied by `logit_scale`, if the model has one.
 
         Args:
-            tokens: a string that is one token, a token, or a tensor of tokens of any shape.
+            tokens: a string that is one token, a token, or tokens of any shape.
 
         Raises:
             ValueError: a token out of range, or a string that is not one token.
@@ -222,7 +240,12 @@ class TextInterface(nn.Module):
 
 
 def check_attention_mask(mask: object, batch: int, n_new: int, continuing: bool = False) -> None:
-    """Check a mask against the tokens it belongs to.
+    """Check the attention mask of some tokens.
+
+    Args:
+        mask: the mask.
+        batch, n_new: the shape of the tokens.
+        continuing: whether the tokens follow others in a key-value cache.
 
     Raises:
         ValueError: it is not [batch pos] of 0 and 1, or marks a whole prompt that is not `continuing` as padding.
@@ -236,7 +259,7 @@ def check_attention_mask(mask: object, batch: int, n_new: int, continuing: bool 
 
 
 def describe(value: object) -> str:
-    """Say what a value is, for an error."""
+    """Return a description of a value, for an error: its type, and shape and dtype if it is a tensor."""
     if isinstance(value, (Tensor, np.ndarray)):
         return f"a tensor with shape {tuple(value.shape)} and dtype {value.dtype}"
     return f"{type(value).__name__} {value!r}"

@@ -1,4 +1,4 @@
-"""State dicts of the classic library, in today's names."""
+"""State dicts of the classic library, in this library's names."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ _CLASSIC_ROUTER = re.compile(r"(blocks\.\d+\.mlp\.W_gate)\.weight")
 
 
 def from_classic(state_dict: Weights) -> Weights:
-    """Return a state dict in today's names from one that the classic library may have saved.
+    """Return a state dict in this library's names from one that the classic library may have saved.
 
-    Buffers are dropped by name, `_W_K`-style grouped names lose their underscore, experts are stacked, and biases the
-    classic library did not have are zero. Names of today pass through.
+    Buffers are dropped by name, `_W_K`-style grouped names lose their underscore, experts are stacked, and biases that
+    the classic library lacks become zero. Names of this library pass through.
+
+    Args:
+        state_dict: tensors by their names; it is not changed.
 
     Raises:
         ValueError: a gated MLP with a non-zero `b_in`, which the classic library added after the product of gate and

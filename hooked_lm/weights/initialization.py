@@ -1,4 +1,4 @@
-"""How a new model's weights are drawn."""
+"""Random initial weights of a new model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def init_xavier_uniform_(param: Tensor, gain: float = 1.0, generator: torch.Gene
     Args:
         param: the tensor, which is changed and returned.
         gain: a factor.
-        generator: which random numbers; by default torch's global ones.
+        generator: the random number generator; by default torch's global one.
 
     Raises:
         ValueError: a tensor whose fan is not defined.
@@ -59,7 +59,7 @@ def init_xavier_normal_(param: Tensor, gain: float = 1.0, generator: torch.Gener
     Args:
         param: the tensor, which is changed and returned.
         gain: a factor.
-        generator: which random numbers; by default torch's global ones.
+        generator: the random number generator; by default torch's global one.
 
     Raises:
         ValueError: a tensor whose fan is not defined.
@@ -82,10 +82,10 @@ def init_kaiming_uniform_(
     Args:
         param: the tensor, which is changed and returned.
         a: the slope below zero, for `"leaky_relu"`.
-        nonlinearity: what reads it, by torch's name for it.
+        nonlinearity: the activation function after the weight, by torch's name.
         gain: a factor.
         mode: `"fan_in"` or `"fan_out"`: which of the two is `fan`.
-        generator: which random numbers; by default torch's global ones.
+        generator: the random number generator; by default torch's global one.
 
     Raises:
         ValueError: another mode or nonlinearity, or a tensor whose fan is not defined.
@@ -108,10 +108,10 @@ def init_kaiming_normal_(
     Args:
         param: the tensor, which is changed and returned.
         a: the slope below zero, for `"leaky_relu"`.
-        nonlinearity: what reads it, by torch's name for it.
+        nonlinearity: the activation function after the weight, by torch's name.
         gain: a factor.
         mode: `"fan_in"` or `"fan_out"`: which of the two is `fan`.
-        generator: which random numbers; by default torch's global ones.
+        generator: the random number generator; by default torch's global one.
 
     Raises:
         ValueError: another mode or nonlinearity, or a tensor whose fan is not defined.
@@ -127,10 +127,14 @@ def _kaiming_std(param: Tensor, a: float, nonlinearity: str, gain: float, mode: 
 
 
 def initialize_weights(model: nn.Module, cfg: HookedTransformerConfig) -> None:
-    """Draw every weight anew as `init_mode` and `initializer_range` say; biases become zero, gains one.
+    """Fill every weight at random by `init_mode` and `initializer_range`; biases become zero, gains one.
 
-    With `cfg.seed` the draw has a generator of its own: the same seed gives the same weights, and torch's global
-    generator is left as it was.
+    With `cfg.seed` the numbers come from a separate generator: the same seed gives the same weights, and torch's global
+    generator keeps its state.
+
+    Args:
+        model: its parameters are changed.
+        cfg: the config.
     """
     parameters = dict(model.named_parameters())
     device = next(iter(parameters.values())).device

@@ -1,4 +1,4 @@
-"""Where a model's weights come from: checkpoints, state dicts, processing."""
+"""WeightLoading: how a model gets its weights, from checkpoints, state dicts and processing."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class WeightLoading(nn.Module):
 
     cfg: HookedTransformerConfig
     tokenizer: Tokenizer | None
-    # The processing steps that the weights have been through, so that a saved model is not put through them again.
+    # The processing steps applied to the weights, so that loading a saved model does not apply them again.
     processed: tuple[str, ...] = ()
-    # The HuggingFace config that the model was loaded with, for the way back.
+    # The HuggingFace config of the checkpoint, from which `to_huggingface` writes one.
     origin: PlainData | None = None
     unembed: Unembed
 
@@ -60,35 +60,36 @@ class WeightLoading(nn.Module):
         default_padding_side: Literal["left", "right"] | None = None,
         trust_remote_code: bool = False,
     ) -> Self:
-        """Load a trained model.
+        """Return a trained model, its weights processed so that circuits are easier to read.
 
-        Weights that need no change are views of the checkpoint's memory-mapped file; the rest are copied once, block by
-        block, and processed where they stay.
+        Processing leaves the log-probabilities unchanged. For each step, None (the default) applies it where it
+        preserves the model's function, True does the same and warns where it would not, and False leaves it out.
+        `refactor_factored_attn_matrices` is off by default.
 
-        The weights are rewritten so that circuits are easier to read; log-probabilities stay what they were. For a
-        processing step, None (the default) means "where it preserves the function", True the same with a warning where
-        it does not, False leaves it out. `refactor_factored_attn_matrices` is off by default.
+        Weights that need no change are views of the checkpoint's memory-mapped file; all others are copied once, block
+        by block, and processed in place.
 
         Args:
             name_or_path: the name of a bundled model, an alias (`"gpt2-small"`), a HuggingFace hub id, or a folder in
                 HuggingFace's format or in that of `save_pretrained`.
             fold_ln: fold the norms' gains and biases into the weights that read from them.
-            center_writing_weights: remove the mean from what is written to the residual stream.
+            center_writing_weights: remove the mean over `d_model` from the weights that write to the residual stream.
             center_unembed: remove the mean over the vocabulary from the unembedding.
             fold_value_biases: move the value biases into attention's output bias.
             refactor_factored_attn_matrices: rotate each head's basis to its singular vectors.
             hf_model: a loaded `transformers` model to take the weights from; then nothing is read from disk.
             tokenizer: instead of the checkpoint's own.
-            device, dtype: where and in which precision the model is kept; by default the CPU, the checkpoint's dtype.
+            device, dtype: of the model's parameters; by default the CPU and the checkpoint's dtype.
             revision: branch, tag or commit on the hub.
-            checkpoint_index, checkpoint_value: a training checkpoint, of families that publish them.
-            first_n_layers: keep only so many blocks.
-            n_ctx: a shorter context.
+            checkpoint_index, checkpoint_value: a checkpoint from during training, by its number or training step, for
+                families that publish them.
+            first_n_layers: keep only the first so many blocks.
+            n_ctx: a shorter context, in tokens.
             default_prepend_bos, default_padding_side: override the model's defaults.
-            trust_remote_code: let the hub's own code run for the tokenizer.
+            trust_remote_code: allow the tokenizer to run code from the hub.
 
         Raises:
-            CheckpointError: the checkpoint cannot be found or read; the message says what was tried.
+            CheckpointError: the checkpoint cannot be found or read; the message lists the places searched.
         """
         loaded = checkpoint.load(
             bundled.find(str(name_or_path)) or name_or_path,
@@ -117,7 +118,7 @@ class WeightLoading(nn.Module):
         undone = [step for step in loaded.processed if asked.get(step) is False]
         if undone:
             warnings.warn(
-                f"the weights in {name_or_path} have been through {', '.join(undone)}, which cannot be undone",
+                f"{', '.join(undone)} was applied to the weights in {name_or_path} and cannot be undone",
                 stacklevel=2,
             )
         return cls._of_checkpoint(str(name_or_path), cfg, loaded, plan, device)
@@ -132,9 +133,9 @@ class WeightLoading(nn.Module):
         plan: list[str],
         device: str | torch.device | None,
     ) -> Self:
-        """Build a model for a checkpoint and read its weights, chunk by chunk, to where they stay.
+        """Build a model for a checkpoint and load its weights, chunk by chunk.
 
-        Everything that can be wrong with names and shapes is found on the meta device, before memory is spent.
+        Names and shapes are checked on the meta device first, before any memory is allocated.
         """
         _check_steps(name, loaded.processed)
         untied_by_processing = processing.unties(cfg, plan)
@@ -142,7 +143,7 @@ class WeightLoading(nn.Module):
         shapes = {key: torch.empty(shape, device="meta") for key, shape in loaded.weights.shapes.items()}
         with torch.device("meta"):
             model = cls(cfg, loaded.tokenizer, move_to_device=False)
-        # As they are before processing, which would not miss a norm's gain.
+        # Before processing: a fold would drop a missing norm gain without an error.
         _check_shapes(name, shapes, model.state_dict())
         if plan:
             if untied_by_processing:
@@ -155,7 +156,7 @@ class WeightLoading(nn.Module):
             if untied_by_processing and "embed.W_E" in chunk:
                 chunk["unembed.W_U"] = chunk["embed.W_E"].T
             if not placement.load_chunk(chunk, before, plan, keep_views=loaded.weights.mapped) or plan:
-                # Views hold on to the mapped file; without any, its pages can go.
+                # No parameter is a view of the mapped file, so its pages can be released.
                 loaded.weights.release()
         model.cfg.set_unlocked(device=str(torch.device(device or "cpu")))
         model.processed, model.origin = (*loaded.processed, *plan), loaded.origin
@@ -164,7 +165,14 @@ class WeightLoading(nn.Module):
     # Any: the keyword arguments are those of from_pretrained, each of its own type.
     @classmethod
     def from_pretrained_no_processing(cls, name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Load a model with its weights as they were trained: its logits equal HuggingFace's. See `from_pretrained`."""
+        """Return a model with its weights as trained, whose logits equal HuggingFace's.
+
+        Args:
+            name_or_path, **kwargs: as for `from_pretrained`.
+
+        Raises:
+            CheckpointError: as `from_pretrained`.
+        """
         off = dict.fromkeys(processing.STEPS, False)
         return cls.from_pretrained(name_or_path, **{**off, **kwargs})
 
@@ -176,16 +184,19 @@ class WeightLoading(nn.Module):
 
     # Any: torch has no public name for the type that its own load_state_dict returns.
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
-        """Copy weights in. With `strict`, a state dict of the classic library will do: see `weights.from_classic`.
+        """Copy weights into the model and return the missing and unexpected names.
+
+        With `strict`, a state dict of the classic library is accepted too: see `weights.from_classic`.
 
         Args:
             state_dict: tensors by their names.
-            strict: every weight has to be there, and no other.
+            strict: require every weight, and no other.
             assign: only False.
 
         Raises:
             RuntimeError: a key is missing or surplus, or a tensor has the wrong shape.
-            ValueError: `assign`, which would give up the memory layout that the projections rely on.
+            ValueError: `assign`, which would lose the memory layout that the projections need; or a `W_U` that differs
+                from the tied embedding.
         """
         if assign:
             raise ValueError(
@@ -211,7 +222,7 @@ class WeightLoading(nn.Module):
         fold_value_biases: bool | None = None,
         refactor_factored_attn_matrices: bool | None = None,
     ) -> None:
-        """Copy unprocessed weights in and process them.
+        """Copy unprocessed weights into the model and process them.
 
         Args:
             state_dict: of a model of the same config, unprocessed.
@@ -234,12 +245,12 @@ class WeightLoading(nn.Module):
         fold_value_biases: bool | None = None,
         refactor_factored_attn_matrices: bool | None = None,
     ) -> None:
-        """Process the weights the model has, where that preserves its function.
+        """Process the model's weights in place, by the steps that preserve its function.
 
         Args:
             fold_ln, center_writing_weights, center_unembed, fold_value_biases, refactor_factored_attn_matrices: True or
-                False for a step; None for what `from_pretrained` does. One that would change what the model computes is
-                left out, with a warning if it was asked for.
+                False for a step; None for the default of `from_pretrained`. A step that would change the function is
+                left out, with a warning if it was True.
         """
         asked = {
             "fold_ln": fold_ln,
@@ -256,7 +267,7 @@ class WeightLoading(nn.Module):
         self._apply_step("fold_ln")
 
     def center_writing_weights(self) -> None:
-        """Centre what is written to the residual stream, whatever the norm; see `weights.center_writing_weights`."""
+        """Centre the weights that write to the stream, whatever the norm; see `weights.center_writing_weights`."""
         self._apply_step("center_writing_weights")
 
     def center_unembed(self) -> None:
@@ -278,7 +289,7 @@ class WeightLoading(nn.Module):
         self.processed = tuple(dict.fromkeys((*self.processed, name)))
 
     def _install(self, cfg: HookedTransformerConfig, weights: Weights) -> None:
-        """Take over processed weights; norms whose gain has been folded away lose it."""
+        """Copy processed weights into the model; norms whose gain has been folded away lose it."""
         self.cfg.set_unlocked(normalization_type=cfg.normalization_type, tie_word_embeddings=cfg.tie_word_embeddings)
         if not cfg.tie_word_embeddings:
             self.unembed.untie()
@@ -296,7 +307,7 @@ def _check_steps(name: str, processed: tuple[str, ...]) -> None:
     unknown = [step for step in processed if step not in processing.STEPS]
     if unknown:
         raise checkpoint.CheckpointError(
-            f"{name}: config.json says processed={list(processed)}, of which {unknown} are no steps"
+            f"{name}: config.json has processed={list(processed)}, but {unknown} are no processing steps"
         )
 
 

@@ -1,4 +1,4 @@
-"""Decide where each loaded parameter lives: in its own memory, or as a copy-on-write view of the mapped file."""
+"""Decide where each loaded parameter is stored: in its own memory, or as a copy-on-write view of the mapped file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["ParameterPlacement"]
 
 
 class ParameterPlacement:
-    """Gives the parameters of a model on the meta device their real values.
+    """Loads values into the parameters of a model that was built on the meta device.
 
     A tensor that is a copy-on-write view of a memory-mapped file, and needs no processing, becomes the parameter
     itself: its pages are read when they are used, and a write to them stays in memory. Every other tensor is copied, in
@@ -23,7 +23,7 @@ class ParameterPlacement:
 
     Args:
         model: built on the meta device.
-        device: where its parameters go.
+        device: the device of the loaded parameters.
     """
 
     def __init__(self, model: nn.Module, device: str | torch.device) -> None:
@@ -35,30 +35,30 @@ class ParameterPlacement:
         }
 
     def load_chunk(self, chunk: Weights, cfg: HookedTransformerConfig, plan: list[str], *, keep_views: bool) -> bool:
-        """Give the parameters of some whole blocks their values; return whether any of them is a view of the file.
+        """Load the parameters of some whole blocks; return whether any of them is a view of the file.
 
         Args:
-            chunk: the weights as they were read.
-            cfg: the architecture as it is before processing.
-            plan: the processing steps.
-            keep_views: what is read may be kept rather than copied.
+            chunk: weight name -> tensor as read from the checkpoint.
+            cfg: the config before processing.
+            plan: the names of the processing steps.
+            keep_views: whether tensors may become parameters without a copy.
         """
         rewritten = re.compile("|".join(processing.STEPS[step].writes(cfg) for step in plan) or "(?!)")
-        # A processing step reads tensors that it leaves unchanged too: all of them in one precision.
+        # A processing step also reads tensors that it does not change, and needs all of them in one precision.
         keep_views = keep_views and self.device.type == "cpu" and (not plan or self.dtype == self._precise)
         placed, kept = {}, set[int]()
         for name, value in chunk.items():
             home = self._home(name)
             unchanged = home is not None and value.dtype == home.dtype and not rewritten.fullmatch(name)
-            # Two parameters are never one memory, though a rule may read a tensor twice.
-            if keep_views and unchanged and value.data_ptr() not in kept and _serves(name, value):
+            # A conversion rule may use a tensor twice, but two parameters must not share memory.
+            if keep_views and unchanged and value.data_ptr() not in kept and _usable_in_place(name, value):
                 placed[name] = value
                 kept.add(value.data_ptr())
             else:
                 placed[name] = self._copied(name, value, home, processed=bool(plan))
         processing.process_(cfg, placed, plan)
         for name, value in placed.items():
-            self._settle(name, value)
+            self._set_parameter(name, value)
         return bool(kept)
 
     def _home(self, name: str) -> Tensor | None:
@@ -66,11 +66,11 @@ class ParameterPlacement:
         return None if module is None else module.get_parameter(attribute)
 
     def _copied(self, name: str, value: Tensor, home: Tensor | None, *, processed: bool) -> Tensor:
-        """A copy on the model's device; if it is processed in float32 at least, since low precision rounds twice."""
+        """Return a copy on the model's device; in float32 or better for processing, which low precision would round."""
         if home is None:
             return value.to(self.device, self._precise, copy=True)
-        if not processed and _serves(name, value):
-            # The checkpoint's memory order serves the products as well, so it is kept.
+        if not processed and _usable_in_place(name, value):
+            # BLAS can use the checkpoint's memory order in place, so it is kept.
             return value.to(self.device, home.dtype, copy=True)
         dtype = self._precise if processed else home.dtype
         return torch.empty_like(home, device=self.device, dtype=dtype).copy_(value)
@@ -79,7 +79,7 @@ class ParameterPlacement:
     def _precise(self) -> torch.dtype:
         return torch.promote_types(self.dtype, torch.float32)
 
-    def _settle(self, name: str, value: Tensor) -> None:
+    def _set_parameter(self, name: str, value: Tensor) -> None:
         if name not in self._owners:
             return
         module, attribute = self._owners[name]
@@ -87,8 +87,8 @@ class ParameterPlacement:
         setattr(module, attribute, nn.Parameter(value.to(home.dtype), requires_grad=home.requires_grad))
 
 
-def _serves(name: str, value: Tensor) -> bool:
-    """Whether a tensor can be a parameter in the order in which it lies in memory."""
+def _usable_in_place(name: str, value: Tensor) -> bool:
+    """Return whether the model can use a tensor in its present memory order."""
     repeats = any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True))
     # BLAS uses a matrix in place only if one of its last two strides is 1; otherwise PyTorch copies it on every call.
     scattered = value.ndim > 1 and 1 not in value.stride()[-2:]
@@ -96,9 +96,9 @@ def _serves(name: str, value: Tensor) -> bool:
 
 
 def _heads_are_one_matrix(name: str, value: Tensor) -> bool:
-    """Whether the heads of a projection lie evenly, so that all of them are one matrix without a copy.
+    """Return whether the heads of a projection can be viewed as one matrix without a copy.
 
-    Merged with the heads is the axis that is inside them: `d_head`, the last of W_Q, W_K, W_V and the middle of W_O.
+    The view merges the head axis with `d_head`, the last axis of W_Q, W_K and W_V and the middle axis of W_O.
     """
     inner = 1 if name.endswith("W_O") else 2
     return value.shape[0] == 1 or value.stride(0) == value.shape[inner] * value.stride(inner)

@@ -1,8 +1,8 @@
 """Rewriting a model's weights without changing its log-probabilities: folding, centring, refactoring.
 
-Pure functions `(config, weights) -> (config, weights)` on a state dict: nothing given is written to. Each has a step in
-`STEPS` that does the same in place, which is what loading uses. Each block is rewritten from its own weights alone, so
-all of this also works on part of a model, any set of whole blocks.
+Pure functions `(config, weights) -> (config, weights)` on a state dict; their arguments are not changed. Loading uses
+the steps of `STEPS`, which do the same in place. Each block is rewritten from its own weights alone, so a state dict
+with only some whole blocks can be processed too.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def fold_layer_norm(cfg: HookedTransformerConfig, weights: Weights) -> Processed
     `x_hat * w + b` read by `W` is `x_hat` read by `diag(w) W`, with `b W` added to the reader's bias. After LayerNorm,
     whose output has mean zero, the readers' mean over `d_model` does nothing and is removed.
 
-    The config's `normalization_type` becomes `"LNPre"` or `"RMSPre"`; without a gain to fold nothing happens.
+    The config's `normalization_type` becomes `"LNPre"` or `"RMSPre"`. Without a gain to fold, nothing changes.
 
     Args:
         cfg: the config that the weights are of.
@@ -56,7 +56,7 @@ def fold_layer_norm(cfg: HookedTransformerConfig, weights: Weights) -> Processed
 
 
 def center_writing_weights(cfg: HookedTransformerConfig, weights: Weights) -> Processed:
-    """Subtract its mean over `d_model` from everything that is written to the residual stream.
+    """Subtract the mean over `d_model` from all weights and biases that write to the residual stream.
 
     LayerNorm subtracts that mean anyway. The positions of `"shortformer"` are left alone: they bypass the stream.
 
@@ -68,7 +68,7 @@ def center_writing_weights(cfg: HookedTransformerConfig, weights: Weights) -> Pr
 
 
 def center_unembed(cfg: HookedTransformerConfig, weights: Weights) -> Processed:
-    """Subtract the mean over the vocabulary from `W_U` and `b_U`: softmax does not see a constant.
+    """Subtract the mean over the vocabulary from `W_U` and `b_U`: a softmax is unchanged by a constant.
 
     Args:
         cfg: the config that the weights are of.
@@ -104,7 +104,7 @@ def refactor_factored_attn_matrices(cfg: HookedTransformerConfig, weights: Weigh
 
 
 def untie(cfg: HookedTransformerConfig, weights: Weights) -> Processed:
-    """Give a model with tied embeddings a `W_U` of its own, a copy of `W_E` transposed.
+    """Return weights with a separate `W_U`, a transposed copy of `W_E`, for a config with tied embeddings.
 
     Args:
         cfg: the config that the weights are of.
@@ -120,7 +120,7 @@ def untie(cfg: HookedTransformerConfig, weights: Weights) -> Processed:
 
 
 def _purely(name: str, cfg: HookedTransformerConfig, weights: Weights) -> Processed:
-    """Apply a step to copies of the tensors it writes to."""
+    """Return the result of a step, applied to copies of the tensors it writes to."""
     step = STEPS[name]
     if step.unties:
         cfg, weights = untie(cfg, weights)
@@ -138,7 +138,7 @@ def _fold_norms_(cfg: HookedTransformerConfig, weights: Weights) -> HookedTransf
     centred = cfg.normalization_type == "LN"
     mlp_readers = ("W_in", "W_gate", "W_router", "shared.W_in", "shared.W_gate", "W_shared_gate")
     for prefix in _block_prefixes(weights):
-        if cfg.norm_placement != "residual":  # norms on the stream keep their gains: it goes on through them
+        if cfg.norm_placement != "residual":  # the output of a norm on the stream is the stream itself
             _fold_norm_(weights, f"{prefix}ln1", [f"{prefix}attn.W_{letter}" for letter in "QKV"], centred)
             _fold_norm_(weights, f"{prefix}ln2", [f"{prefix}mlp.{reader}" for reader in mlp_readers], centred)
         _fold_norm_(weights, f"{prefix}mlp.ln", [f"{prefix}mlp.W_out"], centred=True)
@@ -211,7 +211,7 @@ def _refactor_(cfg: HookedTransformerConfig, weights: Weights) -> HookedTransfor
     return cfg
 
 
-# What stands in the way of a step: why it would change what some models compute.
+# Obstacles: why a step would change the function of a model with this config, or None.
 
 
 def _refactoring_obstacle(cfg: HookedTransformerConfig) -> str | None:
@@ -250,7 +250,7 @@ def _writing_obstacle(cfg: HookedTransformerConfig) -> str | None:
 
 def _unembed_obstacle(cfg: HookedTransformerConfig) -> str | None:
     if cfg.output_logits_soft_cap > 0:
-        return "the soft-cap on the logits is not blind to a constant"
+        return "a soft-capped logit is changed by a constant"
     return None
 
 
@@ -259,11 +259,11 @@ class Step:
     """One processing step.
 
     Attributes:
-        rewrite: does it in place and returns the config that results.
-        writes: a regular expression of the tensors it writes to, given the config.
-        obstacle: why it would change what a model computes, or None.
-        default: it is done unless asked not to be.
-        unties: it treats embedding and unembedding differently, so that they cannot stay one tensor.
+        rewrite: changes the weights in place and returns the resulting config.
+        writes: config -> a regular expression of the names of the tensors it writes to.
+        obstacle: config -> why the step would change the model's function, or None.
+        default: whether it is applied by default.
+        unties: it changes embedding and unembedding differently, so that they can no longer be one tensor.
     """
 
     rewrite: Callable[[HookedTransformerConfig, Weights], HookedTransformerConfig]
@@ -274,7 +274,7 @@ class Step:
 
 
 def _readers(cfg: HookedTransformerConfig) -> str:
-    """What reads from a norm: the unembedding, attention, the MLP; and after SoLU's norm, its output."""
+    """Return a pattern of the weights that read from a norm: unembedding, attention, MLP; W_out after SoLU's."""
     out = r"|blocks\.\d+\.mlp\.[Wb]_out" if cfg.is_layer_norm_activation() else ""
     mlp = r"mlp\.((shared\.)?[Wb]_(in|gate)|[Wb]_(router|shared_gate))"
     return rf"unembed\.[Wb]_U|blocks\.\d+\.(attn\.[Wb]_[QKV]|{mlp}){out}"
@@ -284,7 +284,7 @@ def _always(pattern: str) -> Callable[[HookedTransformerConfig], str]:
     return lambda cfg: pattern
 
 
-# In this order: folding the norms makes the biases that later steps move.
+# The order matters: folding the norms creates the biases that later steps move.
 STEPS: dict[str, Step] = {
     "fold_ln": Step(_fold_norms_, _readers, _folding_obstacle, unties=True),
     "center_writing_weights": Step(
@@ -303,10 +303,10 @@ def plan_processing(cfg: HookedTransformerConfig, asked: dict[str, bool | None])
 
     Args:
         cfg: the unprocessed config.
-        asked: step name -> True (do it), False (leave it), None (the default: do it where it preserves the function).
+        asked: step name -> True (apply), False (leave out), None (by default, where it preserves the function).
 
     Warns:
-        UserWarning: a step asked for by True would change the log-probabilities; it is left out.
+        UserWarning: a step that was True would change the log-probabilities; it is left out.
     """
     plan = []
     for name, step in STEPS.items():
@@ -339,7 +339,7 @@ def process(cfg: HookedTransformerConfig, weights: Weights, plan: Iterable[str])
 def process_(cfg: HookedTransformerConfig, weights: Weights, plan: Iterable[str]) -> HookedTransformerConfig:
     """Apply the named steps to the given weights themselves, and return the config that results.
 
-    Tied embeddings are for the caller to untie first, where a step needs it: see `unties`.
+    The caller unties tied embeddings first, where a step needs it: see `unties`.
 
     Args:
         cfg: the config that the weights are of.
@@ -352,7 +352,7 @@ def process_(cfg: HookedTransformerConfig, weights: Weights, plan: Iterable[str]
 
 
 def unties(cfg: HookedTransformerConfig, plan: Iterable[str]) -> bool:
-    """Return whether the plan parts embeddings that a config ties.
+    """Return whether a step of the plan changes tied embeddings differently, so that they must be untied first.
 
     Args:
         cfg: the config.
@@ -362,6 +362,6 @@ def unties(cfg: HookedTransformerConfig, plan: Iterable[str]) -> bool:
 
 
 def _block_prefixes(weights: Weights) -> list[str]:
-    """The `blocks.{layer}.` prefixes there are, in order of appearance."""
+    """Return the `blocks.{layer}.` prefixes of the weights, in order of appearance."""
     found = (re.match(r"blocks\.\d+\.", name) for name in weights)
     return list(dict.fromkeys(match[0] for match in found if match))

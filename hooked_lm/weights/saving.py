@@ -24,19 +24,24 @@ class WeightSaving(WeightLoading):
     def to_huggingface(self, folder: str | Path) -> None:
         """Write the model in HuggingFace's format, so that `transformers` loads it and computes the same logits.
 
-        For models that were loaded from HuggingFace's format without processing; what has been changed in the weights
-        since goes with it.
+        For models that were loaded from HuggingFace's format without processing. Weights changed since, by training for
+        example, are written as they are now.
+
+        Args:
+            folder: where to write; created if missing.
 
         Raises:
             ValueError: the model has been processed, or was never a HuggingFace model.
-            CheckpointError: it was loaded in part, or has weights that its family has no place for.
+            CheckpointError: it was loaded in part, or has weights that its family's format lacks.
         """
         if self.origin is None:
-            raise ValueError("this model does not come from a HuggingFace checkpoint, so there is no family to write")
+            raise ValueError(
+                "this model was not loaded from a HuggingFace checkpoint, so there is no family to write it as"
+            )
         if self.processed:
             raise ValueError(
-                f"the weights have been processed ({', '.join(self.processed)}), which HuggingFace's format has no "
-                "place for: load the model with from_pretrained_no_processing"
+                f"the weights have been processed ({', '.join(self.processed)}), which HuggingFace's format cannot "
+                "express: load the model with from_pretrained_no_processing"
             )
         export(self.cfg, self.state_dict(), self.origin, folder)
         if self.tokenizer is not None:
@@ -45,12 +50,15 @@ class WeightSaving(WeightLoading):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model to a folder: `config.json`, `model.safetensors` and the tokenizer, if it has one.
 
-        `from_pretrained(folder)` gives the same weights, bit for bit; processing it has been through is not done twice.
+        `from_pretrained(folder)` gives the same weights, bit for bit; processing steps are not applied twice.
+
+        Args:
+            folder: where to write; created if missing.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = self.cfg.to_dict()
-        # Where a model was is no property of it.
+        # The device is no property of the saved model.
         del config["device"]
         config["tokenizer_name"] = None
         saved = {
@@ -61,10 +69,10 @@ class WeightSaving(WeightLoading):
         }
         (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
         tensors = {name: value.contiguous() for name, value in self.state_dict().items()}
-        # The model may be a view of the very file that is to be replaced: it lives on, without a name.
+        # Parameters may be views of the file that is replaced. Renaming keeps the old file's memory map valid.
         written = folder / "model.safetensors.new"
         save_file(tensors, written)
-        # safetensors writes a file that only its owner may read.
+        # safetensors creates the file readable by its owner only.
         written.chmod((folder / "config.json").stat().st_mode & 0o777)
         written.replace(folder / "model.safetensors")
         if self.tokenizer is not None:

@@ -17,14 +17,14 @@ __all__ = ["HeadLabels", "WeightViews"]
 
 
 class HeadLabels(list[str]):
-    """A list of labels that may also be called, since existing code has it both as an attribute and as a method."""
+    """A list of labels that may also be called: existing code uses both `all_head_labels` and `all_head_labels()`."""
 
     def __call__(self) -> HeadLabels:
         return self
 
 
 class WeightViews(nn.Module):
-    """The weight accessors of `HookedTransformer`. Stacks are copies; the rest are the parameters themselves."""
+    """The weight accessors of `HookedTransformer`. Stacks over layers are copies; all others are the parameters."""
 
     cfg: HookedTransformerConfig
     blocks: Sequence[TransformerBlock]
@@ -45,7 +45,7 @@ class WeightViews(nn.Module):
 
     # Any: parameters, buffers and modules all come through torch's lookup.
     def __getattr__(self, name: str) -> Any:
-        # A property that meets a missing parameter ends up here, its own message lost.
+        # A property whose parameter is missing raises AttributeError, on which Python calls this without the message.
         if isinstance(getattr(type(self), name, None), property):
             cfg = self.cfg
             raise AttributeError(
@@ -96,7 +96,7 @@ class WeightViews(nn.Module):
 
     @property
     def W_O(self) -> Float[Tensor, "layer head d_head d_model"]:
-        """From what heads hold to the stream, [layer head d_head d_model]."""
+        """From the heads' z to the stream, [layer head d_head d_model]."""
         return self._stack("attn", "W_O")
 
     @property
@@ -116,7 +116,7 @@ class WeightViews(nn.Module):
 
     @property
     def b_O(self) -> Float[Tensor, "layer d_model"]:
-        """Biases of what attention writes, [layer d_model]."""
+        """Biases of attention's output, [layer d_model]."""
         return self._stack("attn", "b_O")
 
     @property
@@ -146,7 +146,7 @@ class WeightViews(nn.Module):
 
     @property
     def b_out(self) -> Float[Tensor, "layer *expert d_model"]:
-        """Biases of what the MLPs write, [layer d_model]; with experts [layer expert d_model]."""
+        """Biases of the MLPs' output, [layer d_model]; with experts [layer expert d_model]."""
         return self._stack("mlp", "b_out")
 
     @property
@@ -156,7 +156,7 @@ class WeightViews(nn.Module):
 
     @property
     def OV(self) -> FactoredMatrix:
-        """`W_V W_O` of every head, [layer head d_model d_model]: from what a source holds to what is written."""
+        """`W_V W_O` of every head, [layer head d_model d_model]: from the source's residual to the output."""
         return FactoredMatrix(self._per_query_head(self.W_V), self.W_O)
 
     def _per_query_head(self, stacked: Tensor) -> Tensor:
@@ -165,8 +165,11 @@ class WeightViews(nn.Module):
     def all_composition_scores(self, mode: Literal["Q", "K", "V"]) -> Float[Tensor, "layer head layer head"]:
         """Return how much each head's output is read by each later head, [writer layer, head, reader layer, head].
 
-        `||W_OV W_read|| / (||W_OV|| ||W_read||)`, where the reader's matrix is its QK for `"Q"`, the transpose of that
-        for `"K"`, and its OV for `"V"` (Elhage et al. 2021). Zero unless the reader is in a later layer.
+        `||W_OV W_read|| / (||W_OV|| ||W_read||)`, where `W_read` is the reader's QK for `"Q"`, its QK transposed for
+        `"K"`, and its OV for `"V"` (Elhage et al. 2021). Zero unless the reader is in a later layer.
+
+        Args:
+            mode: `"Q"`, `"K"` or `"V"`: the input of the reader that is composed with.
 
         Raises:
             ValueError: another mode.
@@ -176,7 +179,7 @@ class WeightViews(nn.Module):
         writes, reads = self.OV, self.OV if mode == "V" else self.QK if mode == "Q" else self.QK.T
         scores = writes.A.new_zeros(self.cfg.n_layers, self.cfg.n_heads, self.cfg.n_layers, self.cfg.n_heads)
         for layer in range(self.cfg.n_layers - 1):
-            # All layers at once would need the products of every head with every other in memory.
+            # All layers at once would hold the products of all pairs of heads in memory.
             scores[layer, :, layer + 1 :] = composition_scores(writes[layer], reads[layer + 1 :])
         return scores
 
@@ -191,18 +194,18 @@ class WeightViews(nn.Module):
         """Return the sum of the output biases written to the stream before `layer`.
 
         Args:
-            layer: 0 to n_layers; the blocks before it count.
+            layer: 0 to n_layers; biases of the blocks before it are summed.
             mlp_input: also count attention's bias in `layer` itself.
             include_mlp_biases: count the MLPs' biases too.
 
         Raises:
-            ValueError: a layer out of range; biases that are normalised before they reach the stream; or those of
-                experts, of which the tokens choose.
+            ValueError: a layer out of range; a model that normalises biases before they reach the stream; or biases of
+                experts, which differ by token.
         """
         if not 0 <= layer <= self.cfg.n_layers or (mlp_input and layer == self.cfg.n_layers):
             raise ValueError(f"layer {layer} is out of range: this model has blocks 0-{self.cfg.n_layers - 1}")
         if self.cfg.normalizes_writes:
-            raise ValueError("biases are normalised before they reach the stream here: they do not add up")
+            raise ValueError("this model normalises biases before they reach the stream, so they do not add up")
         if self.cfg.num_experts is not None and include_mlp_biases:
             raise ValueError("which experts' biases are written depends on the tokens: pass include_mlp_biases=False")
         total = torch.zeros(self.cfg.d_model, dtype=self.W_E.dtype, device=self.W_E.device)
