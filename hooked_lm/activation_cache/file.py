@@ -29,6 +29,7 @@ _TYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+CACHE_FORMAT, CACHE_VERSION = "hooked_lm activations", 1
 _LENGTH = 8  # bytes of the table's length, which come before it
 _PADDING = "padding {}"
 # Of one entry, besides its name: type, a shape of few axes and two offsets, with what JSON puts around them.
@@ -115,6 +116,8 @@ class Offloading(dict[str, Tensor]):
         if error is not None:
             return
         about = {
+            "format": CACHE_FORMAT,
+            "version": str(CACHE_VERSION),
             "has_batch_dim": str(self.has_batch_dim),
             "aliases": _json(self._aliases),
             "order": _json(list(self._order)),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hooked_lm._support.files import write_whole
+from hooked_lm._support.versions import check_version
 from hooked_lm.interventions.intervention import Intervention
 
 _FORMAT, _VERSION = "hooked_lm interventions", 1
@@ -92,7 +93,8 @@ def interventions_from_json(text: str, tensors: Mapping[str, Tensor]) -> list[An
         tensors: the values, by the names that the description gives them.
 
     Raises:
-        ValueError: the text is not such a description, or tensors are missing or left over.
+        ValueError: the text is not such a description, or one of a newer version of the format; or tensors are
+            missing or left over.
     """
     try:
         document = json.loads(text)
@@ -100,8 +102,7 @@ def interventions_from_json(text: str, tensors: Mapping[str, Tensor]) -> list[An
         raise ValueError(f"this is not a description of interventions, which are JSON: {error}") from error
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         raise ValueError(f"this is not a description of interventions: its format is not {_FORMAT!r}")
-    if document.get("version") != _VERSION:
-        raise ValueError(f"interventions of version {document.get('version')!r}; this reads version {_VERSION}")
+    check_version("this description of interventions", document.get("version", 1), _VERSION)
     if not isinstance(document.get("interventions"), list):
         raise ValueError("the description has no list of interventions")
     used: set[str] = set()
