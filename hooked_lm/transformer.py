@@ -228,6 +228,10 @@ class HookedTransformer(WeightSaving, WeightViews, TextGeneration, Caching):
     def layer_range(self, start: int | None, stop: int | None) -> tuple[int, int]:
         """Return the first block that runs and the first that does not, for these options of `forward`.
 
+        Args:
+            start: `start_at_layer`.
+            stop: `stop_at_layer`.
+
         Raises:
             ValueError: one is out of range, or they are in the wrong order.
         """

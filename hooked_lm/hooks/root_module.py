@@ -273,7 +273,15 @@ class HookedRootModule(nn.Module):
 
     @staticmethod
     def check_fired(names_filter: NamesFilter, handles: Sequence[HookHandle]) -> None:
-        """Every hook asked for by its plain name must have run; of each pattern, one at least."""
+        """Check that every hook asked for by its plain name has run, and of each pattern one at least.
+
+        Args:
+            names_filter: what was asked for.
+            handles: the hooks that it picked.
+
+        Raises:
+            RuntimeError: one has not run.
+        """
         entries = [names_filter] if names_filter is None or callable(names_filter) else names_filter
         for entry in [entries] if isinstance(entries, str) else entries:
             if entry is None or callable(entry):
