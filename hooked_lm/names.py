@@ -24,6 +24,7 @@ __all__ = [
 
 AXES: dict[str, str] = {
     "batch": "prompts",
+    "out_batch": "prompts after hooks, which may change how many there are",
     "pos": "positions of the tokens in this call",
     "query": "destination positions of attention",
     "key": "source positions of attention, cached ones included",

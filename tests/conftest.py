@@ -29,12 +29,27 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # What `make check` runs: seconds of computing from model, hooks, weights and text, and no program but this one.
 CORE = (
-    *("architectures", "caching", "config", "factored_matrix", "forward", "hooks", "imports", "interventions"),
-    *("kv_cache", "layers_of_the_package", "losses", "metrics", "names", "padding", "rotary_scalings", "rules"),
-    *("slicing", "tokens", "utils", "weight_views", "weights"),
+    *("activation_cache", "architectures", "bad_input", "caching", "composition", "config"),
+    *("factored_matrix", "forward", "full_circuits", "head_detector", "heads", "hooks", "imports"),
+    *("intervention_values", "interventions", "kv_cache", "layers_of_the_package", "logit_lens", "losses", "metrics"),
+    *("names", "norm_placement", "padding", "products", "rotary_scalings", "rules", "slicing", "sweep", "tokens"),
+    *("utils", "weight_views", "weights"),
 )
 # Files whose tests take longest come first, so that no process is left with one of them at the end.
-LONG = ("families", "docs", "notebooks", "compile", "hook_sites", "sweep", "browser", "readme", "benchmarks", "wheel")
+LONG = (
+    *("compile", "families", "benchmarks", "contestants", "notebooks", "docs", "browser", "hook_sites", "observing"),
+    *(
+        "patching_own_components",
+        "figures_saved",
+        "readme",
+        "cli",
+        "training",
+        "path_patching",
+        "patching",
+        "lazy_cache",
+    ),
+    *("attribution_patching", "generation", "wheel", "demo", "tour"),
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

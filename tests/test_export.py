@@ -316,7 +316,7 @@ def test_a_config_that_is_no_longer_the_one_that_was_read_is_refused(
     changes: dict[str, Any], checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     model = unprocessed(checkpoint("gpt2"))
-    model.cfg = model.cfg.replace(**changes)
+    model.cfg.set_unlocked(**changes)
     refuses(model, tmp_path, rf"config is no longer the one .*{next(iter(changes))}=")
 
 

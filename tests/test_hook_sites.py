@@ -697,18 +697,21 @@ def test_each_head_reading_its_own_unedited_copy_restores_the_output() -> None:
         torch.testing.assert_close(hooked, model(TOKENS), rtol=0, atol=1e-12)
 
 
-def test_an_edit_at_ln1_that_no_head_would_read_raises() -> None:
+def test_an_edit_at_ln1_acts_on_the_copies_that_heads_read_too() -> None:
+    """Where every head's copy is shifted, the edited norm is that of the shifted stream."""
     model = model_of("gpt2")
     per_head = [(f"blocks.0.hook_{x}_input", lambda x, hook: x + 1) for x in "qkv"]
+    stream = ("blocks.0.hook_resid_pre", lambda x, hook: x + 1)
     for site in ("hook_normalized", "hook_scale"):
         norm_edit = (f"blocks.0.ln1.{site}", lambda x, hook: 2 * x)
+        _, expected = model.run_with_cache(TOKENS)
+        with model.hooks(fwd_hooks=[stream, norm_edit]):
+            _, expected = model.run_with_cache(TOKENS, names_filter="blocks.0.attn.hook_*")
         for inputs in (per_head, [("blocks.0.hook_attn_in", lambda x, hook: x + 1)]):
-            with pytest.raises(RuntimeError, match=rf"an edit at .*'blocks.0.ln1.{site}'.* would change nothing"):
-                model.run_with_hooks(TOKENS, fwd_hooks=[*inputs, norm_edit])
-        # With one of the three left to the shared input, the edit reaches that one.
-        with_edit = model.run_with_hooks(TOKENS, fwd_hooks=[*per_head[:2], norm_edit])
-        without = model.run_with_hooks(TOKENS, fwd_hooks=per_head[:2])
-        assert not torch.allclose(with_edit, without)
+            with model.hooks(fwd_hooks=[*inputs, norm_edit]):
+                _, cache = model.run_with_cache(TOKENS, names_filter="blocks.0.attn.hook_*")
+            for name, value in cache.items():
+                torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-10)
     assert not any(point.live for point in model.hook_points())
 
 

@@ -473,7 +473,7 @@ def test_a_config_field_of_no_family_is_refused_by_every_assorted_one(tmp_path: 
 def test_an_unknown_architecture_says_where_to_add_it(gpt2_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(gpt2_folder, tmp_path, dirs_exist_ok=True)
     edit_json(tmp_path / "config.json", architectures=["LlamaForCausalLN"], model_type="never heard of")
-    with pytest.raises(CheckpointError, match=r"nearest are LlamaForCausalLM.*a file in weight_conversion/families"):
+    with pytest.raises(CheckpointError, match=r"nearest are LlamaForCausalLM.*write a family"):
         unprocessed(tmp_path)
 
 

@@ -24,7 +24,7 @@ LAYOUTS = ["[d_out d_in]", "[d_in d_out]", "columns of a wider one"]
 SHAPES = [(12, 18), (7, 5), (2, 1), (1, 7)]
 ROWS = [(1, 1), (1,), (), (2,), (3,), (2, 4), (17,)]
 
-needs_onednn = pytest.mark.skipif(products._ONEDNN is None, reason="this torch has no oneDNN")
+needs_onednn = pytest.mark.skipif(products.ONEDNN_LINEAR is None, reason="this torch has no oneDNN")
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -49,8 +49,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return lambda *args: asked.append(name) or function(*args)  # type: ignore[func-returns-value]
 
     monkeypatch.setattr(F, "linear", seen("torch", F.linear))
-    if products._ONEDNN is not None:
-        monkeypatch.setattr(products, "_ONEDNN", seen("oneDNN", products._ONEDNN))
+    if products.ONEDNN_LINEAR is not None:
+        monkeypatch.setattr(products, "ONEDNN_LINEAR", seen("oneDNN", products.ONEDNN_LINEAR))
     return asked
 
 

@@ -26,7 +26,7 @@ from hooked_lm.metrics import accuracy, kl_to, log_prob, logit, logit_diff, rank
 from hooked_lm.names import get_act_name
 from hooked_lm.patching import attribution_patch, patch_pairs, path_patch
 from hooked_lm.sweep import sweep
-from hooked_lm.sweep.walk import Walk
+from hooked_lm.sweep.walk import SweepWalk
 from tests.helpers import VOCAB, randomise_, tiny_config, tiny_model
 from tests.test_hook_sites import ARCHITECTURES, BATCH, POS, TOKENS, model_of, sites_of
 
@@ -124,7 +124,7 @@ class Edit:
 def make_edit(name: str, site: str, operation: Operation, seed: int, **selections: Selection) -> Edit:
     """An edit with random values between 1/2 and 3/2; selections that the site has no axis for are left out."""
     model = model_named(name)
-    axes = tuple((model.hook_dict[site].axes or "").split())
+    axes = model.hook_dict[site].axes
     generator = torch.Generator().manual_seed(seed)
     if site.endswith("hook_tokens"):
         full = torch.randint(0, 20, (BATCH, POS), generator=generator)
@@ -330,7 +330,7 @@ def test_one_intervention_is_a_cell_by_itself() -> None:
 @pytest.mark.parametrize("name", ["deep", "deep grouped alibi windows"])
 def test_a_tiny_memory_budget_gives_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = [*grid(name), *grid(name, "attn.hook_z")[::3], *grid(name, "hook_q_input")[::3]]
-    walks = counted(monkeypatch, Walk, "run")
+    walks = counted(monkeypatch, SweepWalk, "run")
     whole = sweep(model_named(name), TOKENS, as_data(cells), logit(3), verbose=False)
     assert len(walks) == 2  # cells that give heads their own inputs are kept apart
     for memory_budget, least, most in ((1, len(cells), len(cells)), (60_000, 3, len(cells) - 1)):
@@ -424,14 +424,14 @@ def test_what_cannot_be_walked_is_run_the_plain_way(kind: str, monkeypatch: pyte
     elif kind == "a hook of torch's":
         model.blocks[0].register_forward_hook(stretched)
     expected = torch.stack([logit(3)(run_by_hand(model, cell)) for cell in cells])
-    walks = counted(monkeypatch, Walk, "run")
+    walks = counted(monkeypatch, SweepWalk, "run")
     got = sweep(model, TOKENS, as_data(cells), logit(3), verbose=False)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     assert not walks
 
 
 def test_the_plain_way_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, cells, walks = model_named("deep"), as_data(grid()), counted(monkeypatch, Walk, "run")
+    model, cells, walks = model_named("deep"), as_data(grid()), counted(monkeypatch, SweepWalk, "run")
     plain = sweep(model, TOKENS, cells, logit(3), incremental=False, verbose=False)
     assert not walks
     torch.testing.assert_close(plain, sweep(model, TOKENS, cells, logit(3), verbose=False), rtol=0, atol=1e-12)

@@ -20,9 +20,11 @@ except ImportError:
 
 
 def has_module_hooks(module: nn.Module) -> bool:
-    """Return whether forward hooks of torch's are registered at a module."""
-    registries = ("_forward_hooks", "_forward_pre_hooks")
-    return any(bool(getattr(module, name, ())) for name in registries)
+    """Return whether forward hooks of torch's are registered at a module; True where torch does not say."""
+    try:
+        return bool(module._forward_hooks or module._forward_pre_hooks)
+    except AttributeError:
+        return True
 
 
 def has_global_module_hooks() -> bool:

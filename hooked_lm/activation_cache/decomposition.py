@@ -481,6 +481,7 @@ class ActivationCache(CachedActivations):
         Raises:
             ValueError: `tokens` and `incorrect_tokens` have different shapes, or are not tokens of the model.
         """
+        require_stock("what a component adds to a logit", "unembed", self.model.unembed)
         directions = self.model.tokens_to_residual_directions(tokens)
         if incorrect_tokens is not None:
             wrong = self.model.tokens_to_residual_directions(incorrect_tokens)

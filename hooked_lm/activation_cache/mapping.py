@@ -30,6 +30,7 @@ class CacheModel(Protocol):
     blocks: Any
     hook_dict: dict[str, Any]
     ln_final: Any
+    unembed: Any
 
     def tokens_to_residual_directions(self, tokens: Any) -> Tensor: ...
 

@@ -82,7 +82,7 @@ class Attention(nn.Module):
         value_input: Float[Tensor, "batch pos *value_head d_model"],
         layout: SequenceLayout | None = None,
         past: HookedTransformerKeyValueCacheEntry | None = None,
-    ) -> Float[Tensor, "batch pos d_model"]:
+    ) -> Float[Tensor, "out_batch pos d_model"]:
         """Return what the heads add to the residual stream.
 
         Args:
@@ -116,7 +116,7 @@ class Attention(nn.Module):
         k: Float[Tensor, "batch key kv_head d_head"],
         v: Float[Tensor, "batch key kv_head d_head"],
         layout: SequenceLayout,
-    ) -> Float[Tensor, "batch query head d_head"]:
+    ) -> Float[Tensor, "out_batch query head d_head"]:
         """Return z: fused, unless something has to see or change the scores."""
         hooked = is_live(self.hook_attn_scores) or is_live(self.hook_pattern)
         eager = hooked or self.score_cap > 0 or self.sinks is not None
@@ -124,7 +124,7 @@ class Attention(nn.Module):
 
     def project(
         self, x: Float[Tensor, "batch pos *head d_model"], which: Literal["Q", "K", "V"]
-    ) -> Float[Tensor, "batch pos head d_head"]:
+    ) -> Float[Tensor, "out_batch pos head d_head"]:
         """Return queries, keys or values, before positions: normalised and clipped, where the config says so."""
         projected = project(x, getattr(self, f"W_{which}"), getattr(self, f"b_{which}"))
         if which != "V" and not self.norm_after_rotary:
@@ -151,7 +151,7 @@ class Attention(nn.Module):
         k: Float[Tensor, "batch key kv_head d_head"],
         v: Float[Tensor, "batch key kv_head d_head"],
         layout: SequenceLayout,
-    ) -> Float[Tensor, "batch query head d_head"]:
+    ) -> Float[Tensor, "out_batch query head d_head"]:
         """Return z without forming scores or pattern."""
         plain = self.causal and self.alibi is None and layout.is_plainly_causal(self.window)
         mask = None
@@ -176,7 +176,7 @@ class Attention(nn.Module):
         k: Float[Tensor, "batch key kv_head d_head"],
         v: Float[Tensor, "batch key kv_head d_head"],
         layout: SequenceLayout,
-    ) -> Float[Tensor, "batch query head d_head"]:
+    ) -> Float[Tensor, "out_batch query head d_head"]:
         """Return z by way of scores and pattern, each shown to its hook point."""
         group = q.shape[2] // k.shape[2]
         if group > 1:
@@ -192,14 +192,14 @@ class Attention(nn.Module):
         pattern = self.hook_pattern(self.softmax(self.hook_attn_scores(scores)))
         return einsum(pattern, v, "batch head query key, batch key head d_head -> batch query head d_head")
 
-    def softmax(self, scores: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
+    def softmax(self, scores: Float[Tensor, "batch head query key"]) -> Float[Tensor, "out_batch head query key"]:
         """Return the pattern; with sinks, less what each head's sink takes (Xiao et al. 2023, "Attention Sinks")."""
         if self.sinks is None:
             return F.softmax(scores, dim=-1)
         sinks = self.sinks[:, None, None].expand(scores.shape[0], -1, scores.shape[2], 1)
         return F.softmax(torch.cat((scores, sinks), -1), dim=-1)[..., :-1]
 
-    def write(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:
+    def write(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "out_batch pos d_model"]:
         """Return the sum of the heads' outputs and `b_O`; by way of `hook_result` where that must carry it."""
         if is_live(self.hook_result):
             carries = carries_run(self.hook_result, torch.is_grad_enabled())

@@ -58,7 +58,7 @@ class TransformerBlock(nn.Module):
         layout: SequenceLayout | None = None,
         past: HookedTransformerKeyValueCacheEntry | None = None,
         shortformer_pos: Float[Tensor, "batch pos d_model"] | None = None,
-    ) -> Float[Tensor, "batch pos d_model"]:
+    ) -> Float[Tensor, "out_batch pos d_model"]:
         resid_pre = self.hook_resid_pre(resid_pre)
         q_in, k_in, v_in = self.attention_inputs(resid_pre, shortformer_pos)
         return self.after_attention(resid_pre, self.attention_output(self.attn(q_in, k_in, v_in, layout, past)))
@@ -85,13 +85,13 @@ class TransformerBlock(nn.Module):
             k = k + (shortformer_pos if k.ndim == 3 else shortformer_pos[:, :, None])
         return q, k, v
 
-    def attention_output(self, written: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def attention_output(self, written: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "out_batch pos d_model"]:
         """Return what attention adds to the stream, given what its heads write together."""
         return self.hook_attn_out(self.ln1_post(written))
 
     def after_attention(
         self, resid_pre: Float[Tensor, "batch pos d_model"], attn_out: Float[Tensor, "batch pos d_model"]
-    ) -> Float[Tensor, "batch pos d_model"]:
+    ) -> Float[Tensor, "out_batch pos d_model"]:
         """Return the stream after the block, given the stream that entered it and what attention adds."""
         if self.parallel and not self.attn_only:
             return self.hook_resid_post(resid_pre + attn_out + self.mlp_output(resid_pre))
@@ -100,17 +100,17 @@ class TransformerBlock(nn.Module):
             return self.hook_resid_post(resid_mid)
         return self.after_mid(self.hook_resid_mid(resid_mid))
 
-    def after_mid(self, resid_mid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def after_mid(self, resid_mid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "out_batch pos d_model"]:
         """Return the stream after the block, given the stream that the MLP reads."""
         return self.hook_resid_post(self.joined(resid_mid, self.mlp_output(resid_mid), self.ln2))
 
     def joined(
         self, stream: Tensor, written: Tensor, norm: Callable[[Tensor], Tensor]
-    ) -> Float[Tensor, "batch pos d_model"]:
+    ) -> Float[Tensor, "out_batch pos d_model"]:
         """Return the stream with what has been written to it, normalised where the norms are on the stream."""
         return norm(stream + written) if self.norms_stream else stream + written
 
-    def mlp_output(self, stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def mlp_output(self, stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "out_batch pos d_model"]:
         """Return what the MLP adds, given the stream it reads; an edit at `hook_mlp_in` stays off the stream."""
         mlp_in = stream
         if is_live(self.hook_mlp_in):

@@ -59,7 +59,7 @@ class Unembed(nn.Module):
         """Where logits are soft-capped, off if not positive: `cfg.output_logits_soft_cap`, which may be changed."""
         return self.cfg.output_logits_soft_cap
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos vocab"]:
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "out_batch pos vocab"]:
         return self.hook_out(self.scaled(linear(self.hook_in(x), self._by_token(), self._bias())))
 
     def scaled(self, logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

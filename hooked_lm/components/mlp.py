@@ -36,7 +36,7 @@ class MLP(nn.Module):
             self.ln = None
         self.hook_post = HookPoint("batch pos d_mlp")
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "out_batch pos d_model"]:
         post = self.act_fn(self.hook_pre(linear(x, self.W_in.T, self.b_in)))
         if self.ln is not None:
             post = self.ln(self.hook_mid(post))
@@ -67,7 +67,7 @@ class GatedMLP(nn.Module):
         self.hook_pre_linear = HookPoint("batch pos d_mlp")
         self.hook_post = HookPoint("batch pos d_mlp")
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "out_batch pos d_model"]:
         gate = self.act_fn(self.hook_pre(linear(x, self.W_gate.T, self.b_gate)))
         factor = self.hook_pre_linear(linear(x, self.W_in.T, self.b_in))
         return linear(self.hook_post(gate * factor), self.W_out.T, self.b_out)

@@ -51,7 +51,7 @@ class MoE(nn.Module):
         self.hook_expert_weights = HookPoint("batch pos expert")
         self.hook_expert_indices = HookPoint("batch pos chosen", differentiable=False)
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "out_batch pos d_model"]:
         probabilities = self.hook_expert_weights(self.route(linear(x, self.W_router.T, self.b_router)))
         indices = self.hook_expert_indices(probabilities.topk(self.chosen, dim=-1).indices)
         weights = probabilities.gather(-1, indices)
@@ -66,7 +66,7 @@ class MoE(nn.Module):
             out.index_put_((batch, pos), contribution, accumulate=True)
         return out
 
-    def route(self, scores: Float[Tensor, "batch pos expert"]) -> Float[Tensor, "batch pos expert"]:
+    def route(self, scores: Float[Tensor, "batch pos expert"]) -> Float[Tensor, "out_batch pos expert"]:
         """Return the weight of every expert, of which those with the largest are chosen.
 
         With SparseMixer only two are not zero: the experts with the two highest scores, each with its share among those
@@ -85,7 +85,7 @@ class MoE(nn.Module):
             rest = rest.scatter(-1, winner, float("-inf"))
         return weights
 
-    def shared_output(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def shared_output(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "out_batch pos d_model"]:
         """Return what the shared expert writes, weighted by its own gate where it has one."""
         assert self.shared is not None
         out: Tensor = self.shared(x)

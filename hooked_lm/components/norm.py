@@ -46,14 +46,14 @@ class Norm(nn.Module):
         self.hook_scale = HookPoint(" ".join((*outer, *("1" for _ in self.shape))))
         self.hook_normalized = HookPoint(axes)
 
-    def forward(self, x: Float[Tensor, "*batch length"]) -> Float[Tensor, "*batch length"]:
+    def forward(self, x: Float[Tensor, "*batch length"]) -> Float[Tensor, "*out_batch length"]:
         if is_live(self.hook_scale) or is_live(self.hook_normalized):
             return self.step_by_step(x, self.hook_scale, self.hook_normalized)
         return self.without_hooks(x)
 
     def step_by_step(
         self, x: Float[Tensor, "*batch length"], see_scale: Activation = identity, see_normalized: Activation = identity
-    ) -> Float[Tensor, "*batch length"]:
+    ) -> Float[Tensor, "*out_batch length"]:
         """Normalise by way of scale and normalised input, each passed through a function on its way."""
         exact = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         over = tuple(range(-len(self.shape), 0))
@@ -62,7 +62,7 @@ class Norm(nn.Module):
         scale = see_scale((exact.square().mean(over, keepdim=True) + self.eps).sqrt())
         return self._with_gain(see_normalized((exact / scale).to(x.dtype)))
 
-    def without_hooks(self, x: Float[Tensor, "*batch length"]) -> Float[Tensor, "*batch length"]:
+    def without_hooks(self, x: Float[Tensor, "*batch length"]) -> Float[Tensor, "*out_batch length"]:
         """Normalise without showing anything to the hook points."""
         if self.w is not None and self.w.shape != self.shape:
             return self._with_gain(self._normalized(x, None, None))

@@ -65,19 +65,21 @@ class HookPoint(nn.Module):
         """Return the activation as the hooks leave it."""
         x = _through(self.fwd_hooks, x)
         handles = [handle for handle in tuple(self.bwd_hooks) if handle.acts]
-        if handles:
-            self._watch_gradient(x, handles)
-        return x
+        return self._watched(x, handles) if handles else x
 
-    def _watch_gradient(self, x: Tensor, handles: list[HookHandle]) -> None:
-        # The handles of now: a graph built under a hook runs it, also when the context has closed by then.
+    def _watched(self, x: Tensor, handles: list[HookHandle]) -> Tensor:
+        """The activation, with backward hooks on its gradient."""
         if x.requires_grad:
+            # A view of its own: two points may be shown one tensor, and the gradient passes the later point first.
+            x = x.view_as(x)
+            # The handles of now: a graph built under a hook runs it, also when the context has closed by then.
             x.register_hook(lambda grad: _through(handles, grad, check_acts=False))
         elif any(not handle.reads_only for handle in handles):
             raise RuntimeError(
                 f"the backward hook at {self.name!r} can never run: the activation does not require a gradient "
                 "(is this under torch.no_grad(), or are the parameters frozen?)"
             )
+        return x
 
     @property
     def live(self) -> bool:
