@@ -98,7 +98,7 @@ def explanations(report: Mapping[str, Any], notes: Mapping[str, str]) -> str:
 def left_out(report: Mapping[str, Any]) -> str:
     """Say who was left out of what, though he has it."""
     lines = [f"- {text}" for result in results_in(report) for text in trouble(result)]
-    return "\n".join(["Left out of the comparison:", "", *lines]) if lines else "Nobody was left out for that."
+    return "\n".join(["Left out of the comparison:", "", *lines]) if lines else "No library was left out for that."
 
 
 def read_notes(text: str) -> dict[str, str]:

@@ -234,7 +234,8 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         """Return the first block that runs and the first block that does not, for these options of `forward`.
 
         Args:
-            start, stop: `start_at_layer` and `stop_at_layer` of `forward`.
+            start: `start_at_layer` of `forward`.
+            stop: `stop_at_layer` of `forward`.
 
         Raises:
             ValueError: one is out of range, or they are in the wrong order.

@@ -256,8 +256,9 @@ def hook_points() -> dict[str, tuple[set[str], str, bool]]:
     found: dict[str, tuple[set[str], str, bool]] = {}
     for architecture, model in models().items():
         for name, point in model.hook_dict.items():
-            where, axes, _ = found.setdefault(general(name), (set(), point.axes or "", point.on_demand))
-            if axes != point.axes:
+            named = " ".join(point.axes)
+            where, axes, _ = found.setdefault(general(name), (set(), named, point.on_demand))
+            if axes != named:
                 raise PluginError(f"{name} has axes {point.axes!r} in {architecture} and {axes!r} elsewhere")
             where.add(architecture)
     return found

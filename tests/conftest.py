@@ -29,8 +29,8 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # What `make check` runs: seconds of computing from model, hooks, weights and text, and no program but this one.
 CORE = (
-    *("activation_cache", "architectures", "bad_input", "caching", "composition", "config", "direct_logit"),
-    *("factored_matrix", "forward", "full_circuits", "generation", "head_detector", "heads", "hooks", "imports"),
+    *("activation_cache", "architectures", "bad_input", "caching", "composition", "config"),
+    *("factored_matrix", "forward", "full_circuits", "head_detector", "heads", "hooks", "imports"),
     *("intervention_values", "interventions", "kv_cache", "layers_of_the_package", "logit_lens", "losses", "metrics"),
     *("names", "norm_placement", "padding", "products", "rotary_scalings", "rules", "slicing", "sweep", "tokens"),
     *("utils", "weight_views", "weights"),

@@ -310,7 +310,9 @@ def changed(change: Callable[[Any], object]) -> str:
         ),
         ("[]", TENSORS, "its format is not"),
         (changed(lambda doc: doc.update(format="other")), TENSORS, "its format is not"),
-        (changed(lambda doc: doc.update(version=2)), TENSORS, "version 2; this reads version 1"),
+        (changed(lambda doc: doc.update(version=2)), TENSORS, "version 2 .* reads version 1: update hooked_lm"),
+        (changed(lambda doc: doc.update(version="1")), TENSORS, "'1' is no version number"),
+        (changed(lambda doc: doc.update(version=0)), TENSORS, "0 is no version number"),
         (changed(lambda doc: doc["interventions"][0].update(position=1)), TENSORS, "position"),
         (changed(lambda doc: doc["interventions"][0].pop("site")), TENSORS, "an intervention has site, operation"),
         (changed(lambda doc: doc["interventions"][1][0].update(value="0.1")), TENSORS, "'0.1' is no number"),
@@ -322,6 +324,11 @@ def changed(change: Callable[[Any], object]) -> str:
 def test_a_description_that_is_not_one_is_refused(text: str, tensors: dict[str, Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         interventions_from_json(text, tensors)
+
+
+def test_a_description_without_a_version_is_read_as_version_1() -> None:
+    assert json.loads(GOOD)["version"] == 1
+    assert same(CELLS, interventions_from_json(changed(lambda doc: doc.pop("version")), TENSORS))
 
 
 def test_nothing_is_written_of_what_cannot_be(tmp_path: Path) -> None:

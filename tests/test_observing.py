@@ -66,7 +66,10 @@ def outcome(model: HookedTransformer, tokens: Tensor, name: str, edit: Edit, dir
 
 
 def differing(came: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
-    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1.0)) for a, b in zip(came, expected, strict=True))
+    return max(
+        float((a.detach() - b.detach()).abs().max() / b.detach().abs().max().clamp(min=1.0))
+        for a, b in zip(came, expected, strict=True)
+    )
 
 
 def sites_of(model: HookedTransformer) -> list[str]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hooked_lm import ActivationCache, HookedTransformer, HookPoint
@@ -204,6 +205,48 @@ def test_what_the_format_does_not_have_is_an_error(tmp_path: Path) -> None:
         file["a"] = torch.zeros(2, dtype=torch.complex64)
     with pytest.raises(ValueError, match="no plain file"):
         tiny_model().run_with_cache(TOKENS, offload="/dev/null")
+
+
+def with_metadata(path: Path, **changed: str | None) -> Path:
+    """The file again under another name, its metadata changed; None removes an entry."""
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata() | changed
+    other = path.with_name("changed.safetensors")
+    save_file(load_file(path), other, {name: value for name, value in about.items() if value is not None})
+    return other
+
+
+@pytest.mark.parametrize("offload", [True, False], ids=["offloaded", "saved"])
+def test_a_cache_without_format_and_version_is_read_as_version_1(offload: bool, tmp_path: Path) -> None:
+    model, path = tiny_model(), tmp_path / "cache.safetensors"
+    _, cache = model.run_with_cache(TOKENS, **({"offload": path} if offload else {}))
+    if not offload:
+        cache.save(path)
+    with safe_open(path, framework="pt") as file:
+        assert (file.metadata()["format"], file.metadata()["version"]) == ("hooked_lm activations", "1")
+    assert_same(ActivationCache.load(with_metadata(path, format=None, version=None), model), cache)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"version": "2"}, r"has version 2 of its format; this hooked_lm reads version 1: update hooked_lm"),
+        ({"version": "two"}, "'two' is no version number"),
+        ({"version": "0"}, "0 is no version number"),
+        ({"format": "pt"}, "is not a saved ActivationCache"),
+        ({"format": None, "order": None}, "is not a saved ActivationCache"),
+        ({"aliases": None}, "metadata is incomplete"),
+        ({"order": '["hook_nothing"]'}, r"lacks tensors of its cache: \['hook_nothing'\]"),
+    ],
+    ids=str,
+)
+def test_a_cache_of_a_newer_version_or_of_another_format_is_refused(
+    changed: dict[str, str | None], message: str, tmp_path: Path
+) -> None:
+    model = tiny_model()
+    model.run_with_cache(TOKENS, names_filter="*hook_z", offload=tmp_path / "cache.safetensors")
+    with pytest.raises(ValueError, match=message):
+        ActivationCache.load(with_metadata(tmp_path / "cache.safetensors", **changed), model)
 
 
 def test_a_tensor_written_to_between_two_names_is_two(tmp_path: Path) -> None:

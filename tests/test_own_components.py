@@ -197,7 +197,7 @@ def test_a_cache_does_not_take_overridden_components_for_stock_ones() -> None:
     model = tiny_model()
     for block in model.blocks:
         block.attn.__class__, block.mlp.__class__ = hot(type(block.attn)), hot(type(block.mlp))
-    model.ln_final.__class__ = hot(type(model.ln_final))
+    model.ln_final.__class__, model.unembed.__class__ = hot(type(model.ln_final)), hot(type(model.unembed))
     _, cache = model.run_with_cache(CORRUPTED)
     for read in (
         lambda: cache.stack_head_results(),
@@ -205,6 +205,7 @@ def test_a_cache_does_not_take_overridden_components_for_stock_ones() -> None:
         lambda: cache.get_neuron_results(0),
         lambda: cache.stack_neuron_results(1),
         lambda: cache.decompose_resid(apply_ln=True),
+        lambda: cache.logit_attrs(cache.accumulated_resid(), 3),
     ):
         with pytest.raises(ValueError, match="is a Hot, which overrides forward"):
             read()

@@ -16,8 +16,12 @@ import numpy as np
 import pytest
 import torch
 
+from hooked_lm import metrics, patching, tasks
+from hooked_lm.circuits import heads
+from hooked_lm.config import activations as config_activations
 from scripts.printed import agree
 from scripts.readme_figure import draw
+from weight_conversion import registry
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,6 +53,25 @@ def grad_mode_as_it_was() -> Iterator[None]:
     """A page may turn gradients off for all of itself."""
     with torch.enable_grad():
         yield
+
+
+@pytest.fixture(autouse=True)
+def registries_as_they_were() -> Iterator[None]:
+    """What a page registers is gone after it."""
+    registries: tuple[dict[Any, Any], ...] = (
+        config_activations.ACTIVATION_FUNCTIONS,
+        heads.DETECTION_PATTERNS,
+        metrics._MAKERS,
+        patching.GRIDS,
+        patching.PATCHES,
+        registry._BY_ARCHITECTURE,
+        tasks.TASKS,
+    )
+    before = [dict(one) for one in registries]
+    yield
+    for one, entries in zip(registries, before, strict=True):
+        one.clear()
+        one.update(entries)
 
 
 def run(page: str) -> Iterator[tuple[Block, str, dict[str, Any]]]:

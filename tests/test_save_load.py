@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hooked_lm import HookedTransformer
+from hooked_lm import CheckpointError, HookedTransformer
 from hooked_lm.weights import STEPS
 from tests.helpers import VOCAB, tiny_config, tiny_model, tiny_tokens
 
@@ -168,6 +168,40 @@ def test_a_windowed_model_can_be_shortened_as_it_is_loaded(tmp_path: Path) -> No
 def test_where_a_model_was_is_no_property_of_it(tmp_path: Path) -> None:
     tiny_model(device="cpu").save_pretrained(tmp_path)
     assert "device" not in json.loads((tmp_path / "config.json").read_text())["config"]
+
+
+# The version of the format
+
+
+def change_config(folder: Path, **fields: Any) -> None:
+    """Change the fields of a folder's `config.json`; None removes one."""
+    content = json.loads((folder / "config.json").read_text()) | fields
+    kept = {name: value for name, value in content.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(kept))
+
+
+def test_a_folder_without_a_version_is_read_as_version_1(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["version"] == 1
+    change_config(tmp_path, version=None)
+    assert_same_bits(model, HookedTransformer.from_pretrained_no_processing(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (2, r"config\.json has version 2 of the format; this hooked_lm reads version 1: update hooked_lm"),
+        ("1", "'1' is no version number"),
+        (0, "0 is no version number"),
+        (True, "True is no version number"),
+    ],
+)
+def test_a_folder_of_a_newer_version_or_of_none_is_refused(version: Any, message: str, tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    change_config(tmp_path, version=version)
+    with pytest.raises(CheckpointError, match=message):
+        HookedTransformer.from_pretrained(tmp_path)
 
 
 # Copies in memory

@@ -124,7 +124,7 @@ class Edit:
 def make_edit(name: str, site: str, operation: Operation, seed: int, **selections: Selection) -> Edit:
     """An edit with random values between 1/2 and 3/2; selections that the site has no axis for are left out."""
     model = model_named(name)
-    axes = tuple((model.hook_dict[site].axes or "").split())
+    axes = model.hook_dict[site].axes
     generator = torch.Generator().manual_seed(seed)
     if site.endswith("hook_tokens"):
         full = torch.randint(0, 20, (BATCH, POS), generator=generator)

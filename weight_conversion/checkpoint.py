@@ -26,6 +26,7 @@ from weight_conversion.training_checkpoints import training_checkpoint
 
 __all__ = [
     "OWN_FORMAT",
+    "OWN_VERSION",
     "CheckpointError",
     "HFModel",
     "Loaded",
@@ -40,7 +41,8 @@ __all__ = [
 HFModel = Any
 Tokenizer = Any
 
-OWN_FORMAT = "hooked_lm"
+# The name of our own format and its newest version, as `config.json` of a model folder gives them.
+OWN_FORMAT, OWN_VERSION = "hooked_lm", 1
 _POSITIONS = "pos_embed.W_pos"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "spiece.model")
 
@@ -249,6 +251,7 @@ def _dtype(family: Family, tensors: TensorSource) -> torch.dtype:
 
 
 def _from_own_folder(folder: Path, content: HFConfig, tokenizer: Tokenizer, first_n_layers: int | None) -> Loaded:
+    _check_version(folder / "config.json", content.get("version", 1))
     try:
         cfg = HookedTransformerConfig.from_dict(content["config"])
     except (KeyError, TypeError, ValueError) as error:
@@ -261,6 +264,17 @@ def _from_own_folder(folder: Path, content: HFConfig, tokenizer: Tokenizer, firs
     kept = cfg.n_layers if first_n_layers is None else first_n_layers
     weights = _OwnWeights(open_tensors(folder), cfg.n_layers, kept)
     return Loaded(cfg.replace(n_layers=kept), weights, tokenizer, tuple(processed), content.get("origin"))
+
+
+def _check_version(path: Path, version: object) -> None:
+    """Check that this code reads a model folder; one without a number was written before there were numbers."""
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise CheckpointError(f"{path}: {version!r} is no version number of the format, which counts from 1")
+    if version > OWN_VERSION:
+        read = "version 1" if OWN_VERSION == 1 else f"versions 1 to {OWN_VERSION}"
+        raise CheckpointError(
+            f"{path} has version {version} of the format; this hooked_lm reads {read}: update hooked_lm"
+        )
 
 
 class _OwnWeights:

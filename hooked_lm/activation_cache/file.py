@@ -19,7 +19,7 @@ from hooked_lm._support.files import explained, whole_file
 from hooked_lm._support.plain_data import PlainData
 from hooked_lm._support.torch_internals import memory_reference, times_written
 
-__all__ = ["Memory", "Offloading", "memory_of"]
+__all__ = ["CACHE_FORMAT", "CACHE_VERSION", "Memory", "Offloading", "memory_of"]
 
 _TYPES = {
     torch.float64: "F64",
@@ -33,6 +33,7 @@ _TYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+CACHE_FORMAT, CACHE_VERSION = "hooked_lm activations", 1
 _LENGTH = 8  # bytes, in front of the table, that hold its length
 _PADDING = "padding {}"
 # Bytes of one entry besides its name: type, a shape of few axes, two offsets, and the JSON punctuation.
@@ -121,6 +122,8 @@ class Offloading(dict[str, Tensor]):
         if error is not None:
             return
         about = {
+            "format": CACHE_FORMAT,
+            "version": str(CACHE_VERSION),
             "has_batch_dim": str(self.has_batch_dim),
             "aliases": _json(self._aliases),
             "order": _json(list(self._order)),

@@ -13,9 +13,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from hooked_lm._support.torch_internals import memory_reference
-from hooked_lm.activation_cache.file import Memory, Offloading, memory_of
+from hooked_lm._support.versions import check_version
+from hooked_lm.activation_cache.file import CACHE_FORMAT, CACHE_VERSION, Memory, Offloading, memory_of
 from hooked_lm.activation_cache.lazy import LazyActivations
-from hooked_lm.components import TransformerBlock
+from hooked_lm.components import TransformerBlock, Unembed
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint
 from hooked_lm.names import (
@@ -39,6 +40,7 @@ class CacheModel(Protocol):
     cfg: HookedTransformerConfig
     hook_dict: dict[str, HookPoint]
     ln_final: nn.Module
+    unembed: Unembed
 
     @property
     def blocks(self) -> Sequence[TransformerBlock]: ...
@@ -232,15 +234,23 @@ class CachedActivations(Mapping[str, Tensor]):
             model: the model of the run.
 
         Raises:
-            ValueError: the file is not a saved cache.
+            ValueError: the file is not a saved cache, or one of a newer version of the format.
         """
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
-            if "order" not in about:
+            # Caches that were written before the format had a name and a number have neither.
+            if about.get("format", CACHE_FORMAT if "order" in about else None) != CACHE_FORMAT:
                 raise ValueError(f"{path} is not a saved ActivationCache")
+            version = about.get("version", "1")
+            check_version(f"the cache {path}", int(version) if version.isdecimal() else version, CACHE_VERSION)
+            if not {"has_batch_dim", "aliases", "order"} <= about.keys():
+                raise ValueError(f"{path} is a saved ActivationCache whose metadata is incomplete")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         aliases = json.loads(about["aliases"])
-        entries = {name: tensors[aliases.get(name, name)] for name in json.loads(about["order"])}
+        stored = {name: aliases.get(name, name) for name in json.loads(about["order"])}
+        if not set(stored.values()) <= tensors.keys():
+            raise ValueError(f"{path} lacks tensors of its cache: {sorted(set(stored.values()) - tensors.keys())}")
+        entries = {name: tensors[place] for name, place in stored.items()}
         return cls(entries, model, has_batch_dim=about["has_batch_dim"] == "True")
 
 

@@ -15,7 +15,7 @@ from typing import TypedDict, cast
 
 import torch
 from torch import Tensor
-from torch.amp.autocast_mode import is_autocast_available
+from torch.amp import is_autocast_available
 
 from hooked_lm._support.torch_internals import times_written
 from hooked_lm.hooked_model import HookedModel

@@ -280,6 +280,7 @@ class ResidualStreams(CachedActivations):
         Raises:
             ValueError: `tokens` and `incorrect_tokens` have different shapes, or are not tokens of the model.
         """
+        require_stock("a component's contribution to a logit", "unembed", self.model.unembed)
         directions = self.model.tokens_to_residual_directions(tokens)
         if incorrect_tokens is not None:
             wrong = self.model.tokens_to_residual_directions(incorrect_tokens)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hooked_lm._support.files import write_whole
 from hooked_lm._support.plain_data import PlainData
+from hooked_lm._support.versions import check_version
 from hooked_lm.interventions.intervention import Intervention
 
 __all__ = ["Cells", "interventions_from_json", "interventions_to_json", "load_interventions", "save_interventions"]
@@ -104,7 +105,7 @@ def interventions_from_json(text: str, tensors: Mapping[str, Tensor]) -> list[In
         tensors: name in the text -> tensor.
 
     Raises:
-        ValueError: the text is of another format or version, or tensors are missing or unused.
+        ValueError: the text is of another format or a newer version, or tensors are missing or unused.
     """
     try:
         document = json.loads(text)
@@ -112,8 +113,7 @@ def interventions_from_json(text: str, tensors: Mapping[str, Tensor]) -> list[In
         raise ValueError(f"this is not a description of interventions, which are JSON: {error}") from error
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         raise ValueError(f"this is not a description of interventions: its format is not {_FORMAT!r}")
-    if document.get("version") != _VERSION:
-        raise ValueError(f"interventions of version {document.get('version')!r}; this reads version {_VERSION}")
+    check_version("this description of interventions", document.get("version", 1), _VERSION)
     if not isinstance(document.get("interventions"), list):
         raise ValueError("the description has no list of interventions")
     used: set[str] = set()

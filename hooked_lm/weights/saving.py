@@ -63,6 +63,7 @@ class WeightSaving(WeightLoading):
         config["tokenizer_name"] = None
         saved = {
             "format": checkpoint.OWN_FORMAT,
+            "version": checkpoint.OWN_VERSION,
             "processed": list(self.processed),
             "config": config,
             "origin": self.origin,
