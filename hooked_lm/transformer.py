@@ -19,6 +19,7 @@ from hooked_lm.activation_cache.recording import Caching
 from hooked_lm.components import Embed, PosEmbed, SequenceLayout, TransformerBlock, Unembed
 from hooked_lm.components.norm import NoNorm, make_norm
 from hooked_lm.components.sequence import Prompt
+from hooked_lm.components.stock import register_stock
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.generation.methods import TextGeneration
 from hooked_lm.hooks import HookPoint, Pass, any_live, in_pass, is_live
@@ -119,7 +120,8 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
     def __setstate__(self, state: PlainData) -> None:
         # A copied config is unlocked, so the copied model locks its own.
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._lock_config()
+        if not self._cfg.is_locked:  # a shallow copy shares it
+            self._lock_config()
 
     # The forward pass
 
@@ -376,7 +378,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         return sum(parameter.numel() for parameter in self.parameters())
 
 
-HookedTransformer.stock_class = HookedTransformer
+register_stock(HookedTransformer)
 
 
 def _with_vocabulary(cfg: HookedTransformerConfig, tokenizer: Tokenizer | None) -> HookedTransformerConfig:

@@ -102,7 +102,7 @@ def test_a_sweep_is_the_plain_loop_and_says_why(case: Any) -> None:
         swept = sweep(model, CORRUPTED, cells, METRIC)
     loop = torch.stack([METRIC(model.run(CORRUPTED, interventions=[cell])) for cell in cells])
     torch.testing.assert_close(swept, loop, rtol=0, atol=1e-9)
-    reason = not_stock(model, HookedTransformer)
+    reason = not_stock(model)
     assert reason is not None
     assert f"one run per cell ({reason}" in bar.getvalue()
 
@@ -158,7 +158,7 @@ def test_a_subclass_that_changes_nothing_is_walked_and_so_is_one_that_says_it_ke
     model = tiny_model(n_layers=3)
     for block in model.blocks:
         block.attn.__class__, block.__class__ = Named, Counting
-    assert not_stock(model, HookedTransformer) is None
+    assert not_stock(model) is None
     cells = cells_of(model)
     with redirect_stderr(io.StringIO()) as bar:
         swept = sweep(model, CORRUPTED, cells, METRIC)
@@ -180,9 +180,9 @@ def test_the_declaration_is_not_inherited() -> None:
 
     model = tiny_model()
     model.blocks[0].mlp.__class__ = Kept
-    assert not_stock(model, HookedTransformer) is None
+    assert not_stock(model) is None
     model.blocks[0].mlp.__class__ = Changed
-    assert not_stock(model, HookedTransformer) == "blocks.0.mlp is a Changed, which overrides forward"
+    assert not_stock(model) == "blocks.0.mlp is a Changed, which overrides forward"
 
 
 # What a cache works out from weights
@@ -229,5 +229,5 @@ def test_recorded_head_results_serve_where_attention_is_overridden() -> None:
 def test_models_made_of_other_classes_are_told_apart_by_name() -> None:
     model = tiny_model()
     model.blocks[0].mlp = nn.Identity()
-    assert not_stock(model, HookedTransformer) == "blocks.0.mlp is a Identity, which is no component of this package"
+    assert not_stock(model) == "blocks.0.mlp is a Identity, which is no component of this package"
     randomise_(model)

@@ -28,6 +28,23 @@ except ImportError:
     StorageWeakRef = None  # type: ignore[assignment, misc]
 
 
+def in_backward() -> bool:
+    """Return whether autograd is running a backward pass in this thread; False where torch does not say."""
+    try:
+        return bool(torch._C._current_graph_task_id() != -1)
+    except AttributeError:
+        return False
+
+
+def has_any_module_hooks(module: nn.Module) -> bool:
+    """Return whether torch's own hooks, of either direction, are registered at a module; True where torch is silent."""
+    try:
+        backward = module._backward_hooks or module._backward_pre_hooks
+        return bool(backward or module._forward_hooks or module._forward_pre_hooks)
+    except AttributeError:
+        return True
+
+
 def has_module_hooks(module: nn.Module) -> bool:
     """Return whether forward hooks of torch's are registered at a module; True where torch does not say."""
     try:

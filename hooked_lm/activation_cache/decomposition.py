@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_lm.activation_cache.streams import ResidualStreams, Stack
-from hooked_lm.components.stock import not_stock, require_stock
+from hooked_lm.components.stock import require_stock
 from hooked_lm.names import get_act_name
 from hooked_lm.slicing import Slice
 
@@ -89,9 +89,7 @@ class ActivationCache(ResidualStreams):
     def _results_of(self, layer: int, positions: Slice) -> Float[Tensor, "*batch_and_pos head d_model"]:
         """Return the outputs of a layer's heads: as recorded, or from `z`."""
         attn = self.model.blocks[layer].attn
-        if not_stock(attn) is not None and get_act_name("result", layer) in self.cache_dict:
-            return positions.apply(self["result", layer], dim=-3)
-        require_stock("a head's output (record hook_result by name)", f"blocks.{layer}.attn", attn)
+        require_stock("a head's output", f"blocks.{layer}.attn", attn)
         # Positions are selected before the product, so that only theirs is computed.
         return _head_results(positions.apply(self["z", layer], dim=-3), attn.W_O)
 

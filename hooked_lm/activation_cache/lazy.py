@@ -44,7 +44,7 @@ class Moved:
 class LazyActivations(MutableMapping[str, Tensor]):
     """Activations by name, computed when they are read. Assigned and prefetched activations are held.
 
-    Several threads may read at the same time; the model must not run in another thread meanwhile.
+    Several threads may read, and run the model, at the same time.
 
     Args:
         run: the kept tensors of the run.

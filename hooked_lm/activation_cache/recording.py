@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from contextlib import nullcontext
 from pathlib import Path
-from typing import ClassVar, Literal, cast, overload
+from typing import Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -28,9 +28,6 @@ __all__ = ["Caching"]
 
 class Caching(TextInterface, Intervening):
     """`run_with_cache` of `HookedTransformer`."""
-
-    # The class whose forward pass a lazy cache re-enacts: `HookedTransformer`, in subclasses of it too.
-    stock_class: ClassVar[type]
 
     @overload  # type: ignore[override]  # unlike the base, it returns an ActivationCache by default
     def run_with_cache(
@@ -158,7 +155,7 @@ class Caching(TextInterface, Intervening):
         clear_contexts: bool,
     ) -> tuple[ModelOutput, ActivationCache]:
         names = self.names_to_cache(names_filter)
-        changed = not_stock(self, self.stock_class)
+        changed = not_stock(self)
         if changed is not None:
             raise ValueError(
                 "a lazy cache runs blocks again from the residual stream at their inputs, as the components of "

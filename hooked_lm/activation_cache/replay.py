@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import TypedDict, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp import is_autocast_available
 
 from hooked_lm._support.torch_internals import times_written
+from hooked_lm.components.stock import not_stock
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.hooks import HookHandle, HookPoint, ModelOutput, carries_run
 from hooked_lm.kv_cache import HookedTransformerKeyValueCache
@@ -27,7 +28,9 @@ from hooked_lm.tokenization import PaddingSide, Prompts
 __all__ = ["Fingerprint", "ForwardCall", "ReplayableRun", "Segment", "fingerprint", "record_run", "segment_of"]
 
 Segment = int | str
-Fingerprint = tuple[tuple[int, int], ...]
+# The hook points that have a copy of the stream per head.
+HEAD_COPIES = ("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input")
+Fingerprint = tuple[object, ...]
 
 
 class ForwardCall(TypedDict):
@@ -55,9 +58,25 @@ def segment_of(name: str) -> Segment:
 
 
 def fingerprint(model: HookedModel, *kept: Mapping[int, Tensor] | Mapping[str, Tensor]) -> Fingerprint:
-    """Return the address and write count of each parameter and kept tensor; it differs once any of them has changed."""
+    """Return what differs once the model, or a kept tensor, has changed.
+
+    That is the address and write count of each parameter and kept tensor, every number among the modules' attributes,
+    the config's fields that may be assigned, and whether all components are stock.
+    """
     tensors = [*model.parameters(), *(one for tensors in kept for one in tensors.values())]
-    return tuple((one.data_ptr(), times_written(one)) for one in tensors)
+    settings = [
+        value
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, (int, float)) and name != "training"
+    ]
+    cfg = model.cfg
+    return (
+        *((one.data_ptr(), times_written(one)) for one in tensors),
+        *settings,
+        (cfg.attn_scores_soft_cap, cfg.output_logits_soft_cap, cfg.attention_dir),
+        not_stock(cast(nn.Module, model)),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,7 +265,7 @@ def record_run(
         clear_contexts: empty the `ctx` of every hook point afterwards.
 
     Raises:
-        ValueError: the run has a key-value cache, or torch's own hooks, that cannot be kept.
+        ValueError: the run has a key-value cache, or edits both a norm and single heads' copies of what it reads.
         RuntimeError: hooks were added or removed during the run.
     """
     _check_keepable(model, call)
@@ -261,6 +280,7 @@ def record_run(
         residuals[first] = cast(Tensor, call["input"]).detach().clone()
     keep = call["logits_to_keep"]
     edited = [name for name, point in model.hook_dict.items() if _may_change(point)]
+    _check_edits(edited)
     output, seen, edits = _recorded(model, call, list(streams.values()), edited, device, clear_contexts)
     residuals |= {layer: seen[name] for layer, name in streams.items()}
     kind = model.W_E.device.type
@@ -283,6 +303,20 @@ def record_run(
 def _check_keepable(model: HookedModel, call: ForwardCall) -> None:
     if call["past_kv_cache"] is not None:
         raise ValueError("a key-value cache grows after the run, so a lazy cache cannot be computed from it")
+
+
+def _check_edits(edited: Sequence[str]) -> None:
+    """Refuse edits at a block's first norm together with edits at the copies that heads read through it.
+
+    The norm's hooks then act on each copy, and only what they have made of the stream can be kept.
+    """
+    heads = {name.rpartition(".")[0] for name in edited if name.endswith(HEAD_COPIES)}
+    norms = {name.partition(".ln1.")[0] for name in edited if ".ln1." in name}
+    if heads & norms:
+        raise ValueError(
+            f"hooks edit the norm and single heads' inputs in {min(heads & norms)}, which a lazy cache cannot put back: "
+            "cache without lazy=True"
+        )
 
 
 def _may_change(point: HookPoint) -> bool:

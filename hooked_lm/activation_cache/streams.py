@@ -161,6 +161,8 @@ class ResidualStreams(CachedActivations):
                 "no sum of the layers' outputs; accumulated_resid gives the stream at every layer"
             )
         last = self._final(layer)
+        for depth in range(last + int(mlp_input)):
+            require_stock("the stream as a sum", f"blocks.{depth}", self.model.blocks[depth], alone=True)
         keys: list[tuple[str, ActivationKey]] = self._embedding_keys() if incl_embeds else []
         for depth in range(last + int(mlp_input)):
             if mode != "mlp":

@@ -112,7 +112,7 @@ class RecordedRun:
     def _override(self) -> str:
         """The first overridden component, as a cause for an error; empty if all components are stock."""
         model = cast("nn.Module", self.model)
-        reason = not_stock(model, stock_root=type(model))
+        reason = not_stock(model)
         return "" if reason is None else f"a component computes something else ({reason}), "
 
 

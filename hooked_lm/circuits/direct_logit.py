@@ -16,7 +16,7 @@ from typing import cast, get_args
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from hooked_lm.activation_cache import ActivationCache
 from hooked_lm.circuits.attribution_parts import LogitParts, RecordedRun
@@ -111,7 +111,7 @@ def logit_attribution(
             "of parts; pass before_soft_cap=True to split the logit before the cap"
         )
     # What happens to the logits after `unembed.hook_out` is not in the cache, so the check of the sum cannot see it.
-    reason = not_stock(model.unembed, name="unembed")
+    reason = not_stock(model.unembed, name="unembed") or not_stock(cast("nn.Module", model), alone=True)
     if reason is not None:
         raise ValueError(
             f"logit attribution takes the stock unembedding: a component computes something else ({reason})"

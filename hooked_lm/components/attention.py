@@ -17,13 +17,13 @@ from hooked_lm.components.positions import AlibiSpec, RotarySpec, rotate
 from hooked_lm.components.projections import input_projection, project
 from hooked_lm.components.sequence import SequenceLayout
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.hooks import HookPoint, carries_run, is_live
+from hooked_lm.hooks import HookHolder, HookPoint, carries_run, is_live
 from hooked_lm.kv_cache import HookedTransformerKeyValueCacheEntry
 
 __all__ = ["Attention"]
 
 
-class Attention(nn.Module):
+class Attention(HookHolder):
     """Multi-head attention with named activations (Elhage et al. 2021, "A Mathematical Framework").
 
     Fused unless `hook_attn_scores` or `hook_pattern` has a hook; `hook_result` is computed only if it has a hook.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from hooked_lm.components.attention import Attention
 from hooked_lm.components.head_inputs import HeadInputs, per_head_inputs
@@ -14,13 +14,13 @@ from hooked_lm.components.moe import MoE
 from hooked_lm.components.norm import make_block_norm
 from hooked_lm.components.sequence import SequenceLayout
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.hooks import HookPoint, any_live, is_live
+from hooked_lm.hooks import HookHolder, HookPoint, Pass, any_live, in_pass, is_live
 from hooked_lm.kv_cache import HookedTransformerKeyValueCacheEntry
 
 __all__ = ["TransformerBlock"]
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(HookHolder):
     """`resid_mid = resid_pre + attn(ln1(resid_pre))`, `resid_post = resid_mid + mlp(ln2(resid_mid))`.
 
     Parallel blocks give `resid_pre` to the MLP too and have no `resid_mid`; attention-only blocks have no MLP. With
@@ -61,9 +61,20 @@ class TransformerBlock(nn.Module):
         past: HookedTransformerKeyValueCacheEntry | None = None,
         shortformer_pos: Float[Tensor, "batch pos d_model"] | None = None,
     ) -> Float[Tensor, "out_batch pos d_model"]:
+        if layout is None and past is not None:
+            return self._after(past, resid_pre, shortformer_pos)
         resid_pre = self.hook_resid_pre(resid_pre)
         q_in, k_in, v_in = self.attention_inputs(resid_pre, shortformer_pos)
         return self.after_attention(resid_pre, self.attention_output(self.attn(q_in, k_in, v_in, layout, past)))
+
+    def _after(
+        self, past: HookedTransformerKeyValueCacheEntry, resid_pre: Tensor, shortformer_pos: Tensor | None
+    ) -> Float[Tensor, "out_batch pos d_model"]:
+        """The block by itself, on positions that come after those in its key-value cache."""
+        n_past = past.past_keys.shape[1]
+        layout = SequenceLayout(resid_pre.shape[1], n_past, resid_pre.device)
+        with in_pass(Pass(n_past)):
+            return self.forward(resid_pre, layout, past, shortformer_pos)
 
     # The stages
 

@@ -14,7 +14,7 @@ from hooked_lm.components.activations import soft_cap
 from hooked_lm.components.linear import linear
 from hooked_lm.components.norm import NoNorm, make_writing_norm
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.hooks import HookPoint
+from hooked_lm.hooks import HookHolder, HookPoint
 
 __all__ = ["Embed", "Unembed"]
 
@@ -35,7 +35,7 @@ class Embed(nn.Module):
         return scaled
 
 
-class Unembed(nn.Module):
+class Unembed(HookHolder):
     """From the normalised residual stream to logits: `W_U` [d_model d_vocab_out], `b_U` [d_vocab_out].
 
     `hook_out` has the logits that the model returns, after `logit_scale` and the soft-cap.

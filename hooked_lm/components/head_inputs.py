@@ -1,25 +1,25 @@
 """Attention's inputs when hooks give each head a copy of the stream, and how the block's norm applies to the copies.
 
 `hook_attn_in`, `hook_q_input`, `hook_k_input` and `hook_v_input` have a copy of the stream per head, before the norm.
-The norm's own hook points have the shared stream. The input of a head is then
-
-    shared + (norm(copy) - norm(stream))
-
-where `shared` is the norm of the stream after the norm's hooks. The difference is exactly zero for an unedited copy, so
-observing the copies changes no number. The gradient at the norm's hook points is that of all heads, and the gradient at
-a copy is that of its head.
+The norm's own hook points have the shared stream, once. A head whose copy is unedited reads the shared norm after its
+hooks, so observing the copies changes no number and calls no hook of the norm a second time; the gradient at its copy
+is that of its own head. A head whose copy is edited reads the norm of that copy, on which the norm's editing hooks,
+and backward hooks, act too.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from hooked_lm.hooks import any_live, carries_run, is_live, may_edit_forward, without_hooks
-from hooked_lm.hooks.thread import editing_hooks_only
+from hooked_lm.components.norm import is_plain_norm
+from hooked_lm.hooks import HookPoint, any_live, carries_run, is_live, may_edit_forward
+from hooked_lm.hooks.thread import GradientSwitch, editing_hooks_only, switched_gradients
 
 __all__ = ["HeadInputs", "HeadSource", "per_head_inputs"]
 
@@ -98,63 +98,92 @@ def per_head_inputs(
     if all(one.stream is resid_pre for one in sources):
         shared = ln1(resid_pre)
         return shared, shared, shared
-    norm = _HookedNorm(ln1, resid_pre)
+    norm = _NormOfCopies(ln1, resid_pre)
     return norm(sources[0]), norm(sources[1]), norm(sources[2])
 
 
-class _HookedNorm:
-    """The norm of the stream after its hooks, and the norms of copies of the stream computed from it."""
+class _NormOfCopies:
+    """The norm that attention reads through, of copies of the stream."""
 
     def __init__(self, ln1: nn.Module, resid_pre: Tensor) -> None:
         self.ln1, self.resid_pre = ln1, resid_pre
-        points = [module for name, module in ln1.named_children() if name.startswith("hook_")]
-        self.hooked = any_live(points)
-        self.edited = any(may_edit_forward(point) for point in points)
-        # With hooks it is computed even if no head uses it, so that the hooks run.
-        self.shared: Tensor | None = ln1(resid_pre) if self.hooked else None
+        self.points = [module for module in ln1.modules() if isinstance(module, HookPoint)]
+        # A norm of this package without hooks takes all copies at once.
+        self.direct = is_plain_norm(ln1) and not any_live(self.points)
+        self.switch = GradientSwitch()
+        # The stream as this norm's own computation begins with it, and the norm after its hooks.
+        self.stream = resid_pre.view_as(resid_pre)
+        self.shared: Tensor | None = None
+        if not self.direct:
+            # Hooks at the norm run once, whether or not a head reads the shared stream.
+            with switched_gradients(self.switch):
+                self.shared = ln1(self.stream)
 
     def __call__(self, source: HeadSource) -> Tensor:
-        stream: Tensor = source.stream
-        if stream is self.resid_pre:
-            shared: Tensor = self.ln1(stream) if self.shared is None else self.shared
-            self.shared = shared
-            return shared
-        if not self.hooked or self.shared is None:
-            return self._without_hooks(stream)
-        if stream.shape[0] != self.shared.shape[0]:
-            return self._head_by_head(stream, range(stream.shape[2]))
-        if not self.edited:
-            return self.shared[:, :, None] + (
-                self._without_hooks(stream) - self._without_hooks(self.resid_pre)[:, :, None]
-            )
-        return self._edited_norm(source)
-
-    def _without_hooks(self, x: Tensor) -> Tensor:
-        with without_hooks():
-            normalized: Tensor = self.ln1(x)
-        return normalized
-
-    def _as_edited(self, x: Tensor) -> Tensor:
-        """Return the norm with its editing hooks only."""
-        with editing_hooks_only():
-            normalized: Tensor = self.ln1(x)
-        return normalized
-
-    def _head_by_head(self, stream: Tensor, heads: range) -> Tensor:
-        # Hooks at a norm are written for activations without a head axis.
-        return torch.stack([self._as_edited(stream[:, :, head]) for head in heads], 2)
-
-    def _edited_norm(self, source: HeadSource) -> Tensor:
-        """Return the norm of the copies when hooks edit the norm: they act on each edited copy too.
-
-        An unedited copy gets the norm of the stream, on which the hooks have run once.
-        """
-        assert self.shared is not None
-        stream, shared = source.stream, self.shared[:, :, None].expand_as(source.stream)
+        """The norm of a source: of the stream itself, or copy by copy."""
+        copies = source.stream
+        if copies is self.resid_pre:
+            return self._of_the_stream()
+        if self.direct:
+            normalized: Tensor = self.ln1(copies)
+            return normalized
         edited = source.edited_heads()
-        if not any(edited) and not torch.is_grad_enabled():
-            return shared
-        change = self._head_by_head(stream, range(stream.shape[2])) - self._as_edited(self.resid_pre)[:, :, None]
-        unedited = torch.tensor([not one for one in edited], device=stream.device)[:, None]
-        # An unedited copy has change 0, even if the norm's hooks draw random numbers; only its gradient is kept.
-        return shared + torch.where(unedited, change - change.detach(), change)
+        if all(edited):
+            return torch.stack([self._of_an_edited_copy(copies[:, :, head]) for head in range(len(edited))], 2)
+        unedited = self._of_unedited_copies(copies)
+        if not any(edited):
+            return unedited
+        heads = [
+            self._of_an_edited_copy(copies[:, :, head]) if one else unedited[:, :, head]
+            for head, one in enumerate(edited)
+        ]
+        return torch.stack(heads, 2)
+
+    def _of_the_stream(self) -> Tensor:
+        shared: Tensor = self.ln1(self.stream) if self.shared is None else self.shared
+        self.shared = shared
+        return shared
+
+    def _of_an_edited_copy(self, copy: Float[Tensor, "batch pos d_model"]) -> Tensor:
+        """The norm of one head's copy, under the norm's editing hooks; they get activations without a head axis."""
+        with editing_hooks_only(self.points):
+            normalized: Tensor = self.ln1(copy)
+        return normalized
+
+    def _of_unedited_copies(self, copies: Float[Tensor, "batch pos head d_model"]) -> Tensor:
+        shared = self._of_the_stream()
+        if torch.is_grad_enabled() and copies.requires_grad:
+            heads: Tensor = _UneditedCopies.apply(copies, self.resid_pre, shared, self)  # type: ignore[no-untyped-call]
+            return heads
+        return shared[:, :, None].expand(-1, -1, copies.shape[2], -1)
+
+    def gradient_at(self, gradient: Float[Tensor, "batch pos d_model"]) -> Tensor:
+        """Return the gradient at the stream for one at the norm, through the edits of hooks and past backward hooks."""
+        assert self.shared is not None
+        if not self.shared.requires_grad:
+            return torch.zeros_like(gradient)
+        self.switch.on = False
+        try:
+            (found,) = torch.autograd.grad(self.shared, self.stream, gradient, retain_graph=True, allow_unused=True)
+        finally:
+            self.switch.on = True
+        return torch.zeros_like(gradient) if found is None else found
+
+
+class _UneditedCopies(torch.autograd.Function):
+    """The shared norm for every head, differentiated as if each head's copy were normalised by itself.
+
+    The gradient at a copy is that of its own head. The stream gets the gradient of all heads through the shared norm,
+    where backward hooks act on it; so what it gets through the copies is subtracted again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, copies: Tensor, resid_pre: Tensor, shared: Tensor, norm: _NormOfCopies) -> Tensor:
+        ctx.norm = norm
+        return shared[:, :, None].expand(-1, -1, copies.shape[2], -1).clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        heads = torch.stack([ctx.norm.gradient_at(gradient[:, :, head]) for head in range(gradient.shape[2])], 2)
+        return heads, -heads.sum(2), gradient.sum(2), None

@@ -10,12 +10,12 @@ from hooked_lm.components.activations import make_activation
 from hooked_lm.components.linear import linear
 from hooked_lm.components.norm import make_norm
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.hooks import HookPoint
+from hooked_lm.hooks import HookHolder, HookPoint
 
 __all__ = ["MLP", "GatedMLP"]
 
 
-class MLP(nn.Module):
+class MLP(HookHolder):
     """`act(x W_in + b_in) W_out + b_out`, with W_in [d_model d_mlp] and W_out [d_mlp d_model].
 
     With `solu_ln` the activation is normalised before `W_out`; `hook_mid` is before that norm, `hook_post` after.
@@ -45,7 +45,7 @@ class MLP(nn.Module):
         return linear(self.hook_post(post), self.W_out.T, self.b_out)
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(HookHolder):
     """`(act(x W_gate + b_gate) * (x W_in + b_in)) W_out + b_out` (Shazeer 2020, "GLU Variants").
 
     `hook_pre` is the gate before its activation, `hook_pre_linear` the other factor, `hook_post` their product.

@@ -11,12 +11,12 @@ from hooked_lm.components.activations import make_activation
 from hooked_lm.components.linear import linear
 from hooked_lm.components.mlp import GatedMLP
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.hooks import HookPoint
+from hooked_lm.hooks import HookHolder, HookPoint
 
 __all__ = ["MoE"]
 
 
-class MoE(nn.Module):
+class MoE(HookHolder):
     """`sum over the chosen experts of weight * expert(x)` (Shazeer et al. 2017), and a shared expert if there is one.
 
     `hook_expert_weights` [batch pos expert] is the router's weight of every expert, a softmax in float32 at least; an

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_lm._support.torch_internals import has_module_hooks
+from hooked_lm._support.torch_internals import has_any_module_hooks
 from hooked_lm.components.activations import Activation, identity
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.hooks import HookPoint, is_live
+from hooked_lm.hooks import HookHolder, HookPoint, is_live
 
 __all__ = [
     "NORMS",
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 
-class Norm(nn.Module):
+class Norm(HookHolder):
     """`(x - mean) / scale * w + b`, where `scale = sqrt(variance + eps)`; RMS norms subtract no mean.
 
     One fused operation unless `hook_scale` or `hook_normalized` is live.
@@ -149,7 +149,17 @@ class NoNorm(nn.Identity):
 
     def __call__(self, x: Tensor) -> Tensor:
         # Skip torch's module call, unless the module has hooks of torch's.
-        return super().__call__(x) if has_module_hooks(self) else x
+        return super().__call__(x) if has_any_module_hooks(self) else x
+
+
+def is_plain_norm(module: nn.Module) -> bool:
+    """Return whether a module is a norm of this package, of no other class and without changes of its own.
+
+    Args:
+        module: what stands in a norm's place.
+    """
+    kinds = (Norm, NoNorm, *NORMS.values())
+    return type(module) in kinds and "forward" not in vars(module) and not has_any_module_hooks(module)
 
 
 def make_norm(

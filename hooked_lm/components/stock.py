@@ -29,29 +29,41 @@ from hooked_lm.components.norm import LayerNorm, LayerNormPre, NoNorm, Norm, RMS
 from hooked_lm.components.positions import PosEmbed
 from hooked_lm.hooks import HookPoint
 
-__all__ = ["STOCK", "not_stock", "require_stock"]
+__all__ = ["not_stock", "register_stock", "require_stock"]
 
-_NORMS = (Norm, LayerNorm, LayerNormPre, RMSNorm, RMSNormPre, NoNorm)
-_MLPS = (MLP, GatedMLP, MoE)
-STOCK: frozenset[type] = frozenset(
-    {TransformerBlock, Attention, *_MLPS, *_NORMS, Embed, Unembed, PosEmbed, XIELU, HookPoint, nn.ModuleList}
-)
-# Names that a subclass may define without changing the component's computation.
+# What a class may define without changing what its modules compute.
 _HARMLESS = frozenset(
     {"__init__", "__module__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__qualname__", "__repr__"}
     | {"__parameters__", "__static_attributes__", "__firstlineno__", "__orig_bases__", "extra_repr", "_get_name"}
 )
+# Stock classes, with everything they define or inherit, as it was when this package was imported.
+_STOCK: dict[type, dict[str, object]] = {}
 
 
-def not_stock(
-    root: nn.Module, stock_root: type | None = None, *, name: str = "the model", alone: bool = False
-) -> str | None:
+def register_stock(*kinds: type) -> None:
+    """Take classes as they are now for stock ones.
+
+    Args:
+        kinds: the classes.
+    """
+    for kind in kinds:
+        found: dict[str, object] = {"__getattribute__": object.__getattribute__}
+        for base in reversed(kind.__mro__[:-1]):
+            found |= {name: value for name, value in vars(base).items() if name not in _HARMLESS}
+        _STOCK[kind] = found
+
+
+_MLPS = (MLP, GatedMLP, MoE)
+register_stock(TransformerBlock, Attention, *_MLPS, Norm, LayerNorm, LayerNormPre, RMSNorm, RMSNormPre, NoNorm)
+register_stock(Embed, Unembed, PosEmbed, XIELU, HookPoint, nn.ModuleList)
+
+
+def not_stock(root: nn.Module, *, name: str = "", alone: bool = False) -> str | None:
     """Return what in a module tree is not stock, as a clause such as `"ln_final is a Louder, which overrides forward"`.
 
     Args:
         root: a model, a block or any other component.
-        stock_root: the stock class of `root`, if `root` is a model rather than a component.
-        name: the name of `root` in the clause.
+        name: of `root` in its model, `"blocks.0.attn"`; empty for a model.
         alone: look at `root` itself and not at the modules inside it.
 
     Returns:
@@ -59,20 +71,30 @@ def not_stock(
     """
     if has_global_module_hooks():
         return "torch's global module hooks may do anything"
-    inside = "" if name == "the model" else f"{name}."
-    for path, module in (("", root),) if alone else root.named_modules():
-        known = STOCK if stock_root is None or module is not root else STOCK | {stock_root}
-        reason = _own_override(module, known)
+    cfg = getattr(root, "cfg", None)
+    named = bool(name) or hasattr(root, "hook_dict")
+    if not isinstance(getattr(root, "blocks", None), nn.ModuleList | None):
+        return "model.blocks is no nn.ModuleList, so torch does not know the blocks"
+    classes: dict[type, str | None] = {}
+    seen: set[nn.Module] = set()
+    for path, module in (("", root),) if alone else root.named_modules(remove_duplicate=False):
+        place = ".".join(part for part in (name, path) if part)
+        reason = _own_override(module, classes)
+        if reason is None and isinstance(module, HookPoint):
+            reason = _misplaced(module, place if named else module.name, again=module in seen)
+        if reason is None and cfg is not None and vars(module).get("cfg", cfg) is not cfg:
+            reason = "has a config of its own"
         if reason is not None:
-            return f"{inside}{path} {reason}" if path else f"{name} {reason}"
+            return f"{place or 'the model'} {reason}"
+        seen.add(module)
     return None
 
 
 def require_stock(what: str, name: str, component: nn.Module, *, alone: bool = False) -> None:
-    """Check that a component is stock, so that a quantity can be computed from its weights alone.
+    """Check that a component is stock, for something that is worked out from its weights alone.
 
     Args:
-        what: the quantity, for the error message.
+        what: is worked out; for the message.
         name, component, alone: as `name`, `root` and `alone` of `not_stock`.
 
     Raises:
@@ -86,17 +108,22 @@ def require_stock(what: str, name: str, component: nn.Module, *, alone: bool = F
         )
 
 
-def _own_override(module: nn.Module, known: frozenset[type]) -> str | None:
-    """Return why one module, its children apart, is not stock; None if it is."""
+def _own_override(module: nn.Module, classes: dict[type, str | None]) -> str | None:
+    """What about one module, the modules inside it apart, is not stock.
+
+    Args:
+        module: the module.
+        classes: what is known of classes already, which is added to.
+    """
     if parametrize.is_parametrized(module):
         return "is parametrised"
     if has_module_hooks(module):
         return "has hooks of torch's, which may do anything"
     kind: type = type(module)
-    if kind not in known:
-        override = _overridden(cast(Hashable, kind), known)
-        if override is not None:
-            return override
+    if kind not in classes:
+        classes[kind] = _overridden(kind)
+    if classes[kind] is not None:
+        return classes[kind]
     patched = vars(module).keys() & _methods_of(cast(Hashable, kind))
     if patched:
         return f"has a {min(patched)} of its own"
@@ -105,19 +132,25 @@ def _own_override(module: nn.Module, known: frozenset[type]) -> str | None:
     return None
 
 
-@lru_cache(maxsize=1024)
-def _overridden(kind: Hashable, known: frozenset[type]) -> str | None:
-    """Return what a class changes of the stock class it derives from; None if nothing."""
-    assert isinstance(kind, type)
+def _misplaced(point: HookPoint, place: str, *, again: bool) -> str | None:
+    """Why the activation with a hook point's name is not the one in this place."""
+    if again:
+        return f"is the same hook point as {point.name}: two places share a module"
+    return None if point.name in ("", place) else f"is still named {point.name}: call model.setup()"
+
+
+def _overridden(kind: type) -> str | None:
+    """What a class changes of the stock class that it is, or comes from."""
     if vars(kind).get("keeps_stages", False):
         return None
-    stock = next((base for base in kind.__mro__ if base in known), None)
+    stock = next((base for base in kind.__mro__ if base in _STOCK), None)
     if stock is None:
         return f"is a {kind.__name__}, which is no component of this package"
-    for base in kind.__mro__[: kind.__mro__.index(stock)]:
-        for name in vars(base):
-            if name not in _HARMLESS and hasattr(stock, name):
-                return f"is a {kind.__name__}, which overrides {name}"
+    for name, expected in _STOCK[stock].items():
+        found = next(vars(base)[name] for base in kind.__mro__ if name in vars(base))
+        if found is not expected:
+            how = "has another" if kind is stock else "overrides"
+            return f"is a {kind.__name__}, which {how} {name}"
     return None
 
 

@@ -72,7 +72,7 @@ class HookHandle:
     @property
     def acts(self) -> bool:
         """Whether it acts in the current thread and `with` block."""
-        if here.edits_only and (self.reads_only or self.dir == "bwd"):
+        if self.reads_only and self.point in here.edits_only:
             return False
         return (self.thread is None or self.thread is here.identity) and self.scope is here.scope
 

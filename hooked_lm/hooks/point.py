@@ -16,7 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hooked_lm._support.torch_internals import has_any_module_hooks, in_backward
 from hooked_lm.hooks.handle import Direction, HookFunction, HookHandle, changing_hooks
+from hooked_lm.hooks.thread import here
 from hooked_lm.names import layer_of
 
 __all__ = ["HookPoint", "TorchHook", "any_live", "carries_run", "is_live", "may_edit_forward"]
@@ -78,7 +80,10 @@ class HookPoint(nn.Module):
             # A view of its own: two points may be shown one tensor, and the gradient passes the later point first.
             x = x.view_as(x)
             # The present handles: backward runs them even if their `with` block has ended by then.
-            x.register_hook(lambda grad: _through(handles, grad, check_acts=False))
+            switch = here.gradient_switch
+            x.register_hook(
+                lambda grad: grad if switch and not switch.on else _through(handles, grad, check_acts=False)
+            )
         elif any(not handle.reads_only for handle in handles):
             raise RuntimeError(
                 f"the backward hook at {self.name!r} can never run: the activation does not require a gradient "
@@ -91,12 +96,18 @@ class HookPoint(nn.Module):
         """Whether a hook here acts in this thread."""
         if not (self.fwd_hooks or self.bwd_hooks or self._always_runs):
             return False
-        return self._always_runs or any(handle.acts for handle in (*self.fwd_hooks, *self.bwd_hooks))
+        return self._runs_anyway() or any(handle.acts for handle in (*self.fwd_hooks, *self.bwd_hooks))
+
+    def _runs_anyway(self) -> bool:
+        """Whether something besides hooks of ours runs here: hooks of torch's, or another forward."""
+        if not self._always_runs:
+            return False
+        return type(self)._always_runs or "forward" in vars(self) or has_any_module_hooks(self)
 
     @property
     def edited_forward(self) -> bool:
         """Whether a hook may change the activation."""
-        return self._always_runs or any(handle.acts and not handle.reads_only for handle in tuple(self.fwd_hooks))
+        return self._runs_anyway() or any(handle.acts and not handle.reads_only for handle in tuple(self.fwd_hooks))
 
     @property
     def edits(self) -> bool:
@@ -169,7 +180,7 @@ class HookPoint(nn.Module):
             including_permanent: count permanent hooks too.
             level: only hooks added in `hooks` contexts of this depth; None for any.
         """
-        handles = [handle for handle in (*self.fwd_hooks, *self.bwd_hooks) if dir in ("both", handle.dir)]
+        handles = [one for one in (*self.fwd_hooks, *self.bwd_hooks) if one.acts and dir in ("both", one.dir)]
         return any(
             (including_permanent or not handle.is_permanent) and (level is None or handle.context_level == level)
             for handle in handles
@@ -240,6 +251,8 @@ class HookPoint(nn.Module):
         self._always_runs = True
         return super().register_full_backward_hook(hook, prepend)
 
+    register_backward_hook = register_full_backward_hook
+
     def register_full_backward_pre_hook(self, hook: TorchHook, prepend: bool = False) -> RemovableHandle:
         """Register a hook of torch's, called as `hook(module, grad_output)`.
 
@@ -253,16 +266,38 @@ class HookPoint(nn.Module):
 def _through(handles: Sequence[HookHandle], x: Tensor, check_acts: bool = True) -> Tensor:
     """Return an activation, or a gradient, after hooks."""
     private = False  # whether x is the copy that editing hooks share
+    shared = False  # whether an editing hook may hold x, and write to it later
     for handle in tuple(handles):
         if check_acts and not handle.acts:
+            _refuse_recomputation(handle)
             continue
         if handle.edits_in_place and not private:
             x, private = x.clone(), True
+        if handle.reads_only:
+            # A gradient has to flow through what is kept, so with a graph it is the tensor itself.
+            handle(x.clone() if shared and not x.requires_grad else x)
+            private = False
+            continue
         returned = handle(x)
-        # A reading hook may keep the tensor, and a returned tensor may be referenced elsewhere.
-        private = private and returned is x and not handle.reads_only
+        # A returned tensor may be referenced elsewhere.
+        private, shared = private and returned is x, True
         x = returned
     return x
+
+
+def _refuse_recomputation(handle: HookHandle) -> None:
+    """Raise where autograd recomputes a run in a thread in which the run's hooks do not act.
+
+    Raises:
+        RuntimeError: this is one of autograd's own threads, or a thread that has only called `backward`.
+    """
+    if handle.thread is None or here.runs_models or not in_backward():
+        return
+    if handle.thread is not here.identity:
+        raise RuntimeError(
+            f"the hook at {handle.point.name!r} belongs to a `with` block of another thread, and checkpointing "
+            "recomputes the run in this one, without it: add hooks with add_hook, which act in every thread"
+        )
 
 
 # A hook point may be replaced by a module of another class, which always runs and may do anything.

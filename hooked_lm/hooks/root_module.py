@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hooked_lm.hooks.handle import Direction, HookFunction, HookHandle
+from hooked_lm.hooks.holder import HookHolder
 from hooked_lm.hooks.point import HookPoint
 from hooked_lm.hooks.recorder import Recorder
 from hooked_lm.hooks.thread import Token, only
@@ -36,7 +37,7 @@ class _Levels(threading.local):
 _open_contexts = _Levels()
 
 
-class HookedRootModule(nn.Module):
+class HookedRootModule(HookHolder):
     """An `nn.Module` that finds its hook points by name. Call `setup()` at the end of `__init__`.
 
     Hooks that are added by `add_hook` act in every thread; those of a `with` block (`hooks`), or of one run
@@ -59,8 +60,9 @@ class HookedRootModule(nn.Module):
         for name, point in self.hook_dict.items():
             point.name = name
             parent, _, attribute = name.rpartition(".")
-            # In the instance dictionary, where Python looks first: torch's lookup of modules is slower.
-            vars(self.get_submodule(parent))[attribute] = point
+            holder = self.get_submodule(parent)
+            if isinstance(holder, HookHolder):
+                holder.keep_at_hand(attribute, point)
 
     def hook_points(self) -> Iterable[HookPoint]:
         """Return every hook point, in the order of the module tree."""
@@ -254,6 +256,7 @@ class HookedRootModule(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
+                handle.scope = None
 
     # Running
 

@@ -6,16 +6,30 @@ None of it is kept on the model, so two threads may run one model under differen
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
-__all__ = ["Pass", "Token", "current_pass", "editing_hooks_only", "here", "in_pass", "only", "without_hooks"]
+__all__ = [
+    "GradientSwitch",
+    "Pass",
+    "Token",
+    "current_pass",
+    "editing_hooks_only",
+    "here",
+    "in_pass",
+    "only",
+    "without_hooks",
+]
 
 
 class Token:
     """An object that is compared by identity only; copying it returns the object itself."""
+
+    def __reduce__(self) -> tuple[Callable[[], Token], tuple[()]]:
+        # Read from a file it stands for the thread that reads it.
+        return _identity, ()
 
     def __copy__(self) -> Self:
         return self
@@ -35,24 +49,43 @@ class Pass:
     n_past: int = 0
 
 
+@dataclass
+class GradientSwitch:
+    """Whether the backward hooks of one part of a graph act.
+
+    Attributes:
+        on: they do.
+    """
+
+    on: bool = True
+
+
 class _Thread(threading.local):
     """The state of one thread.
 
     Attributes:
         identity: identifies the thread; unlike a thread number it is never reused.
         scope: None, or the token of the current `only` block, in which hooks of other scopes do not act.
-        edits_only: whether hooks that only read, and backward hooks, do not act.
+        edits_only: hook points at which hooks that only read do not act.
+        gradient_switch: turns off the backward hooks of what is computed meanwhile; None for no switch.
+        runs_models: whether this thread has run a model or opened a context; autograd's own threads have not.
         running: the current pass; between passes, a pass without earlier positions.
     """
 
     def __init__(self) -> None:
         self.identity = Token()
         self.scope: Token | None = None
-        self.edits_only = False
+        self.edits_only: frozenset[object] = frozenset()
+        self.gradient_switch: GradientSwitch | None = None
+        self.runs_models = False
         self.running = Pass()
 
 
 here = _Thread()
+
+
+def _identity() -> Token:
+    return here.identity
 
 
 def current_pass() -> Pass:
@@ -68,7 +101,7 @@ def in_pass(running: Pass) -> Generator[None, None, None]:
         running: the pass.
     """
     before = here.running
-    here.running = running
+    here.running, here.runs_models = running, True
     try:
         yield
     finally:
@@ -98,11 +131,30 @@ def without_hooks() -> Generator[None, None, None]:
 
 
 @contextmanager
-def editing_hooks_only() -> Generator[None, None, None]:
-    """Within a `with` block, only forward hooks that may edit act in this thread."""
+def editing_hooks_only(points: Iterable[object]) -> Generator[None, None, None]:
+    """Within a `with` block, hooks that only read do not act at some hook points, in this thread.
+
+    Args:
+        points: the hook points.
+    """
     before = here.edits_only
-    here.edits_only = True
+    here.edits_only = before.union(points)
     try:
         yield
     finally:
         here.edits_only = before
+
+
+@contextmanager
+def switched_gradients(switch: GradientSwitch) -> Generator[None, None, None]:
+    """Put the backward hooks of what is computed within a `with` block under a switch.
+
+    Args:
+        switch: while it is off, these hooks do not act.
+    """
+    before = here.gradient_switch
+    here.gradient_switch = switch
+    try:
+        yield
+    finally:
+        here.gradient_switch = before

@@ -39,7 +39,6 @@ from hooked_lm.patching.path_walk import PathRuns, StreamBatch
 from hooked_lm.patching.sites import Clean, SweepOptions, clean_activations, read_prompts, replacement
 from hooked_lm.sweep import AnyMetric, sweep
 from hooked_lm.tokenization import Prompts
-from hooked_lm.transformer import HookedTransformer
 
 __all__ = [
     "ROUTES",
@@ -270,7 +269,7 @@ class _PathPatching:
         self.clean, self.given_mask, self.memory_budget = clean, attention_mask, memory_budget
         self.corrupted_cache = corrupted_cache
         self.rules = NodeRules(model, self.tokens.shape[1], routes)
-        self.obstacle = not_stock(cast(nn.Module, model), HookedTransformer)
+        self.obstacle = not_stock(cast(nn.Module, model))
 
     @torch.no_grad()
     def patch(

@@ -8,7 +8,6 @@ from hooked_lm.components.stock import not_stock
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.hooks import any_live
 from hooked_lm.interventions import Intervention
-from hooked_lm.transformer import HookedTransformer
 
 __all__ = ["walking_obstacle"]
 
@@ -28,9 +27,11 @@ def walking_obstacle(model: HookedModel, always: Sequence[Intervention]) -> str 
         return "there are no layers to spare"
     if cfg.attention_dir == "bidirectional":
         return "earlier positions see later ones"
-    changed = not_stock(model, HookedTransformer)  # type: ignore[arg-type]
+    changed = not_stock(model)  # type: ignore[arg-type]
     if changed is not None:
         return changed
+    if any((block.attn_only, block.parallel) != (cfg.attn_only, cfg.parallel_attn_mlp) for block in model.blocks):
+        return "a block is of another kind than the config says"
     if any_live(model.hook_points()):
         return "the model has hooks, which may do anything"
     if any(one.site.startswith(("blocks.", "ln_final.", "unembed.")) for one in always):

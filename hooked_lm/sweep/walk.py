@@ -146,9 +146,6 @@ class SweepWalk:
         skipped = self._prune(prune)
         if any(skipped):
             resid_pre = self._pack([rows[:, skip:] for rows, skip in zip(streams, skipped, strict=True)])
-        hooked = any(point.name in self.edits for point in (attn.hook_attn_scores, attn.hook_pattern))
-        eager = hooked or attn.score_cap > 0 or attn.sinks is not None
-        attend = attn.eager_attention if eager else attn.fused_attention
         z = []
         for index, group in enumerate(self.groups):
             q_group = queries[index][:, skipped[index] :]
@@ -156,7 +153,7 @@ class SweepWalk:
                 self.current = group
                 k_group = self._with_past(key_site(self.model.cfg, layer), group, keys[index])
                 v_group = self._with_past(get_act_name("v", layer), group, values[index])
-                q_group = attend(q_group, k_group, v_group, self._layout(group))
+                q_group = attn.attend(q_group, k_group, v_group, self._layout(group))
             z.append(q_group)
         self.current = None
         return resid_pre, self._pack(z)
