@@ -232,7 +232,7 @@ def test_what_a_cache_cannot_give_is_named(make: Callable[[], Intervention], err
 
 def test_a_value_for_other_prompts_than_those_that_are_swept_is_named_before_anything_runs() -> None:
     cell = Intervention.from_cache(Z, cached(tiny_tokens(3, 5)))
-    with pytest.raises(ValueError, match=r"shape \(3, 5, 3, 4\) does not fit what is selected, \(3, 7, 3, 4\)"):
+    with pytest.raises(ValueError, match=r"shape \(3, 5, 3, 4\) does not fit the selection, \(3, 7, 3, 4\)"):
         sweep(MODEL, CORRUPTED, [cell], logit(0), verbose=False)
 
 

@@ -1,4 +1,4 @@
-"""The order of the package: a module imports only from the rooms above it, and none asks for a family's name."""
+"""The order of the package: imports go to rooms above, files are short, private names stay private."""
 
 from __future__ import annotations
 

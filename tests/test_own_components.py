@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hooked_lm import ActivationCache, HookedTransformer, Intervention, metrics, patching
+from hooked_lm import HookedTransformer, Intervention, metrics, patching
 from hooked_lm.components import MLP, Attention, TransformerBlock
 from hooked_lm.components.stock import not_stock
 from hooked_lm.hooks import HookPoint
@@ -213,17 +213,6 @@ def test_a_cache_does_not_take_overridden_components_for_stock_ones() -> None:
     torch.testing.assert_close(
         lens[-1], cache["ln_final.hook_normalized"] * 0 + model.ln_final(cache["resid_post", -1])
     )
-
-
-@torch.no_grad()
-def test_recorded_head_results_serve_where_attention_is_overridden() -> None:
-    model = tiny_model()
-    for block in model.blocks:
-        block.attn.__class__ = hot(type(block.attn))
-    _, cache = model.run_with_cache(CORRUPTED, names_filter=["*hook_result", "*hook_z", "*resid*"])
-    assert isinstance(cache, ActivationCache)
-    stacked = cache.stack_head_results()
-    torch.testing.assert_close(stacked[:3], cache["result", 0].movedim(2, 0), rtol=0, atol=1e-12)
 
 
 def test_models_made_of_other_classes_are_told_apart_by_name() -> None:

@@ -407,6 +407,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, owner: type, method: str) -> list[t
         calls.append(args)
         return original(*args, **kwargs)
 
+    counting.keeps_stages = True  # type: ignore[attr-defined]
     monkeypatch.setattr(owner, method, counting)
     return calls
 
@@ -615,11 +616,15 @@ GOOD = Intervention("blocks.0.hook_resid_pre", "zero", pos=1)
         (Intervention("blocks.0.hook_resid_pre", "zero", pos=(0, -7)), ValueError, "pos -7: the prompts have 6 pos"),
         (Intervention("blocks.0.attn.hook_pattern", "zero", feature=6), ValueError, "feature 6: the prompts have 6"),
         (Intervention("blocks.0.hook_resid_pre", "zero", batch=2), ValueError, "batch 2: the prompts have 2 in the"),
-        (Intervention("blocks.1.hook_mlp_out", "add", torch.zeros(5)), ValueError, r"shape \(5,\) does not fit what"),
+        (
+            Intervention("blocks.1.hook_mlp_out", "add", torch.zeros(5)),
+            ValueError,
+            r"shape \(5,\) does not fit the selection",
+        ),
         (
             Intervention("blocks.0.attn.hook_z", "add", torch.zeros(3, 4), pos=(0, 5), head=1),
             ValueError,
-            r"shape \(3, 4\) .* selected, \(2, 2, 4\)",
+            r"shape \(3, 4\) .* selection, \(2, 2, 4\)",
         ),
         ("hook_embed", TypeError, "a cell is an Intervention or several, got 'h"),
     ],

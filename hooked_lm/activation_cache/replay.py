@@ -314,8 +314,8 @@ def _check_edits(edited: Sequence[str]) -> None:
     norms = {name.partition(".ln1.")[0] for name in edited if ".ln1." in name}
     if heads & norms:
         raise ValueError(
-            f"hooks edit the norm and single heads' inputs in {min(heads & norms)}, which a lazy cache cannot put back: "
-            "cache without lazy=True"
+            f"hooks edit the norm and single heads' inputs in {min(heads & norms)}, which a lazy cache cannot put "
+            "back: cache without lazy=True"
         )
 
 

@@ -9,7 +9,7 @@ from hooked_lm.components.norm import LayerNorm, LayerNormPre, Norm, RMSNorm, RM
 from hooked_lm.components.positions import PosEmbed
 from hooked_lm.components.sequence import SequenceLayout
 
-# One attention class does what the classic library had three for.
+# The classic library's names for the one attention class.
 AbstractAttention = Attention
 GroupedQueryAttention = Attention
 

@@ -50,7 +50,7 @@ class HeadSource:
             found |= different if len(different) == heads else different.unflatten(0, (heads, -1)).any(1)
         return found.tolist()
 
-    def shown_to(self, point: nn.Module, heads: int) -> HeadSource:
+    def through(self, point: nn.Module, heads: int) -> HeadSource:
         """Return the source after a hook point.
 
         If the query heads of a key-value head have different copies at `hook_attn_in`, the key-value head gets their
@@ -87,11 +87,11 @@ def per_head_inputs(
         n_heads, n_kv_heads: the number of copies for queries, and for keys and values.
     """
     attn_in, q_input, k_input, v_input = points
-    source = HeadSource(resid_pre).shown_to(attn_in, n_heads)
+    source = HeadSource(resid_pre).through(attn_in, n_heads)
     sources = (
-        source.shown_to(q_input, n_heads),
-        source.shown_to(k_input, n_kv_heads),
-        source.shown_to(v_input, n_kv_heads),
+        source.through(q_input, n_heads),
+        source.through(k_input, n_kv_heads),
+        source.through(v_input, n_kv_heads),
     )
     if ln1 is None:
         return sources[0].stream, sources[1].stream, sources[2].stream

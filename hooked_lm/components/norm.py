@@ -37,7 +37,7 @@ class Norm(HookHolder):
         eps: added under the root.
         centred: subtract the mean (LayerNorm) or not (RMSNorm).
         affine: has a gain `w`, and a bias `b` if centred; otherwise neither.
-        axes: the axes of what is normalised, for the hook points.
+        axes: the axes of the input, for the hook points.
         gains: the shape of `w` and `b`, by default that of the normalised axes.
     """
 

@@ -148,7 +148,7 @@ def _overridden(kind: type) -> str | None:
         return f"is a {kind.__name__}, which is no component of this package"
     for name, expected in _STOCK[stock].items():
         found = next(vars(base)[name] for base in kind.__mro__ if name in vars(base))
-        if found is not expected:
+        if found is not expected and not getattr(found, "keeps_stages", False):
             how = "has another" if kind is stock else "overrides"
             return f"is a {kind.__name__}, which {how} {name}"
     return None

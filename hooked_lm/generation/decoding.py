@@ -134,7 +134,7 @@ def decode_steps(
 ) -> Iterator[Int[Tensor, " batch"]]:
     """Yield the next token of every prompt, step by step.
 
-    A prompt that has produced an end-of-sequence token goes on repeating it; when all have, the loop ends.
+    After an end-of-sequence token a prompt is padded with that token; the loop ends when all prompts have one.
 
     Args:
         model: called once per step, with its hooks.

@@ -89,9 +89,9 @@ class Intervention:
     Attributes:
         site: full hook name, `"blocks.3.attn.hook_z"`.
         operation: `"replace"` by the value, `"add"` it, `"scale"` by it, or `"zero"`.
-        value: a number, or a tensor that broadcasts to what is selected; none for `"zero"`.
+        value: a number, or a tensor that broadcasts to the selection; none for `"zero"`.
         pos: positions. From 0 they are those of the whole text, also when a generation reads it in steps; negative ones
-            count from the end of what is being read, so that -1 is the newest position at every step. For scores and
+            count from the end of the present pass, so that -1 is the newest position at every step. For scores and
             patterns they are query positions.
         head, feature, batch: heads, entries of the last axis, prompts.
 
@@ -308,8 +308,8 @@ class Intervention:
             torch.empty(self.value.shape, device="meta").expand(selected)  # type: ignore[arg-type]
         except RuntimeError as error:
             raise ValueError(
-                f"{self.operation} at {self.site!r}: a value with shape {tuple(self.value.shape)} does not fit what is "
-                f"selected, {tuple(selected)}"
+                f"{self.operation} at {self.site!r}: a value with shape {tuple(self.value.shape)} does not fit the "
+                f"selection, {tuple(selected)}"
             ) from error
 
     def apply(self, x: Tensor, axes: Sequence[str], n_past: int = 0) -> tuple[Tensor, tuple[int, ...]]:
@@ -363,8 +363,8 @@ class Intervention:
             value = value.expand(shape).reshape(whole)
         except RuntimeError as error:
             raise ValueError(
-                f"{self.operation} at {self.site!r}: a value with shape {tuple(value.shape)} does not fit what is "
-                f"selected, {tuple(shape)}"
+                f"{self.operation} at {self.site!r}: a value with shape {tuple(value.shape)} does not fit the "
+                f"selection, {tuple(shape)}"
             ) from error
         if pos_axis is not None and isinstance(self.pos, tuple):
             value = value.index_select(pos_axis, torch.tensor(here, device=value.device))

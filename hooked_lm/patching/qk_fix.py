@@ -48,14 +48,10 @@ def check_attention(model: HookedModel) -> None:
         ValueError: some layer's attention is not as this package wrote it, and may do something else.
     """
     for layer in range(model.cfg.n_layers):
-        reason = not_stock(model.blocks[layer].attn)
+        reason = not_stock(model.blocks[layer].attn, name=f"blocks.{layer}.attn")
         if reason is not None:
-            module = f"blocks.{layer}.attn"
-            own = reason.startswith("the model ")
-            named = f"{module} {reason.removeprefix('the model ')}" if own else reason
-            inner = "" if own else f" (in {module})"
             raise ValueError(
-                f"qk_fix computes attention anew from queries and keys, as the stock Attention does, but {named}{inner}"
+                f"qk_fix computes attention anew from queries and keys, as the stock Attention does, but {reason}"
                 ": leave qk_fix out, or patch queries and keys exactly"
             )
 

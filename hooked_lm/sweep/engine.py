@@ -1,7 +1,7 @@
-"""Thousands of interventions, one value each, without running the model thousands of times.
+"""sweep: the metric of many interventions, without running the whole model for each.
 
-`sweep(model, tokens, cells, metric)` gives what a loop of `metric(model.run(tokens, interventions=cell))` gives, cell
-by cell, and recomputes only what a cell can change.
+`sweep(model, tokens, cells, metric)` returns the numbers of a loop of `metric(model.run(tokens, interventions=cell))`,
+and recomputes only the activations that a cell can change.
 """
 
 from __future__ import annotations
@@ -43,31 +43,31 @@ def sweep(
     memory_budget: int = 2**29,
     verbose: bool = True,
 ) -> Float[Tensor, " cell"] | Float[Tensor, "cell batch"]:
-    """Return the metric of every cell: what the model's logits score when a cell's interventions are made.
+    """Return the metric of every cell, computed on the model's logits under the cell's interventions.
 
     Equal to running the model once per cell, up to the order of floating-point sums. Cells of any sites, layers and
-    positions mix. What cannot be walked is run the plain way, and the progress bar says why: bidirectional models,
-    models with hooks or with components that are not this package's own (`components.stock`), cells that change tokens,
-    embeddings or the unembedding, and whatever is `always` changed in the blocks. Cells that change nothing the metric
-    reads get the score of the run as it is.
+    positions may be mixed. The whole model is run once per cell, and the progress bar shows the reason, for
+    bidirectional models, models with hooks or with modified components (`components.stock`), cells that change tokens,
+    embeddings or the unembedding, and `always` interventions in the blocks. Cells that change no logit that the metric
+    reads get the score of the run without a cell.
 
     Args:
         model: a `HookedTransformer`.
         tokens: the prompts, as the model takes them.
         cells: each an intervention, or several that are made together.
-        metric: one of `hooked_lm.metrics`, of which only what it reads is unembedded, or any function from logits
-            [batch pos vocab] to a scalar.
-        always: interventions that are made in every run besides, such as noise on the embeddings.
+        metric: one of `hooked_lm.metrics`, for which only the logits that it reads are computed, or any function from
+            logits [batch pos vocab] to a scalar.
+        always: interventions made in every run in addition to a cell's, such as noise on the embeddings.
         attention_mask: [batch pos], 0 at padding.
         per_prompt: keep the prompts apart: [cell batch]. Needs a metric of `hooked_lm.metrics`.
         incremental: False runs the model once per cell.
-        memory_budget: bytes that the activations of one walk may take, roughly.
+        memory_budget: approximate memory, in bytes, for the activations of one batched incremental forward.
         verbose: show a progress bar.
 
     Raises:
         UnknownHookError: a site that the model does not have.
-        ValueError: a position, head or feature out of range, a value that does not fit, or a metric that returns
-            something else than a number (a NaN too). Nothing has run when an intervention is at fault.
+        ValueError: a position, head or feature out of range, a value that does not broadcast (both raise before
+            anything runs), or a metric that returns NaN or something other than a number.
     """
     if isinstance(cells, Intervention) or isinstance(always, Intervention):
         raise TypeError("cells and always are lists of interventions, got a single Intervention: put it into a list")
@@ -80,7 +80,7 @@ def sweep(
         raise ValueError("per_prompt needs a metric of hooked_lm.metrics, which scores every prompt")
     tokens, attention_mask = model.tokens_and_mask(tokens, attention_mask)
     if attention_mask is None:
-        # The tokens of a string may start with what passes for padding: say that nothing is.
+        # An explicit mask, so that a padding token at the start of a text is not taken for padding.
         attention_mask = torch.ones_like(tokens)
     if isinstance(metric, Metric):
         metric.check_run(tokens, model.cfg.d_vocab_out, attention_mask)
@@ -95,7 +95,7 @@ def sweep(
 
 
 class _Engine:
-    """A sweep's settings, and both ways of carrying it out."""
+    """A sweep's settings, and its two implementations: incremental, and one run per cell."""
 
     def __init__(
         self,
@@ -147,7 +147,7 @@ class _Engine:
         base, out = self.base_run(cells)
         last_read = self.metric.pos % self.tokens.shape[1] if isinstance(self.metric, Metric) else 0
         changing = [from_first_change(cell, base.cache, self.model.hook_dict) for cell in cells]
-        # What comes after the last position that is read has no effect either.
+        # A change after the last position that the metric reads has no effect either.
         walked = [
             cell for cell in changing if cell and (cell.first <= last_read or not isinstance(self.metric, Metric))
         ]
@@ -162,9 +162,9 @@ class _Engine:
             advance(len(chunk))
 
     def base_run(self, cells: Sequence[SweepCell]) -> tuple[BaseRun, Float[Tensor, "batch pos out"]]:
-        """Run the prompts once, and keep what rows join with and read.
+        """Return the base run, with the activations that rows start from and attend to, and its output.
 
-        With it comes the stream after the last layer if the metric says what it reads, and the logits if it does not.
+        The output is the residual after the last layer for a `Metric`, and the logits for another function.
         """
         layers = range(self.cfg.n_layers)
         names = {key_site(self.cfg, layer) for layer in layers} | {get_act_name("v", layer) for layer in layers}
@@ -198,7 +198,7 @@ class _Engine:
         return self.metric.scores(self.read_logits(read.transpose(0, 1)))[0]
 
     def joined_with(self, cell: SweepCell) -> set[str]:
-        """The names of the base run's activations that a cell's rows are made of."""
+        """Return the names of the base run's activations that a cell's rows start from."""
         if cell.stage is Stage.START:
             return set()
         sites = {one.site for one in cell.at_entry}
@@ -213,16 +213,16 @@ class _Engine:
         return sites | {name for name in exist if name in self.model.hook_dict}
 
     def chunks(self, cells: list[SweepCell]) -> Iterable[list[SweepCell]]:
-        """The cells in portions whose activations fit the memory budget. Cells of one layer stay together."""
+        """Yield the cells in chunks whose activations fit the memory budget. Cells of one layer stay together."""
         cfg, (batch, n_positions) = self.cfg, self.tokens.shape
         width = 12 * cfg.d_model + 4 * (cfg.d_mlp or 0) + 3 * cfg.n_heads * n_positions + 6 * cfg.n_heads * cfg.d_head
         per_position = batch * width * self.model.W_E.element_size()
-        # All logits of the positions that are read, and what the metric makes of them.
+        # The logits of the positions that the metric reads, and as much again for the metric.
         n_read, tokens = (1, self.metric.tokens) if isinstance(self.metric, Metric) else (n_positions, None)
         per_cell = 2 * batch * n_read * cfg.d_vocab_out * self.model.W_E.element_size() if tokens is None else 0
         chunk: list[SweepCell] = []
         used = 0
-        # Where one cell gives heads inputs of their own, all rows have such: cells that do are kept apart.
+        # If one cell needs per-head inputs, all rows of its chunk get them: such cells have chunks of their own.
         apart = {cell.index: reads_per_head(cell.on_the_way) for cell in cells}
         for cell in sorted(cells, key=lambda cell: (apart[cell.index], cell.layer, cell.stage, cell.first)):
             needed = (n_positions - cell.first) * per_position + per_cell
@@ -235,7 +235,7 @@ class _Engine:
             yield chunk
 
     def score_group(self, group: WalkGroup, normalized: Tensor, base_out: Tensor, results: Tensor) -> None:
-        """Put down the scores of a group's cells, given their final stream [row pos d_model]."""
+        """Write the scores of a group's cells into `results`, given their final residuals [row pos d_model]."""
         batch = self.tokens.shape[0]
         if isinstance(self.metric, Metric):
             read = normalized[:, self.metric.pos % self.tokens.shape[1] - group.start]
@@ -248,7 +248,7 @@ class _Engine:
             results[cell.index] = self.scores(whole)
 
     def read_logits(self, read: Float[Tensor, "cell batch d_model"]) -> Float[Tensor, "cell batch token"]:
-        """Return the logits that the metric reads, and no others. (No cell in a walk edits the unembedding.)"""
+        """Return the logits that the metric reads, and no others. (No incremental cell edits the unembedding.)"""
         unembed, tokens = self.model.unembed, getattr(self.metric, "tokens", None)
         if tokens is None:
             logits: Tensor = unembed(read)

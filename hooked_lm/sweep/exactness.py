@@ -1,4 +1,4 @@
-"""When a sweep may walk: the conditions under which skipping work gives the numbers of the plain loop."""
+"""walking_obstacle: whether a sweep may skip work and still return the numbers of the plain loop."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ __all__ = ["walking_obstacle"]
 
 
 def walking_obstacle(model: HookedModel, always: Sequence[Intervention]) -> str | None:
-    """Return why nothing can be walked, for the progress bar; None if walking is exact.
+    """Return why the incremental forward would not be exact, for the progress bar; None if it is.
 
-    A walk leaves out the positions before a cell's edit and the layers below it, so nothing may look back at them but
-    attention, and everything between the hook points must be what this package's own components do there.
+    It leaves out the positions before a cell's edit and the layers below it. So nothing but attention may read them,
+    and the computation between hook points must be that of this package's components.
 
     Args:
         model: the model.
-        always: interventions that are made in every run besides the cells.
+        always: interventions made in every run in addition to a cell's.
     """
     cfg = model.cfg
     if cfg.n_layers == 0:
-        return "there are no layers to spare"
+        return "the model has no layers"
     if cfg.attention_dir == "bidirectional":
-        return "earlier positions see later ones"
+        return "earlier positions attend to later ones"
     changed = not_stock(model)  # type: ignore[arg-type]
     if changed is not None:
         return changed

@@ -1,4 +1,4 @@
-"""Where a cell of a sweep first changes the run: in which layer, where in the block, from which position on."""
+"""plan_cell: the layer, stage and position at which a cell of a sweep first changes the run."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ __all__ = ["Stage", "SweepCell", "plan_cell", "reads_per_head"]
 
 
 class Stage(IntEnum):
-    """The points of a block at which a cell's rows can join the walk, in the order of computation."""
+    """The points of a block at which a cell's rows can join the incremental forward, in the order of computation."""
 
-    START = 0  # with the stream that enters the block
-    Z = 1  # with what the heads have gathered
-    MID = 2  # with the stream that the MLP reads
-    END = 3  # with the stream that leaves the block
+    START = 0  # with the residual at the block's input
+    Z = 1  # with the heads' z
+    MID = 2  # with the residual at the MLP's input
+    END = 3  # with the residual after the block
 
 
 @dataclass(frozen=True)
 class SweepCell:
-    """One cell: interventions that are made together.
+    """One cell of a sweep: interventions that are made together.
 
     Attributes:
         index: its place in the result.
-        layer, stage: where its rows join the walk; `n_layers` and START for the final norm and the unembedding.
+        layer, stage: where its rows join; `n_layers` and START for the final norm and the unembedding.
         first: the first position that it can change.
-        at_entry: the interventions that are made on the base run's activation as the rows join; all at one site.
-        on_the_way: the others, made by hooks.
+        at_entry: interventions made on the base run's activation when the rows join; all at one site.
+        on_the_way: all other interventions, made by hooks.
     """
 
     index: int
@@ -51,7 +51,7 @@ _ENTRIES = {
     "hook_mlp_out": Stage.END,
     "hook_resid_post": Stage.END,
 }
-# The order of those that share a stage: what comes later in the block can still be edited by the way.
+# The order of sites that share a stage: a site later in the block can still be edited by a hook.
 _ORDER = {"hook_attn_out": 0, "hook_resid_mid": 1, "hook_mlp_out": 1, "hook_resid_post": 2}
 _HEAD_INPUTS = ("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input")
 _MLP_SITE = re.compile(r"(mlp|ln2|ln2_post)\.|hook_mlp_in")
@@ -61,10 +61,16 @@ _BLOCK_SITE = re.compile(r"blocks\.(\d+)\.(.+)")
 def plan_cell(
     index: int, interventions: Sequence[Intervention], cfg: HookedTransformerConfig, n_positions: int
 ) -> SweepCell | None:
-    """Return how a cell enters the walk.
+    """Return where a cell joins the incremental forward; None if it has to be run by itself.
 
-    None if it cannot: if it changes what comes before the first block, or the logits themselves, or both a norm and
-    what single heads read past it, where rows of other cells would be in the way.
+    Cells are run by themselves if they edit activations before the first block, the logits, or both a norm and the
+    per-head inputs behind it: the norm's hooks would act on rows of other cells too.
+
+    Args:
+        index: the cell's place in the result.
+        interventions: of the cell.
+        cfg: the model's config.
+        n_positions: the length of the prompts.
     """
     if any(not _is_reached(one.site) for one in interventions):
         return None
@@ -77,7 +83,7 @@ def plan_cell(
         for one, key in zip(interventions, keys, strict=True)
         if key == (layer, stage, order) and _suffix(one.site) in _ENTRIES
     )
-    # A site that is edited by a hook does not let anything enter past it.
+    # If one edit of the first site needs a hook, the rows join before that site, and hooks make all its edits.
     if len(at_entry) < sum(key == (layer, stage, order) for key in keys):
         at_entry = ()
     return SweepCell(
@@ -91,7 +97,7 @@ def plan_cell(
 
 
 def _at_positions(intervention: Intervention, n_positions: int) -> Intervention:
-    """The same intervention with its positions counted from the start, since rows do not hold all of them."""
+    """Return the intervention with positions counted from the start, since rows may lack the first positions."""
     pos = intervention.pos
     if pos is None:
         return replace(intervention, pos=tuple(range(n_positions)))
@@ -101,7 +107,11 @@ def _at_positions(intervention: Intervention, n_positions: int) -> Intervention:
 
 
 def reads_per_head(interventions: Sequence[Intervention]) -> bool:
-    """Return whether heads are given inputs of their own."""
+    """Return whether interventions edit per-head inputs.
+
+    Args:
+        interventions: of a cell.
+    """
     return any(one.site.endswith(_HEAD_INPUTS) for one in interventions)
 
 
@@ -115,7 +125,7 @@ def _suffix(site: str) -> str:
 
 
 def _entry(site: str, cfg: HookedTransformerConfig) -> tuple[int, int, int]:
-    """The layer, stage and order within the stage of a site."""
+    """Return the layer, stage and order within the stage of a site."""
     match = _BLOCK_SITE.fullmatch(site)
     if match is None:
         return cfg.n_layers, Stage.START, 0

@@ -1,8 +1,8 @@
-"""One walk up the layers for many cells: rows join where they first differ, and only what can differ is computed.
+"""SweepWalk: one batched incremental forward for many cells, which computes only activations that can differ.
 
-In a causal model an edit at layer l and position p leaves every layer below l and every position before p as they were
-(Elhage et al. 2021 draw the same picture of the residual stream). So a row consists of positions p and after, reads the
-keys and values before p from the base run, and joins at layer l with the base run's activation, edited.
+In a causal model an edit at layer l and position p changes no layer below l and no position before p. So the row of a
+cell holds positions p and after, takes the keys and values before p from the base run, and joins the batch at layer l
+with the base run's activation, edited.
 
 The rows of all groups are packed into one tensor [1 token ...], so that every matrix is multiplied once per layer; only
 attention is done group by group.
@@ -63,7 +63,7 @@ class WalkGroup:
 
     Attributes:
         first: the first position they compute.
-        start: the first position of the queries; later than `first` where nothing reads what is before.
+        start: the first position of the queries; later than `first` once earlier positions are no longer read.
         cells: in the order of the rows.
     """
 
@@ -235,7 +235,7 @@ class SweepWalk:
         return self._after_writing(cell, layer, str(site))
 
     def _after_writing(self, cell: SweepCell, layer: int, site: str) -> Float[Tensor, "batch pos d_model"]:
-        """The stream after a block in which what attention or the MLP writes is edited last."""
+        """Return the residual after a block whose attention or MLP output is the last edit."""
         block = self.model.blocks[layer]
         written = self._edited(cell, get_act_name(site, layer))
         if block.parallel and not block.attn_only:
@@ -275,7 +275,7 @@ class SweepWalk:
         """The hook at every site that is edited on the way: each edit acts on its cell's rows."""
         site = str(hook.name)
         edits = self.edits[site]
-        if self.current is not None:  # scores and patterns are shown group by group
+        if self.current is not None:  # hooks on scores and patterns run group by group
             self._edit_rows(edits, x, self.current, site)
             return x
         for group, part in zip(self.groups, self._unpack(x), strict=True):
@@ -339,7 +339,7 @@ def _rows(rows: Tensor, more: Tensor) -> Tensor:
 
 
 def _hookless(norm: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A norm on the stream without its hook points, which are shown packed rows only."""
+    """Return a norm on the stream that runs without hooks, since hooks act on packed rows only."""
 
     def normalized(x: Tensor) -> Tensor:
         with without_hooks():
