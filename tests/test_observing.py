@@ -107,7 +107,9 @@ def test_caching_everything_with_gradients_changes_nothing_of_an_edit(architectu
         with model.hooks(fwd_hooks=[(edited, tilt)]):
             loss, cache = model.run_with_cache(tokens, names_filter=others, incl_bwd=True, return_type="loss")
         gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-        missing = [name for name in others if f"{name}_grad" not in cache]
+        # Where every head's copy is edited, none reads the norm of the stream, which then has no gradient.
+        unread = ".ln1." if edited.endswith("hook_attn_in") else "nothing"
+        missing = [name for name in others if f"{name}_grad" not in cache and unread not in name]
         model.zero_grad()
         with model.hooks(fwd_hooks=[(edited, tilt)]):
             plain = model(tokens, return_type="loss")
@@ -171,3 +173,77 @@ def test_the_gradient_of_a_heads_input_is_that_of_its_own_head_through_the_froze
     through = onto_head * model.blocks[0].ln1.w / scale[:, :, None]
     expected = through - through.mean(-1, keepdim=True)
     torch.testing.assert_close(gradients["blocks.0.hook_q_input"], expected, rtol=0, atol=1e-12)
+
+
+# Hooks of the norm run once, whoever observes the copies
+
+
+@pytest.mark.parametrize("observed", ["blocks.0.hook_attn_in", "blocks.0.hook_q_input", "blocks.0.hook_v_input"])
+@pytest.mark.parametrize("site", ["blocks.0.ln1.hook_scale", "blocks.0.ln1.hook_normalized"])
+def test_a_hook_that_counts_or_draws_runs_once_and_keeps_the_tensor_of_the_run(site: str, observed: str) -> None:
+    model, tokens = tiny_model(), tiny_tokens(2, 5)
+
+    def run(**hooks: Any) -> tuple[Tensor, Tensor, int]:
+        calls: list[Tensor] = []
+        generator = torch.Generator().manual_seed(3)
+
+        def noise(x: Tensor, hook: HookPoint) -> Tensor:
+            calls.append(x)
+            return x * (1 + 0.3 * torch.rand(x.shape, generator=generator, dtype=x.dtype))
+
+        with model.hooks(fwd_hooks=[(site, noise)]), model.hooks(**hooks):
+            logits = model(tokens)
+        return logits, torch.autograd.grad(logits[0, -1, 3], calls[0])[0], len(calls)
+
+    logits, gradient, n_calls = run()
+    for hooks in ({"fwd_hooks": [(observed, look)]}, {"bwd_hooks": [(observed, look)]}):
+        observed_logits, observed_gradient, observed_calls = run(**hooks)
+        assert observed_calls == n_calls == 1
+        torch.testing.assert_close(observed_logits, logits, rtol=0, atol=1e-12)
+        torch.testing.assert_close(observed_gradient, gradient, rtol=0, atol=1e-12)
+
+
+def test_a_wrapped_norm_keeps_its_hooks_and_is_called_with_the_stream() -> None:
+    class Wrapped(torch.nn.Module):
+        def __init__(self, base: torch.nn.Module) -> None:
+            super().__init__()
+            self.base, self.mask = base, torch.linspace(0.5, 1.5, 5, dtype=torch.float64)[None, :, None]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) * self.mask
+
+    model, tokens = tiny_model(), tiny_tokens(2, 5)
+    model.blocks[0].ln1 = Wrapped(model.blocks[0].ln1)
+    model.setup()
+    for edited in ("blocks.0.ln1.base.hook_scale", "blocks.0.ln1.base.hook_normalized"):
+        for edit, dir in ((tilt, "fwd"), (tilt, "bwd")):
+            alone = outcome(model, tokens, edited, edit, dir)
+            for observed in ("blocks.0.hook_attn_in", "blocks.0.hook_q_input", "blocks.0.hook_k_input"):
+                with model.hooks(**observers([observed], edit)):
+                    assert differing(outcome(model, tokens, edited, edit, dir), alone) < 1e-12
+
+
+def test_a_cached_tensor_is_not_changed_by_hooks_before_or_after_the_recorder() -> None:
+    model, tokens, name = tiny_model(), tiny_tokens(2, 5), "blocks.0.hook_resid_pre"
+    kept, buffer = [], torch.randn(2, 5, 12, dtype=torch.float64)
+    store, fwd, _ = model.get_caching_hooks(name)
+
+    def keep(x: Tensor, hook: HookPoint) -> None:
+        kept.append(x)
+
+    def reuse(x: Tensor, hook: HookPoint) -> Tensor:
+        return buffer
+
+    def wipe(x: Tensor, hook: HookPoint) -> None:
+        x.zero_()
+
+    with torch.no_grad():
+        expected = model(tokens, stop_at_layer=0)
+        model.run_with_hooks(tokens, fwd_hooks=[(name, keep), *fwd, (name, wipe)])
+        torch.testing.assert_close(store[name], expected)
+        kept[0].fill_(7.0)
+        torch.testing.assert_close(store[name], expected)
+        model.run_with_hooks(tokens, fwd_hooks=[(name, reuse), *fwd])
+        before = buffer.clone()
+        buffer.zero_()
+        torch.testing.assert_close(store[name], before)

@@ -240,7 +240,7 @@ def test_modules_in_the_place_of_hook_points_are_part_of_the_model(name: str, ro
 def test_a_sender_or_receiver_at_a_replaced_hook_point_raises() -> None:
     model = tiny_model()
     model.blocks[1].hook_mlp_out = Sparse()
-    with pytest.raises(RuntimeError, match=r"hook at 'blocks\.1\.hook_mlp_out' was asked for"):
+    with pytest.raises(RuntimeError, match=r"hook at 'blocks\.1\.hook_mlp_out' never ran"):
         patching.path_patch(model, CORRUPTED, CLEAN, METRIC, [("mlp_out", 1)], "logits", **QUIET)
 
 

@@ -280,7 +280,6 @@ def record_run(
         residuals[first] = cast(Tensor, call["input"]).detach().clone()
     keep = call["logits_to_keep"]
     edited = [name for name, point in model.hook_dict.items() if _may_change(point)]
-    _check_edits(edited)
     output, seen, edits = _recorded(model, call, list(streams.values()), edited, device, clear_contexts)
     residuals |= {layer: seen[name] for layer, name in streams.items()}
     kind = model.W_E.device.type
@@ -336,6 +335,7 @@ def _recorded(
     seen: dict[str, Tensor] = {}
     before: dict[str, Tensor] = {}
     edits: dict[str, Tensor] = {}
+    changed: list[str] = []
 
     def look(x: Tensor, hook: HookPoint) -> None:
         before[hook.name] = x.detach().clone()
@@ -344,8 +344,12 @@ def _recorded(
         x = x.detach()
         if hook.name in streams:
             seen[hook.name] = x.to(device=device)
-        untouched = hook.name in before and not hook.on_demand and torch.equal(before.pop(hook.name), x)
-        if hook.name in edited and not untouched:
+        if hook.name not in edited:
+            return
+        same = hook.name in before and torch.equal(before.pop(hook.name), x)
+        if not same:
+            changed.append(hook.name)
+        if hook.on_demand or not same:
             edits[hook.name] = x.to(device=device)
 
     handles = _acting(model)
@@ -364,6 +368,7 @@ def _recorded(
         raise RuntimeError(
             "hooks were added or removed while the model ran, so a lazy cache cannot compute the same activations again"
         )
+    _check_edits(changed)
     return output, seen, edits
 
 

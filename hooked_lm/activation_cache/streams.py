@@ -248,9 +248,10 @@ class ResidualStreams(CachedActivations):
         norm = self._norm(layer, mlp_input)
         if norm is None:
             return None, torch.ones(())
-        require_stock("a component's share of a norm's output", "the norm at that layer", norm)
-        assert isinstance(norm, Norm)
         depth = self._final(layer)
+        place = "ln_final" if depth == self.model.cfg.n_layers else f"blocks.{depth}.{'ln2' if mlp_input else 'ln1'}"
+        require_stock("a component's share of a norm's output", place, norm)
+        assert isinstance(norm, Norm)
         if depth == self.model.cfg.n_layers:
             scale = self["scale"]
         else:

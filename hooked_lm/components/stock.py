@@ -5,7 +5,8 @@ subclass may do something else; so may a replaced module, a method set on an ins
 torch's. They call `not_stock` first and run the whole model if it returns a reason.
 
 A subclass that overrides methods but keeps the stages (each hook point has the same activation as in the stock
-component, computed from the same inputs, position by position outside attention) sets `keeps_stages = True`.
+component, computed from the same inputs, position by position outside attention) sets `keeps_stages = True`. So does a
+function that replaces a method on a class or an instance, for example to count its calls.
 """
 
 from __future__ import annotations
@@ -124,7 +125,8 @@ def _own_override(module: nn.Module, classes: dict[type, str | None]) -> str | N
         classes[kind] = _overridden(kind)
     if classes[kind] is not None:
         return classes[kind]
-    patched = vars(module).keys() & _methods_of(cast(Hashable, kind))
+    own, methods = vars(module), _methods_of(cast(Hashable, kind))
+    patched = [one for one in own.keys() & methods if not getattr(own[one], "keeps_stages", False)]
     if patched:
         return f"has a {min(patched)} of its own"
     if isinstance(module, _MLPS) and not is_registered_activation(module.act_fn):
