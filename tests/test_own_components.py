@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hooked_lm import HookedTransformer, Intervention, metrics, patching
-from hooked_lm.components import MLP, Attention, TransformerBlock
+from hooked_lm.components import MLP, Attention, TransformerBlock, Unembed
 from hooked_lm.components.stock import not_stock
 from hooked_lm.hooks import HookPoint
 from hooked_lm.sweep import sweep
@@ -61,6 +61,64 @@ class Loud(HookedTransformer):
         return out * 2 if kwargs.get("return_type", "logits") == "logits" else out
 
 
+def swapped_blocks(model: HookedTransformer) -> None:
+    model.blocks[0], model.blocks[2] = model.blocks[2], model.blocks[0]
+
+
+def one_mlp_in_two_blocks(model: HookedTransformer) -> None:
+    model.blocks[2].mlp = model.blocks[1].mlp
+    model.setup()
+
+
+def another_config(model: HookedTransformer) -> None:
+    model.blocks[1].attn = randomise_(Attention(model.cfg.replace(attention_dir="bidirectional"), 1)).double()
+    model.setup()
+
+
+def plain_list_of_blocks(model: HookedTransformer) -> None:
+    class Hot(TransformerBlock):
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            return super().forward(*args, **kwargs) * 1.5
+
+    blocks = list(model.blocks)
+    blocks[1].__class__ = Hot
+    del model.blocks
+    model.blocks = blocks
+
+
+def wrapped(model: HookedTransformer) -> None:
+    class LoRA(nn.Module):
+        def __init__(self, base: nn.Module) -> None:
+            super().__init__()
+            self.base, self.down = base, nn.Parameter(torch.full((12, 2), 0.1, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + x @ self.down @ self.down.T
+
+    model.blocks[1].mlp = LoRA(model.blocks[1].mlp)
+    model.setup()
+
+
+def method_of_a_mixin_behind(model: HookedTransformer) -> None:
+    class Louder(nn.Module):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(*args, **kwargs) * 1.5
+
+    model.blocks[1].attn.__class__ = type("LoudAttention", (Attention, Louder), {})
+
+
+def forward_set_on_a_hook_point(model: HookedTransformer) -> None:
+    model.blocks[1].hook_attn_out.forward = lambda x: 1.5 * x
+
+
+def added_module(model: HookedTransformer) -> None:
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    model.blocks[1].add_module("hook_attn_out", Doubled())
+
+
 def other_model(model: HookedTransformer) -> None:
     model.__class__ = Loud
 
@@ -71,6 +129,14 @@ MORE: tuple[Change, ...] = (
     other_module,
     other_hook_point,
     torch_hook_at_a_hook_point,
+    swapped_blocks,
+    one_mlp_in_two_blocks,
+    another_config,
+    plain_list_of_blocks,
+    wrapped,
+    method_of_a_mixin_behind,
+    forward_set_on_a_hook_point,
+    added_module,
     other_model,
 )
 EVERY_CASE = [pytest.param(case, id=" by ".join(case)) for case in CASES] + [
@@ -138,6 +204,67 @@ def test_a_lazy_cache_has_the_runs_values_or_raises(case: Any) -> None:
     assert list(read) == list(full)
     for name, value in read.items():
         torch.testing.assert_close(value, full[name], rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        (Attention, "forward"),
+        (Attention, "attend"),
+        (Attention, "write"),
+        (MLP, "forward"),
+        (TransformerBlock, "forward"),
+        (Unembed, "forward"),
+        (HookedTransformer, "forward"),
+    ],
+)
+def test_a_method_patched_on_the_class_is_noticed(kind: type, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(n_layers=3)
+    assert not_stock(model) is None
+    original = getattr(kind, method)
+    monkeypatch.setattr(kind, method, lambda self, *args, **how: original(self, *args, **how) * 1.5)
+    assert not_stock(model) is not None
+    cells = [Intervention(f"blocks.{layer}.attn.hook_z", "zero", head=1) for layer in range(3)]
+    swept = sweep(model, CORRUPTED, cells, METRIC, verbose=False)
+    loop = torch.stack([METRIC(model.run(CORRUPTED, interventions=[cell])) for cell in cells])
+    torch.testing.assert_close(swept, loop, rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match=f"which has another {method}"):
+        model.run_with_cache(CORRUPTED, lazy=True)
+
+
+@torch.no_grad()
+def test_global_hooks_of_torch_are_noticed() -> None:
+    model = tiny_model()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+    try:
+        assert not_stock(model) == "torch's global module hooks may do anything"
+    finally:
+        handle.remove()
+    assert not_stock(model) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["soft cap", "eps", "torch hook"])
+def test_a_lazy_cache_notices_what_changes_after_the_run(change: str) -> None:
+    model = tiny_model()
+    _, lazy = model.run_with_cache(CORRUPTED, lazy=True)
+    if change == "soft cap":
+        model.cfg.output_logits_soft_cap = 0.5
+    elif change == "eps":
+        model.ln_final.eps = 1.0
+    else:
+        model.ln_final.register_forward_hook(lambda module, args, out: 2 * out)
+    with pytest.raises(RuntimeError, match="does not compute what it did in the run"):
+        lazy["unembed.hook_out"]
+
+
+@torch.no_grad()
+def test_a_lazy_cache_refuses_edits_of_a_norm_and_of_copies_read_through_it() -> None:
+    model = tiny_model()
+    edits = [("blocks.0.ln1.hook_scale", lambda x, hook: 1.5 * x), ("blocks.0.hook_q_input", lambda x, hook: x + 1)]
+    with model.hooks(fwd_hooks=edits), pytest.raises(ValueError, match=r"norm and single heads' inputs in blocks\.0"):
+        model.run_with_cache(CORRUPTED, lazy=True)
 
 
 def test_a_subclass_that_changes_nothing_is_walked_and_so_is_one_that_says_it_keeps_the_stages() -> None:

@@ -256,6 +256,13 @@ def test_runs_one_by_one_say_the_same_as_the_repeated_prompts_of_these_tests() -
 # Several edits in one cell
 
 
+@pytest.fixture(scope="module", autouse=True)
+def models() -> None:
+    """Built before any strategy draws: making a model uses random numbers, which a strategy must not."""
+    for name in CAUSAL:
+        model_named(name)
+
+
 @st.composite
 def sweeps(draw: st.DrawFn) -> tuple[str, bool, list[list[Edit]]]:
     """An architecture, whether to pad, and cells of two to five edits each, often at one site."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from hooked_lm import HookedTransformer, HookPoint, Intervention
@@ -172,3 +173,40 @@ def test_a_copy_of_a_model_within_a_block_has_hooks_that_act() -> None:
     with model.hooks(fwd_hooks=[("hook_embed", lambda x, hook: seen.append(1))]):
         copy.deepcopy(model)(tiny_tokens())
     assert seen == [1]
+
+
+def test_a_block_run_by_hand_after_a_cache_counts_positions_from_the_texts_start() -> None:
+    model, tokens = tiny_model(), tiny_tokens(1, 7)
+    with torch.no_grad():
+        cache = model.new_kv_cache(1)
+        model(tokens[:, :5], past_kv_cache=cache)
+        cache.rewind(5)
+        resid = torch.randn(1, 2, 12, dtype=torch.float64)
+        expected = resid.clone()
+        expected[:, 1] = 0
+        cache.freeze()
+        plain = model.blocks[0](expected, past=cache[0])
+        with model.intervening([Intervention("blocks.0.hook_resid_pre", "zero", pos=6)]):
+            assert torch.equal(model.blocks[0](resid, past=cache[0]), plain)
+        with model.intervening([Intervention("blocks.0.hook_resid_pre", "zero", pos=1)]):
+            assert torch.equal(model.blocks[0](resid, past=cache[0]), model.blocks[0](resid, past=cache[0]))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_run_that_another_thread_recomputes_without_its_hooks_raises() -> None:
+    model, raised = tiny_model(), []
+    resid = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
+
+    def backward() -> None:
+        try:
+            out.sum().backward()
+        except RuntimeError as error:
+            raised.append(str(error))
+
+    with model.hooks(fwd_hooks=[("blocks.0.attn.hook_z", lambda x, hook: 2 * x)]):
+        out = torch.utils.checkpoint.checkpoint(model.blocks[0], resid, use_reentrant=False)
+        thread = threading.Thread(target=backward)
+        thread.start()
+        thread.join()
+    assert len(raised) == 1
+    assert "belongs to a `with` block of another thread" in raised[0]
