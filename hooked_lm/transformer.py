@@ -18,11 +18,11 @@ from hooked_lm._support.plain_data import PlainData
 from hooked_lm.activation_cache.recording import Caching
 from hooked_lm.components import Embed, PosEmbed, SequenceLayout, TransformerBlock, Unembed
 from hooked_lm.components.norm import NoNorm, make_norm
-from hooked_lm.components.sequence import Prompt
+from hooked_lm.components.sequence import Prompt, kept_positions
 from hooked_lm.components.stock import register_stock
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.generation.methods import TextGeneration
-from hooked_lm.hooks import HookPoint, Pass, any_live, in_pass, is_live
+from hooked_lm.hooks import HookPoint, Pass, any_live, current_pass, in_pass, is_live
 from hooked_lm.kv_cache import HookedTransformerKeyValueCache
 from hooked_lm.losses import lm_cross_entropy_loss
 from hooked_lm.tokenization import Prompts, Tokenizer
@@ -197,7 +197,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         normalized = self.ln_final(residual)
         if return_type is None and not any_live(self.unembed.children()):
             return None
-        logits = self.unembed(_kept(normalized, logits_to_keep))
+        logits = self._unembedded(normalized, logits_to_keep)
         return self._output(logits, prompt.tokens, prompt.mask, return_type, loss_per_token)
 
     def logits_of(self, residual: Tensor, logits_to_keep: int | slice | Tensor | None = None) -> Tensor:
@@ -207,7 +207,19 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
             residual: [batch pos d_model].
             logits_to_keep: as for `forward`.
         """
-        logits: Tensor = self.unembed(_kept(self.ln_final(residual), logits_to_keep))
+        return self._unembedded(self.ln_final(residual), logits_to_keep)
+
+    def _unembedded(self, normalized: Tensor, logits_to_keep: int | slice | Tensor | None) -> Tensor:
+        """Run the unembedding on the positions to keep."""
+        kept = _kept(normalized, logits_to_keep)
+        logits: Tensor
+        if kept is normalized or not any_live(self.unembed.children()):
+            logits = self.unembed(kept)
+        else:
+            # Positions of hooks there count in the text, not among those kept.
+            positions = kept_positions(logits_to_keep, normalized.shape[1])
+            with in_pass(replace(current_pass(), kept=positions)):
+                logits = self.unembed(kept)
         return logits
 
     def _output(

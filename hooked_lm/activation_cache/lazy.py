@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hooked_lm.activation_cache.replay import ReplayableRun, Segment, fingerprint, segment_of
-from hooked_lm.hooks import recorded_part
+from hooked_lm.hooks import KeptPositions, recorded_part
 from hooked_lm.hooks.point import HookPoint
 from hooked_lm.slicing import Slice
 
@@ -26,9 +26,11 @@ class Part:
     positions: Slice
     remove_batch_dim: bool
     device: torch.device | str | None
+    kept: KeptPositions | None = None
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
-        return recorded_part(x, self.points[name], self.positions, self.remove_batch_dim).to(device=self.device)
+        kept = self.kept if name.startswith("unembed.") else None
+        return recorded_part(x, self.points[name], self.positions, self.remove_batch_dim, kept).to(device=self.device)
 
 
 @dataclass(frozen=True)

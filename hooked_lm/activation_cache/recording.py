@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast, overload
 
@@ -15,6 +16,7 @@ from hooked_lm.activation_cache.file import Offloading
 from hooked_lm.activation_cache.lazy import LazyActivations, Part
 from hooked_lm.activation_cache.mapping import CacheModel
 from hooked_lm.activation_cache.replay import ForwardCall, record_run
+from hooked_lm.components.sequence import kept_positions
 from hooked_lm.components.stock import not_stock
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.hooks import HookHandle, HookPoint, ModelOutput
@@ -169,6 +171,8 @@ class Caching(TextInterface, Intervening):
         for handle in handles:
             handle.fired = run.covers(handle.point.name)
         self.check_fired(names_filter, handles)
+        for stream in list(run.residuals.values())[:1]:
+            part = replace(part, kept=kept_positions(run.logits_to_keep, stream.shape[1]))
         # A position or batch that does not fit raises now, and not when an activation is read.
         for layer, stream in list(run.residuals.items())[:1]:
             part(f"blocks.{min(layer, run.last - 1)}.hook_resid_pre" if run.first < run.last else "hook_embed", stream)

@@ -12,8 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_lm.components.positions import AlibiSpec, RotarySpec, alibi_slopes, rotary_tables
+from hooked_lm.hooks import KeptPositions
 
-__all__ = ["Prompt", "SequenceLayout"]
+__all__ = ["Prompt", "SequenceLayout", "kept_positions"]
 
 
 class SequenceLayout:
@@ -128,6 +129,33 @@ class SequenceLayout:
             cos, sin = rotary_tables(spec, self.position_ids, self._lengths())
             self._made[key] = (cos.to(dtype), sin.to(dtype))
         return self._made[key]  # type: ignore[return-value]
+
+
+def kept_positions(logits_to_keep: int | slice | Tensor | None, n_positions: int) -> KeptPositions | None:
+    """Return the positions that `logits_to_keep` selects among those of a pass; None for all.
+
+    Args:
+        logits_to_keep: as for a call of the model: the last so many, or a slice or index of positions.
+        n_positions: how many the pass has.
+
+    Raises:
+        ValueError: more positions than there are, or fewer than one.
+        TypeError: something else.
+    """
+    if logits_to_keep is None:
+        return None
+    positions = torch.arange(n_positions)
+    if isinstance(logits_to_keep, int) and not isinstance(logits_to_keep, bool):
+        if not 1 <= logits_to_keep <= n_positions:
+            raise ValueError(f"logits_to_keep is 1-{n_positions} for this input, got {logits_to_keep}")
+        kept = positions[-logits_to_keep:]
+    elif isinstance(logits_to_keep, slice):
+        kept = positions[logits_to_keep]
+    elif isinstance(logits_to_keep, Tensor):
+        kept = positions[logits_to_keep.cpu()]
+    else:
+        raise TypeError(f"logits_to_keep is an int, a slice or a tensor of positions, got {logits_to_keep!r}")
+    return KeptPositions(tuple(kept.tolist()), n_positions)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from hooked_lm.hooks.holder import HookHolder
 from hooked_lm.hooks.point import HookPoint, any_live, carries_run, is_live, may_edit_forward
 from hooked_lm.hooks.recorder import Recorder, recorded_part
 from hooked_lm.hooks.root_module import HookedRootModule, HookSpec, ModelOutput
-from hooked_lm.hooks.thread import Pass, current_pass, in_pass, without_hooks
+from hooked_lm.hooks.thread import KeptPositions, Pass, current_pass, in_pass, without_hooks
 
 __all__ = [
     "Direction",
@@ -15,6 +15,7 @@ __all__ = [
     "HookPoint",
     "HookSpec",
     "HookedRootModule",
+    "KeptPositions",
     "ModelOutput",
     "Pass",
     "Recorder",

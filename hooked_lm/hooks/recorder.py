@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hooked_lm.hooks.point import HookPoint
+from hooked_lm.hooks.thread import KeptPositions, current_pass
 from hooked_lm.slicing import Slice
 
 __all__ = ["Recorder", "recorded_part"]
@@ -35,11 +36,13 @@ class Recorder:
     reads_only = True
 
     def __call__(self, x: Tensor, hook: HookPoint) -> None:
-        part = recorded_part(x, hook, self.positions, self.remove_batch_dim)
+        part = recorded_part(x, hook, self.positions, self.remove_batch_dim, current_pass().kept)
         self.store[hook.name + self.suffix] = part if self.device is None else part.to(self.device)
 
 
-def recorded_part(x: Tensor, hook: HookPoint, positions: Slice, remove_batch_dim: bool) -> Tensor:
+def recorded_part(
+    x: Tensor, hook: HookPoint, positions: Slice, remove_batch_dim: bool, kept: KeptPositions | None = None
+) -> Tensor:
     """Return the part of an activation that a cache keeps: some positions (of queries, for patterns).
 
     Args:
@@ -47,16 +50,35 @@ def recorded_part(x: Tensor, hook: HookPoint, positions: Slice, remove_batch_dim
         hook: its hook point, for the axes.
         positions: the positions to keep.
         remove_batch_dim: drop the batch axis.
+        kept: the positions of the pass that `x` has; None for all.
 
     Raises:
-        ValueError: `remove_batch_dim` with a batch that is not 1.
+        ValueError: `remove_batch_dim` with a batch that is not 1, or a position that `x` lacks.
     """
     if not positions.is_identity:
         axis = "query" if "query" in hook.axes else "pos"
         # A copy, since a view of the few positions would keep the whole activation in memory.
-        x = positions.apply(x, dim=hook.axis(axis)).clone()
+        x = (positions if kept is None else _among(kept, positions, hook.name)).apply(x, dim=hook.axis(axis)).clone()
     if not remove_batch_dim:
         return x
     if x.shape[0] != 1:
         raise ValueError(f"remove_batch_dim needs a batch of 1; {hook.name!r} has shape {tuple(x.shape)}")
     return x[0]
+
+
+def _among(kept: KeptPositions, positions: Slice, name: str) -> Slice:
+    """Positions of a pass as positions among those kept.
+
+    Raises:
+        ValueError: one is not kept.
+    """
+    wanted = positions.indices(kept.n_positions).tolist()
+    places = [kept.places_of(one)[:1] for one in wanted]
+    missing = [one for one, place in zip(wanted, places, strict=True) if not place]
+    if missing:
+        raise ValueError(
+            f"pos_slice selects position {missing[0]}, and {name!r} has only those that logits_to_keep keeps: "
+            f"{list(kept.positions)}"
+        )
+    found = [place for (place,) in places]
+    return Slice(found[0] if positions.mode == "int" else found)

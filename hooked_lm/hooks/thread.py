@@ -13,6 +13,7 @@ from typing import Self
 
 __all__ = [
     "GradientSwitch",
+    "KeptPositions",
     "Pass",
     "Token",
     "current_pass",
@@ -39,14 +40,33 @@ class Token:
 
 
 @dataclass(frozen=True)
+class KeptPositions:
+    """The positions of a pass that are unembedded, where they are not all of them.
+
+    Attributes:
+        positions: counted from the start of the pass.
+        n_positions: how many the pass has.
+    """
+
+    positions: tuple[int, ...]
+    n_positions: int
+
+    def places_of(self, position: int) -> list[int]:
+        """Return where a position, counted from the start of the pass, is among those kept."""
+        return [place for place, one in enumerate(self.positions) if one == position]
+
+
+@dataclass(frozen=True)
 class Pass:
     """A forward pass.
 
     Attributes:
         n_past: the number of positions in the key-value cache, run in earlier passes.
+        kept: while the unembedding runs, the positions it is run on; None for all.
     """
 
     n_past: int = 0
+    kept: KeptPositions | None = None
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hooked_lm._support.precision import at_least_single
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.hooks import HookPoint
+from hooked_lm.hooks import HookPoint, KeptPositions
 from hooked_lm.names import ActivationKey, UnknownHookError, describe_unknown
 
 __all__ = [
@@ -312,13 +312,16 @@ class Intervention:
                 f"selection, {tuple(selected)}"
             ) from error
 
-    def apply(self, x: Tensor, axes: Sequence[str], n_past: int = 0) -> tuple[Tensor, tuple[int, ...]]:
+    def apply(
+        self, x: Tensor, axes: Sequence[str], n_past: int = 0, kept: KeptPositions | None = None
+    ) -> tuple[Tensor, tuple[int, ...]]:
         """Return an activation with the edit made, and which of the selected positions it was made at.
 
         Args:
             x: the activation; returned itself if it has none of the positions.
             axes: the names of its axes.
             n_past: positions of the text that were read in earlier passes.
+            kept: the positions of this pass that the activation has; None for all.
 
         Returns:
             The activation, and indices into `pos` as a tuple: those of positions that are part of this pass. Without
@@ -335,9 +338,15 @@ class Intervention:
             axis = _find_axis(self.site, axes, name)
             entries = selection if isinstance(selection, tuple) else (selection,)
             if name == "pos":
-                local = [one + x.shape[axis] if one < 0 else one - n_past for one in entries]
-                here = tuple(index for index, one in enumerate(local) if 0 <= one < x.shape[axis])
-                entries, pos_axis = tuple(local[index] for index in here), axis
+                size = x.shape[axis] if kept is None else kept.n_positions
+                local = [one + size if one < 0 else one - n_past for one in entries]
+                found = [
+                    (index, place)
+                    for index, one in enumerate(local)
+                    for place in ([one] if kept is None else kept.places_of(one))
+                    if 0 <= one < size
+                ]
+                here, entries, pos_axis = tuple(index for index, _ in found), tuple(place for _, place in found), axis
                 if not here:
                     return x, here
             elif not all(-x.shape[axis] <= one < x.shape[axis] for one in entries):
@@ -356,8 +365,9 @@ class Intervention:
         value = torch.as_tensor(self.value, dtype=selected.dtype, device=selected.device)
         # The value covers the whole selection, while a pass may hold only some of the selected positions.
         whole = list(selected.shape)
-        if pos_axis is not None and isinstance(self.pos, tuple):
-            whole[pos_axis] = len(self.pos)
+        if pos_axis is not None:
+            # A position may be there several times, if that is what logits were asked for.
+            whole[pos_axis] = len(self.pos) if isinstance(self.pos, tuple) else 1
         shape = [size for axis, size in enumerate(whole) if axis not in dropped]
         try:
             value = value.expand(shape).reshape(whole)

@@ -29,7 +29,8 @@ class InterventionHook:
         self.acted: set[int] = set()
 
     def __call__(self, x: Tensor, hook: HookPoint) -> Tensor:
-        edited, here = self.intervention.apply(x, hook.axes, current_pass().n_past)
+        running = current_pass()
+        edited, here = self.intervention.apply(x, hook.axes, running.n_past, running.kept)
         self.acted.update(here)
         return edited
 
