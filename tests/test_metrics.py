@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hooked_lm import Intervention
+from hooked_lm import Intervention, patching
 from hooked_lm.components.attention import Attention
 from hooked_lm.components.embed import Unembed
 from hooked_lm.metrics import Metric, accuracy, kl_to, log_prob, logit, logit_diff, prob, rank
@@ -471,3 +471,44 @@ def test_logits_and_positions_that_are_none_are_named() -> None:
         logit(1).per_prompt(some_logits()[:, 0])
     with pytest.raises(ValueError, match=r"reads one position, an int; got 1\.0"):
         logit(1, pos=1.0)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_a_metric_that_writes_to_its_logits_gives_what_it_gives_of_a_copy() -> None:
+    model, tokens = tiny_model(n_layers=3), tiny_tokens(2, 6)
+    _, clean = model.run_with_cache(tiny_tokens(2, 6, seed=4))
+
+    def centred(logits: Tensor) -> Tensor:
+        logits -= logits.mean(-1, keepdim=True)
+        return logits[0, -1, 4] + logits[:, 1].square().sum()
+
+    def of_a_copy(logits: Tensor) -> Tensor:
+        return centred(logits.clone())
+
+    sites = [f"blocks.{layer}.{name}" for layer in range(3) for name in ("hook_resid_pre", "attn.hook_z")]
+    cells: list[Any] = [Intervention.from_cache(site, clean, pos=pos) for site in sites for pos in (0, 3, 5)]
+    # Cells without effect are given the base run's own logits.
+    cells += [Intervention("blocks.1.hook_resid_post", "add", 0.0, pos=2), ()]
+    came = sweep(model, tokens, [*cells[-2:], *cells], centred, verbose=False)
+    expected = sweep(model, tokens, [*cells[-2:], *cells], of_a_copy, verbose=False)
+    loop = [of_a_copy(model.run(tokens, interventions=[cell] if cell else [])) for cell in [*cells[-2:], *cells]]
+    torch.testing.assert_close(came, expected, rtol=0, atol=0)
+    torch.testing.assert_close(came, torch.stack(loop), rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def test_a_setter_that_writes_to_the_clean_activation_spoils_no_other_cell() -> None:
+    model, tokens = tiny_model(), tiny_tokens(2, 5)
+    _, clean = model.run_with_cache(tiny_tokens(2, 5, seed=4))
+
+    def setter(activation: Tensor, index: list[Any], clean_activation: Tensor) -> Tensor:
+        clean_activation[:, : index[1]] = activation[:, : index[1]]
+        return clean_activation
+
+    how: dict[str, Any] = {"activation_name": "resid_pre", "index_axis_names": ("layer", "pos"), "verbose": False}
+    grid = patching.generic_activation_patch(model, tokens, clean, logit(3), setter, **how)
+    for layer in range(2):
+        for pos in range(5):
+            edit = Intervention.from_cache(f"blocks.{layer}.hook_resid_pre", clean, pos=tuple(range(pos, 5)))
+            expected = logit(3)(model.run(tokens, interventions=[edit]))
+            torch.testing.assert_close(grid[layer, pos], expected, rtol=0, atol=1e-9)

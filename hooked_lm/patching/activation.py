@@ -212,7 +212,8 @@ def _one_by_one(
     for site, index in places:
 
         def patch(activation: Tensor, hook: HookPoint, site: str = site, index: list[object] = index) -> Tensor | None:
-            return setter(activation, index, clean[site])
+            # A copy: the clean activation serves other cells too, and the function may write to it.
+            return setter(activation, index, clean[site].clone())
 
         logits = model.run_with_hooks(tokens, fwd_hooks=[(site, patch)], attention_mask=mask)
         score = metric.per_prompt(logits) if per_prompt and isinstance(metric, Metric) else one_number(metric, logits)

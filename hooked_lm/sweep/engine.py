@@ -193,7 +193,8 @@ class _Engine:
     def base_scores(self, out: Float[Tensor, "batch pos out"]) -> Float[Tensor, " score"]:
         """Return the scores of the base run, from what `base_run` returns."""
         if not isinstance(self.metric, Metric):
-            return self.scores(out)
+            # A copy: the logits are still needed, and a function of one's own may write to what it is given.
+            return self.scores(out.clone())
         read = self.model.ln_final(out[:, self.metric.pos, None])
         return self.metric.scores(self.read_logits(read.transpose(0, 1)))[0]
 
