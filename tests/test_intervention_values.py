@@ -338,3 +338,37 @@ def test_nothing_is_written_of_what_cannot_be(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"written to a \.json file"):
             save_interventions(tmp_path / name, CELLS)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_save_that_was_cut_off_between_its_two_files_is_refused(tmp_path: Path) -> None:
+    zeros = [Intervention("blocks.0.attn.hook_z", "replace", torch.zeros(3))]
+    fives = [Intervention("blocks.0.attn.hook_z", "replace", torch.full((3,), 5.0))]
+    path, tensors = tmp_path / "edits.json", tmp_path / "edits.safetensors"
+    save_interventions(path, zeros)
+    described = path.read_text()
+    save_interventions(path, fives)
+    path.write_text(described)  # as if the second save had ended after the tensors
+    with pytest.raises(ValueError, match="a save was cut off between its two files"):
+        load_interventions(path)
+    save_interventions(path, fives)
+    tensors.unlink()
+    with pytest.raises(ValueError, match="there is no tensor '0'"):
+        load_interventions(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool])
+def test_the_digest_is_of_any_dtype_and_shape(dtype: torch.dtype, tmp_path: Path) -> None:
+    for value in (torch.ones((), dtype=dtype), torch.ones(2, 3, dtype=dtype).T):
+        save_interventions(tmp_path / "edits.json", [Intervention("blocks.0.attn.hook_z", "replace", value)])
+        (loaded,) = load_interventions(tmp_path / "edits.json")
+        assert isinstance(loaded, Intervention)
+        assert torch.equal(loaded.value, value)  # type: ignore[arg-type]
+
+
+def test_a_file_without_a_digest_is_read_as_before(tmp_path: Path) -> None:
+    path = tmp_path / "edits.json"
+    save_interventions(path, [Intervention("blocks.0.attn.hook_z", "replace", torch.ones(3))])
+    document = json.loads(path.read_text())
+    del document["tensors"]
+    path.write_text(json.dumps(document))
+    assert isinstance(load_interventions(path)[0], Intervention)

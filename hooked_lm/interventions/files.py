@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -93,7 +94,7 @@ def interventions_to_json(interventions: Cells) -> tuple[str, dict[str, Tensor]]
     entries = [
         [described(each) for each in one] if isinstance(one, (list, tuple)) else described(one) for one in interventions
     ]
-    document = {"format": _FORMAT, "version": _VERSION, "interventions": entries}
+    document = {"format": _FORMAT, "version": _VERSION, "tensors": _digest(tensors), "interventions": entries}
     return json.dumps(document, indent=2, allow_nan=False), tensors
 
 
@@ -124,7 +125,25 @@ def interventions_from_json(text: str, tensors: Mapping[str, Tensor]) -> list[In
     ]
     if set(tensors) - used:
         raise ValueError(f"tensors that no intervention uses: {sorted(set(tensors) - used)}. Are they another file's?")
+    digest = _digest(tensors)
+    if document.get("tensors", digest) != digest:
+        raise ValueError(
+            "the tensors are not those that were saved with this description: a save was cut off between its two "
+            "files, or one of them comes from another save. Save the interventions again"
+        )
     return interventions
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the SHA-256 of some tensors with their names, dtypes and shapes; None of no tensors."""
+    if not tensors:
+        return None
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        data = tensors[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(data.dtype), list(data.shape)]).encode())
+        digest.update(data.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _read(described: object, tensors: Mapping[str, Tensor], used: set[str]) -> Intervention:
