@@ -226,7 +226,13 @@ def test_head_effects_equal_a_loop_of_hooked_runs(kind: str, measure: Any) -> No
 def test_effects_come_from_one_sweep_and_no_run_for_each_head(monkeypatch: pytest.MonkeyPatch) -> None:
     model, runs = tiny_model(), []
     forward = HookedTransformer.forward
-    monkeypatch.setattr(HookedTransformer, "forward", lambda *args, **kw: runs.append(1) or forward(*args, **kw))
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        runs.append(1)
+        return forward(*args, **kwargs)
+
+    counting.keeps_stages = True  # type: ignore[attr-defined]
+    monkeypatch.setattr(HookedTransformer, "forward", counting)
     head_effects(model, CORRUPTED, ANSWERS, random_z(model), **QUIET)
     # One for the prompts as they are, one for what all heads have in common.
     assert len(runs) == 2

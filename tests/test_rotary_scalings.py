@@ -341,7 +341,7 @@ def test_one_prompt_that_crosses_the_boundary_is_enough(name: str) -> None:
     cache = model.new_kv_cache(2)
     with torch.no_grad():
         model(tokens[:, :8], past_kv_cache=cache, attention_mask=mask)
-        with pytest.raises(ValueError, match="out of date: read the whole text with a new cache"):
+        with pytest.raises(ValueError, match="out of date: run the whole text with a new cache"):
             model(tokens[:, 8:], past_kv_cache=cache)
 
 

@@ -14,13 +14,23 @@ class HookHolder(nn.Module):
     """
 
     def keep_at_hand(self, name: str, point: nn.Module) -> None:
-        """Put a hook point, which is registered under this name, into the instance dictionary too."""
+        """Put a hook point, which is registered under this name, into the instance dictionary too.
+
+        Args:
+            name: of the attribute.
+            point: the hook point.
+        """
         vars(self)[name] = point
 
     # Torch changes its own register of children in these two without looking into the instance dictionary.
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Register a child module, also in a hook point's place."""
+        """Register a child module, also in a hook point's place.
+
+        Args:
+            name: of the attribute.
+            module: the child; None for none.
+        """
         vars(self).pop(name, None)
         super().add_module(name, module)
 

@@ -142,7 +142,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str | None:
     for name in sorted(tensors):
         data = tensors[name].detach().cpu().contiguous()
         digest.update(json.dumps([name, str(data.dtype), list(data.shape)]).encode())
-        digest.update(data.flatten().view(torch.uint8).numpy())
+        digest.update(data.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
