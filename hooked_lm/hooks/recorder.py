@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hooked_lm.hooks.point import HookPoint
+from hooked_lm.names import selected_axis
 from hooked_lm.slicing import Slice
 
 __all__ = ["Recorder", "recorded_part"]
@@ -52,9 +53,10 @@ def recorded_part(x: Tensor, hook: HookPoint, positions: Slice, remove_batch_dim
         ValueError: `remove_batch_dim` with a batch that is not 1.
     """
     if not positions.is_identity:
-        axis = "query" if "query" in hook.axes else "pos"
+        axis = selected_axis(hook.axes, "pos")
+        along = hook.axis("pos" if axis is None else hook.axes[axis])  # raises ValueError where there are no positions
         # A copy, since a view of the few positions would keep the whole activation in memory.
-        x = positions.apply(x, dim=hook.axis(axis)).clone()
+        x = positions.apply(x, dim=along).clone()
     if not remove_batch_dim:
         return x
     if x.shape[0] != 1:

@@ -21,8 +21,8 @@ from hooked_lm._support.precision import at_least_single
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.interventions import Intervention, draw_prompts
 from hooked_lm.metrics import Metric
-from hooked_lm.names import UnknownHookError, describe_unknown, get_act_name
-from hooked_lm.patching.sites import axes_at, grid_axis, read_prompts
+from hooked_lm.names import UnknownHookError, describe_unknown, get_act_name, grid_axis
+from hooked_lm.patching.sites import axes_at, read_prompts
 from hooked_lm.sweep import AnyMetric, sweep
 from hooked_lm.tokenization import Prompts
 

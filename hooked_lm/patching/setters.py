@@ -10,7 +10,7 @@ from typing import Any, SupportsIndex, cast
 from torch import Tensor
 
 from hooked_lm.interventions import Intervention
-from hooked_lm.patching.sites import grid_axis
+from hooked_lm.names import SELECTED_AXES, grid_axis
 
 # The index of a cell: a number for each axis.
 Index = Sequence[object]
@@ -60,7 +60,9 @@ class PatchSetter:
         Raises:
             ValueError: they have others.
         """
-        found = tuple("head" if axis == "kv_head" else axis for axis in axes[1 : 1 + len(self.activation_axes)])
+        found = tuple(
+            "head" if axis in SELECTED_AXES["head"] else axis for axis in axes[1 : 1 + len(self.activation_axes)]
+        )
         if found != self.activation_axes:
             raise ValueError(
                 f"{self.name} patches activations [batch {' '.join(self.activation_axes)} ...], "
