@@ -24,6 +24,7 @@ from hooked_lm.metrics import Metric
 from hooked_lm.names import UnknownHookError, describe_unknown, get_act_name, grid_axis
 from hooked_lm.patching.sites import axes_at, read_prompts
 from hooked_lm.sweep import AnyMetric, sweep
+from hooked_lm.sweep.options import DEFAULT_MEMORY_BUDGET
 from hooked_lm.tokenization import Prompts
 
 Unit = Literal["heads", "attention", "mlps", "neurons", "positions"]
@@ -96,7 +97,7 @@ def ablate(
     seed: int = 0,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     reference_mask: Int[Tensor, "reference_batch reference_pos"] | None = None,
-    memory_budget: int = 2**29,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
     verbose: bool = True,
 ) -> AblationScores:
     """Return the metric of the model without each of its parts, one at a time.

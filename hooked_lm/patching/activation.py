@@ -66,6 +66,7 @@ from hooked_lm.patching.setters import (
 )
 from hooked_lm.patching.sites import Clean, axes_at, clean_activations, read_prompts
 from hooked_lm.sweep import AnyMetric, sweep
+from hooked_lm.sweep.options import DEFAULT_MEMORY_BUDGET
 from hooked_lm.tokenization import Prompts
 
 __all__ = [
@@ -138,7 +139,7 @@ def generic_activation_patch(
     *,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     per_prompt: bool = False,
-    memory_budget: int = 2**29,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
     verbose: bool = True,
 ) -> Any:
     """Return the metric of every patched run: the corrupted one with part of an activation taken from the clean one.

@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar, Unpack
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.patching.patches import PATCHES, Patch, patch_cells, patch_sites
-from hooked_lm.patching.sites import Clean, SweepOptions, clean_activations, read_prompts
+from hooked_lm.patching.sites import Clean, clean_activations, read_prompts
 from hooked_lm.sweep import AnyMetric, sweep
+from hooked_lm.sweep.options import SweepOptions
 from hooked_lm.tokenization import Prompts
 
 _EVERY_BLOCK = ("resid_pre", "attn_out", "mlp_out")
@@ -60,27 +61,15 @@ def _swept(
     corrupted_tokens: Prompts,
     clean_cache: Clean,
     patching_metric: AnyMetric,
-    *,
-    attention_mask: Int[Tensor, "batch pos"] | None = None,
-    per_prompt: bool = False,
-    memory_budget: int = 2**29,
-    verbose: bool = True,
+    **options: Unpack[SweepOptions],
 ) -> list[Tensor]:
     """The results of several grids, whose cells share one sweep."""
-    tokens, mask = read_prompts(model, corrupted_tokens, attention_mask)
+    attention_mask = options.get("attention_mask")
+    tokens, options["attention_mask"] = read_prompts(model, corrupted_tokens, attention_mask)
     sites = [site for patch in patches for site in patch_sites(model, patch)]
-    clean = clean_activations(model, clean_cache, sites, tokens, mask, attention_mask)
+    clean = clean_activations(model, clean_cache, sites, tokens, options["attention_mask"], attention_mask)
     grids = [patch_cells(model, patch, clean) for patch in patches]
-    scores = sweep(
-        model,
-        tokens,
-        [cell for cells, _ in grids for cell in cells],
-        patching_metric,
-        attention_mask=mask,
-        per_prompt=per_prompt,
-        memory_budget=memory_budget,
-        verbose=verbose,
-    )
+    scores = sweep(model, tokens, [cell for cells, _ in grids for cell in cells], patching_metric, **options)
     parts = torch.split(scores, [len(cells) for cells, _ in grids])
     return [part.reshape(*shape, *scores.shape[1:]) for part, (_, shape) in zip(parts, grids, strict=True)]
 

@@ -7,7 +7,7 @@ ones, or one for all of them. A cache of one prompt may lack the batch axis.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, TypedDict
+from typing import Literal
 
 import torch
 from jaxtyping import Int
@@ -20,22 +20,6 @@ from hooked_lm.tokenization import Prompts
 
 # The clean prompts, or full hook name -> activation, as `run_with_cache` records them.
 Clean = Mapping[str, Tensor] | Prompts
-
-
-class SweepOptions(TypedDict, total=False):
-    """The options of everything that is one sweep, as keyword arguments.
-
-    Attributes:
-        attention_mask: [batch pos], 0 at padding, of clean and corrupted prompts given as tokens.
-        per_prompt: keep the prompts apart, as a last axis; needs a metric of `hooked_lm.metrics`.
-        memory_budget: bytes that a sweep's activations may take, roughly.
-        verbose: show a progress bar.
-    """
-
-    attention_mask: Int[Tensor, "batch pos"] | None
-    per_prompt: bool
-    memory_budget: int
-    verbose: bool
 
 
 # Axes
