@@ -196,7 +196,7 @@ def get_act_name(name: str, layer: int | str | None = None, layer_type: str | No
 
 def _module_of(site: str, layer: int | str | None, layer_type: str | None) -> str:
     """The module a short name lives in, checked against the layer and module the caller gave."""
-    homes = {
+    modules = {
         **dict.fromkeys(_BLOCK_SITES, ""),
         **dict.fromkeys(_ATTN_SITES, "attn"),
         **dict.fromkeys(_MLP_SITES, "mlp"),
@@ -213,17 +213,17 @@ def _module_of(site: str, layer: int | str | None, layer_type: str | None) -> st
                 "or neither for the final norm"
             )
         return given
-    if site not in homes:
-        raise ValueError(f"unknown activation {site!r}{_did_you_mean(site, [*homes, *_NORM_SITES])}")
-    home = homes[site]
-    if given is not None and given != home:
-        raise ValueError(f"{site!r} lives in {home or 'the block'!r}, not in {layer_type!r}")
-    if site in _MODEL_SITES or home == "unembed":
+    if site not in modules:
+        raise ValueError(f"unknown activation {site!r}{_did_you_mean(site, [*modules, *_NORM_SITES])}")
+    module = modules[site]
+    if given is not None and given != module:
+        raise ValueError(f"{site!r} lives in {module or 'the block'!r}, not in {layer_type!r}")
+    if site in _MODEL_SITES or module == "unembed":
         if layer is not None:
             raise ValueError(f"{site!r} belongs to the whole model: give no layer (got {layer!r})")
     elif layer is None:
         raise ValueError(f"{site!r} lives in a block: give its layer, for example ({site!r}, 0)")
-    return home
+    return module
 
 
 def layer_of(name: str) -> int | None:

@@ -27,6 +27,8 @@ from hooked_lm.sweep import AnyMetric, sweep
 from hooked_lm.sweep.options import DEFAULT_MEMORY_BUDGET
 from hooked_lm.tokenization import Prompts
 
+__all__ = ["AblationScores", "Method", "Unit", "ablate"]
+
 Unit = Literal["heads", "attention", "mlps", "neurons", "positions"]
 Method = Literal["zero", "mean", "resample"]
 

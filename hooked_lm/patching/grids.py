@@ -19,6 +19,29 @@ from hooked_lm.sweep import AnyMetric, sweep
 from hooked_lm.sweep.options import SweepOptions
 from hooked_lm.tokenization import Prompts
 
+__all__ = [
+    "get_act_patch",
+    "get_act_patch_attn_head_all_pos_every",
+    "get_act_patch_attn_head_by_pos_every",
+    "get_act_patch_attn_head_k_all_pos",
+    "get_act_patch_attn_head_k_by_pos",
+    "get_act_patch_attn_head_out_all_pos",
+    "get_act_patch_attn_head_out_by_pos",
+    "get_act_patch_attn_head_pattern_all_pos",
+    "get_act_patch_attn_head_pattern_by_pos",
+    "get_act_patch_attn_head_pattern_dest_src_pos",
+    "get_act_patch_attn_head_q_all_pos",
+    "get_act_patch_attn_head_q_by_pos",
+    "get_act_patch_attn_head_v_all_pos",
+    "get_act_patch_attn_head_v_by_pos",
+    "get_act_patch_attn_out",
+    "get_act_patch_block_every",
+    "get_act_patch_mlp_out",
+    "get_act_patch_resid_mid",
+    "get_act_patch_resid_post",
+    "get_act_patch_resid_pre",
+]
+
 _EVERY_BLOCK = ("resid_pre", "attn_out", "mlp_out")
 _EVERY_HEAD = tuple(f"attn_head_{name}" for name in ("out", "q", "k", "v", "pattern"))
 

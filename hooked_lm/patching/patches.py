@@ -19,6 +19,17 @@ from hooked_lm.patching import setters
 from hooked_lm.patching.setters import PatchSetter
 from hooked_lm.patching.sites import axes_at, axis_index
 
+__all__ = [
+    "GRIDS",
+    "PATCHES",
+    "Patch",
+    "patch_cell",
+    "patch_cells",
+    "patch_shape",
+    "patch_sites",
+    "register_patch_site",
+]
+
 
 @dataclass(frozen=True)
 class Patch:

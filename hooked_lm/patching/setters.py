@@ -12,6 +12,18 @@ from torch import Tensor
 from hooked_lm.interventions import Intervention
 from hooked_lm.names import SELECTED_AXES, grid_axis
 
+__all__ = [
+    "Index",
+    "PatchSetter",
+    "SetterFunction",
+    "layer_head_dest_src_pos_pattern_patch_setter",
+    "layer_head_pattern_patch_setter",
+    "layer_head_pos_pattern_patch_setter",
+    "layer_head_vector_patch_setter",
+    "layer_pos_head_vector_patch_setter",
+    "layer_pos_patch_setter",
+]
+
 # The index of a cell: a number for each axis.
 Index = Sequence[object]
 # (activation of the corrupted run, index of the cell, activation of the clean run) -> the activation to go on with.

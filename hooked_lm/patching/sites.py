@@ -18,6 +18,18 @@ from hooked_lm.interventions import Intervention, Selection
 from hooked_lm.names import POSITION_AXES, UnknownHookError, describe_unknown, grid_axis, selected_axis
 from hooked_lm.tokenization import Prompts
 
+__all__ = [
+    "Clean",
+    "axes_at",
+    "axis_index",
+    "check_padding",
+    "clean_activations",
+    "clean_prompts",
+    "is_text",
+    "read_prompts",
+    "replacement",
+]
+
 # The clean prompts, or full hook name -> activation, as `run_with_cache` records them.
 Clean = Mapping[str, Tensor] | Prompts
 

@@ -27,6 +27,16 @@ from hooked_lm.sweep import sweep
 from hooked_lm.sweep.options import DEFAULT_MEMORY_BUDGET
 from hooked_lm.tokenization import Prompts
 
+__all__ = [
+    "Direction",
+    "Normalization",
+    "PairScores",
+    "bootstrap_interval",
+    "normalize_scores",
+    "patch_pairs",
+    "share_of_same_sign",
+]
+
 Direction = Literal["denoising", "noising"]
 Normalization = Literal["mean", "pair"]
 

@@ -24,6 +24,8 @@ from hooked_lm.sweep import AnyMetric, sweep
 from hooked_lm.sweep.options import DEFAULT_MEMORY_BUDGET
 from hooked_lm.tokenization import Prompts
 
+__all__ = ["CausalTrace", "causal_trace"]
+
 _EMBEDDINGS = "hook_embed"
 
 
