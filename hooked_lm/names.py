@@ -1,7 +1,8 @@
 """The axis glossary and the grammar of hook names.
 
-Three things are decided here and nowhere else: the names of axes in annotations and contractions, the names of hooks,
-and which hooks a caller selects with a name, a glob, a list or a predicate.
+Four things are decided here and nowhere else: the names of axes in annotations and contractions, along which of them
+interventions and grids select, the names of hooks, and which hooks a caller selects with a name, a glob, a list or a
+predicate.
 """
 
 from __future__ import annotations
@@ -9,18 +10,27 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Literal
 
 __all__ = [
     "AXES",
+    "GRID_AXES",
+    "GRID_AXIS_ALIASES",
+    "POSITION_AXES",
+    "SELECTED_AXES",
     "ActivationKey",
+    "GridAxis",
     "NamesFilter",
     "UnknownHookError",
     "describe_unknown",
     "get_act_name",
+    "grid_axis",
     "is_pattern",
     "layer_of",
     "select_names",
+    "selected_axis",
 ]
 
 AXES: dict[str, str] = {
@@ -39,6 +49,44 @@ AXES: dict[str, str] = {
     "expert": "experts of a mixture",
     "component": "stacked pieces of the residual stream",
 }
+
+# Field of an `Intervention` -> the names of the axes it may select along. The field `feature` selects along the last
+# axis, whatever its name (`d_sae` of a hook point that a user added), unless that name is one of these or in
+# `_NO_FEATURES`.
+SELECTED_AXES: dict[str, tuple[str, ...]] = {
+    "batch": ("batch",),
+    "pos": ("pos", "query"),
+    "head": ("head", "kv_head"),
+}
+_NO_FEATURES = ("1", "chosen")
+
+# Axes with an entry for each position of the prompts.
+POSITION_AXES = (*SELECTED_AXES["pos"], "key")
+
+
+@dataclass(frozen=True)
+class GridAxis:
+    """An axis of a patching grid, in terms of activations and interventions.
+
+    Attributes:
+        along: the axis of an activation, by any of the names that sites give it.
+        field: the field of an `Intervention` that selects there.
+    """
+
+    along: tuple[str, ...]
+    field: Literal["pos", "head", "feature"]
+
+
+# Axis of a grid, but for `layer` -> where it goes along. Any other name is that of an activation's last axis.
+GRID_AXES: dict[str, GridAxis] = {
+    "pos": GridAxis(SELECTED_AXES["pos"], "pos"),
+    "head": GridAxis(SELECTED_AXES["head"], "head"),
+    "dest_pos": GridAxis(("query",), "pos"),
+    "src_pos": GridAxis(("key",), "feature"),
+    "neuron": GridAxis(("d_mlp",), "feature"),
+}
+# Other names for axes of a grid, which `generic_activation_patch` takes.
+GRID_AXIS_ALIASES = {"head_index": "head"}
 
 NamesFilter = None | str | Iterable[str] | Callable[[str], bool]
 # One activation: a hook name, or the arguments of `get_act_name`, `("z", 3)`.
@@ -85,6 +133,31 @@ class UnknownHookError(KeyError):
         return str(self.args[0])
 
 
+def selected_axis(axes: Sequence[str], field: str) -> int | None:
+    """Return the index of the axis along which a field of an `Intervention` selects, or None if there is no such axis.
+
+    Args:
+        axes: the names of an activation's axes.
+        field: `"batch"`, `"pos"`, `"head"` or `"feature"`.
+
+    >>> selected_axis(("batch", "head", "query", "key"), "pos")
+    2
+    """
+    if field == "feature":
+        others = {name for names in SELECTED_AXES.values() for name in names}
+        return len(axes) - 1 if axes and axes[-1] not in (*others, *_NO_FEATURES) else None
+    return max((index for index, axis in enumerate(axes) if axis in SELECTED_AXES[field]), default=None)
+
+
+def grid_axis(name: str) -> GridAxis:
+    """Return an axis of a grid by its name; a name that is not in `GRID_AXES` is that of the activation's last axis.
+
+    Args:
+        name: of the grid's axis.
+    """
+    return GRID_AXES.get(name, GridAxis((name,), "feature"))
+
+
 def get_act_name(name: str, layer: int | str | None = None, layer_type: str | None = None) -> str:
     """Return the full hook name of a short one.
 
@@ -123,7 +196,7 @@ def get_act_name(name: str, layer: int | str | None = None, layer_type: str | No
 
 def _module_of(site: str, layer: int | str | None, layer_type: str | None) -> str:
     """The module a short name lives in, checked against the layer and module the caller gave."""
-    homes = {
+    modules = {
         **dict.fromkeys(_BLOCK_SITES, ""),
         **dict.fromkeys(_ATTN_SITES, "attn"),
         **dict.fromkeys(_MLP_SITES, "mlp"),
@@ -140,17 +213,17 @@ def _module_of(site: str, layer: int | str | None, layer_type: str | None) -> st
                 "or neither for the final norm"
             )
         return given
-    if site not in homes:
-        raise ValueError(f"unknown activation {site!r}{_did_you_mean(site, [*homes, *_NORM_SITES])}")
-    home = homes[site]
-    if given is not None and given != home:
-        raise ValueError(f"{site!r} lives in {home or 'the block'!r}, not in {layer_type!r}")
-    if site in _MODEL_SITES or home == "unembed":
+    if site not in modules:
+        raise ValueError(f"unknown activation {site!r}{_did_you_mean(site, [*modules, *_NORM_SITES])}")
+    module = modules[site]
+    if given is not None and given != module:
+        raise ValueError(f"{site!r} lives in {module or 'the block'!r}, not in {layer_type!r}")
+    if site in _MODEL_SITES or module == "unembed":
         if layer is not None:
             raise ValueError(f"{site!r} belongs to the whole model: give no layer (got {layer!r})")
     elif layer is None:
         raise ValueError(f"{site!r} lives in a block: give its layer, for example ({site!r}, 0)")
-    return home
+    return module
 
 
 def layer_of(name: str) -> int | None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hooked_lm import HookedTransformer, HookPoint, UnknownHookError, utils
-from hooked_lm.names import get_act_name, layer_of, select_names
+from hooked_lm.names import AXES, GRID_AXES, get_act_name, layer_of, select_names, selected_axis
 from tests.helpers import tiny_model
 
 BLOCK_SITES = [
@@ -263,3 +263,19 @@ def test_a_filter_of_the_wrong_type_raises(model: HookedTransformer, bad: object
 def test_an_unknown_hook_is_a_key_error_whose_text_reads_plainly(model: HookedTransformer) -> None:
     with pytest.raises(KeyError, match=r"^no hook 'blocks.7.hook_resid_pre': layers run 0-1$"):
         model.list_hooks("blocks.7.hook_resid_pre")
+
+
+# Axes
+
+
+@pytest.mark.parametrize("name", GRID_AXES)
+def test_a_grid_goes_along_axes_that_its_field_selects(name: str) -> None:
+    for axis in GRID_AXES[name].along:
+        assert axis in AXES
+        assert selected_axis(("batch", axis), GRID_AXES[name].field) == 1
+
+
+@pytest.mark.parametrize("last", ["pos", "query", "head", "kv_head", "1", "chosen"])
+def test_these_last_axes_have_no_features(last: str) -> None:
+    assert selected_axis(("batch", last), "feature") is None
+    assert selected_axis(("batch", last, "d_sae"), "feature") == 2

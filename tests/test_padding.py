@@ -79,7 +79,7 @@ def assert_each_as_alone(model: HookedTransformer, logits: Tensor, tokens: Tenso
 
 
 def ignore(x: Tensor, hook: object) -> None:
-    """A hook that does nothing but listen, so that attention has to form its pattern."""
+    """No-op hook: attached only so that attention has to form its pattern."""
 
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)

@@ -140,7 +140,7 @@ def naive(model: HookedTransformer, senders: list[Node], receivers: list[Node], 
     first += [(node.site(n_layers), write(clean[node.site(n_layers)], node)) for node in senders]
     heard: dict[str, Tensor] = {}
 
-    def listen(x: Tensor, hook: Any) -> None:
+    def observe(x: Tensor, hook: Any) -> None:
         heard[hook.name] = x.clone()
 
     handles = [
@@ -150,7 +150,7 @@ def naive(model: HookedTransformer, senders: list[Node], receivers: list[Node], 
     ]
     with torch.no_grad():
         model.run_with_hooks(
-            CORRUPTED, fwd_hooks=[*first, *((site, listen) for site in {node.site(n_layers) for node in receivers})]
+            CORRUPTED, fwd_hooks=[*first, *((site, observe) for site in {node.site(n_layers) for node in receivers})]
         )
         for handle in handles:
             handle.remove()

@@ -116,11 +116,11 @@ def _by_itself(tensor: Tensor) -> Tensor:
 
 def _one_by_one(entry: Entry, cfg: HookedTransformerConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The source tensors of an entry; a stack over experts or heads becomes one tensor each."""
-    parted: dict[str, Tensor] = {}
+    separate: dict[str, Tensor] = {}
     for source, tensor in entry.invert(weights, cfg).items():
         names = stacked_names(source, cfg)
-        parted |= {source: tensor} if names == [source] else dict(zip(names, tensor, strict=True))
-    return parted
+        separate |= {source: tensor} if names == [source] else dict(zip(names, tensor, strict=True))
+    return separate
 
 
 def _check_whole(cfg: HookedTransformerConfig, original: HookedTransformerConfig) -> None:

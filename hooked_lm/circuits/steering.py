@@ -25,6 +25,7 @@ from hooked_lm.circuits.task_heads import FunctionVector
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.interventions import Intervention
 from hooked_lm.names import get_act_name
+from hooked_lm.sweep.options import DEFAULT_MEMORY_BUDGET
 from hooked_lm.tokenization import Prompts
 
 __all__ = ["Operation", "SteeringEffect", "steering_effect"]
@@ -108,7 +109,7 @@ def steering_effect(
     seed: int = 0,
     attention_mask: Tensor | None = None,
     batch_size: int = 32,
-    memory_budget: int = 2**29,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
     verbose: bool = True,
 ) -> SteeringEffect:
     """Return how prompts are answered when a vector is put into the stream at their last token, layer by layer.

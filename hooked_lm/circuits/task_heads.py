@@ -26,6 +26,7 @@ from hooked_lm.circuits.stock_only import require_stock_attention
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.interventions import Intervention
 from hooked_lm.names import get_act_name
+from hooked_lm.sweep.options import DEFAULT_MEMORY_BUDGET
 from hooked_lm.tokenization import Prompts
 
 __all__ = ["FunctionVector", "Head", "HeadEffects", "Measure", "function_vector", "head_effects"]
@@ -102,7 +103,7 @@ def head_effects(
     measure: Measure = "prob",
     attention_mask: Tensor | None = None,
     batch_size: int = 32,
-    memory_budget: int = 2**29,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
     verbose: bool = True,
 ) -> HeadEffects:
     """Return how much the answer gains from each head when its output at the last token is the task's mean.

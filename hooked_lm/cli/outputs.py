@@ -66,9 +66,9 @@ def check_outputs(json_path: Path | None, html: Path | None = None) -> None:
             if option == "--html" and path is not None:
                 raise ValueError("--html takes the name of a file; only --json writes to standard output")
             continue
-        home = next(parent for parent in path.absolute().parents if parent.exists())
-        if path.is_dir() or not home.is_dir() or not os.access(home, os.W_OK):
-            why = "it is a folder" if path.is_dir() else f"{home} is no folder that can be written to"
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            why = "it is a folder" if path.is_dir() else f"{folder} is no folder that can be written to"
             raise ValueError(f"{option} {path}: {why}")
     if json_path is not None and html is not None and json_path.absolute() == html.absolute():
         raise ValueError(f"--json and --html are both {html}: give each a name of its own")

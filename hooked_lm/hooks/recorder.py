@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hooked_lm.hooks.point import HookPoint
 from hooked_lm.hooks.thread import KeptPositions, current_pass
+from hooked_lm.names import selected_axis
 from hooked_lm.slicing import Slice
 
 __all__ = ["Recorder", "recorded_part"]
@@ -56,9 +57,10 @@ def recorded_part(
         ValueError: `remove_batch_dim` with a batch that is not 1, or a position that `x` lacks.
     """
     if not positions.is_identity:
-        axis = "query" if "query" in hook.axes else "pos"
+        axis = selected_axis(hook.axes, "pos")
+        along = hook.axis("pos" if axis is None else hook.axes[axis])  # raises ValueError where there are no positions
         # A copy, since a view of the few positions would keep the whole activation in memory.
-        x = (positions if kept is None else _among(kept, positions, hook.name)).apply(x, dim=hook.axis(axis)).clone()
+        x = (positions if kept is None else _among(kept, positions, hook.name)).apply(x, dim=along).clone()
     if not remove_batch_dim:
         return x
     if x.shape[0] != 1:

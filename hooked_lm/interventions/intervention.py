@@ -18,7 +18,14 @@ from torch import Tensor
 from hooked_lm._support.precision import at_least_single
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint, KeptPositions
-from hooked_lm.names import ActivationKey, UnknownHookError, describe_unknown
+from hooked_lm.names import (
+    POSITION_AXES,
+    SELECTED_AXES,
+    ActivationKey,
+    UnknownHookError,
+    describe_unknown,
+    selected_axis,
+)
 
 __all__ = [
     "OPERATIONS",
@@ -36,21 +43,14 @@ Operation = Literal["replace", "add", "scale", "zero"]
 Selection = int | tuple[int, ...] | None
 
 OPERATIONS = ("replace", "add", "scale", "zero")
-# Selection -> the names of the axes it may select along. `feature` selects along the last axis, whatever its name
-# (`d_sae` of a hook point that a user added), unless that name is one of these or in `_NO_FEATURES`.
-_AXIS_OF = {
-    "batch": ("batch",),
-    "pos": ("pos", "query"),
-    "head": ("head", "kv_head"),
-}
-_NO_FEATURES = ("1", "chosen")
 
 # Sites whose activations are whole numbers.
 _INTEGER_SITES = ("hook_tokens", "hook_expert_indices")
 
 _PLURAL = {"pos": "positions", "head": "heads", "feature": "features", "batch": "prompts"}
 
-_COUNTED = {"batch": "in the batch", "pos": "positions", "query": "positions", "key": "positions"}
+# Axes whose length depends on the prompts -> what an error calls their entries.
+_COUNTED = {"batch": "in the batch", **dict.fromkeys(POSITION_AXES, "positions")}
 
 
 class Selections(TypedDict, total=False):
@@ -289,7 +289,7 @@ class Intervention:
             ValueError: a prompt, position or key out of range, or a value that does not broadcast to the selection.
         """
         axes = axes_by_site[self.site]
-        lengths = {"batch": batch, "pos": n_positions, "query": n_positions, "key": n_positions, "1": 1}
+        lengths = {"batch": batch, **dict.fromkeys(POSITION_AXES, n_positions), "1": 1}
         sizes = [lengths.get(axis) or _fixed_size(cfg, self.site, axis) for axis in axes]
         shape: list[int | None] = list(sizes)
         for name, selection in self.selections().items():
@@ -448,14 +448,10 @@ def _refuse_repeats(site: str, name: str, selection: Selection, size: int | None
 
 def _find_axis(site: str, axes: Sequence[str], selection: str) -> int:
     """Return the axis of a site along which a selection selects."""
-    if selection == "feature":
-        others = {name for names in _AXIS_OF.values() for name in names}
-        found = [len(axes) - 1] if axes and axes[-1] not in (*others, *_NO_FEATURES) else []
-    else:
-        found = [index for index, axis in enumerate(axes) if axis in _AXIS_OF[selection]]
-    if not found:
+    found = selected_axis(axes, selection)
+    if found is None:
         raise ValueError(f"{site!r} has axes {' '.join(axes)!r}: there is no {selection} to select")
-    return found[-1]
+    return found
 
 
 def _axes(site: str, cache: Recorded) -> Sequence[str]:
@@ -481,6 +477,8 @@ def _mask_weights(site: str, value: Tensor, averaged: Sequence[int], mask: Tenso
 
 def _fixed_size(cfg: HookedTransformerConfig, site: str, axis: str) -> int | None:
     """Return the length of an axis, or None if it depends on the prompts."""
+    # A generation reads positions up to the context's length, also where a pass has fewer.
+    positions = dict.fromkeys(SELECTED_AXES["pos"], cfg.n_ctx)
     return {
         "head": cfg.n_heads,
         "kv_head": cfg.n_kv_heads,
@@ -490,6 +488,5 @@ def _fixed_size(cfg: HookedTransformerConfig, site: str, axis: str) -> int | Non
         "vocab": cfg.d_vocab_out,
         "expert": cfg.num_experts,
         "chosen": cfg.experts_per_token,
-        "pos": cfg.n_ctx,
-        "query": cfg.n_ctx,
+        **positions,
     }.get(axis)

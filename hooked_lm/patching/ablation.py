@@ -21,10 +21,13 @@ from hooked_lm._support.precision import at_least_single
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.interventions import Intervention, draw_prompts
 from hooked_lm.metrics import Metric
-from hooked_lm.names import UnknownHookError, describe_unknown, get_act_name
-from hooked_lm.patching.sites import axes_at, grid_axis, read_prompts
+from hooked_lm.names import UnknownHookError, describe_unknown, get_act_name, grid_axis
+from hooked_lm.patching.sites import axes_at, read_prompts
 from hooked_lm.sweep import AnyMetric, sweep
+from hooked_lm.sweep.options import DEFAULT_MEMORY_BUDGET
 from hooked_lm.tokenization import Prompts
+
+__all__ = ["AblationScores", "Method", "Unit", "ablate"]
 
 Unit = Literal["heads", "attention", "mlps", "neurons", "positions"]
 Method = Literal["zero", "mean", "resample"]
@@ -96,7 +99,7 @@ def ablate(
     seed: int = 0,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     reference_mask: Int[Tensor, "reference_batch reference_pos"] | None = None,
-    memory_budget: int = 2**29,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
     verbose: bool = True,
 ) -> AblationScores:
     """Return the metric of the model without each of its parts, one at a time.

@@ -23,7 +23,7 @@ from hooked_lm._support.extras import require_pandas
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.hooks import HookPoint
 from hooked_lm.metrics import Metric, one_number
-from hooked_lm.names import get_act_name
+from hooked_lm.names import GRID_AXES, GRID_AXIS_ALIASES, POSITION_AXES, SELECTED_AXES, get_act_name
 from hooked_lm.patching.grids import (
     get_act_patch,
     get_act_patch_attn_head_all_pos_every,
@@ -66,6 +66,7 @@ from hooked_lm.patching.setters import (
 )
 from hooked_lm.patching.sites import Clean, axes_at, clean_activations, read_prompts
 from hooked_lm.sweep import AnyMetric, sweep
+from hooked_lm.sweep.options import DEFAULT_MEMORY_BUDGET
 from hooked_lm.tokenization import Prompts
 
 __all__ = [
@@ -108,8 +109,13 @@ __all__ = [
     "register_patch_site",
 ]
 
-_ALIASES = {"head_index": "head"}
-_KNOWN_AXES = ("layer", "pos", "head", "dest_pos", "src_pos", *_ALIASES)
+# The axes along which the number of entries is known before anything runs: layers, heads and positions.
+_COUNTED_AXES = {*SELECTED_AXES["head"], *POSITION_AXES}
+_KNOWN_AXES = (
+    "layer",
+    *(name for name, axis in GRID_AXES.items() if _COUNTED_AXES.issuperset(axis.along)),
+    *GRID_AXIS_ALIASES,
+)
 
 
 class IndexTable(Protocol):
@@ -133,7 +139,7 @@ def generic_activation_patch(
     *,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     per_prompt: bool = False,
-    memory_budget: int = 2**29,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
     verbose: bool = True,
 ) -> Any:
     """Return the metric of every patched run: the corrupted one with part of an activation taken from the clean one.
@@ -262,7 +268,7 @@ def _checked_axes(names: Sequence[str], setter: PatchSetter | SetterFunction) ->
             raise ValueError(
                 f"unknown axis {name!r}: axes are {', '.join(_KNOWN_AXES)}; other indices are given with index_df"
             )
-    axes = tuple(_ALIASES.get(name, name) for name in names)
+    axes = tuple(GRID_AXIS_ALIASES.get(name, name) for name in names)
     if not axes or axes[0] != "layer" or "layer" in axes[1:]:
         raise ValueError(f"the first axis is 'layer', and no other; got {tuple(names)}")
     if isinstance(setter, PatchSetter) and axes != setter.index_axes:

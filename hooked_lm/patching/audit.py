@@ -13,6 +13,8 @@ from hooked_lm.hooked_model import HookedModel
 from hooked_lm.patching.patches import GRIDS, patch_cell
 from hooked_lm.sweep import AnyMetric, sweep
 
+__all__ = ["Audit", "AuditedCell", "CellIndex", "ExactPatching", "choose_cells", "largest", "place_of", "spearman"]
+
 # The place of a cell in a grid, one number for each axis.
 CellIndex = tuple[int, ...]
 

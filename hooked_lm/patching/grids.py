@@ -9,14 +9,38 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar, Unpack
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.patching.patches import PATCHES, Patch, patch_cells, patch_sites
-from hooked_lm.patching.sites import Clean, SweepOptions, clean_activations, read_prompts
+from hooked_lm.patching.sites import Clean, clean_activations, read_prompts
 from hooked_lm.sweep import AnyMetric, sweep
+from hooked_lm.sweep.options import SweepOptions
 from hooked_lm.tokenization import Prompts
+
+__all__ = [
+    "get_act_patch",
+    "get_act_patch_attn_head_all_pos_every",
+    "get_act_patch_attn_head_by_pos_every",
+    "get_act_patch_attn_head_k_all_pos",
+    "get_act_patch_attn_head_k_by_pos",
+    "get_act_patch_attn_head_out_all_pos",
+    "get_act_patch_attn_head_out_by_pos",
+    "get_act_patch_attn_head_pattern_all_pos",
+    "get_act_patch_attn_head_pattern_by_pos",
+    "get_act_patch_attn_head_pattern_dest_src_pos",
+    "get_act_patch_attn_head_q_all_pos",
+    "get_act_patch_attn_head_q_by_pos",
+    "get_act_patch_attn_head_v_all_pos",
+    "get_act_patch_attn_head_v_by_pos",
+    "get_act_patch_attn_out",
+    "get_act_patch_block_every",
+    "get_act_patch_mlp_out",
+    "get_act_patch_resid_mid",
+    "get_act_patch_resid_post",
+    "get_act_patch_resid_pre",
+]
 
 _EVERY_BLOCK = ("resid_pre", "attn_out", "mlp_out")
 _EVERY_HEAD = tuple(f"attn_head_{name}" for name in ("out", "q", "k", "v", "pattern"))
@@ -60,27 +84,15 @@ def _swept(
     corrupted_tokens: Prompts,
     clean_cache: Clean,
     patching_metric: AnyMetric,
-    *,
-    attention_mask: Int[Tensor, "batch pos"] | None = None,
-    per_prompt: bool = False,
-    memory_budget: int = 2**29,
-    verbose: bool = True,
+    **options: Unpack[SweepOptions],
 ) -> list[Tensor]:
     """The results of several grids, whose cells share one sweep."""
-    tokens, mask = read_prompts(model, corrupted_tokens, attention_mask)
+    attention_mask = options.get("attention_mask")
+    tokens, options["attention_mask"] = read_prompts(model, corrupted_tokens, attention_mask)
     sites = [site for patch in patches for site in patch_sites(model, patch)]
-    clean = clean_activations(model, clean_cache, sites, tokens, mask, attention_mask)
+    clean = clean_activations(model, clean_cache, sites, tokens, options["attention_mask"], attention_mask)
     grids = [patch_cells(model, patch, clean) for patch in patches]
-    scores = sweep(
-        model,
-        tokens,
-        [cell for cells, _ in grids for cell in cells],
-        patching_metric,
-        attention_mask=mask,
-        per_prompt=per_prompt,
-        memory_budget=memory_budget,
-        verbose=verbose,
-    )
+    scores = sweep(model, tokens, [cell for cells, _ in grids for cell in cells], patching_metric, **options)
     parts = torch.split(scores, [len(cells) for cells, _ in grids])
     return [part.reshape(*shape, *scores.shape[1:]) for part, (_, shape) in zip(parts, grids, strict=True)]
 

@@ -14,10 +14,21 @@ from torch import Tensor
 
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.interventions import Intervention
-from hooked_lm.names import get_act_name
+from hooked_lm.names import get_act_name, grid_axis
 from hooked_lm.patching import setters
 from hooked_lm.patching.setters import PatchSetter
-from hooked_lm.patching.sites import axes_at, axis_index, grid_axis
+from hooked_lm.patching.sites import axes_at, axis_index
+
+__all__ = [
+    "GRIDS",
+    "PATCHES",
+    "Patch",
+    "patch_cell",
+    "patch_cells",
+    "patch_shape",
+    "patch_sites",
+    "register_patch_site",
+]
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,9 @@ from hooked_lm.names import get_act_name
 from hooked_lm.patching.path_nodes import ROUTES, Node, NodeLike, NodeRules, Nodes, is_node
 from hooked_lm.patching.path_plain import HookedFirstRun, outputs_of, replaced_points
 from hooked_lm.patching.path_walk import PathRuns, StreamBatch
-from hooked_lm.patching.sites import Clean, SweepOptions, clean_activations, read_prompts, replacement
+from hooked_lm.patching.sites import Clean, clean_activations, read_prompts, replacement
 from hooked_lm.sweep import AnyMetric, sweep
+from hooked_lm.sweep.options import DEFAULT_MEMORY_BUDGET, SweepOptions
 from hooked_lm.tokenization import Prompts
 
 __all__ = [
@@ -75,7 +76,7 @@ def path_patch(
     routes: str = "direct",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     per_prompt: bool = False,
-    memory_budget: int = 2**29,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
     verbose: bool = True,
 ) -> Float[Tensor, " sender"] | Float[Tensor, "sender batch"]:
     """Return the metric of the corrupted run with receivers' inputs from the first run, for each set of senders.
@@ -102,14 +103,23 @@ def path_patch(
             comes after, clean prompts of another number or length, hooks on the model, or a metric that returns no
             number.
     """
-    paths = _PathPatching(model, corrupted_tokens, clean, routes, attention_mask, memory_budget)
+    paths = _PathPatching(
+        model,
+        corrupted_tokens,
+        clean,
+        routes=routes,
+        attention_mask=attention_mask,
+        per_prompt=per_prompt,
+        memory_budget=memory_budget,
+        verbose=verbose,
+    )
     sets = [paths.rules.checked(nodes, "sender") for nodes in _as_several(senders)]
     reading = paths.rules.checked(receivers, "receiver")
     if not sets:
         raise ValueError("path_patch has no senders")
     for nodes in sets:
         paths.rules.check_reached(nodes, reading)
-    return paths.patch(sets, [reading], metric, per_prompt=per_prompt, verbose=verbose)[:, 0]
+    return paths.patch(sets, [reading], metric)[:, 0]
 
 
 def path_patch_heads(
@@ -165,17 +175,11 @@ def _patch_where_reached(
     metric: AnyMetric,
     senders: Sequence[Node],
     receivers: Nodes,
-    *,
-    routes: str = "direct",
-    attention_mask: Tensor | None = None,
-    per_prompt: bool = False,
-    memory_budget: int = 2**29,
-    verbose: bool = True,
+    **how: Unpack[PathOptions],
 ) -> Tensor:
-    paths = _PathPatching(model, corrupted_tokens, clean, routes, attention_mask, memory_budget)
+    paths = _PathPatching(model, corrupted_tokens, clean, **how)
     sets = [paths.rules.checked(node, "sender") for node in senders]
-    reading = paths.rules.checked(receivers, "receiver")
-    return paths.patch(sets, [reading], metric, per_prompt=per_prompt, verbose=verbose)[:, 0]
+    return paths.patch(sets, [paths.rules.checked(receivers, "receiver")], metric)[:, 0]
 
 
 # The classic functions
@@ -207,9 +211,9 @@ def get_act_patch_direct_path(
             last two).
         verbose: show progress bars.
     """
-    paths = _PathPatching(model, corrupted_tokens, clean_cache, "direct", None, 2**29, corrupted_cache)
+    paths = _PathPatching(model, corrupted_tokens, clean_cache, corrupted_cache, verbose=verbose)
     sender = paths.rules.checked(Node("z", src_layer, src_head), "sender")
-    return paths.to_every_head([sender], component, patching_metric, verbose)[0]
+    return paths.to_every_head([sender], component, patching_metric)[0]
 
 
 def get_act_patch_direct_path_all_sources(
@@ -228,10 +232,10 @@ def get_act_patch_direct_path_all_sources(
             `get_act_patch_direct_path`.
     """
     cfg = model.cfg
-    paths = _PathPatching(model, corrupted_tokens, clean_cache, "direct", None, 2**29, corrupted_cache)
+    paths = _PathPatching(model, corrupted_tokens, clean_cache, corrupted_cache, verbose=verbose)
     heads = [Node("z", layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
     senders = [paths.rules.checked(head, "sender") for head in heads]
-    result = paths.to_every_head(senders, component, patching_metric, verbose)
+    result = paths.to_every_head(senders, component, patching_metric)
     return result.reshape(cfg.n_layers, cfg.n_heads, *result.shape[1:])
 
 
@@ -242,9 +246,9 @@ class _PathPatching:
     """Path patching of one model and one pair of runs.
 
     Args:
-        model, corrupted_tokens, clean, attention_mask, memory_budget: as for `path_patch`.
-        routes: what may carry the change.
+        model, corrupted_tokens, clean: as for `path_patch`.
         corrupted_cache: of a run on `corrupted_tokens`, if there is one.
+        routes, attention_mask, per_prompt, memory_budget, verbose: the options of `path_patch`.
     """
 
     def __init__(
@@ -252,10 +256,13 @@ class _PathPatching:
         model: HookedModel,
         corrupted_tokens: Prompts,
         clean: Clean,
-        routes: str,
-        attention_mask: Tensor | None,
-        memory_budget: int,
         corrupted_cache: Mapping[str, Tensor] | None = None,
+        *,
+        routes: str = "direct",
+        attention_mask: Tensor | None = None,
+        per_prompt: bool = False,
+        memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        verbose: bool = True,
     ) -> None:
         if routes not in ROUTES:
             raise ValueError(f"routes are one of {ROUTES}, got {routes!r}")
@@ -266,8 +273,8 @@ class _PathPatching:
             raise ValueError("a model without layers has no paths")
         self.model, self.cfg, self.routes = model, model.cfg, routes
         self.tokens, self.mask = read_prompts(model, corrupted_tokens, attention_mask)
-        self.clean, self.given_mask, self.memory_budget = clean, attention_mask, memory_budget
-        self.corrupted_cache = corrupted_cache
+        self.clean, self.corrupted_cache, self.given_mask = clean, corrupted_cache, attention_mask
+        self.per_prompt, self.memory_budget, self.verbose = per_prompt, memory_budget, verbose
         self.rules = NodeRules(model, self.tokens.shape[1], routes)
         self.obstacle = not_stock(cast(nn.Module, model))
 
@@ -277,19 +284,18 @@ class _PathPatching:
         senders: Sequence[Sequence[Node]],
         receivers: Sequence[Sequence[Node]],
         metric: AnyMetric,
-        per_prompt: bool = False,
-        verbose: bool = True,
     ) -> Float[Tensor, "sender receiver *batch"]:
         """Return the metric for every set of senders and every set of receivers."""
         if isinstance(metric, Metric):
             metric.check_run(self.tokens, self.cfg.d_vocab_out, self.mask)
-        elif per_prompt:
+        elif self.per_prompt:
             raise ValueError("per_prompt needs a metric of hooked_lm.metrics, which scores every prompt")
         everyone = list(dict.fromkeys(node for nodes in receivers for node in nodes))
         first_run = self._first_run(senders, everyone)
         results = []
         described = f"one run per sender ({self.obstacle})"
-        with tqdm(total=len(senders), disable=not verbose or not self.obstacle, desc=described, leave=False) as bar:
+        hidden = not self.verbose or not self.obstacle
+        with tqdm(total=len(senders), disable=hidden, desc=described, leave=False) as bar:
             for chunk in self._chunks(senders, everyone):
                 cells = []
                 for sent, arrived in zip(chunk, first_run(chunk, bar.update), strict=True):
@@ -297,19 +303,19 @@ class _PathPatching:
                         [arrived[one] for one in nodes if any(self.rules.reaches(sender, one) for sender in sent)]
                         for nodes in receivers
                     ]
-                scores = self._second_run(cells, metric, per_prompt, verbose)
+                scores = self._second_run(cells, metric)
                 results.append(scores.reshape(len(chunk), len(receivers), *scores.shape[1:]))
         return torch.cat(results)
 
     def to_every_head(
-        self, senders: Sequence[Sequence[Node]], component: str, metric: AnyMetric, verbose: bool
+        self, senders: Sequence[Sequence[Node]], component: str, metric: AnyMetric
     ) -> Float[Tensor, "sender layer kv_head"]:
         """Return the metric for every set of senders and every head that receives."""
         if component not in ("q", "k", "v"):
             raise ValueError(f"component is 'q', 'k' or 'v', got {component!r}")
         n_heads = self.cfg.n_heads if component == "q" else self.cfg.n_kv_heads
         heads = [(Node(component, layer, head),) for layer in range(self.cfg.n_layers) for head in range(n_heads)]
-        scores = self.patch(senders, heads, metric, verbose=verbose)
+        scores = self.patch(senders, heads, metric)
         return scores.reshape(scores.shape[0], self.cfg.n_layers, n_heads)
 
     def _chunks(self, senders: Sequence[Sequence[Node]], receivers: Sequence[Node]) -> Iterator[list[Sequence[Node]]]:
@@ -386,9 +392,7 @@ class _PathPatching:
 
     # The second run
 
-    def _second_run(
-        self, cells: Sequence[Sequence[Intervention]], metric: AnyMetric, per_prompt: bool, verbose: bool
-    ) -> Float[Tensor, "..."]:
+    def _second_run(self, cells: Sequence[Sequence[Intervention]], metric: AnyMetric) -> Float[Tensor, "..."]:
         """Return the metric of every cell, [cell] or [cell batch]; those without interventions share one run."""
         empty = [index for index, cell in enumerate(cells) if not cell]
         made: list[Sequence[Intervention]] = [cell for cell in cells if cell]
@@ -398,10 +402,10 @@ class _PathPatching:
             [*made, *[()] * bool(empty)],
             metric,
             attention_mask=self.mask,
-            per_prompt=per_prompt,
+            per_prompt=self.per_prompt,
             incremental=self.obstacle is None,
             memory_budget=self.memory_budget,
-            verbose=verbose,
+            verbose=self.verbose,
         )
         place = torch.full((len(cells),), scores.shape[0] - 1, device=scores.device)
         full = [index for index, cell in enumerate(cells) if cell]

@@ -10,6 +10,8 @@ from hooked_lm.hooked_model import HookedModel
 from hooked_lm.interventions import Intervention, Selection
 from hooked_lm.names import UnknownHookError, describe_unknown, get_act_name
 
+__all__ = ["RECEIVERS", "ROUTES", "SENDERS", "Node", "NodeLike", "NodeRules", "Nodes", "as_tuple", "is_node"]
+
 ROUTES = ("direct", "mlps", "all")
 
 # The order of computation in a block. In parallel blocks the MLP reads the stream when attention does.

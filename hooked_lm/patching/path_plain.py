@@ -21,6 +21,8 @@ from hooked_lm.patching.path_nodes import Node
 from hooked_lm.patching.path_walk import PathRuns
 from hooked_lm.patching.sites import axes_at, replacement
 
+__all__ = ["HookedFirstRun", "outputs_of", "replaced_points"]
+
 
 def replaced_points(model: HookedModel, names: Sequence[str], layers: Sequence[int]) -> dict[str, nn.Module]:
     """Return the modules that stand where blocks have hook points, by full hook name, hook points left out.

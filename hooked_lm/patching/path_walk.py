@@ -20,6 +20,8 @@ from hooked_lm.names import get_act_name
 from hooked_lm.patching.path_nodes import Node, as_tuple
 from hooked_lm.patching.sites import axes_at, replacement
 
+__all__ = ["PathRuns", "StreamBatch"]
+
 _PROJECTIONS: tuple[tuple[str, Literal["Q", "K", "V"]], ...] = (("q", "Q"), ("k", "K"), ("v", "V"))
 
 
@@ -74,22 +76,22 @@ class StreamBatch:
         resid_pre = self.rows
         layout, shortformer = self._layout()
         read = block.attention_inputs(resid_pre.flatten(0, 1), shortformer)
-        yield from self._seen(receivers, "resid_pre", resid_pre)
+        yield from self._received(receivers, "resid_pre", resid_pre)
         for (name, which), x in zip(_PROJECTIONS, read, strict=True):
             if any(node.name == name for node in receivers):
-                yield from self._seen(receivers, name, self._row_by_row(block.attn.project(x, which)))
+                yield from self._received(receivers, name, self._row_by_row(block.attn.project(x, which)))
         attn_out = self._attention(layer, read, layout)
         stream = resid_pre
         if self.cfg.attn_only or not block.parallel:
             stream = self._row_by_row(block.joined(resid_pre.flatten(0, 1), attn_out.flatten(0, 1), block.ln1))
         if not self.cfg.attn_only:
             stream = self._sent(stream, "resid_mid", layer)
-            yield from self._seen(receivers, "resid_mid", stream)
-            yield from self._seen(receivers, "mlp_in", stream)
+            yield from self._received(receivers, "resid_mid", stream)
+            yield from self._received(receivers, "mlp_in", stream)
             stream = self._after_mlp(layer, stream, attn_out)
         self.rows = self._sent(stream, "resid_post", layer)
-        yield from self._seen(receivers, "resid_post", self.rows)
-        yield from self._seen(receivers, "logits", self.rows)
+        yield from self._received(receivers, "resid_post", self.rows)
+        yield from self._received(receivers, "logits", self.rows)
 
     def _join(self, layer: int) -> None:
         """Add a row, the corrupted stream, for each set whose first sender is in this block."""
@@ -180,7 +182,8 @@ class StreamBatch:
         return edited
 
     @staticmethod
-    def _seen(receivers: Sequence[Node], name: str, rows: Tensor) -> Iterator[tuple[Node, Tensor]]:
+    def _received(receivers: Sequence[Node], name: str, rows: Tensor) -> Iterator[tuple[Node, Tensor]]:
+        """Yield each receiver at a site, by its short name, with the activation there."""
         for node in receivers:
             if node.name == name:
                 yield node, rows

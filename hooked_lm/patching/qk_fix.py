@@ -22,6 +22,8 @@ from hooked_lm.hooks import HookPoint
 from hooked_lm.names import get_act_name
 from hooked_lm.patching.patches import Patch
 
+__all__ = ["DifferentiatedRun", "HeadAttention", "attention_effects", "check_attention"]
+
 
 @dataclass(frozen=True, eq=False)
 class DifferentiatedRun:

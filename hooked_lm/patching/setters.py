@@ -10,7 +10,19 @@ from typing import Any, SupportsIndex, cast
 from torch import Tensor
 
 from hooked_lm.interventions import Intervention
-from hooked_lm.patching.sites import grid_axis
+from hooked_lm.names import SELECTED_AXES, grid_axis
+
+__all__ = [
+    "Index",
+    "PatchSetter",
+    "SetterFunction",
+    "layer_head_dest_src_pos_pattern_patch_setter",
+    "layer_head_pattern_patch_setter",
+    "layer_head_pos_pattern_patch_setter",
+    "layer_head_vector_patch_setter",
+    "layer_pos_head_vector_patch_setter",
+    "layer_pos_patch_setter",
+]
 
 # The index of a cell: a number for each axis.
 Index = Sequence[object]
@@ -60,7 +72,9 @@ class PatchSetter:
         Raises:
             ValueError: they have others.
         """
-        found = tuple("head" if axis == "kv_head" else axis for axis in axes[1 : 1 + len(self.activation_axes)])
+        found = tuple(
+            "head" if axis in SELECTED_AXES["head"] else axis for axis in axes[1 : 1 + len(self.activation_axes)]
+        )
         if found != self.activation_axes:
             raise ValueError(
                 f"{self.name} patches activations [batch {' '.join(self.activation_axes)} ...], "

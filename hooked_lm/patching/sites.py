@@ -7,8 +7,7 @@ ones, or one for all of them. A cache of one prompt may lack the batch axis.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Literal
 
 import torch
 from jaxtyping import Int
@@ -16,27 +15,23 @@ from torch import Tensor
 
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.interventions import Intervention, Selection
-from hooked_lm.names import UnknownHookError, describe_unknown
+from hooked_lm.names import POSITION_AXES, UnknownHookError, describe_unknown, grid_axis, selected_axis
 from hooked_lm.tokenization import Prompts
+
+__all__ = [
+    "Clean",
+    "axes_at",
+    "axis_index",
+    "check_padding",
+    "clean_activations",
+    "clean_prompts",
+    "is_text",
+    "read_prompts",
+    "replacement",
+]
 
 # The clean prompts, or full hook name -> activation, as `run_with_cache` records them.
 Clean = Mapping[str, Tensor] | Prompts
-
-
-class SweepOptions(TypedDict, total=False):
-    """The options of everything that is one sweep, as keyword arguments.
-
-    Attributes:
-        attention_mask: [batch pos], 0 at padding, of clean and corrupted prompts given as tokens.
-        per_prompt: keep the prompts apart, as a last axis; needs a metric of `hooked_lm.metrics`.
-        memory_budget: bytes that a sweep's activations may take, roughly.
-        verbose: show a progress bar.
-    """
-
-    attention_mask: Int[Tensor, "batch pos"] | None
-    per_prompt: bool
-    memory_budget: int
-    verbose: bool
 
 
 # Axes
@@ -54,39 +49,7 @@ def axes_at(model: HookedModel, site: str) -> tuple[str, ...]:
     """
     if site not in model.hook_dict:
         raise UnknownHookError(describe_unknown(site, list(model.hook_dict)))
-    axes: Iterable[str] | None = model.hook_dict[site].axes
-    return tuple((axes or "").split()) if axes is None or isinstance(axes, str) else tuple(axes)
-
-
-@dataclass(frozen=True)
-class GridAxis:
-    """An axis of a grid, in terms of activations and interventions.
-
-    Attributes:
-        along: the axis of an activation, by any of the names that sites give it.
-        field: the field of an `Intervention` that selects there.
-    """
-
-    along: tuple[str, ...]
-    field: Literal["pos", "head", "feature"]
-
-
-GRID_AXES: dict[str, GridAxis] = {
-    "pos": GridAxis(("pos", "query"), "pos"),
-    "head": GridAxis(("head", "kv_head"), "head"),
-    "dest_pos": GridAxis(("query",), "pos"),
-    "src_pos": GridAxis(("key",), "feature"),
-    "neuron": GridAxis(("d_mlp",), "feature"),
-}
-
-
-def grid_axis(name: str) -> GridAxis:
-    """Return an axis of a grid by its name; other names than those of `GRID_AXES` are of the activation's last axis.
-
-    Args:
-        name: of the grid's axis.
-    """
-    return GRID_AXES.get(name, GridAxis((name,), "feature"))
+    return model.hook_dict[site].axes
 
 
 def axis_index(site: str, axes: Sequence[str], name: str) -> int:
@@ -129,17 +92,16 @@ def replacement(
     """
     axes = axes_at(model, site)
     kept = list(axes)
-    along = {"pos": GRID_AXES["pos"].along, "head": GRID_AXES["head"].along, "feature": axes[-1:]}
     for field, selection in (("pos", pos), ("head", head), ("feature", feature)):
-        if selection is None:
-            continue
-        axis = next(name for name in along[field] if name in axes)
-        where = kept.index(axis)
+        index = None if selection is None else selected_axis(axes, field)
+        if selection is None or index is None:
+            continue  # a field without an axis is refused once the intervention is checked
+        where = kept.index(axes[index])
         if isinstance(selection, tuple):
             value = value.index_select(where, torch.tensor(selection, device=value.device) % value.shape[where])
         else:
             value = value.select(where, selection)
-            kept.remove(axis)
+            kept.remove(axes[index])
     if (pos, head, feature) != (None, None, None):
         value = value.clone()  # so that the part does not keep the whole activation alive
     return Intervention(site, "replace", value, pos=pos, head=head, feature=feature)
@@ -211,7 +173,7 @@ def _cached(model: HookedModel, cache: Mapping[str, Tensor], site: str, tokens: 
     if value.ndim != len(axes):
         raise ValueError(f"the {run} cache's {site!r} has shape {tuple(value.shape)}; it should be [{' '.join(axes)}]")
     for axis, size in zip(axes, value.shape, strict=True):
-        if axis in ("pos", "query", "key"):
+        if axis in POSITION_AXES:
             _check_positions(size, tokens, run, f" ({site!r} in the {run} cache)")
         elif axis == "batch":
             _check_prompts(size, tokens, run, f" ({site!r} in the {run} cache)")

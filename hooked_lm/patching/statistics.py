@@ -24,7 +24,18 @@ from hooked_lm.metrics import Metric
 from hooked_lm.patching.patches import PATCHES, Patch, patch_cells, patch_sites
 from hooked_lm.patching.sites import clean_activations, clean_prompts, read_prompts
 from hooked_lm.sweep import sweep
+from hooked_lm.sweep.options import DEFAULT_MEMORY_BUDGET
 from hooked_lm.tokenization import Prompts
+
+__all__ = [
+    "Direction",
+    "Normalization",
+    "PairScores",
+    "bootstrap_interval",
+    "normalize_scores",
+    "patch_pairs",
+    "share_of_same_sign",
+]
 
 Direction = Literal["denoising", "noising"]
 Normalization = Literal["mean", "pair"]
@@ -85,7 +96,7 @@ def patch_pairs(
     n_resamples: int = 1000,
     seed: int = 0,
     attention_mask: Int[Tensor, "pair pos"] | None = None,
-    memory_budget: int = 2**29,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
     verbose: bool = True,
 ) -> PairScores:
     """Return a grid's scores for every pair of a clean and a corrupted prompt, with their mean and its interval.

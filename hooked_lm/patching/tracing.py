@@ -21,7 +21,10 @@ from hooked_lm.patching.patches import Patch, patch_sites
 from hooked_lm.patching.setters import layer_pos_patch_setter
 from hooked_lm.patching.sites import axes_at, clean_activations, read_prompts
 from hooked_lm.sweep import AnyMetric, sweep
+from hooked_lm.sweep.options import DEFAULT_MEMORY_BUDGET
 from hooked_lm.tokenization import Prompts
+
+__all__ = ["CausalTrace", "causal_trace"]
 
 _EMBEDDINGS = "hook_embed"
 
@@ -84,7 +87,7 @@ def causal_trace(
     n_samples: int = 10,
     seed: int = 0,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
-    memory_budget: int = 2**29,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
     verbose: bool = True,
 ) -> CausalTrace:
     """Return the metric with noise on the subject and the state at each layer and position restored.

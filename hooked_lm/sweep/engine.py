@@ -20,6 +20,7 @@ from hooked_lm.metrics import Metric, one_number
 from hooked_lm.names import get_act_name
 from hooked_lm.sweep.exactness import walking_obstacle
 from hooked_lm.sweep.first_change import from_first_change, is_compared
+from hooked_lm.sweep.options import DEFAULT_MEMORY_BUDGET
 from hooked_lm.sweep.plan import Stage, SweepCell, plan_cell, reads_per_head
 from hooked_lm.sweep.walk import BaseRun, SweepWalk, WalkGroup, key_site
 from hooked_lm.tokenization import Prompts
@@ -40,7 +41,7 @@ def sweep(
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     per_prompt: bool = False,
     incremental: bool = True,
-    memory_budget: int = 2**29,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
     verbose: bool = True,
 ) -> Float[Tensor, " cell"] | Float[Tensor, "cell batch"]:
     """Return the metric of every cell, computed on the model's logits under the cell's interventions.

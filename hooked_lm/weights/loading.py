@@ -315,9 +315,9 @@ def _check_shapes(name: str, given: Weights, expected: Mapping[str, Tensor]) -> 
     faults = [f"{key} is missing" for key in expected if key not in given]
     faults += [f"{key} has no place" for key in given if key not in expected]
     faults += [
-        f"{key} has shape {tuple(given[key].shape)} instead of {tuple(home.shape)}"
-        for key, home in expected.items()
-        if key in given and given[key].shape != home.shape
+        f"{key} has shape {tuple(given[key].shape)} instead of {tuple(parameter.shape)}"
+        for key, parameter in expected.items()
+        if key in given and given[key].shape != parameter.shape
     ]
     if faults:
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""

@@ -48,32 +48,32 @@ class ParameterPlacement:
         keep_views = keep_views and self.device.type == "cpu" and (not plan or self.dtype == self._precise)
         placed, kept = {}, set[int]()
         for name, value in chunk.items():
-            home = self._home(name)
-            unchanged = home is not None and value.dtype == home.dtype and not rewritten.fullmatch(name)
+            parameter = self._parameter(name)
+            unchanged = parameter is not None and value.dtype == parameter.dtype and not rewritten.fullmatch(name)
             # A conversion rule may use a tensor twice, but two parameters must not share memory.
             if keep_views and unchanged and value.data_ptr() not in kept and _usable_in_place(name, value):
                 placed[name] = value
                 kept.add(value.data_ptr())
             else:
-                placed[name] = self._copied(name, value, home, processed=bool(plan))
+                placed[name] = self._copied(name, value, parameter, processed=bool(plan))
         processing.process_(cfg, placed, plan)
         for name, value in placed.items():
             self._set_parameter(name, value)
         return bool(kept)
 
-    def _home(self, name: str) -> Tensor | None:
+    def _parameter(self, name: str) -> Tensor | None:
         module, attribute = self._owners.get(name, (None, ""))
         return None if module is None else module.get_parameter(attribute)
 
-    def _copied(self, name: str, value: Tensor, home: Tensor | None, *, processed: bool) -> Tensor:
+    def _copied(self, name: str, value: Tensor, parameter: Tensor | None, *, processed: bool) -> Tensor:
         """Return a copy on the model's device; in float32 or better for processing, which low precision would round."""
-        if home is None:
+        if parameter is None:
             return value.to(self.device, self._precise, copy=True)
         if not processed and _usable_in_place(name, value):
             # BLAS can use the checkpoint's memory order in place, so it is kept.
-            return value.to(self.device, home.dtype, copy=True)
-        dtype = self._precise if processed else home.dtype
-        return torch.empty_like(home, device=self.device, dtype=dtype).copy_(value)
+            return value.to(self.device, parameter.dtype, copy=True)
+        dtype = self._precise if processed else parameter.dtype
+        return torch.empty_like(parameter, device=self.device, dtype=dtype).copy_(value)
 
     @property
     def _precise(self) -> torch.dtype:
@@ -83,8 +83,8 @@ class ParameterPlacement:
         if name not in self._owners:
             return
         module, attribute = self._owners[name]
-        home = module.get_parameter(attribute)
-        setattr(module, attribute, nn.Parameter(value.to(home.dtype), requires_grad=home.requires_grad))
+        parameter = module.get_parameter(attribute)
+        setattr(module, attribute, nn.Parameter(value.to(parameter.dtype), requires_grad=parameter.requires_grad))
 
 
 def _usable_in_place(name: str, value: Tensor) -> bool:
