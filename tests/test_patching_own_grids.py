@@ -114,3 +114,10 @@ def test_sites_and_axes_that_a_model_lacks_are_named() -> None:
         patching.get_act_patch("heads", tiny_model(), CORRUPTED, CLEAN, METRIC, **QUIET)
     with pytest.raises(ValueError, match="unknown grid 'yours': it is one of resid_pre, "):
         patching.get_act_patch("yours", tiny_model(), CORRUPTED, CLEAN, METRIC, **QUIET)
+
+
+def test_an_unknown_option_of_a_grid_raises_before_anything_runs() -> None:
+    model = tiny_model()
+    model.add_hook("hook_embed", lambda x, hook: pytest.fail("a run"))
+    with pytest.raises(TypeError, match="no option 'verbos': there are attention_mask, per_prompt, memory_budget"):
+        patching.get_act_patch_resid_pre(model, tiny_tokens(), tiny_tokens(seed=1), metrics.logit(3), verbos=False)  # type: ignore[call-arg]

@@ -16,7 +16,7 @@ from hooked_lm.hooked_model import HookedModel
 from hooked_lm.patching.patches import PATCHES, Patch, patch_cells, patch_sites
 from hooked_lm.patching.sites import Clean, clean_activations, read_prompts
 from hooked_lm.sweep import AnyMetric, sweep
-from hooked_lm.sweep.options import SweepOptions
+from hooked_lm.sweep.options import SweepOptions, check_options
 from hooked_lm.tokenization import Prompts
 
 __all__ = [
@@ -87,6 +87,7 @@ def _swept(
     **options: Unpack[SweepOptions],
 ) -> list[Tensor]:
     """The results of several grids, whose cells share one sweep."""
+    check_options(options)
     attention_mask = options.get("attention_mask")
     tokens, options["attention_mask"] = read_prompts(model, corrupted_tokens, attention_mask)
     sites = [site for patch in patches for site in patch_sites(model, patch)]

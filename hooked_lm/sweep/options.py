@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TypedDict
 
 from jaxtyping import Int
 from torch import Tensor
 
-__all__ = ["DEFAULT_MEMORY_BUDGET", "SweepOptions"]
+__all__ = ["DEFAULT_MEMORY_BUDGET", "SweepOptions", "check_options"]
 
 DEFAULT_MEMORY_BUDGET = 2**29  # bytes: 512 MiB
 
@@ -26,3 +27,18 @@ class SweepOptions(TypedDict, total=False):
     per_prompt: bool
     memory_budget: int
     verbose: bool
+
+
+def check_options(names: Iterable[str]) -> None:
+    """Check names of options before anything runs.
+
+    Args:
+        names: as they were given.
+
+    Raises:
+        TypeError: one is no option of a sweep.
+    """
+    known = list(SweepOptions.__annotations__)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise TypeError(f"no option {unknown[0]!r}: there are {', '.join(known)}")
