@@ -17,8 +17,7 @@ from hooked_lm.components.attention import Attention
 from hooked_lm.components.embed import Unembed
 from hooked_lm.metrics import Metric, accuracy, kl_to, log_prob, logit, logit_diff, prob, rank
 from hooked_lm.sweep import sweep
-from tests.helpers import tiny_model, tiny_tokens
-from tests.test_sweep import counted
+from tests.helpers import counted, tiny_model, tiny_tokens
 
 EXACT: dict[str, Any] = {"atol": 1e-12, "rtol": 0.0}
 BATCH, POS, VOCAB = 3, 4, 6
