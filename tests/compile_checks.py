@@ -18,7 +18,7 @@ from torch import Tensor
 from hooked_lm import HookedTransformer, HookPoint
 from hooked_lm.components import linear as products
 from tests.helpers import tiny_model, tiny_tokens
-from tests.test_hook_sites import ARCHITECTURES
+from tests.hook_sites_helpers import ARCHITECTURES
 
 # One of each kind of positions, masks, norms and MLPs.
 ONE_GRAPH = (

@@ -29,26 +29,20 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # What `make check` runs: seconds of computing from model, hooks, weights and text, and no program but this one.
 CORE = (
-    *("activation_cache", "architectures", "bad_input", "caching", "composition", "config"),
-    *("factored_matrix", "forward", "full_circuits", "head_detector", "heads", "hooks", "imports"),
-    *("intervention_values", "interventions", "kv_cache", "layers_of_the_package", "logit_lens", "losses", "metrics"),
-    *("names", "norm_placement", "padding", "products", "rotary_scalings", "rules", "slicing", "sweep", "tokens"),
-    *("utils", "weight_views", "weights"),
+    *("activation_cache", "architectures", "architectures_of_transformers", "bad_input", "cache_attributions"),
+    *("caching", "circuit_scores", "composition", "config", "config_lock", "config_values", "factored_matrix"),
+    *("forward", "full_circuits", "head_detector", "heads", "hook_contexts", "hook_points", "hooks", "imports"),
+    *("initial_weights", "intervention_values", "interventions", "kl_divergence", "kv_cache", "layers_of_the_package"),
+    *("logit_lens", "losses", "metrics", "model_config", "names", "norm_placement", "observing", "own_components"),
+    *("padding", "partial_runs", "processing_methods", "products", "rotary_scalings", "rules", "slicing", "sweep"),
+    *("sweep_errors", "sweep_work", "threads", "tokens", "utils", "weight_views", "weights"),
 )
 # Files whose tests take longest come first, so that no process is left with one of them at the end.
 LONG = (
-    *("compile", "families", "benchmarks", "contestants", "notebooks", "docs", "browser", "hook_sites", "observing"),
-    *(
-        "patching_own_components",
-        "figures_saved",
-        "readme",
-        "cli",
-        "training",
-        "path_patching",
-        "patching",
-        "lazy_cache",
-    ),
-    *("attribution_patching", "generation", "wheel", "demo", "tour"),
+    *("compile", "families", "benchmarks", "contestants", "notebooks", "docs", "browser", "hook_sites"),
+    *("observing_architectures", "every_own_component", "patching_own_components", "figures_saved", "readme", "cli"),
+    *("training", "path_patching", "patching", "lazy_cache", "attribution_patching", "generation", "wheel"),
+    *("demo", "tour"),
 )
 
 

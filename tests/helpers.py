@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
@@ -100,3 +102,24 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(one, torch.Tensor):
                 self.numbers = max(self.numbers, one.untyped_storage().nbytes() // one.element_size())
         return out
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, owner: type, method: str) -> list[tuple[Any, ...]]:
+    """The arguments of every call of a method from now on."""
+    calls: list[tuple[Any, ...]] = []
+    original = getattr(owner, method)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    counting.keeps_stages = True  # type: ignore[attr-defined]
+    monkeypatch.setattr(owner, method, counting)
+    return calls
+
+
+def luminance(colour: str) -> float:
+    """The relative luminance of a colour `#rrggbb`, from 0 for black to 1 for white."""
+    shares = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+    return float(np.dot([0.2126, 0.7152, 0.0722], linear))

@@ -22,7 +22,7 @@ from hooked_lm.plotting.style import (
     visible,
 )
 from tests.browser import gallery
-from tests.test_figures_tokens import luminance
+from tests.helpers import luminance
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 from hooked_lm import plotting
 from hooked_lm.plotting.style import DIVERGING, SEQUENTIAL, colour_at, ink_on
 from tests.browser import attention
+from tests.helpers import luminance
 
 AWKWARD = ["</script><script>", "<b>", " é", "\n", "", "&amp;", "日本", '"', "<!--", "\u2028"]
 
@@ -93,12 +94,6 @@ def test_letters_can_be_read_on_every_colour() -> None:
         back, ink = (part.partition(":")[2] for part in str(token["style"]).split(";"))
         light, dark = sorted((luminance(back), luminance(ink)), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5
-
-
-def luminance(colour: str) -> float:
-    shares = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
-    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
-    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
 
 
 def test_nothing_of_a_token_is_read_as_part_of_the_page() -> None:

@@ -10,19 +10,10 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from hooked_lm import HookedTransformer
-from hooked_lm.utils import sample_logits
-from tests.helpers import CORPUS, VOCAB, randomise_, tiny_config, tiny_model, tiny_tokenizer, tiny_tokens
+from tests.generation_helpers import BOS, GREEDY, say, text_model
+from tests.helpers import CORPUS, VOCAB, tiny_model, tiny_tokenizer, tiny_tokens
 
-BOS = 0
-TOKENIZER = tiny_tokenizer()
 TEXTS = ["When John and Mary", "The", "Induction heads complete", ""]
-GREEDY: dict[str, Any] = {"do_sample": False, "verbose": False}
-
-
-def text_model(tokenizer: Any = TOKENIZER, **changes: Any) -> HookedTransformer:
-    """A tiny model that reads text."""
-    fields = {"d_vocab": VOCAB, "n_ctx": 64, **changes}
-    return randomise_(HookedTransformer(tiny_config(**fields), tokenizer))  # type: ignore[return-value]
 
 
 def greedy_by_hand(model: HookedTransformer, tokens: Tensor, steps: int) -> Tensor:
@@ -31,18 +22,6 @@ def greedy_by_hand(model: HookedTransformer, tokens: Tensor, steps: int) -> Tens
         best = model(tokens, attention_mask=torch.ones_like(tokens))[:, -1].argmax(-1)
         tokens = torch.cat((tokens, best[:, None]), 1)
     return tokens
-
-
-def say(*tokens: int) -> Any:
-    """Return a hook for `unembed.hook_out` that makes every prompt go on with these tokens, one per step."""
-    steps = iter(tokens)
-
-    def force(logits: Tensor, hook: object) -> Tensor:
-        forced = torch.zeros_like(logits)
-        forced[:, -1, next(steps)] = 100.0
-        return forced
-
-    return [("unembed.hook_out", force)]
 
 
 def say_rows(rows: list[list[int]]) -> Any:
@@ -209,160 +188,6 @@ def test_left_padded_tokens_go_on_as_their_prompts_would_alone() -> None:
     for row, text in zip(out, TEXTS, strict=True):
         alone = greedy_by_hand(model, model.to_tokens(text), 8)[0]
         assert torch.equal(row[-len(alone) :], alone)
-
-
-# Sampling, against its definition
-
-LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, 1.5, -3.0, 0.9], dtype=torch.float64)
-DRAWS = 40_000
-
-
-def frequencies(**options: Any) -> Tensor:
-    torch.manual_seed(0)
-    drawn = sample_logits(LOGITS.repeat(DRAWS, 1), **options)
-    assert drawn.shape == (DRAWS,)
-    return torch.bincount(drawn, minlength=len(LOGITS)) / DRAWS
-
-
-def assert_distribution(found: Tensor, expected: Tensor) -> None:
-    """Nothing falls where nothing may; elsewhere five standard errors are allowed."""
-    assert (found[expected == 0] == 0).all()
-    error = (expected * (1 - expected) / DRAWS).sqrt()
-    assert ((found - expected).abs() <= 5 * error + 1e-12).all(), (found, expected)
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_temperature_divides_the_logits(temperature: float) -> None:
-    assert_distribution(frequencies(temperature=temperature), (LOGITS / temperature).softmax(-1))
-
-
-@pytest.mark.parametrize("top_k", [1, 3, 8, 100])
-def test_top_k_keeps_the_k_likeliest(top_k: int) -> None:
-    expected = torch.zeros(8, dtype=torch.float64)
-    kept = LOGITS.argsort(descending=True)[:top_k]
-    expected[kept] = LOGITS[kept].softmax(-1)
-    assert_distribution(frequencies(top_k=top_k), expected)
-
-
-@pytest.mark.parametrize("top_p", [0.01, 0.4, 0.65, 0.9, 1.0])
-def test_top_p_keeps_the_fewest_that_reach_the_probability(top_p: float) -> None:
-    probabilities = LOGITS.softmax(-1)
-    kept: list[int] = []
-    for token in LOGITS.argsort(descending=True).tolist():
-        kept.append(token)
-        if probabilities[kept].sum() >= top_p - 1e-12:
-            break
-    expected = torch.zeros(8, dtype=torch.float64)
-    expected[kept] = LOGITS[kept].softmax(-1)
-    assert 1 <= len(kept) <= 8
-    assert_distribution(frequencies(top_p=top_p), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_keeps_the_tokens_that_single_precision_keeps(dtype: torch.dtype) -> None:
-    # Many unlikely tokens: added up in half precision, their probabilities would be lost.
-    logits = torch.randn(1, 30_000, generator=torch.Generator().manual_seed(0)).to(dtype)
-    drawn = []
-    for given in (logits, logits.float()):
-        torch.manual_seed(0)
-        drawn.append(sample_logits(given.repeat(200, 1), top_p=0.9))
-    assert torch.equal(*drawn)
-
-
-def test_temperature_comes_before_top_p() -> None:
-    hot = (LOGITS / 4).softmax(-1)
-    assert (hot.sort(descending=True).values.cumsum(-1) < 0.5).sum() + 1 == 4
-    assert (frequencies(top_p=0.5, temperature=4.0) > 0).sum() == 4
-    assert (frequencies(top_p=0.5) > 0).sum() == 2
-
-
-def test_top_k_comes_before_top_p() -> None:
-    # Of the best three the first has 0.51 of the probability, of all eight less than half.
-    assert LOGITS.softmax(-1).max() < 0.5
-    expected = torch.zeros(8, dtype=torch.float64)
-    expected[0] = 1.0
-    assert_distribution(frequencies(top_k=3, top_p=0.5), expected)
-
-
-def test_each_row_is_cut_and_drawn_by_its_own_logits() -> None:
-    torch.manual_seed(0)
-    rows = torch.stack((LOGITS, -LOGITS)).repeat(500, 1)
-    drawn = sample_logits(rows, top_k=2).reshape(500, 2)
-    assert set(drawn[:, 0].tolist()) == {0, 5}
-    assert set(drawn[:, 1].tolist()) == {6, 4}
-
-
-def test_temperature_zero_is_greedy() -> None:
-    assert sample_logits(LOGITS.repeat(50, 1), temperature=0.0).tolist() == [0] * 50
-    model, tokens = tiny_model(), tiny_tokens()
-    cold = model.generate(tokens, 6, temperature=0.0, stop_at_eos=False, verbose=False)
-    assert torch.equal(cold, model.generate(tokens, 6, stop_at_eos=False, **GREEDY))
-
-
-def test_the_frequency_penalty_is_subtracted_for_each_occurrence() -> None:
-    tokens = torch.tensor([[0, 0, 0, 5, 7]])
-    expected = LOGITS - 0.7 * torch.tensor([3.0, 0, 0, 0, 0, 1, 0, 1], dtype=torch.float64)
-    found = frequencies(freq_penalty=0.7, tokens=tokens.repeat(DRAWS, 1))
-    assert_distribution(found, expected.softmax(-1))
-
-
-def test_the_frequency_penalty_is_not_divided_by_the_temperature_twice() -> None:
-    tokens = torch.tensor([[0, 0, 0, 5, 7]])
-    expected = LOGITS - 0.7 * torch.tensor([3.0, 0, 0, 0, 0, 1, 0, 1], dtype=torch.float64)
-    found = frequencies(freq_penalty=0.7, temperature=2.0, tokens=tokens.repeat(DRAWS, 1))
-    assert_distribution(found, (expected / 2).softmax(-1))
-
-
-def test_the_frequency_penalty_needs_the_text_so_far() -> None:
-    with pytest.raises(ValueError, match="freq_penalty counts the tokens so far"):
-        sample_logits(LOGITS[None], freq_penalty=1.0)
-
-
-def test_sampling_leaves_the_logits_it_was_given() -> None:
-    logits = LOGITS.repeat(2, 1)
-    sample_logits(logits, top_k=2, top_p=0.5, temperature=0.5, freq_penalty=1.0, tokens=torch.zeros(2, 3).long())
-    assert torch.equal(logits, LOGITS.repeat(2, 1))
-
-
-def test_generation_samples_from_the_distribution_of_the_model() -> None:
-    model, prompt = tiny_model(), tiny_tokens(1)
-    torch.manual_seed(0)
-    tokens = prompt.repeat(4000, 1)
-    for options, logits in (
-        ({}, model(prompt)[0, -1]),
-        ({"temperature": 0.5}, model(prompt)[0, -1] / 0.5),
-    ):
-        out = model.generate(tokens, 1, stop_at_eos=False, verbose=False, **options)
-        found = torch.bincount(out[:, -1], minlength=20) / 4000
-        expected = logits.softmax(-1).detach()
-        assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / 4000).sqrt()).all()
-    likeliest = set(model(prompt)[0, -1].topk(3).indices.tolist())
-    out = model.generate(tokens, 1, top_k=3, stop_at_eos=False, verbose=False)
-    assert set(out[:, -1].tolist()) == likeliest
-
-
-def test_the_same_seed_gives_the_same_text() -> None:
-    model, tokens, runs = tiny_model(), tiny_tokens(), []
-    for seed in (3, 3, 4):
-        torch.manual_seed(seed)
-        runs.append(model.generate(tokens, 8, stop_at_eos=False, verbose=False))
-    assert torch.equal(runs[0], runs[1])
-    assert not torch.equal(runs[0], runs[2])
-
-
-@pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-def test_a_frequency_penalty_counts_prompt_and_new_tokens(use_cache: bool, dtype: torch.dtype) -> None:
-    model, tokens = tiny_model(n_ctx=24), tiny_tokens(2)
-    expected = tokens
-    for _ in range(10):
-        counts = torch.stack([torch.bincount(row, minlength=20) for row in expected])
-        best = (model(expected)[:, -1] - 1.5 * counts).argmax(-1)
-        expected = torch.cat((expected, best[:, None]), 1)
-    options = {"stop_at_eos": False, "use_past_kv_cache": use_cache, **GREEDY}
-    out = model.generate(tokens.to(dtype), 10, freq_penalty=1.5, **options)
-    assert torch.equal(out, expected)
-    assert not torch.equal(out, model.generate(tokens, 10, **options))
 
 
 # Stopping
@@ -534,96 +359,6 @@ def test_verbose_shows_a_progress_bar(verbose: bool, capsys: pytest.CaptureFixtu
     assert captured.out == ""
     assert ("generating" in captured.err and "0/3" in captured.err) == verbose
     assert verbose or captured.err == ""
-
-
-# Streaming
-
-
-@pytest.mark.parametrize("per_yield", [1, 2, 3, 25])
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_the_pieces_of_a_stream_join_to_the_whole(per_yield: int, use_cache: bool) -> None:
-    model = text_model()
-    options = {"stop_at_eos": False, "use_past_kv_cache": use_cache, **GREEDY}
-    tokens = model.to_tokens("When John")
-    whole = model.generate(tokens, 7, **options)
-    pieces = list(model.generate_stream(tokens, 7, max_tokens_per_yield=per_yield, **options))
-    assert len(pieces) == -(-7 // per_yield)
-    assert pieces[0].shape[1] == tokens.shape[1] + min(per_yield, 7)
-    assert torch.equal(torch.cat(pieces, 1), whole)
-
-
-@pytest.mark.parametrize("per_yield", [1, 2, 25])
-@pytest.mark.parametrize("bos", [True, False])
-def test_streamed_text_joins_to_the_whole_text(per_yield: int, bos: bool) -> None:
-    model = text_model()
-    words = [model.to_single_token(word) for word in (" Mary", ",", " John", " and", " Mary")]
-    options = {"prepend_bos": bos, **GREEDY}
-    with model.hooks(fwd_hooks=say(*words)):
-        pieces = list(model.generate_stream("When", 5, max_tokens_per_yield=per_yield, **options))
-    assert all(isinstance(piece, str) for piece in pieces)
-    assert "".join(pieces) == "When Mary, John and Mary"
-    if per_yield == 1:
-        assert pieces[0].startswith("When")
-        assert len(pieces) == 5
-
-
-@pytest.mark.parametrize("per_yield", [1, 2])
-def test_a_character_of_several_tokens_is_streamed_whole(per_yield: int) -> None:
-    model = text_model()
-    tokens = model.to_tokens("é→", prepend_bos=False)[0].tolist()
-    assert len(tokens) == 5
-    with model.hooks(fwd_hooks=say(*tokens)):
-        whole = model.generate("A", 5, **GREEDY)
-    assert whole == "Aé→"
-    with model.hooks(fwd_hooks=say(*tokens)):
-        pieces = list(model.generate_stream("A", 5, max_tokens_per_yield=per_yield, **GREEDY))
-    assert "".join(pieces) == whole
-
-
-def test_a_stream_stops_at_the_end() -> None:
-    model = text_model()
-    with model.hooks(fwd_hooks=say(5, 6, BOS, 7)):
-        pieces = list(model.generate_stream(torch.tensor([[3]]), 4, max_tokens_per_yield=2, **GREEDY))
-    assert [piece.tolist() for piece in pieces] == [[[3, 5, 6]], [[BOS]]]
-
-
-@pytest.mark.parametrize("per_yield", [2, 3])
-def test_a_stream_of_tokens_without_a_batch_axis_joins_to_what_generate_returns(per_yield: int) -> None:
-    model, tokens = tiny_model(), tiny_tokens(1)[0]
-    options = {"stop_at_eos": False, **GREEDY}
-    pieces = list(model.generate_stream(tokens, 4, max_tokens_per_yield=per_yield, **options))
-    assert torch.equal(torch.cat(pieces), model.generate(tokens, 4, **options))
-
-
-def test_a_stream_of_no_new_tokens_is_the_prompt() -> None:
-    assert list(text_model().generate_stream("When John", 0, **GREEDY)) == ["When John"]
-
-
-def test_a_stream_yields_before_the_run_is_over() -> None:
-    model, steps = tiny_model(), []
-    with model.hooks(fwd_hooks=[("hook_embed", lambda x, hook: steps.append(1))]):
-        stream = model.generate_stream(tiny_tokens(1), 6, max_tokens_per_yield=2, stop_at_eos=False, **GREEDY)
-        next(stream)
-        assert len(steps) == 2
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_tokens_per_yield": 0}, "max_tokens_per_yield is at least 1"),
-        ({"return_type": "words"}, "return_type is 'input', 'str' or 'tokens'"),
-        ({"top_k": 0}, "top_k is at least 1"),
-        ({"max_new_tokens": 100}, "do not fit n_ctx"),
-    ],
-)
-def test_bad_options_of_a_stream_raise(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        list(text_model().generate_stream("Mary", **{"max_new_tokens": 2, "verbose": False, **options}))
-
-
-def test_only_one_prompt_can_be_streamed() -> None:
-    with pytest.raises(ValueError, match="one prompt at a time can be streamed, got 2"):
-        list(tiny_model().generate_stream(tiny_tokens(2), 2, stop_at_eos=False, verbose=False))
 
 
 # Bad options

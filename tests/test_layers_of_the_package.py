@@ -10,26 +10,10 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import hooked_lm
+from tests.rooms import ORDER
 
 ROOT = Path(hooked_lm.__file__).parents[1]
 
-# From the first room to the last. `__init__` stands for `import hooked_lm`, which gives out every name.
-ORDER = (
-    *("_support", "bundled", "config", "names", "slicing", "factored_matrix", "losses"),
-    *("hooks", "hook_points", "kv_cache", "components"),
-    *(
-        "tokenization",
-        "interventions",
-        "hooked_model",
-        "metrics",
-        "activation_cache",
-        "weight_conversion",
-        "weights",
-        "generation",
-    ),
-    *("transformer", "certificate", "sweep", "patching", "circuits", "utils", "head_detector"),
-    *("training", "tasks", "evals", "experiments", "plotting", "demo", "__init__", "cli"),
-)
 RANK = {room: rank for rank, room in enumerate(ORDER)}
 
 FILES = sorted([*(ROOT / "hooked_lm").rglob("*.py"), *(ROOT / "weight_conversion").rglob("*.py")])

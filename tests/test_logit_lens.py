@@ -16,8 +16,7 @@ from hooked_lm.circuits import logit_lens as module
 from hooked_lm.circuits.induction import repeated_random_tokens
 from hooked_lm.circuits.logit_lens import SITES, LogitLens, logit_lens, read_out
 from hooked_lm.components import LayerNorm, Unembed
-from tests.helpers import VOCAB, tiny_config, tiny_model, tiny_tokenizer, tiny_tokens
-from tests.test_full_circuits import LargestTensor
+from tests.helpers import VOCAB, LargestTensor, tiny_config, tiny_model, tiny_tokenizer, tiny_tokens
 
 MODELS: dict[str, dict[str, Any]] = {
     "layer norm": {},

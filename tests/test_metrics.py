@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given
 from torch import Tensor
 
 from hooked_lm import Intervention, patching
@@ -17,32 +16,20 @@ from hooked_lm.components.attention import Attention
 from hooked_lm.components.embed import Unembed
 from hooked_lm.metrics import Metric, accuracy, kl_to, log_prob, logit, logit_diff, prob, rank
 from hooked_lm.sweep import sweep
-from tests.helpers import tiny_model, tiny_tokens
-from tests.test_sweep import counted
-
-EXACT: dict[str, Any] = {"atol": 1e-12, "rtol": 0.0}
-BATCH, POS, VOCAB = 3, 4, 6
-
-
-def some_logits(seed: int = 0, batch: int = BATCH, pos: int = POS, vocab: int = VOCAB) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return 3 * torch.randn(batch, pos, vocab, generator=generator, dtype=torch.float64)
-
-
-def numbers(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def log_probs_by_hand(row: list[float]) -> list[float]:
-    highest = max(row)
-    total = math.log(math.fsum(math.exp(score - highest) for score in row)) + highest
-    return [score - total for score in row]
-
-
-def kl_by_hand(reference: list[float], row: list[float]) -> float:
-    pairs = zip(log_probs_by_hand(reference), log_probs_by_hand(row), strict=True)
-    return math.fsum(math.exp(wanted) * (wanted - got) for wanted, got in pairs)
-
+from tests.helpers import counted, tiny_model, tiny_tokens
+from tests.metrics_helpers import (
+    BATCH,
+    EXACT,
+    POS,
+    VOCAB,
+    cases,
+    halves,
+    kl_by_hand,
+    log_probs_by_hand,
+    numbers,
+    quick,
+    some_logits,
+)
 
 # How a metric is made for an answer and a position, and what it is for one row of logits.
 SCORES: dict[str, tuple[Callable[..., Metric], Callable[[list[float], int], float]]] = {
@@ -56,20 +43,6 @@ SCORES: dict[str, tuple[Callable[..., Metric], Callable[[list[float], int], floa
     "rank": (rank, lambda row, answer: sum(score > row[answer] for score in row)),
     "accuracy": (accuracy, lambda row, answer: float(all(row[answer] >= score for score in row))),
 }
-
-quick = settings(max_examples=60)
-# Multiples of a half, so that ties are frequent and sums of two are exact.
-halves = st.integers(-20, 20).map(lambda one: one / 2)
-
-
-@st.composite
-def cases(draw: st.DrawFn, unequal: bool = False) -> tuple[Tensor, list[int], int]:
-    """Logits [batch pos vocab], an answer for each prompt, and a position; a row's logits differ if `unequal`."""
-    batch, pos, vocab = (draw(st.integers(low, high)) for low, high in ((1, 3), (1, 3), (2, 6)))
-    rows = st.lists(halves, min_size=vocab, max_size=vocab, unique=unequal)
-    drawn = draw(st.lists(rows, min_size=batch * pos, max_size=batch * pos))
-    answers = draw(st.lists(st.integers(0, vocab - 1), min_size=batch, max_size=batch))
-    return numbers(drawn).reshape(batch, pos, vocab), answers, draw(st.integers(-pos, pos - 1))  # type: ignore[arg-type]
 
 
 # Scores
@@ -217,67 +190,6 @@ def test_scores_have_the_slopes_of_their_formulas() -> None:
         expected = torch.zeros_like(gradient)
         expected[:, 1] = slope / BATCH  # the mean over prompts
         torch.testing.assert_close(gradient, expected, **EXACT)
-
-
-# KL divergence
-
-
-@quick
-@given(drawn=cases(), seed=st.integers(0, 1000))
-def test_the_divergence_is_its_formula_and_zero_to_itself(drawn: tuple[Tensor, list[int], int], seed: int) -> None:
-    logits, _, pos = drawn
-    reference = logits + torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed)).double()
-    pairs = zip(reference[:, pos].tolist(), logits[:, pos].tolist(), strict=True)
-    found = kl_to(reference, pos).per_prompt(logits)
-    torch.testing.assert_close(found, numbers([kl_by_hand(wanted, row) for wanted, row in pairs]), **EXACT)
-    assert float(found.min()) > -1e-14
-    assert kl_to(logits, pos).per_prompt(logits).tolist() == [0.0] * len(logits)
-
-
-def test_the_divergence_between_any_two_that_differ_is_positive() -> None:
-    rows = some_logits(batch=40).flatten(0, 1)[:, None]
-    for other in range(1, len(rows)):
-        assert float(kl_to(rows.roll(other, 0)).per_prompt(rows).min()) > 1e-3
-
-
-def test_the_divergence_weighs_by_the_reference_and_not_by_the_run() -> None:
-    quarter, half = (numbers(list(map(math.log, odds))).reshape(1, 1, 2) for odds in ((0.25, 0.75), (0.5, 0.5)))
-    # sum over tokens of p_reference log(p_reference / p_run)
-    from_quarter = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
-    from_half = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
-    assert float(kl_to(quarter)(half)) == pytest.approx(from_quarter, abs=1e-15)
-    assert float(kl_to(half)(quarter)) == pytest.approx(from_half, abs=1e-15)
-
-
-def test_one_reference_serves_any_number_of_prompts() -> None:
-    logits, reference = some_logits(), some_logits(1, batch=1)
-    expected = [kl_by_hand(reference[0, 2].tolist(), row) for row in logits[:, 2].tolist()]
-    torch.testing.assert_close(kl_to(reference, pos=2).per_prompt(logits), numbers(expected), **EXACT)
-
-
-def test_a_reference_may_be_longer_than_the_run_and_is_compared_position_with_position() -> None:
-    reference = some_logits(1, pos=POS + 3)
-    shorter = reference[:, :POS]
-    assert kl_to(reference, pos=1).per_prompt(shorter).tolist() == [0.0] * BATCH
-    # Each counts from its own end.
-    expected = [kl_by_hand(*rows) for rows in zip(reference[:, -1].tolist(), shorter[:, -1].tolist(), strict=True)]
-    torch.testing.assert_close(kl_to(reference).per_prompt(shorter), numbers(expected), **EXACT)
-
-
-def test_later_changes_of_the_reference_do_not_reach_the_metric() -> None:
-    logits, reference = some_logits(), some_logits(1)
-    metric = kl_to(reference)
-    before = metric(logits)
-    reference.zero_()
-    assert torch.equal(metric(logits), before)
-
-
-def test_what_the_reference_rules_out_adds_nothing_to_the_divergence() -> None:
-    """0 log 0 is 0: a token that the reference masks with minus infinity costs nothing, whatever the run says."""
-    reference = numbers([0.0, 0.0, -math.inf]).reshape(1, 1, 3)
-    run = numbers([0.0, 0.0, math.log(2)]).reshape(1, 1, 3)
-    assert float(kl_to(reference)(reference)) == 0.0
-    assert float(kl_to(reference)(run)) == pytest.approx(math.log(2), abs=1e-15)  # halves against quarters
 
 
 # Precision

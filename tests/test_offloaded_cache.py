@@ -17,7 +17,7 @@ from torch import Tensor
 from hooked_lm import ActivationCache, HookedTransformer, HookPoint
 from hooked_lm.activation_cache.file import Offloading
 from tests.helpers import tiny_model, tiny_tokens
-from tests.test_hook_sites import ARCHITECTURES
+from tests.hook_sites_helpers import ARCHITECTURES
 
 TOKENS = tiny_tokens()
 

@@ -1,0 +1,197 @@
+"""What could make a lazy cache wrong: writes, hooks, threads and changes since the run."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+from hooked_lm import HookedTransformer, HookPoint
+from hooked_lm.interventions import Intervention
+from hooked_lm.names import get_act_name
+from tests.helpers import tiny_model, tiny_tokenizer
+from tests.lazy_cache_helpers import TOKENS, assert_same, both
+
+
+@pytest.fixture
+def model() -> HookedTransformer:
+    return tiny_model()
+
+
+# What could make it wrong
+
+
+def test_what_a_caller_does_to_its_own_tensors_afterwards_does_not_reach_it(model: HookedTransformer) -> None:
+    tokens = TOKENS.clone()
+    full, lazy = both(model, tokens)
+    tokens.zero_()
+    assert_same(lazy, full)
+
+
+def test_hooks_of_the_moment_of_reading_are_neither_run_nor_lost(model: HookedTransformer) -> None:
+    full, lazy = both(model, TOKENS)
+    called = []
+    model.add_perma_hook("blocks.0.attn.hook_z", lambda z, hook: called.append(hook.name))
+    with model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda x, hook: x * 0)], bwd_hooks=[("*mlp_out", print)]):
+        assert_same(lazy, full)
+        assert called == []
+        assert not model(TOKENS, stop_at_layer=1).isnan().any()
+        assert called == ["blocks.0.attn.hook_z"]
+        assert model.hook_dict["blocks.1.hook_mlp_out"].bwd_hooks
+
+
+def test_reading_it_inside_a_run_leaves_that_run_as_it_is(model: HookedTransformer) -> None:
+    _, lazy = model.run_with_cache(TOKENS, lazy=True)
+    past = model.new_kv_cache(2)
+    model(TOKENS[:, :3], past_kv_cache=past)
+
+    def read(x: Tensor, hook: HookPoint) -> None:
+        lazy["z", 1]
+
+    expected = model(TOKENS)[:, 3:]
+    edit = Intervention(get_act_name("resid_pre", 1), "scale", 1.0, pos=4)
+    with model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", read)]):
+        found = model.run(TOKENS[:, 3:], past_kv_cache=past, interventions=[edit])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+def test_weights_that_have_changed_since_are_noticed_and_what_was_fetched_stays(model: HookedTransformer) -> None:
+    full, lazy = both(model, TOKENS)
+    lazy.prefetch("blocks.1.attn.hook_pattern")
+    with torch.no_grad():
+        model.blocks[0].mlp.W_in[0, 0] += 1.0
+    with pytest.raises(RuntimeError, match=r"its weights, or a residual .* have been changed or moved since"):
+        lazy["q", 1]
+    with pytest.raises(RuntimeError, match="changed or moved"):
+        lazy.to("meta")
+    torch.testing.assert_close(lazy["pattern", 1], full["pattern", 1].detach())
+    _, lazy = model.run_with_cache(TOKENS, lazy=True)
+    model.half()
+    with pytest.raises(RuntimeError, match="changed or moved"):
+        lazy["q", 1]
+
+
+def test_a_stream_that_was_written_to_is_noticed(model: HookedTransformer) -> None:
+    _, lazy = model.run_with_cache(TOKENS, lazy=True)
+    lazy["resid_pre", 1].zero_()
+    with pytest.raises(RuntimeError, match="clone a tensor before writing to it"):
+        lazy["q", 1]
+
+
+def test_weights_changed_past_torchs_count_of_writes_are_noticed_by_what_they_compute(model: HookedTransformer) -> None:
+    for change in (model.blocks[1].attn.W_V, model.blocks[1].mlp.W_out, model.pos_embed.W_pos):
+        _, lazy = model.run_with_cache(TOKENS, lazy=True)
+        change.data.mul_(2)
+        name = "hook_embed" if change is model.pos_embed.W_pos else "blocks.1.attn.hook_q"
+        with pytest.raises(RuntimeError, match="does not compute what it did"):
+            lazy[name]
+    _, lazy = model.run_with_cache(TOKENS, lazy=True)
+    lazy["resid_pre", 1].numpy()[:] = 0
+    with pytest.raises(RuntimeError, match="does not compute what it did"):
+        lazy["q", 1]
+
+
+def test_autocast_is_that_of_the_run() -> None:
+    model = tiny_model(dtype=torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        _, full = model.run_with_cache(TOKENS)
+        _, lazy = model.run_with_cache(TOKENS, lazy=True)
+    _, plain = model.run_with_cache(TOKENS)
+    _, outside = model.run_with_cache(TOKENS, lazy=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = {name: outside[name] for name in outside}
+    for name, expected in full.items():
+        assert lazy[name].dtype == expected.dtype
+        torch.testing.assert_close(lazy[name], expected, rtol=0, atol=0.1)
+        assert found[name].dtype == plain[name].dtype
+        torch.testing.assert_close(found[name], plain[name].detach(), rtol=0, atol=1e-5)
+
+
+def test_index_tensors_may_change_afterwards(model: HookedTransformer) -> None:
+    kept, positions, prompts = torch.tensor([1, 3]), torch.tensor([2, 4]), torch.tensor([1])
+    some = both(model, TOKENS, logits_to_keep=kept)
+    there = both(model, TOKENS, pos_slice=positions)
+    one = [cache.apply_slice_to_batch_dim(prompts) for cache in both(model, TOKENS)]
+    for index in (kept, positions, prompts):
+        index.fill_(0)
+    for full, lazy in (some, there, one):
+        assert_same(lazy, full)
+
+
+def test_a_backward_hook_that_sends_the_run_another_way_does_so_again(model: HookedTransformer) -> None:
+    halve = [("blocks.0.ln1.hook_normalized", lambda x, hook: x * 0.5)]
+    with model.hooks(fwd_hooks=halve, bwd_hooks=[("blocks.0.hook_v_input", lambda grad, hook: None)]):
+        assert_same(*reversed(both(model, TOKENS)))
+    model.add_caching_hooks("blocks.0.hook_v_input")
+    with model.hooks(fwd_hooks=halve):
+        assert_same(*reversed(both(model, TOKENS)))
+
+
+def test_hooks_that_change_nothing_are_not_kept(model: HookedTransformer) -> None:
+    _, lazy = model.run_with_cache(TOKENS, lazy=True)
+    with model.hooks(fwd_hooks=[("*", lambda x, hook: None)]):
+        full, looked_at = both(model, TOKENS, names_filter="blocks.*.attn.hook_[qkvz]")
+    kept = set(looked_at.cache_dict.run.edits)  # type: ignore[attr-defined]
+    assert kept <= {name for name in model.hook_dict if model.hook_dict[name].on_demand}
+    assert_same(looked_at, full)
+    with model.hooks(fwd_hooks=[("*hook_z", lambda x, hook: None)]):
+        assert model.run_with_cache(TOKENS, lazy=True)[1].nbytes == lazy.nbytes
+
+
+def test_hooks_that_come_during_the_run_are_an_error(model: HookedTransformer) -> None:
+    def add(x: Tensor, hook: HookPoint) -> None:
+        model.add_hook("blocks.1.hook_resid_pre", lambda x, hook: x * 3)
+
+    with (
+        pytest.raises(RuntimeError, match="hooks were added or removed while the model ran"),
+        model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", add)]),
+    ):
+        model.run_with_cache(TOKENS, lazy=True)
+
+
+def test_torchs_own_hooks_are_an_error(model: HookedTransformer) -> None:
+    handle = model.blocks[0].mlp.register_forward_hook(lambda module, args, out: out * 2)
+    with pytest.raises(ValueError, match="hooks of torch's, which may do anything"):
+        model.run_with_cache(TOKENS, lazy=True)
+    handle.remove()
+
+
+def test_reads_from_several_threads_are_right_and_leave_the_model_as_it_is(model: HookedTransformer) -> None:
+    with model.hooks(fwd_hooks=[("blocks.*.hook_mlp_out", lambda x, hook: x * 0)]):
+        full, lazy = both(model, TOKENS)
+    before = model(TOKENS)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            for name, value in zip(list(lazy) * 3, pool.map(lazy.__getitem__, list(lazy) * 3), strict=True):
+                torch.testing.assert_close(value, full[name].detach(), rtol=0, atol=1e-10)
+    finally:
+        sys.setswitchinterval(interval)
+    assert not any(point.live for point in model.hook_points())
+    torch.testing.assert_close(model(TOKENS), before)
+
+
+def test_copies_and_pickles_compute_with_a_model_of_their_own(model: HookedTransformer) -> None:
+    full, lazy = both(model, TOKENS, pos_slice=(1, 5))
+    copies = [copy.deepcopy(lazy), pickle.loads(pickle.dumps(lazy.apply_slice_to_batch_dim([0, 1])))]
+    with torch.no_grad():
+        model.blocks[0].attn.W_Q.zero_()
+    for one in copies:
+        assert_same(one, full)
+    with pytest.raises(RuntimeError, match="does not compute"):
+        copy.deepcopy(lazy)
+
+
+def test_a_model_without_blocks_has_the_padding_of_the_run() -> None:
+    model = tiny_model(n_layers=0, d_vocab=300)
+    model.set_tokenizer(tiny_tokenizer())
+    model.cfg.default_padding_side = "left"
+    tokens = torch.full((1, 5), int(model.tokenizer.pad_token_id))
+    tokens[0, 3:] = 7
+    assert_same(*reversed(both(model, tokens, padding_side="right")))
