@@ -31,7 +31,7 @@ tests: $(VENV)/.installed-dev
 core: $(VENV)/.installed-dev
 	$(PYTEST) --core
 
-# Does the suite notice faults? Minutes; see scripts/break_on_purpose.py.
+# Does the suite notice faults? Minutes; see scripts/breakages.py.
 breakages: $(VENV)/.installed-dev
 	$(BIN)/python -m scripts.break_on_purpose
 

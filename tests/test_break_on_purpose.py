@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from scripts import break_on_purpose
-from scripts.break_on_purpose import BREAKAGES, ROOT, AnchorError, Breakage
+from scripts.break_on_purpose import ROOT
+from scripts.breakages import BREAKAGES, AnchorError, Breakage
 
 HALF = Breakage("half", "a.py", r"(\w+) / 2", r"\1 / 3", ("test_a.py",))
 
