@@ -1,7 +1,7 @@
 """Break the library on purpose, one small fault at a time, and see whether the tests notice.
 
-`python -m scripts.break_on_purpose` makes each of the breakages of `scripts.breakages` in a copy of the working tree and runs the tests
-that should fail there. It lists which of them do, and exits with 1 where none does: then a test is missing.
+`python -m scripts.break_on_purpose` makes each fault of `scripts.breakages` in a copy of the working tree and runs the
+tests that should fail there. It lists those that do, and exits with 1 where none does: then a test is missing.
 """
 
 from __future__ import annotations
