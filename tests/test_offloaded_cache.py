@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hooked_lm import ActivationCache, HookedTransformer, HookPoint
+from hooked_lm._support.files import write_whole
 from hooked_lm.activation_cache.file import Offloading
 from tests.helpers import tiny_model, tiny_tokens
 from tests.hook_sites_helpers import ARCHITECTURES
@@ -277,3 +281,69 @@ def test_filters_that_can_be_read_once_and_hooks_that_would_stay(tmp_path: Path)
     with pytest.raises(ValueError, match="no reset_hooks_end=False"):
         model.run_with_cache(TOKENS, offload=path, reset_hooks_end=False)
     assert not any(point.live for point in model.hook_points())
+
+
+# Several writers
+
+
+@torch.no_grad()
+def test_jobs_in_threads_at_one_path_get_their_own_activations_or_raise(tmp_path: Path) -> None:
+    model, path = tiny_model(), tmp_path / "cache.safetensors"
+
+    def job(number: int) -> bool:
+        tokens = tiny_tokens(2, 6, seed=number)
+        try:
+            logits, cache = model.run_with_cache(tokens, offload=path)
+        except ValueError as error:
+            assert "is being written already" in str(error)  # noqa: PT017
+            return False
+        assert torch.equal(cache["unembed.hook_out"], logits)
+        assert torch.equal(cache["embed"], model.embed(tokens))
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        done = list(pool.map(job, range(60)))
+    assert any(done)
+    assert [one.name for one in tmp_path.iterdir()] == ["cache.safetensors"]
+
+
+@torch.no_grad()
+def test_a_cache_stays_what_it_is_when_another_is_written_in_its_place(tmp_path: Path) -> None:
+    model, path = tiny_model(), tmp_path / "cache.safetensors"
+    logits, cache = model.run_with_cache(tiny_tokens(seed=1), offload=path)
+    other, _ = model.run_with_cache(tiny_tokens(seed=2), offload=path)
+    assert torch.equal(cache["unembed.hook_out"], logits)
+    assert torch.equal(ActivationCache.load(path, model)["unembed.hook_out"], other)
+
+
+def test_a_second_writer_raises_and_the_first_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "cache.safetensors"
+    with Offloading(path, ["a"]) as file:
+        with pytest.raises(ValueError, match="is being written already"), Offloading(path, ["a"]):
+            pass
+        file["a"] = torch.ones(3)
+    assert path.exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="processes are looked up on POSIX only")
+def test_what_a_killed_writer_left_is_removed_by_the_next_in_the_folder(tmp_path: Path) -> None:
+    code = f"""
+import sys, time
+from hooked_lm._support.files import write_whole
+from hooked_lm.activation_cache.file import Offloading
+with Offloading({str(tmp_path / "cache.safetensors")!r}, ["a"]):
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+        with (
+            pytest.raises(ValueError, match="is being written already"),
+            Offloading(tmp_path / "cache.safetensors", ["a"]),
+        ):
+            pass
+        writer.kill()
+    assert [one.suffix for one in tmp_path.iterdir()] == [".unfinished"]
+    write_whole(tmp_path / "another.txt", "text")
+    assert [one.name for one in tmp_path.iterdir()] == ["another.txt"]

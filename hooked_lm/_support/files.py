@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -75,10 +77,62 @@ def _whole(path: Path) -> Generator[Path, None, None]:
     if target.exists() and not target.is_file():
         yield target
         return
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.unfinished")
+    with _only_writer(target):
+        unfinished = target.with_name(f".{target.name}.{_HOST}.{os.getpid()}.unfinished")
+        try:
+            yield unfinished
+            with explained(path):
+                unfinished.replace(target)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+# A file that is being written has its writer's machine and process in its name.
+_HOST = re.sub(r"[^\w-]", "-", platform.node()) or "unknown"
+_UNFINISHED = re.compile(r"\.(?P<name>.+)\.(?P<host>[\w-]+)\.(?P<process>\d+)\.unfinished")
+_being_written: set[Path] = set()
+_looking = threading.Lock()
+
+
+@contextmanager
+def _only_writer(target: Path) -> Generator[None, None, None]:
+    """Be the only writer of a file, and remove what writers that were killed have left in its folder.
+
+    Raises:
+        ValueError: another thread, or another process of this machine, is writing the file.
+    """
+    with _looking:
+        if target in _being_written or _others_writing(target):
+            raise ValueError(f"{target} is being written already: two writers at one path would mix up their files")
+        _being_written.add(target)
     try:
-        yield unfinished
-        with explained(path):
-            unfinished.replace(target)
+        yield
     finally:
-        unfinished.unlink(missing_ok=True)
+        _being_written.discard(target)
+
+
+def _others_writing(target: Path) -> bool:
+    """Whether another process of this machine is writing a file; files of processes that are gone are removed."""
+    busy = False
+    for left in target.parent.glob(".*.unfinished"):
+        found = _UNFINISHED.fullmatch(left.name)
+        if found is None or found["host"] != _HOST or int(found["process"]) == os.getpid():
+            continue
+        if _is_running(int(found["process"])):
+            busy = busy or found["name"] == target.name
+        else:
+            left.unlink(missing_ok=True)
+    return busy
+
+
+def _is_running(process: int) -> bool:
+    """Whether a process of this machine runs; True where that cannot be told without harm."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

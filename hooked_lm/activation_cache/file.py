@@ -6,11 +6,11 @@ The format begins with a table of contents. Its space is reserved at the start o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor
@@ -60,13 +60,25 @@ class Offloading(dict[str, Tensor]):
         path: of the file.
         names: the names that may be assigned; they determine the space reserved for the table.
         has_batch_dim: recorded in the file, for `ActivationCache.load`.
+        reader: called with the path of the complete file just before it gets its name, so that what it opens is this
+            file, whatever another writer puts in its place afterwards.
+
+    Attributes:
+        read: what `reader` returned; None before.
 
     Raises:
         ValueError: the file cannot be written, a name is assigned twice, or the format lacks a tensor's dtype.
     """
 
-    def __init__(self, path: str | Path, names: Iterable[str], has_batch_dim: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        names: Iterable[str],
+        has_batch_dim: bool = True,
+        reader: Callable[[Path], object] | None = None,
+    ) -> None:
         super().__init__()
+        self.reader, self.read = reader, cast(object, None)
         self.path, self.has_batch_dim = Path(path).resolve(), has_batch_dim
         lengths = [len(_json(name).encode()) for name in names]
         # For each name: its entry, an entry of padding before it, its place in the order, and the name it aliases.
@@ -134,6 +146,9 @@ class Offloading(dict[str, Tensor]):
         with explained(self.path):
             self._file.seek(0)
             self._file.write(self._room.to_bytes(_LENGTH, "little") + table.ljust(self._room))
+            self._file.flush()
+        if self.reader is not None:
+            self.read = self.reader(Path(self._file.name))
 
 
 def _json(value: object) -> str:

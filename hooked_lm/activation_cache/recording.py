@@ -124,9 +124,7 @@ class Caching(TextInterface, Intervening):
                 raise ValueError("the activations go to one place: give offload or store, not both")
             if not reset_hooks_end:
                 raise ValueError("an offloaded cache is complete when the run ends: no reset_hooks_end=False")
-            names = self.names_to_cache(names_filter)
-            names += [f"{name}_grad" for name in names] if incl_bwd else []
-            store = file = Offloading(Path(offload), names, has_batch_dim=not remove_batch_dim)
+            store = file = self._offloading(Path(offload), names_filter, incl_bwd, remove_batch_dim)
         with nullcontext() if file is None else file:
             output, recorded = super().run_with_cache(
                 *model_args,
@@ -140,13 +138,23 @@ class Caching(TextInterface, Intervening):
                 store=store,
                 **model_kwargs,
             )
-        model = cast(CacheModel, self)
         if file is not None:
-            cache = ActivationCache.load(file.path, model)
+            cache = cast(ActivationCache, file.read)
             return output, cache if return_cache_object else dict(cache)
         if not return_cache_object:
             return output, recorded
-        return output, ActivationCache(recorded, model, has_batch_dim=not remove_batch_dim)
+        return output, ActivationCache(recorded, cast(CacheModel, self), has_batch_dim=not remove_batch_dim)
+
+    def _offloading(self, path: Path, names_filter: NamesFilter, incl_bwd: bool, remove_batch_dim: bool) -> Offloading:
+        """Return the file for the activations of one run, which opens it as a cache before it gets its name."""
+        names = self.names_to_cache(names_filter)
+        names += [f"{name}_grad" for name in names] if incl_bwd else []
+        return Offloading(
+            path,
+            names,
+            has_batch_dim=not remove_batch_dim,
+            reader=lambda written: ActivationCache.load(written, cast(CacheModel, self)),
+        )
 
     def _run_with_lazy_cache(
         self,
