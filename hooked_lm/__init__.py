@@ -6,7 +6,7 @@ Names are resolved when first used, so that importing the package costs next to 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hooked_lm import circuits as circuits
@@ -96,12 +96,12 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'hooked_lm' has no attribute {name!r}")
     if name not in _HOMES:
         return importlib.import_module(f"hooked_lm.{name}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    value: object = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

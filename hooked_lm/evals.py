@@ -198,7 +198,7 @@ class IOIDataset(Dataset[dict[str, Tensor]]):
 
     Args:
         tokenizer: of the model that is evaluated.
-        templates: texts with `[A]`, the indirect object, and `[B]`, the subject, that end in ` [A]`. Any other
+        templates: texts with `[A]`, the indirect object, and `[B]`, the subject, that end in ` [A]`. Every other
             `[KIND]` stands for a word of `nouns[KIND]`, the same wherever it occurs in a sentence.
         names: at least two. Each has to be one token, its leading space included.
         nouns: words by kind, each one token likewise.

@@ -77,7 +77,7 @@ class GridAxis:
     field: Literal["pos", "head", "feature"]
 
 
-# Axis of a grid, but for `layer` -> where it goes along. Any other name is that of an activation's last axis.
+# Axis of a grid, but for `layer` -> where it goes along. Every other name is that of an activation's last axis.
 GRID_AXES: dict[str, GridAxis] = {
     "pos": GridAxis(SELECTED_AXES["pos"], "pos"),
     "head": GridAxis(SELECTED_AXES["head"], "head"),

@@ -193,7 +193,9 @@ def test_a_block_run_by_hand_after_a_cache_counts_positions_from_the_texts_start
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_run_that_another_thread_recomputes_without_its_hooks_raises() -> None:
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("site", ["attn.hook_z", "attn.hook_pattern", "ln1.hook_scale", "hook_q_input"])
+def test_a_run_that_another_thread_recomputes_without_its_hooks_raises(site: str, use_reentrant: bool) -> None:
     model, raised = tiny_model(), []
     resid = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
 
@@ -203,8 +205,8 @@ def test_a_run_that_another_thread_recomputes_without_its_hooks_raises() -> None
         except RuntimeError as error:
             raised.append(str(error))
 
-    with model.hooks(fwd_hooks=[("blocks.0.attn.hook_z", lambda x, hook: 2 * x)]):
-        out = torch.utils.checkpoint.checkpoint(model.blocks[0], resid, use_reentrant=False)
+    with model.hooks(fwd_hooks=[(f"blocks.0.{site}", lambda x, hook: 2 * x)]):
+        out = torch.utils.checkpoint.checkpoint(model.blocks[0], resid, use_reentrant=use_reentrant)
         thread = threading.Thread(target=backward)
         thread.start()
         thread.join()

@@ -92,7 +92,7 @@ class Caching(TextInterface, Intervening):
                 `HookedRootModule.run_with_cache`.
             remove_batch_dim: drop the batch axis of the cached tensors; the batch must be 1.
             lazy: keep the residual stream at the input of each block, and every activation that hooks or interventions
-                have changed. Any other activation is computed when it is read, at the cost of running its block once.
+                have changed. Every other activation is computed when it is read, at the cost of running its block once.
                 Names, values and methods are those of a full cache. An activation that was read is not held, unless
                 `cache.prefetch(names)` asked for it. Activations of a lazy cache carry no graph, and cannot be read
                 once the weights have changed.

@@ -10,12 +10,12 @@ and backward hooks, act too.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hooked_lm.components.norm import is_plain_norm
 from hooked_lm.hooks import HookPoint, any_live, carries_run, is_live, may_edit_forward
@@ -170,6 +170,17 @@ class _NormOfCopies:
         return torch.zeros_like(gradient) if found is None else found
 
 
+if TYPE_CHECKING:
+
+    class _CopiesContext(FunctionCtx):
+        """What `_UneditedCopies` keeps for its backward pass."""
+
+        norm: _NormOfCopies
+
+else:
+    _CopiesContext = FunctionCtx
+
+
 class _UneditedCopies(torch.autograd.Function):
     """The shared norm for every head, differentiated as if each head's copy were normalised by itself.
 
@@ -178,12 +189,12 @@ class _UneditedCopies(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, copies: Tensor, resid_pre: Tensor, shared: Tensor, norm: _NormOfCopies) -> Tensor:
+    def forward(ctx: _CopiesContext, copies: Tensor, resid_pre: Tensor, shared: Tensor, norm: _NormOfCopies) -> Tensor:
         ctx.norm = norm
         return shared[:, :, None].expand(-1, -1, copies.shape[2], -1).clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: _CopiesContext, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         heads = torch.stack([ctx.norm.gradient_at(gradient[:, :, head]) for head in range(gradient.shape[2])], 2)
         return heads, -heads.sum(2), gradient.sum(2), None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from hooked_lm._support.torch_internals import ONEDNN_LINEAR, only_plain_operations
 
@@ -80,18 +81,30 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+if TYPE_CHECKING:
+
+    class _ProductContext(FunctionCtx):
+        """What torch gives the context besides the attributes that its own class declares."""
+
+        needs_input_grad: tuple[bool, bool, bool]
+        saved_tensors: tuple[Tensor | None, Tensor | None]
+
+else:
+    _ProductContext = FunctionCtx
+
+
 class _DifferentiableProduct(torch.autograd.Function):
     """oneDNN's product, which has no registered backward. Saves the same tensors for backward as `F.linear`."""
 
-    # Any: torch gives the context attributes that its own class does not declare.
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: _ProductContext, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         needs_x, needs_weight, _ = ctx.needs_input_grad
-        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+        # torch takes None too, though its annotation does not say so.
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)  # type: ignore[arg-type]
         return _product(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: _ProductContext, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         (gradient,), (x, weight) = gradients, ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1])
         of_x = None if weight is None else linear(gradient, weight.T)

@@ -96,7 +96,13 @@ class HookPoint(nn.Module):
         """Whether a hook here acts in this thread."""
         if not (self.fwd_hooks or self.bwd_hooks or self._always_runs):
             return False
-        return self._runs_anyway() or any(handle.acts for handle in (*self.fwd_hooks, *self.bwd_hooks))
+        if self._runs_anyway():
+            return True
+        for handle in (*self.fwd_hooks, *self.bwd_hooks):
+            if handle.acts:
+                return True
+            _refuse_recomputation(handle)
+        return False
 
     def _runs_anyway(self) -> bool:
         """Whether something besides hooks of ours runs here: hooks of torch's, or another forward."""

@@ -88,7 +88,7 @@ class _Thread(threading.local):
         scope: None, or the token of the current `only` block, in which hooks of other scopes do not act.
         edits_only: hook points at which hooks that only read do not act.
         gradient_switch: turns off the backward hooks of what is computed meanwhile; None for no switch.
-        runs_models: whether this thread has run a model or opened a context; autograd's own threads have not.
+        runs_models: whether this thread has run a model; autograd's own threads have not.
         running: the current pass; between passes, a pass without earlier positions.
     """
 
