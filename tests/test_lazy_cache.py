@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hooked_lm import ActivationCache, HookedTransformer, HookPoint, UnknownHookError
-from hooked_lm.components import TransformerBlock
+from hooked_lm.components import TransformerBlock, Unembed
 from hooked_lm.interventions import Intervention
 from hooked_lm.names import get_act_name
 from tests.helpers import tiny_model, tiny_tokenizer
@@ -272,11 +272,11 @@ def test_the_stream_taken_apart_runs_each_block_once(model: HookedTransformer, m
 def test_reading_the_final_norm_unembeds_nothing(model: HookedTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
     full, lazy = both(model, TOKENS)
 
-    def fail(x: Tensor) -> Tensor:
+    def fail(self: Unembed, x: Tensor) -> Tensor:
         pytest.fail("unembedded")
 
     fail.keeps_stages = True  # type: ignore[attr-defined]
-    monkeypatch.setattr(model.unembed, "forward", fail)
+    monkeypatch.setattr(Unembed, "forward", fail)
     torch.testing.assert_close(lazy["ln_final.hook_scale"], full["ln_final.hook_scale"].detach())
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from hooked_lm import HookedTransformer, HookPoint
+from hooked_lm import ActivationCache, HookedTransformer, HookPoint
+from hooked_lm.activation_cache.lazy import LazyActivations
 from hooked_lm.interventions import Intervention
 from hooked_lm.names import get_act_name
 from tests.helpers import tiny_model, tiny_tokenizer
@@ -94,6 +97,69 @@ def test_weights_changed_past_torchs_count_of_writes_are_noticed_by_what_they_co
     lazy["resid_pre", 1].numpy()[:] = 0
     with pytest.raises(RuntimeError, match="does not compute what it did"):
         lazy["q", 1]
+
+
+# One write that torch does not count, and an activation that the written tensor goes into.
+WRITES: dict[str, tuple[Callable[[HookedTransformer, ActivationCache], object], str]] = {
+    "an unembedding scaled": (lambda m, c: m.unembed.W_U.data.mul_(3.0), "unembed.hook_out"),
+    "a bias of the unembedding": (lambda m, c: m.unembed.b_U.data.add_(1.0), "unembed.hook_out"),
+    "a final gain": (lambda m, c: m.ln_final.w.data.mul_(3.0), "ln_final.hook_normalized"),
+    "one entry, by its last bit": (lambda m, c: _flip_last_bit(m.blocks[1].attn.W_K), "blocks.1.attn.hook_k"),
+    "two heads that change places": (
+        lambda m, c: m.blocks[1].attn.W_Q.data.copy_(m.blocks[1].attn.W_Q.data[[1, 0, 2]]),
+        "blocks.1.attn.hook_q",
+    ),
+    "an embedding": (lambda m, c: m.embed.W_E.data.mul_(3.0), "hook_embed"),
+    "positions": (lambda m, c: m.pos_embed.W_pos.data.zero_(), "hook_pos_embed"),
+    "an optimizer of one's own": (
+        lambda m, c: [p.data.add_(torch.ones_like(p), alpha=-1e-3) for p in m.parameters()],
+        "blocks.0.attn.hook_v",
+    ),
+    "a residual": (lambda m, c: c["resid_pre", 1].data.mul_(1 + 2**-7), "blocks.1.attn.hook_v"),
+    "what a hook made": (lambda m, c: _edit_of(c, "blocks.1.mlp.hook_post").data.mul_(2.0), "blocks.1.hook_mlp_out"),
+    "an activation function": (lambda m, c: setattr(m.blocks[0].mlp, "act_fn", torch.relu), "blocks.0.mlp.hook_post"),
+}
+
+
+def _flip_last_bit(weight: Tensor) -> None:
+    weight.data.view(torch.uint8)[0, 0, 0] ^= 1
+
+
+def _edit_of(cache: ActivationCache, name: str) -> Tensor:
+    kept = cast(LazyActivations, cache.cache_dict).run.held(name)
+    assert kept is not None
+    return kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_that_torch_does_not_count_is_noticed_by_what_reads_it(write: str, dtype: torch.dtype) -> None:
+    model, (change, name) = tiny_model(dtype=dtype), WRITES[write]
+    with model.hooks(fwd_hooks=[("blocks.1.mlp.hook_post", lambda x, hook: x * 0.5)]):
+        _, lazy = model.run_with_cache(TOKENS, lazy=True)
+    before = lazy[name].clone()
+    assert torch.equal(lazy[name], before)
+    change(model, lazy)
+    with pytest.raises(RuntimeError, match="does not compute what it did"):
+        lazy[name]
+
+
+def test_a_numpy_view_that_writes_to_a_weight_is_noticed(model: HookedTransformer) -> None:
+    _, lazy = model.run_with_cache(TOKENS, lazy=True)
+    model.unembed.W_U.detach().numpy()[3, 2] *= 1 + 1e-15
+    with pytest.raises(RuntimeError, match="does not compute what it did"):
+        lazy["unembed.hook_out"]
+    lazy["ln_final.hook_scale"]  # is not made by it
+
+
+def test_a_copy_notices_writes_to_its_own_model_only(model: HookedTransformer) -> None:
+    full, lazy = both(model, TOKENS)
+    copied = copy.deepcopy(lazy)
+    model.unembed.W_U.data.mul_(3.0)
+    torch.testing.assert_close(copied["unembed.hook_out"], full["unembed.hook_out"].detach())
+    cast(HookedTransformer, copied.model).unembed.W_U.data.mul_(3.0)
+    with pytest.raises(RuntimeError, match="does not compute what it did"):
+        copied["unembed.hook_out"]
 
 
 def test_autocast_is_that_of_the_run() -> None:

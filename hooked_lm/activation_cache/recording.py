@@ -174,7 +174,7 @@ class Caching(TextInterface, Intervening):
         call = inspect.signature(self.forward).bind(*model_args, **model_kwargs)
         call.apply_defaults()
         arguments = cast(ForwardCall, call.arguments)
-        output, run = record_run(cast(HookedModel, self), arguments, part.device, clear_contexts)
+        output, run = record_run(cast(HookedModel, self), arguments, part.device, names, clear_contexts)
         handles = [HookHandle(self.hook_dict[name], _no_op, "fwd") for name in names]
         for handle in handles:
             handle.fired = run.covers(handle.point.name)

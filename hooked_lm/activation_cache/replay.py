@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import FunctionType
 from typing import TypedDict, cast
 
 import torch
 from torch import Tensor, nn
 from torch.amp import is_autocast_available
 
+from hooked_lm._support.checksums import checksum
 from hooked_lm._support.torch_internals import times_written
 from hooked_lm.components.stock import not_stock
 from hooked_lm.hooked_model import HookedModel
@@ -60,15 +62,16 @@ def segment_of(name: str) -> Segment:
 def fingerprint(model: HookedModel, *kept: Mapping[int, Tensor] | Mapping[str, Tensor]) -> Fingerprint:
     """Return what differs once the model, or a kept tensor, has changed.
 
-    That is the address and write count of each parameter and kept tensor, every number among the modules' attributes,
-    the config's fields that may be assigned, and whether all components are stock.
+    That is the address and write count of each parameter and kept tensor, every number, name and function among the
+    modules' attributes, the config's fields that may be assigned, and whether all components are stock. Writes that
+    torch does not count, through `.data` or numpy, are seen by `ReplayableRun.checksums`.
     """
     tensors = [*model.parameters(), *(one for tensors in kept for one in tensors.values())]
     settings = [
         value
         for module in model.modules()
         for name, value in vars(module).items()
-        if isinstance(value, (int, float)) and name != "training"
+        if isinstance(value, (int, float, str, FunctionType)) and name != "training"
     ]
     cfg = model.cfg
     return (
@@ -94,6 +97,7 @@ class ReplayableRun:
         logits_to_keep: the positions that were unembedded, as given to `forward`.
         autocast: whether it ran under autocast, and in which dtype.
         fingerprint: of the weights and kept tensors, right after the run.
+        checksums: of the contents of the weights and kept tensors from which activations may be computed, by name.
     """
 
     model: HookedModel
@@ -107,6 +111,7 @@ class ReplayableRun:
     logits_to_keep: int | slice | Tensor | None
     autocast: tuple[bool, torch.dtype | None]
     fingerprint: Fingerprint
+    checksums: dict[str, int]
 
     def covers(self, name: str) -> bool:
         """Return whether a hook point was part of the run."""
@@ -146,8 +151,8 @@ class ReplayableRun:
         Raises:
             RuntimeError: the weights or the kept tensors have changed since the run.
         """
-        self.check()
         names, found = set(names), {}
+        self.check(self.read_by(place, names))
 
         def record(x: Tensor, hook: HookPoint) -> None:
             found[hook.name] = x
@@ -166,13 +171,49 @@ class ReplayableRun:
             raise RuntimeError(_CHANGED)
         return found
 
-    def check(self) -> None:
-        """Check that weights and kept tensors are unchanged.
+    def read_by(self, place: Segment, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return the weights, buffers and kept tensors from which activations of one segment are computed, by name.
+
+        Args:
+            place: a block's number, `"embed"` or `"final"`.
+            names: hook names of that segment.
+        """
+        # The unembedding is the largest matrix of many a model, and the final norm's activations are not made by it.
+        unembeds = place != "final" or any(name.startswith("unembed.") for name in names)
+        read = {
+            **self._weights(place, unembeds),
+            **{f"{name} as edited": value for name, value in self.edits.items() if segment_of(name) == place},
+        }
+        if place == "embed" and self.tokens is not None:
+            return read
+        stream = place if isinstance(place, int) else self.last if place == "final" else self.first
+        # The run of a model without blocks keeps no residual.
+        kept = {f"residual {stream}": self.residuals[stream]} if stream in self.residuals else self.read_by("embed", ())
+        return read | kept
+
+    def _weights(self, place: Segment, unembeds: bool) -> dict[str, Tensor]:
+        model = cast(nn.Module, self.model)
+        named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        return {
+            name: value
+            for name, value in named.items()
+            if segment_of(name) == place and (unembeds or not name.startswith("unembed."))
+        }
+
+    def check(self, read: Mapping[str, Tensor] | None = None) -> None:
+        """Check that weights and kept tensors are where they were, and that the contents of some are unchanged.
+
+        Args:
+            read: name -> a weight or kept tensor whose contents are compared with those of the run; None for no such
+                comparison.
 
         Raises:
             RuntimeError: one of them has been written to or moved since the run.
         """
         if fingerprint(self.model, self.residuals, self.edits) != self.fingerprint:
+            raise RuntimeError(_CHANGED)
+        found = contents(read or {})
+        if found != {name: self.checksums[name] for name in found}:
             raise RuntimeError(_CHANGED)
 
     def _run(self, place: Segment, names: set[str]) -> Tensor | None:
@@ -221,6 +262,16 @@ class ReplayableRun:
         self.__dict__["fingerprint"] = fingerprint(self.model, self.residuals, self.edits)
 
 
+def contents(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return a checksum of each tensor that has contents, by name; one that is there under two names is read once."""
+    there = {name: one for name, one in tensors.items() if not one.is_meta}
+    places = {name: (one.data_ptr(), one.shape, one.stride(), one.dtype) for name, one in there.items()}
+    distinct = {places[name]: one for name, one in there.items()}
+    # Nothing waits for an accelerator until all of them are under way.
+    sums = {place: checksum(one) for place, one in distinct.items()}
+    return {name: int(sums[place]) for name, place in places.items()}
+
+
 _CHANGED = (
     "the model does not compute what it did in the run: its weights, or a residual that this cache returned, have "
     "been changed or moved since. A lazy cache computes activations from them: read or prefetch activations before "
@@ -254,7 +305,11 @@ def _agree(left: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
 
 
 def record_run(
-    model: HookedModel, call: ForwardCall, device: torch.device | str | None, clear_contexts: bool = False
+    model: HookedModel,
+    call: ForwardCall,
+    device: torch.device | str | None,
+    names: Sequence[str],
+    clear_contexts: bool = False,
 ) -> tuple[ModelOutput, ReplayableRun]:
     """Run a model; return its output and the kept tensors from which its segments can be run again.
 
@@ -262,6 +317,7 @@ def record_run(
         model: a `HookedTransformer`.
         call: the arguments of its `forward`, all of them by name.
         device: where to keep tensors; None for where they are.
+        names: the activations that will be computed; what they are computed from is guarded by checksums.
         clear_contexts: empty the `ctx` of every hook point afterwards.
 
     Raises:
@@ -284,7 +340,7 @@ def record_run(
     residuals |= {layer: seen[name] for layer, name in streams.items()}
     kind = model.W_E.device.type
     autocast = is_autocast_available(kind)
-    return output, ReplayableRun(
+    run = ReplayableRun(
         model=model,
         first=first,
         last=last,
@@ -296,7 +352,14 @@ def record_run(
         logits_to_keep=keep.clone() if isinstance(keep, Tensor) else keep,
         autocast=(autocast and torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind) if autocast else None),
         fingerprint=fingerprint(model, residuals, edits),
+        checksums={},
     )
+    wanted: dict[Segment, list[str]] = {}
+    for name in filter(run.covers, names):
+        wanted.setdefault(segment_of(name), []).append(name)
+    for place, those in wanted.items():
+        run.checksums.update(contents(run.read_by(place, those)))
+    return output, run
 
 
 def _check_keepable(model: HookedModel, call: ForwardCall) -> None:
