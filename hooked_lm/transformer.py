@@ -22,7 +22,7 @@ from hooked_lm.components.sequence import Prompt, kept_positions
 from hooked_lm.components.stock import register_stock
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.generation.methods import TextGeneration
-from hooked_lm.hooks import HookPoint, Pass, any_live, current_pass, in_pass, is_live
+from hooked_lm.hooks import HookPoint, any_live, current_pass, in_pass, is_live, new_pass
 from hooked_lm.kv_cache import HookedTransformerKeyValueCache
 from hooked_lm.losses import lm_cross_entropy_loss
 from hooked_lm.tokenization import Prompts, Tokenizer
@@ -171,7 +171,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
             prompt = self._prompt(
                 input, prepend_bos, padding_side, attention_mask, past_kv_cache, start_at_layer, tokens
             )
-            with in_pass(Pass(prompt.layout.n_past)):
+            with in_pass(new_pass(prompt.layout.n_past)):
                 return self._pass(
                     prompt, start, stop, past_kv_cache, stop_at_layer, logits_to_keep, return_type, loss_per_token
                 )
@@ -306,7 +306,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         """
         with _rewound_on_error(past_kv_cache):
             prompt = self._prompt(input, prepend_bos, padding_side, attention_mask, past_kv_cache, None, None)
-            with in_pass(Pass(prompt.layout.n_past)):
+            with in_pass(new_pass(prompt.layout.n_past)):
                 entered, residual, shortformer_pos = self._entered(prompt)
         assert entered.tokens is not None
         return residual, entered.tokens, shortformer_pos, entered.mask

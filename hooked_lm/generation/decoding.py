@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooked_lm._support.precision import at_least_single
+from hooked_lm.hooks import reading_again
 from hooked_lm.kv_cache import HookedTransformerKeyValueCache
 
 __all__ = ["LanguageModel", "Sampling", "decode_steps", "sample_logits"]
@@ -142,7 +143,8 @@ def decode_steps(
         max_new_tokens: steps at most.
         sampling: how tokens are drawn.
         eos_token_ids: tokens that end a prompt; none by default.
-        use_past_kv_cache: run only the new token at each step; False runs the whole text.
+        use_past_kv_cache: run only the new token at each step; False runs the whole text. Positions of interventions
+            mean the same either way.
         verbose: show a progress bar.
     """
     # The last new token needs no room in the cache: it is not run through the model.
@@ -162,10 +164,12 @@ def decode_steps(
     finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
     ends = torch.tensor(eos_token_ids, dtype=tokens.dtype, device=tokens.device)
     for _ in tqdm(range(max_new_tokens), disable=not verbose, desc="generating", leave=False):
+        again = None
         if cache is None or model.outgrows(cache):
             cache = None if cache is None else model.new_kv_cache(*size)
             unread, unread_mask = text()
-        with torch.no_grad():
+            again = tokens.shape[1]
+        with torch.no_grad(), reading_again(again):
             logits = model(
                 unread,
                 return_type="logits",

@@ -52,7 +52,7 @@ class TextGeneration(TextInterface, Intervening):
             stop_at_eos: stop a prompt after `eos_token_id`; it is padded with that token until all have stopped.
             eos_token_id: one or several; by default the tokenizer's.
             do_sample, top_k, top_p, temperature, freq_penalty: how tokens are drawn; see `generation.Sampling`.
-            use_past_kv_cache: False runs the whole text at each step. The logits are the same.
+            use_past_kv_cache: False runs the whole text at each step. The logits are the same, under interventions too.
             prepend_bos: for strings; by default the model's.
             padding_side: for strings; only `"left"`, since new tokens are added at the right.
             return_type: `"str"`, `"tokens"`, or `"input"` for the type of the input.

@@ -20,7 +20,9 @@ __all__ = [
     "editing_hooks_only",
     "here",
     "in_pass",
+    "new_pass",
     "only",
+    "reading_again",
     "without_hooks",
 ]
 
@@ -63,10 +65,19 @@ class Pass:
     Attributes:
         n_past: the number of positions in the key-value cache, run in earlier passes.
         kept: while the unembedding runs, the positions it is run on; None for all.
+        first_read: the pass reads a text again, of which so many positions were read in one pass and each later one in
+            a pass of its own, as a generation with a key-value cache does; None for a pass that reads new text.
     """
 
     n_past: int = 0
     kept: KeptPositions | None = None
+    first_read: int | None = None
+
+    def segments(self, n_positions: int) -> list[tuple[int, int]]:
+        """Return the passes in which the positions of this pass were read, as `(start, stop)` within it."""
+        if self.first_read is None:
+            return [(0, n_positions)]
+        return [(0, self.first_read), *((one, one + 1) for one in range(self.first_read, n_positions))]
 
 
 @dataclass
@@ -90,6 +101,7 @@ class _Thread(threading.local):
         gradient_switch: turns off the backward hooks of what is computed meanwhile; None for no switch.
         runs_models: whether this thread has run a model; autograd's own threads have not.
         running: the current pass; between passes, a pass without earlier positions.
+        first_read: `first_read` of the next pass.
     """
 
     def __init__(self) -> None:
@@ -99,6 +111,7 @@ class _Thread(threading.local):
         self.gradient_switch: GradientSwitch | None = None
         self.runs_models = False
         self.running = Pass()
+        self.first_read: int | None = None
 
 
 here = _Thread()
@@ -120,12 +133,38 @@ def in_pass(running: Pass) -> Generator[None, None, None]:
     Args:
         running: the pass.
     """
-    before = here.running
-    here.running, here.runs_models = running, True
+    before = here.running, here.first_read
+    # A run that a hook makes reads a text of its own.
+    here.running, here.first_read, here.runs_models = running, None, True
     try:
         yield
     finally:
-        here.running = before
+        here.running, here.first_read = before
+
+
+def new_pass(n_past: int) -> Pass:
+    """Return the pass that begins now in this thread.
+
+    Args:
+        n_past: the number of positions in the key-value cache.
+    """
+    return Pass(n_past, first_read=here.first_read)
+
+
+@contextmanager
+def reading_again(first_read: int | None) -> Generator[None, None, None]:
+    """Within a `with` block, runs of models read a text again that was read in several passes.
+
+    Args:
+        first_read: how many positions the first of those passes had; each later position was a pass of its own. None
+            for runs that read new text.
+    """
+    before = here.first_read
+    here.first_read = first_read
+    try:
+        yield
+    finally:
+        here.first_read = before
 
 
 @contextmanager

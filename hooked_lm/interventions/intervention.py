@@ -347,6 +347,8 @@ class Intervention:
                     if 0 <= one < size
                 ]
                 here, entries, pos_axis = tuple(index for index, _ in found), tuple(place for _, place in found), axis
+                if len(set(entries)) < len(entries):
+                    raise ValueError(f"pos={selection!r} at {self.site!r} selects an entry of this pass twice")
                 if not here:
                     return x, here
             elif not all(-x.shape[axis] <= one < x.shape[axis] for one in entries):

@@ -6,11 +6,13 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.hooks import HookedRootModule, HookPoint, ModelOutput, current_pass
+from hooked_lm.hooks import HookedRootModule, HookPoint, KeptPositions, ModelOutput, Pass, current_pass
 from hooked_lm.interventions.intervention import Intervention
+from hooked_lm.names import selected_axis
 
 __all__ = ["Intervening", "InterventionHook"]
 
@@ -30,8 +32,41 @@ class InterventionHook:
 
     def __call__(self, x: Tensor, hook: HookPoint) -> Tensor:
         running = current_pass()
+        if running.first_read is not None and self._depends_on_pass(hook.axes):
+            return self._in_segments(x, hook.axes, running)
         edited, here = self.intervention.apply(x, hook.axes, running.n_past, running.kept)
         self.acted.update(here)
+        return edited
+
+    def _depends_on_pass(self, axes: Sequence[str]) -> bool:
+        """Return whether the edit of a text depends on the passes in which it is read.
+
+        A negative position counts from the end of a pass, and its scores and patterns have the keys up to its end.
+        """
+        pos = self.intervention.pos
+        counted_from_end = any(one < 0 for one in (pos if isinstance(pos, tuple) else (pos or 0,)))
+        return "key" in axes or counted_from_end
+
+    def _in_segments(self, x: Tensor, axes: Sequence[str], running: Pass) -> Tensor:
+        """Return the activation of a text that is read again, edited as in the passes that read it before."""
+        positions, keys = selected_axis(axes, "pos"), axes.index("key") if "key" in axes else None
+        assert positions is not None
+        kept = running.kept
+        n_positions = x.shape[positions] if kept is None else kept.n_positions
+        places = torch.arange(n_positions) if kept is None else torch.tensor(kept.positions)
+        edited = x.clone()
+        for start, stop in running.segments(n_positions):
+            chosen = ((places >= start) & (places < stop)).nonzero()[:, 0]
+            if not len(chosen):
+                continue
+            part = x.index_select(positions, chosen.to(x.device))
+            if keys is not None:
+                part = part.narrow(keys, 0, stop)
+            there = None if kept is None else KeptPositions(tuple((places[chosen] - start).tolist()), stop - start)
+            part, here = self.intervention.apply(part, axes, start, there)
+            self.acted.update(here)
+            target = edited if keys is None else edited.narrow(keys, 0, stop)
+            target.index_copy_(positions, chosen.to(x.device), part)
         return edited
 
     def idle_positions(self) -> list[int | None]:
