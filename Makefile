@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # Tests run in as many processes as there are processors. A file's tests stay together, since they share what they make.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check format lint types tests core breakages bench notebooks docs certificates clean
+.PHONY: demo test check format lint types tests core breakages fuzz bench notebooks docs certificates clean
 
 demo: $(VENV)/.installed-viz
 	$(BIN)/hooked-lm demo --html demo.html
@@ -38,6 +38,11 @@ breakages: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The differential fuzzer, until it finds something or its time is up: `make fuzz MINUTES=180`.
+MINUTES ?= 20
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
 bench: $(VENV)/.installed-viz
 	$(BIN)/python -m benchmarks $(BENCH)
