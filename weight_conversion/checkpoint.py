@@ -128,8 +128,10 @@ def load(
         folder = find_folder(name_or_path, revision)
         content = read_json(folder / "config.json")
         read = _from_own_folder if content.get("format") == OWN_FORMAT else _from_huggingface_folder
-        found = tokenizer if tokenizer is not None else _tokenizer_in(folder, trust_remote_code)
-        loaded = read(folder, content, found, first_n_layers)
+        loaded = read(folder, content, tokenizer, first_n_layers)
+        # After the config has been checked: transformers reads it too, to find the tokenizer's class.
+        if tokenizer is None:
+            loaded = replace(loaded, tokenizer=_tokenizer_in(folder, trust_remote_code))
     cfg, weights = loaded.cfg, loaded.weights
     if n_ctx is not None:
         weights = _Shortened(weights, cfg.n_ctx, n_ctx)
@@ -224,6 +226,8 @@ def _convert(
 
 def _architecture(fields: Mapping[str, FieldValue]) -> str:
     architectures = fields.get("architectures") or []
+    if not isinstance(architectures, (list, tuple)):
+        raise CheckpointError(f"architectures in the config is a list of one name; got {architectures!r}")
     if len(architectures) != 1:
         raise CheckpointError(f"the config names {len(architectures)} architectures {architectures}, not one")
     return str(architectures[0])

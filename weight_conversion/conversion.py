@@ -61,6 +61,7 @@ class Conversion:
         """Yield our tensors, mostly views of the checkpoint's: first those outside the blocks, then block by block."""
         for chunk in self._chunks:
             yield self._convert(chunk, _WithValues(self))
+            self._tensors.check()
 
     @property
     def mapped(self) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hooked_lm.config import HookedTransformerConfig
+from weight_conversion.conversion import MOST_MISSING
 from weight_conversion.errors import CheckpointError
 from weight_conversion.fields import HFConfig
 from weight_conversion.source import CONFIG_DIGEST, TensorSource
@@ -97,9 +98,9 @@ def read_own_config(path: Path, content: HFConfig, tensors: TensorSource) -> Hoo
     if isinstance(fields, dict):
         _check_number_of_layers(path, fields.get("n_layers"), tensors)
     try:
-        cfg = HookedTransformerConfig.from_dict(content["config"])
+        cfg = HookedTransformerConfig.from_dict(content.get("config", {}))
     # A field of the wrong type can fail anywhere in the checks.
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{path} does not hold a whole config: {error}") from error
     _check_sizes(path, cfg, tensors)
     return cfg
@@ -138,10 +139,11 @@ def _check_version(path: Path, version: object) -> None:
 
 
 def _check_number_of_layers(path: Path, n_layers: object, tensors: TensorSource) -> None:
-    """Check the number of layers first: a config of a billion of them takes minutes to make."""
+    """Check that there are not far more layers than blocks: a config of a billion of them takes minutes to make."""
     blocks = {int(found[1]) for found in map(_BLOCK.match, tensors) if found}
-    if isinstance(n_layers, int) and not isinstance(n_layers, bool) and n_layers > max(blocks, default=-1) + 1:
-        have = f"blocks 0-{max(blocks)}" if blocks else "no blocks"
+    last = max(blocks, default=-1)
+    if isinstance(n_layers, int) and n_layers > last + 1 + MOST_MISSING:
+        have = f"blocks 0-{last}" if blocks else "no blocks"
         raise CheckpointError(f"{path} says n_layers={n_layers}, and the weights beside it have {have}")
 
 
@@ -220,6 +222,7 @@ class OwnWeights:
         self._before_reading()
         for chunk in self._chunks:
             yield {name: self._tensors[name] for name in chunk}
+            self._tensors.check()
 
     @property
     def mapped(self) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hooked_lm._support.reading import SafetensorFile, read_json_object
+from hooked_lm._support.tensor_bytes import bytes_of
 from weight_conversion.aliases import ALIASES
 from weight_conversion.errors import CheckpointError
 from weight_conversion.fields import HFConfig
@@ -167,6 +168,13 @@ class TensorSource(Mapping[str, Tensor]):
     def release(self) -> None:
         """Free the memory of the tensors that have been read, except those still referenced elsewhere."""
 
+    def check(self) -> None:
+        """Check that the files whose tensors are in use have not been written to since they were opened.
+
+        Raises:
+            CheckpointError: one has.
+        """
+
 
 class SafetensorFiles(TensorSource):
     """Safetensors files as one mapping. They are memory-mapped: a tensor costs nothing until its values are used."""
@@ -209,6 +217,10 @@ class SafetensorFiles(TensorSource):
     @property
     def config_digests(self) -> dict[Path, str | None]:
         return {path: about.get(CONFIG_DIGEST) for path, about in self.metadata.items()}
+
+    def check(self) -> None:
+        for file in self._open.values():
+            file.check()
 
     def release(self) -> None:
         # The pages that were read stay in memory as long as the file is mapped.
@@ -287,8 +299,7 @@ def _same_values(one: Tensor, other: Tensor) -> bool:
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     # As bytes, so that nan equals itself.
-    first, second = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other))
-    return torch.equal(first, second)
+    return torch.equal(bytes_of(one), bytes_of(other))
 
 
 def _contradiction(name: str, first: Path, second: Path) -> str:

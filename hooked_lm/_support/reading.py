@@ -20,6 +20,8 @@ __all__ = ["SafetensorFile", "parse_json", "read_json", "read_json_object", "rea
 
 # Levels of lists and objects in a JSON text. Real files have fewer than ten; a thousand end Python's recursion.
 _DEEPEST = 100
+# Digits of an integer. Beyond a few thousand Python refuses them, and torch takes 19.
+_LONGEST_INTEGER = 100
 
 
 @contextmanager
@@ -74,7 +76,7 @@ def parse_json(text: str, what: str, error: type[ValueError] = ValueError, *, fi
         return float(word)
 
     def integer(digits: str) -> int:
-        if len(digits) > 1000:
+        if len(digits) > _LONGEST_INTEGER:
             raise ValueError(f"an integer of {len(digits)} digits, {digits[:20]}...")
         return int(digits)
 
@@ -151,7 +153,7 @@ def _same(one: object, other: object) -> bool:
 
 def _deeper_than(content: object, most: int) -> bool:
     level = [content]
-    for _ in range(most + 1):
+    for _ in range(most):
         level = [
             inner
             for one in level

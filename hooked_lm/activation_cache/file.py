@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hooked_lm._support.files import explained, whole_file
 from hooked_lm._support.plain_data import PlainData
+from hooked_lm._support.tensor_bytes import bytes_of
 from hooked_lm._support.torch_internals import memory_reference, times_written
 
 __all__ = ["CACHE_DTYPES", "CACHE_FORMAT", "CACHE_VERSION", "Memory", "Offloading", "memory_of"]
@@ -124,7 +125,7 @@ class Offloading(dict[str, Tensor]):
         self._write(name, tensor)
 
     def _write(self, name: str, tensor: Tensor) -> None:
-        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        data = bytes_of(tensor).numpy()
         end = self._at + data.nbytes
         kind = _TYPES[tensor.dtype]
         self._table[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [self._at, end]}

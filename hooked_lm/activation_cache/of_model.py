@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint
-from hooked_lm.names import layer_of
+from hooked_lm.names import SELECTED_AXES, layer_of
 
 __all__ = ["differing_shapes", "differing_sizes", "sizes_of"]
 
@@ -50,7 +50,9 @@ def differing_sizes(saved: Mapping[str, object], cfg: HookedTransformerConfig) -
 def differing_shapes(
     entries: Mapping[str, Tensor], points: Mapping[str, HookPoint], cfg: HookedTransformerConfig, has_batch_dim: bool
 ) -> list[str]:
-    """Return which activations have shapes that a model's do not, in words. Names that the model lacks are left out.
+    """Return which activations have shapes that a model's do not, in words.
+
+    Names that the model lacks, and activations with other axes than the model's, are not compared.
 
     Args:
         entries: full hook name -> activation.
@@ -81,10 +83,11 @@ def differing_shapes(
                 faults.append(f"{name!r} is of a layer that the model lacks: it has {cfg.n_layers}")
             continue
         axes = point.axes if has_batch_dim else point.axes[1:]
-        wrong = len(axes) != tensor.ndim or any(
-            size not in sizes.get(axis, {size}) for axis, size in zip(axes, tensor.shape, strict=True)
-        )
-        if wrong:
+        if len(axes) == tensor.ndim + 1:  # one position was recorded
+            axes = tuple(axis for axis in axes if axis not in SELECTED_AXES["pos"])
+        if len(axes) != tensor.ndim:
+            continue
+        if any(size not in sizes.get(axis, {size}) for axis, size in zip(axes, tensor.shape, strict=True)):
             expected = " ".join(f"{axis}={'/'.join(map(str, sizes[axis]))}" if axis in sizes else axis for axis in axes)
             faults.append(f"{name!r} has shape {tuple(tensor.shape)}, and in the model [{expected}]")
     return faults

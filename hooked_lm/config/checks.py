@@ -84,7 +84,7 @@ def check_types(cfg: HookedTransformerConfig) -> None:
     """Check what the other checks rely on: integers of 64 bits, flags that are flags, and numbers to compare."""
     for field in dataclasses.fields(cfg):
         name, value = field.name, getattr(cfg, field.name)
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        if field.name != "n_params" and isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ValueError(f"{name} is an integer of up to 64 bits; got one of {value.bit_length()}")
         if field.type == "bool" and value not in (True, False):
             raise ValueError(f"{name} is True or False; got {value!r}")
@@ -395,6 +395,7 @@ def parse_dtype(dtype: object) -> torch.dtype:
     """
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    # No float8: torch has no products and sums of those.
+    if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype is a floating-point torch dtype or its name; got {dtype!r}")
     return dtype

@@ -16,6 +16,7 @@ from torch import Tensor
 from hooked_lm._support.files import write_whole
 from hooked_lm._support.plain_data import PlainData
 from hooked_lm._support.reading import SafetensorFile, parse_json, read_text
+from hooked_lm._support.tensor_bytes import bytes_of
 from hooked_lm._support.versions import check_version
 from hooked_lm.interventions.intervention import Intervention
 
@@ -142,9 +143,9 @@ def _digest(tensors: Mapping[str, Tensor]) -> str | None:
         return None
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        data = tensors[name].detach().cpu().contiguous()
-        digest.update(json.dumps([name, str(data.dtype), list(data.shape)]).encode())
-        digest.update(data.flatten().view(torch.uint8).numpy().data)
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(bytes_of(tensor).numpy().data)
     return digest.hexdigest()
 
 
