@@ -114,7 +114,10 @@ def interventions_from_json(text: str, tensors: Mapping[str, Tensor]) -> list[In
     Raises:
         ValueError: the text is of another format or a newer version, or tensors are missing or unused.
     """
-    document = parse_json(text, "this description of interventions", finite=True)
+    try:
+        document = parse_json(text, "the text", finite=True)
+    except ValueError as error:
+        raise ValueError(f"this is not a description of interventions, which are JSON: {error}") from error
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         raise ValueError(f"this is not a description of interventions: its format is not {_FORMAT!r}")
     check_version("this description of interventions", document.get("version", 1), _VERSION)
