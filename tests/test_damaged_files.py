@@ -246,9 +246,9 @@ def test_a_cache_of_the_same_model_loads(changes: dict[str, Any], offload: bool,
 def test_reading_a_cache_whose_file_was_cut_off_or_written_to_raises(path: Path) -> None:
     content = path.read_bytes()
     spoils: tuple[Callable[[], object], ...] = (
-        lambda: os.truncate(path, 100),
-        lambda: path.write_bytes(content + b" "),
         lambda: os.utime(path, ns=(0, 0)),
+        lambda: path.write_bytes(content + b" "),
+        lambda: os.truncate(path, 100),  # last: unnoticed, it would end the process
     )
     reads: tuple[Callable[[ActivationCache], object], ...] = (
         lambda cache: cache["resid_pre", 1],
