@@ -19,6 +19,7 @@ from benchmarks.measurements import FULL, QUICK, Measurement, plan
 from benchmarks.peers.process import PEERS, interpreter_of
 from benchmarks.report import line, trouble
 from benchmarks.runner import Result, as_json, run_all
+from hooked_lm._support.reading import read_json_object
 
 RESULTS = Path(__file__).with_name("results.json")
 
@@ -57,7 +58,10 @@ def main(
             typer.echo(one.name)
         return
     if render:
-        page.write(json.loads((json_file or RESULTS).read_text()))
+        try:
+            page.write(read_json_object(json_file or RESULTS))
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--json") from error
         return
     partial = quick or only is not None or rounds is not None
     if write_page and partial:

@@ -18,9 +18,9 @@ from hooked_lm import bundled
 from hooked_lm._support.plain_data import PlainData
 from hooked_lm.names import get_act_name
 from hooked_lm.transformer import HookedTransformer
-from weight_conversion.checkpoint import OWN_FORMAT
 from weight_conversion.errors import CheckpointError
 from weight_conversion.family import Sites
+from weight_conversion.own_format import OWN_FORMAT
 from weight_conversion.registry import family_of
 from weight_conversion.source import find_folder, read_json
 

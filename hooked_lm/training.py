@@ -22,6 +22,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from hooked_lm._support.plain_data import PlainData
+from hooked_lm._support.reading import parse_json
 from hooked_lm.hooked_model import HookedModel
 
 __all__ = [
@@ -341,7 +343,7 @@ class _Run:
         written.replace(self.folder / CHECKPOINT)
 
     def _restore(self, path: Path) -> None:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _read_checkpoint(path)
         self._require_same_run(path, state["config"])
         try:
             self.model.load_state_dict(state["model"])
@@ -377,13 +379,30 @@ class _Run:
         written.replace(path)
 
 
+def _read_checkpoint(path: Path) -> PlainData:
+    """The state that `save` has written.
+
+    Raises:
+        ValueError: the file holds something else, or is damaged.
+    """
+    parts = {"config", "step", "model", "optimizer", "losses", "rng", "cuda_rng"}
+    otherwise = "Give another folder, or resume=False to start over"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes torch.load raise errors of many types
+        raise ValueError(f"{path} is damaged or no training checkpoint: {error}. {otherwise}") from error
+    if not isinstance(state, dict) or not parts <= state.keys() or not isinstance(state["config"], dict):
+        raise ValueError(f"{path} is no training checkpoint, which holds {', '.join(sorted(parts))}. {otherwise}")
+    return state
+
+
 def _parsed(line: str) -> Record | None:
     """A record; None for a line that an interruption has cut short."""
     try:
-        record: Record = json.loads(line)
-    except json.JSONDecodeError:
+        record = parse_json(line, "the line")
+    except ValueError:
         return None
-    return record
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def _on_device(batch: object, device: torch.device) -> object:

@@ -83,6 +83,7 @@ def test_a_module_imports_only_from_the_rooms_above_it() -> None:
 def test_weight_conversion_knows_the_config_and_nothing_of_the_model() -> None:
     conversion = [path for path in MODULES if room(dotted(path)) == "weight_conversion"]
     known = {"hooked_lm.config", "hooked_lm.names"}
+    known |= {f"hooked_lm._support.{helper}" for helper in ("files", "reading", "tensor_bytes")}
 
     def of_the_model(path: Path) -> set[str]:
         return {name for name in imports_of(path) - known if room(name) != "weight_conversion"}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,18 +15,23 @@ from torch import Tensor
 
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion.aliases import ALIASES
-from weight_conversion.conversion import Conversion
+from weight_conversion.conversion import MOST_MISSING, Conversion
 from weight_conversion.errors import CheckpointError
 from weight_conversion.family import Family
 from weight_conversion.fields import ConfigFields, FieldValue, HFConfig
+from weight_conversion.own_format import (
+    OWN_FORMAT,
+    OwnWeights,
+    check_saved_together,
+    processed_steps,
+    read_own_config,
+)
 from weight_conversion.registry import family_of
 from weight_conversion.rules import RuleTable
-from weight_conversion.source import TensorsInMemory, TensorSource, find_folder, open_tensors, read_json
+from weight_conversion.source import TensorsInMemory, TensorSource, find_folder, first_line, open_tensors, read_json
 from weight_conversion.training_checkpoints import training_checkpoint
 
 __all__ = [
-    "OWN_FORMAT",
-    "OWN_VERSION",
     "CheckpointError",
     "HFModel",
     "Loaded",
@@ -41,8 +46,8 @@ __all__ = [
 HFModel = Any
 Tokenizer = Any
 
-# The name of our own format and its newest version, as `config.json` of a model folder gives them.
-OWN_FORMAT, OWN_VERSION = "hooked_lm", 1
+# What the families call their number of layers. Each layer has at least one tensor.
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _POSITIONS = "pos_embed.W_pos"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "spiece.model")
 
@@ -123,8 +128,10 @@ def load(
         folder = find_folder(name_or_path, revision)
         content = read_json(folder / "config.json")
         read = _from_own_folder if content.get("format") == OWN_FORMAT else _from_huggingface_folder
-        found = tokenizer if tokenizer is not None else _tokenizer_in(folder, trust_remote_code)
-        loaded = read(folder, content, found, first_n_layers)
+        loaded = read(folder, content, tokenizer, first_n_layers)
+        # After the config has been checked: transformers reads it too, to find the tokenizer's class.
+        if tokenizer is None:
+            loaded = replace(loaded, tokenizer=_tokenizer_in(folder, trust_remote_code))
     cfg, weights = loaded.cfg, loaded.weights
     if n_ctx is not None:
         weights = _Shortened(weights, cfg.n_ctx, n_ctx)
@@ -150,11 +157,26 @@ def _from_huggingface_folder(
     family_of(_architecture(content))
     if "model_type" not in content:
         raise CheckpointError(f"{folder / 'config.json'} has no model_type, so no defaults for its fields are known")
+    tensors = open_tensors(folder)
+    _check_counts(folder / "config.json", content, len(tensors))
     try:
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers' validation raises errors of many types
         raise CheckpointError(f"{folder / 'config.json'} is not accepted by transformers: {error}") from error
-    return _convert({**content, **hf_config.to_dict()}, open_tensors(folder), tokenizer, first_n_layers)
+    return _convert({**content, **hf_config.to_dict()}, tensors, tokenizer, first_n_layers)
+
+
+def _check_counts(path: Path, content: HFConfig, n_tensors: int) -> None:
+    """Check that there are not far more layers than tensors: transformers' config classes make lists of that length."""
+    counts = {name: content[name] for name in _LAYER_COUNTS if name in content}
+    pending = [content.get("attention_types")]  # GPT-Neo's [[["global", "local"], 6]]
+    while pending:
+        one = pending.pop()
+        pending += one if isinstance(one, list) else []
+        counts |= {"attention_types": one} if isinstance(one, int) and one > n_tensors + MOST_MISSING else {}
+    for name, count in counts.items():
+        if isinstance(count, int) and count > n_tensors + MOST_MISSING:
+            raise CheckpointError(f"{path} says {name}={count}, and the weights beside it are {n_tensors} tensors")
 
 
 def _from_model(
@@ -204,6 +226,8 @@ def _convert(
 
 def _architecture(fields: Mapping[str, FieldValue]) -> str:
     architectures = fields.get("architectures") or []
+    if not isinstance(architectures, (list, tuple)):
+        raise CheckpointError(f"architectures in the config is a list of one name; got {architectures!r}")
     if len(architectures) != 1:
         raise CheckpointError(f"the config names {len(architectures)} architectures {architectures}, not one")
     return str(architectures[0])
@@ -237,7 +261,10 @@ def read_family(
 def _same_embeddings(family: Family, tensors: TensorSource) -> bool:
     """Whether a checkpoint that should be tied has no unembedding of its own, as transformers decides it too."""
     own, shared = _name_in(tensors, family, family.unembedding), _name_in(tensors, family, family.embedding)
-    return own is None or shared is None or torch.equal(tensors[own], tensors[shared])
+    if own is None or shared is None:
+        return True
+    common = torch.promote_types(tensors.dtype(own), tensors.dtype(shared))
+    return torch.equal(tensors[own].to(common), tensors[shared].to(common))
 
 
 def _name_in(tensors: TensorSource, family: Family, name: str) -> str | None:
@@ -246,61 +273,18 @@ def _name_in(tensors: TensorSource, family: Family, name: str) -> str | None:
 
 def _dtype(family: Family, tensors: TensorSource) -> torch.dtype:
     """The precision of the token embedding, which stands for the checkpoint's."""
-    name = _name_in(tensors, family, family.embedding) or next(iter(tensors), None)
+    name = _name_in(tensors, family, family.embedding)
     return torch.float32 if name is None else tensors.dtype(name)
 
 
 def _from_own_folder(folder: Path, content: HFConfig, tokenizer: Tokenizer, first_n_layers: int | None) -> Loaded:
-    _check_version(folder / "config.json", content.get("version", 1))
-    try:
-        cfg = HookedTransformerConfig.from_dict(content["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} does not hold a whole config: {error}") from error
-    # The names of the steps are checked by the caller, `hooked_lm.weights`.
-    processed = content.get("processed", [])
-    if not isinstance(processed, list):
-        raise CheckpointError(f"{folder / 'config.json'}: processed={processed!r} is no list of processing steps")
+    path, tensors = folder / "config.json", open_tensors(folder)
+    cfg = read_own_config(path, content, tensors)
+    processed = processed_steps(path, content)
     _check_layers(first_n_layers, cfg.n_layers)
     kept = cfg.n_layers if first_n_layers is None else first_n_layers
-    weights = _OwnWeights(open_tensors(folder), cfg.n_layers, kept)
-    return Loaded(cfg.replace(n_layers=kept), weights, tokenizer, tuple(processed), content.get("origin"))
-
-
-def _check_version(path: Path, version: object) -> None:
-    """Check that this code reads a model folder; one without a number was written before there were numbers."""
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise CheckpointError(f"{path}: {version!r} is no version number of the format, which counts from 1")
-    if version > OWN_VERSION:
-        read = "version 1" if OWN_VERSION == 1 else f"versions 1 to {OWN_VERSION}"
-        raise CheckpointError(
-            f"{path} has version {version} of the format; this hooked_lm reads {read}: update hooked_lm"
-        )
-
-
-class _OwnWeights:
-    """A folder in our own format, whose tensors need no conversion. Blocks beyond `kept` are left unread."""
-
-    def __init__(self, tensors: TensorSource, n_layers: int, kept: int) -> None:
-        self._tensors, self._chunks = tensors, [list[str]() for _ in range(kept + 1)]
-        for name in tensors:
-            block = re.match(r"blocks\.(\d+)\.", name)
-            layer = int(block[1]) if block else -1
-            if layer >= n_layers:
-                raise CheckpointError(f"the checkpoint has {name}, and its config says n_layers={n_layers}")
-            if layer < kept:
-                self._chunks[layer + 1].append(name)
-        self.shapes = {name: tensors.shape(name) for chunk in self._chunks for name in chunk}
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for chunk in self._chunks:
-            yield {name: self._tensors[name] for name in chunk}
-
-    @property
-    def mapped(self) -> bool:
-        return self._tensors.mapped
-
-    def release(self) -> None:
-        self._tensors.release()
+    weights = OwnWeights(tensors, cfg.n_layers, kept, partial(check_saved_together, path, content, tensors))
+    return Loaded(cfg.replace(n_layers=kept), weights, tokenizer, processed, content.get("origin"))
 
 
 class _Shortened:
@@ -368,6 +352,6 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> Tokeni
         )
     except Exception as error:  # transformers raises many kinds for one cause
         raise CheckpointError(
-            f"no tokenizer {name_or_path!r}: {type(error).__name__}: {str(error).splitlines()[0]}. "
+            f"no tokenizer {name_or_path!r}: {type(error).__name__}: {first_line(error)}. "
             "Pass tokenizer=, or the path of a folder that has one"
         ) from error

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion.errors import CheckpointError
-from weight_conversion.rules import Drop, Entry, RuleTable, stacked_names
+from weight_conversion.rules import Drop, Entry, RuleTable, axis_sizes, stacked_axis, stacked_names
 from weight_conversion.source import TensorSource
 
-__all__ = ["Conversion", "block_entries", "is_per_layer"]
+__all__ = ["MOST_MISSING", "Conversion", "block_entries", "is_per_layer"]
+
+# So many layers or experts may be missing and are still looked for by name.
+MOST_MISSING = 1000
 
 
 class Conversion:
@@ -45,10 +48,12 @@ class Conversion:
         self._tensors, self._cfg = tensors, cfg
         self._present = _without_prefix(tensors, prefix)
         self._outer = [entry for entry in table if not is_per_layer(entry)]
+        self._check_counts(table)
         self._blocks = [block_entries(table, layer) for layer in range(cfg.n_layers)]
         self._check_names()
         kept = cfg.n_layers if keep_layers is None else keep_layers
         self._chunks = [self._outer, *self._blocks[:kept]]
+        self._check_dtypes()
         made = [self._convert(chunk, _WithoutValues(self)) for chunk in self._chunks]
         self.shapes = {name: tuple(tensor.shape) for chunk in made for name, tensor in chunk.items()}
 
@@ -56,6 +61,7 @@ class Conversion:
         """Yield our tensors, mostly views of the checkpoint's: first those outside the blocks, then block by block."""
         for chunk in self._chunks:
             yield self._convert(chunk, _WithValues(self))
+            self._tensors.check()
 
     @property
     def mapped(self) -> bool:
@@ -88,6 +94,29 @@ class Conversion:
     def has(self, source: str) -> bool:
         """Whether the checkpoint holds the tensor that a rule's `source` names, or all of those it names."""
         return all(name in self._present for name in stacked_names(source, self._cfg))
+
+    def _check_counts(self, table: RuleTable) -> None:
+        """Check that there are not far more layers or experts than tensors, before names are made for each of them."""
+        most = len(self._present) + MOST_MISSING
+        if self._cfg.n_layers > most:
+            raise CheckpointError(
+                f"the config says n_layers={self._cfg.n_layers}, and the checkpoint has {len(self._present)} tensors"
+            )
+        sizes = axis_sizes(self._cfg)
+        for source in chain.from_iterable(entry.source_names for entry in table):
+            axis = stacked_axis(source)
+            if axis is not None and sizes.get(axis, 0) > most:
+                raise CheckpointError(
+                    f"the config implies {sizes[axis]} tensors {source!r}, and the checkpoint has {len(self._present)}"
+                )
+
+    def _check_dtypes(self) -> None:
+        """Check that every tensor that is read holds floats; tensors that are dropped by name may hold anything."""
+        for entry in chain.from_iterable(self._chunks):
+            if not isinstance(entry, Drop):
+                for source in entry.source_names:
+                    for name in stacked_names(source, self._cfg):
+                        self._tensors.dtype(self._present[name])
 
     def _check_names(self) -> None:
         entries = [*self._outer, *chain.from_iterable(self._blocks)]

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hooked_lm._support.files import write_whole
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion.checkpoint import read_family
 from weight_conversion.conversion import block_entries, is_per_layer
@@ -78,8 +79,11 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     fields["dtype"] = str(cfg.dtype).removeprefix("torch.")
     fields.pop("torch_dtype", None)
-    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    text = json.dumps(fields, indent=2) + "\n"
+    # The folder is no model's while it holds parts of two: config.json goes first and comes last.
+    (folder / "config.json").unlink(missing_ok=True)
     save_torch_state_dict(prefixed, folder)
+    write_whole(folder / "config.json", text)
 
 
 def inverted(table: RuleTable, cfg: HookedTransformerConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

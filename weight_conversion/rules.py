@@ -31,6 +31,7 @@ __all__ = [
     "Split",
     "Tensors",
     "axis_sizes",
+    "stacked_axis",
     "stacked_names",
 ]
 
@@ -414,6 +415,12 @@ def _in_layer(name: str, layer: int) -> str:
 _STACKED = re.compile(r"\{(expert|head|kv_head)\}")
 
 
+def stacked_axis(source: str) -> str | None:
+    """Return the axis along which the tensors of a rule's `source` are stacked; None for one tensor."""
+    found = _STACKED.search(source)
+    return None if found is None else found[1]
+
+
 def stacked_names(source: str, cfg: HookedTransformerConfig) -> list[str]:
     """Return the source names that a rule's `source` stands for: one, or one per expert or head.
 
@@ -421,7 +428,7 @@ def stacked_names(source: str, cfg: HookedTransformerConfig) -> list[str]:
         source: a source name, with or without a place for an index.
         cfg: the config that gives the number of experts and heads.
     """
-    axis = _STACKED.search(source)
+    axis = stacked_axis(source)
     if axis is None:
         return [source]
-    return [source.replace(axis[0], str(index)) for index in range(axis_sizes(cfg)[axis[1]])]
+    return [source.replace(f"{{{axis}}}", str(index)) for index in range(axis_sizes(cfg)[axis])]

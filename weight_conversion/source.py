@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import json
+import re
 import zipfile
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hooked_lm._support.reading import SafetensorFile, read_json_object
+from hooked_lm._support.tensor_bytes import bytes_of
 from weight_conversion.aliases import ALIASES
 from weight_conversion.errors import CheckpointError
 from weight_conversion.fields import HFConfig
 
 __all__ = [
-    "SafetensorFile",
+    "CONFIG_DIGEST",
     "SafetensorFiles",
     "TensorSource",
     "TensorsInMemory",
     "find_folder",
+    "first_line",
     "open_tensors",
     "read_json",
 ]
 
-# What `safe_open` returns: its methods have no types.
-SafetensorFile = Any
-
+# In the header of our own weights: the digest of the config that was saved with them.
+CONFIG_DIGEST = "config_digest"
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -67,11 +67,16 @@ def _download(name: str, revision: str | None) -> Path:
         at = "" if revision is None else f" --revision {revision}"
         raise CheckpointError(
             f"no checkpoint {name!r}. Tried: the folder {Path(name).absolute()} (there is none); {hub_id!r} in the "
-            f"local HuggingFace cache and on the hub ({type(error).__name__}: {str(error).splitlines()[0]}). Without a "
+            f"local HuggingFace cache and on the hub ({type(error).__name__}: {first_line(error)}). Without a "
             f"network, run `hf download {hub_id}{at} --local-dir {short}` where there is one, copy the folder and "
             "load it by its path"
         ) from error
     return folder
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, which may be empty."""
+    return next(iter(str(error).splitlines()), "")
 
 
 def read_json(path: Path) -> HFConfig:
@@ -81,14 +86,10 @@ def read_json(path: Path) -> HFConfig:
         CheckpointError: there is no such file, or it does not hold a JSON object.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path.parent} has no {path.name}: it is not the folder of a checkpoint")
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object")
-    return content
+        raise CheckpointError(
+            f"{path.parent} has no {path.name}: it is not the folder of a checkpoint, or a save there was cut off"
+        )
+    return read_json_object(path, CheckpointError)
 
 
 def open_tensors(folder: Path) -> TensorSource:
@@ -104,17 +105,37 @@ def open_tensors(folder: Path) -> TensorSource:
         if (folder / single).is_file():
             return read([folder / single])
         if (folder / f"{single}.index.json").is_file():
-            where = read_json(folder / f"{single}.index.json").get("weight_map")
-            if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-                raise CheckpointError(f"{folder / single}.index.json has no weight_map from tensors to files")
-            names = set(where.values())
-            absent = sorted(name for name in names if not (folder / name).is_file())
-            if absent or not names:
-                raise CheckpointError(f"{folder / single}.index.json names files that are absent: {', '.join(absent)}")
-            return read([folder / name for name in sorted(names)])
+            return read(_shards(folder / f"{single}.index.json"))
     raise CheckpointError(
         f"{folder} has no weights: expected {_SAFETENSORS}, {_PICKLE}, or the .index.json of one in shards"
     )
+
+
+def _shards(index: Path) -> list[Path]:
+    """Return the files that an index names."""
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensors to files")
+    names = sorted(set(where.values()))
+    outside = [name for name in names if not _stays_inside(name)]
+    if outside:
+        raise CheckpointError(
+            f"{index} names files outside its folder: {', '.join(map(repr, outside))}. A weight_map names files in "
+            "the folder of the index, by their plain names"
+        )
+    absent = [name for name in names if not (index.parent / name).is_file()]
+    if absent or not names:
+        raise CheckpointError(f"{index} names files that are absent: {', '.join(absent)}")
+    return [index.parent / name for name in names]
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether an entry of a weight_map names a file in the folder, on any system.
+
+    The text is looked at and not where it leads: in the hub's cache the files themselves are links to elsewhere.
+    """
+    parts = re.split(r"[/\\]", name)
+    return ".." not in parts and "\0" not in name and parts[0] != "" and ":" not in parts[0] if name else True
 
 
 class TensorSource(Mapping[str, Tensor]):
@@ -133,10 +154,26 @@ class TensorSource(Mapping[str, Tensor]):
 
     @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
-        """Return a tensor's dtype without reading its values."""
+        """Return a weight's dtype without reading its values.
+
+        Raises:
+            CheckpointError: it is not a floating-point dtype that a weight may have.
+        """
+
+    @property
+    def config_digests(self) -> dict[Path, str | None]:
+        """For each file, the digest in its header of the config that was saved with it; None where there is none."""
+        return {}
 
     def release(self) -> None:
         """Free the memory of the tensors that have been read, except those still referenced elsewhere."""
+
+    def check(self) -> None:
+        """Check that the files whose tensors are in use have not been written to since they were opened.
+
+        Raises:
+            CheckpointError: one has.
+        """
 
 
 class SafetensorFiles(TensorSource):
@@ -147,33 +184,43 @@ class SafetensorFiles(TensorSource):
     def __init__(self, paths: list[Path]) -> None:
         self._open: dict[Path, SafetensorFile] = {}
         self._paths: dict[str, Path] = {}
+        self._states: dict[Path, tuple[object, ...]] = {}
+        self.metadata: dict[Path, dict[str, str]] = {}
         for path in paths:
-            self._paths |= dict.fromkeys(self._file(path).keys(), path)
+            file = self._file(path)
+            self.metadata[path] = file.metadata
+            for name in file.names:
+                if name in self._paths:
+                    _require_same(name, self._file(self._paths[name]), file)
+                self._paths.setdefault(name, path)
 
     def _file(self, path: Path) -> SafetensorFile:
         if path not in self._open:
-            try:
-                self._open[path] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
+            file = SafetensorFile(path, CheckpointError)
+            if self._states.setdefault(path, file.state) != file.state:
+                raise CheckpointError(f"{path} was changed while it was being loaded: load the checkpoint again")
+            self._open[path] = file
         return self._open[path]
 
     def __getitem__(self, name: str) -> Tensor:
-        path = self._paths[name]
-        try:
-            tensor: Tensor = self._file(path).get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{name} in {path} cannot be read: {error}") from error
-        return tensor
+        return self._file(self._paths[name]).tensor(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file(self._paths[name]).get_slice(name).get_shape())
+        return self._file(self._paths[name]).shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        kind = self._file(self._paths[name]).get_slice(name).get_dtype()
+        kind = self._file(self._paths[name]).dtype(name)
         if kind not in _SAFETENSORS_DTYPES:
-            raise CheckpointError(f"{name} has the dtype {kind}, which is not among {sorted(_SAFETENSORS_DTYPES)}")
+            raise CheckpointError(_no_weight(name, kind, sorted(_SAFETENSORS_DTYPES)))
         return _SAFETENSORS_DTYPES[kind]
+
+    @property
+    def config_digests(self) -> dict[Path, str | None]:
+        return {path: about.get(CONFIG_DIGEST) for path, about in self.metadata.items()}
+
+    def check(self) -> None:
+        for file in self._open.values():
+            file.check()
 
     def release(self) -> None:
         # The pages that were read stay in memory as long as the file is mapped.
@@ -202,7 +249,10 @@ class TensorsInMemory(TensorSource):
         return tuple(self._tensors[name].shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._tensors[name].dtype
+        found = self._tensors[name].dtype
+        if found not in _SAFETENSORS_DTYPES.values():
+            raise CheckpointError(_no_weight(name, str(found), sorted(map(str, _SAFETENSORS_DTYPES.values()))))
+        return found
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
@@ -217,6 +267,7 @@ class TensorsInMemory(TensorSource):
 def _open_pickles(paths: list[Path]) -> TensorsInMemory:
     """Return the tensors of PyTorch pickles, memory-mapped if possible; a file that holds anything else is refused."""
     tensors: dict[str, Tensor] = {}
+    came_from: dict[str, Path] = {}
     for path in paths:
         try:
             # PyTorch before 1.6 wrote pickles that are no zip archives and cannot be mapped.
@@ -227,5 +278,40 @@ def _open_pickles(paths: list[Path]) -> TensorsInMemory:
             ) from error
         if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
             raise CheckpointError(f"{path} does not hold tensors by name")
-        tensors |= content
+        for name, tensor in content.items():
+            if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+                raise CheckpointError(f"{name} in {path} is a sparse, quantised or empty tensor, and no plain weight")
+            if name in tensors and not _same_values(tensors[name], tensor):
+                raise CheckpointError(_contradiction(name, came_from[name], path))
+            tensors.setdefault(name, tensor)
+            came_from.setdefault(name, path)
     return TensorsInMemory(tensors)
+
+
+def _require_same(name: str, first: SafetensorFile, second: SafetensorFile) -> None:
+    """Check that a tensor in two files has the same bits in both."""
+    about = [(file.shape(name), file.dtype(name)) for file in (first, second)]
+    if about[0] != about[1] or not _same_values(first.tensor(name), second.tensor(name)):
+        raise CheckpointError(_contradiction(name, first.path, second.path))
+
+
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    # As bytes, so that nan equals itself.
+    return torch.equal(bytes_of(one), bytes_of(other))
+
+
+def _contradiction(name: str, first: Path, second: Path) -> str:
+    return (
+        f"{name} is in {first} and in {second}, with different values: the files do not belong together, or one is "
+        "left over from another save. Remove the file that is wrong, or download the checkpoint again"
+    )
+
+
+def _no_weight(name: str, dtype: str, known: list[str]) -> str:
+    return (
+        f"{name} has the dtype {dtype}, which is not among {', '.join(known)}. Integers, float8 and complex numbers "
+        "belong to a quantised model, or another one: convert the checkpoint to floats first, with the scales of its "
+        "quantisation"
+    )

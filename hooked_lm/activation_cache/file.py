@@ -6,7 +6,7 @@ The format begins with a table of contents. Its space is reserved at the start o
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from hooked_lm._support.files import explained, whole_file
 from hooked_lm._support.plain_data import PlainData
+from hooked_lm._support.tensor_bytes import bytes_of
 from hooked_lm._support.torch_internals import memory_reference, times_written
 
-__all__ = ["CACHE_FORMAT", "CACHE_VERSION", "Memory", "Offloading", "memory_of"]
+__all__ = ["CACHE_DTYPES", "CACHE_FORMAT", "CACHE_VERSION", "Memory", "Offloading", "memory_of"]
 
 _TYPES = {
     torch.float64: "F64",
@@ -33,6 +34,7 @@ _TYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+CACHE_DTYPES = frozenset(_TYPES.values())
 CACHE_FORMAT, CACHE_VERSION = "hooked_lm activations", 1
 _LENGTH = 8  # bytes, in front of the table, that hold its length
 _PADDING = "padding {}"
@@ -60,6 +62,7 @@ class Offloading(dict[str, Tensor]):
         path: of the file.
         names: the names that may be assigned; they determine the space reserved for the table.
         has_batch_dim: recorded in the file, for `ActivationCache.load`.
+        sizes: of the model, recorded in the file likewise; None to record none.
         reader: called with the path of the complete file just before it gets its name, so that what it opens is this
             file, whatever another writer puts in its place afterwards.
 
@@ -75,14 +78,15 @@ class Offloading(dict[str, Tensor]):
         path: str | Path,
         names: Iterable[str],
         has_batch_dim: bool = True,
+        sizes: Mapping[str, int | None] | None = None,
         reader: Callable[[Path], object] | None = None,
     ) -> None:
         super().__init__()
-        self.reader, self.read = reader, cast(object, None)
+        self.reader, self.read, self._sizes = reader, cast(object, None), sizes
         self.path, self.has_batch_dim = Path(path).resolve(), has_batch_dim
         lengths = [len(_json(name).encode()) for name in names]
         # For each name: its entry, an entry of padding before it, its place in the order, and the name it aliases.
-        self._room = 1024 + sum(3 * length + 2 * _ENTRY for length in lengths) + len(lengths) * max(lengths, default=0)
+        self._room = 2048 + sum(3 * length + 2 * _ENTRY for length in lengths) + len(lengths) * max(lengths, default=0)
         self._room += -self._room % _LENGTH
         self._table: PlainData = {}
         self._order: dict[str, None] = {}
@@ -121,7 +125,7 @@ class Offloading(dict[str, Tensor]):
         self._write(name, tensor)
 
     def _write(self, name: str, tensor: Tensor) -> None:
-        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        data = bytes_of(tensor).numpy()
         end = self._at + data.nbytes
         kind = _TYPES[tensor.dtype]
         self._table[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [self._at, end]}
@@ -140,6 +144,8 @@ class Offloading(dict[str, Tensor]):
             "aliases": _json(self._aliases),
             "order": _json(list(self._order)),
         }
+        if self._sizes is not None:
+            about["model"] = _json(dict(self._sizes))
         table = _json({"__metadata__": about, **self._table}).encode()
         if len(table) > self._room:
             raise ValueError(f"{self.path} has room for {self._room} bytes of names, and these take {len(table)}")

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, MutableMapping, Sequence, ValuesView
 from functools import partial
 from pathlib import Path
 from typing import Protocol, Self, cast
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from hooked_lm._support.torch_internals import memory_reference
-from hooked_lm._support.versions import check_version
-from hooked_lm.activation_cache.file import CACHE_FORMAT, CACHE_VERSION, Memory, Offloading, memory_of
+from hooked_lm.activation_cache.file import Memory, Offloading, memory_of
 from hooked_lm.activation_cache.lazy import LazyActivations
+from hooked_lm.activation_cache.of_model import differing_shapes, differing_sizes, sizes_of
+from hooked_lm.activation_cache.reading import MappedActivations, read_cache
 from hooked_lm.components import TransformerBlock, Unembed
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint
@@ -54,7 +53,7 @@ class CachedActivations(Mapping[str, Tensor]):
     """A mapping from names to tensors. Names may be short: `cache["q", 3]`, `cache["scale", 4, "ln1"]`, `cache["k2a"]`.
 
     Attributes:
-        cache_dict: full hook name -> tensor; `LazyActivations` in a lazy cache.
+        cache_dict: full hook name -> tensor; `LazyActivations` in a lazy cache, `MappedActivations` in one on disk.
         model: the model of the run.
         has_batch_dim: whether the tensors have their batch axis.
     """
@@ -202,6 +201,8 @@ class CachedActivations(Mapping[str, Tensor]):
         """Apply a change to every tensor: at once, or in a lazy cache when the tensor is read."""
         if isinstance(self.cache_dict, LazyActivations):
             self.cache_dict = self.cache_dict.then(change)
+        elif isinstance(self.cache_dict, MappedActivations):
+            self.cache_dict = self.cache_dict.changed(change)
         else:
             self.cache_dict = {name: change(name, tensor) for name, tensor in self.cache_dict.items()}
 
@@ -221,7 +222,7 @@ class CachedActivations(Mapping[str, Tensor]):
 
     def save(self, path: str | Path) -> None:
         """Write the cache to a safetensors file. An entry that is the same tensor as another is written once."""
-        with Offloading(path, self, self.has_batch_dim) as file:
+        with Offloading(path, self, self.has_batch_dim, sizes_of(self.model.cfg)) as file:
             for name, tensor in self.items():
                 file[name] = tensor
 
@@ -234,24 +235,22 @@ class CachedActivations(Mapping[str, Tensor]):
             model: the model of the run.
 
         Raises:
-            ValueError: the file is not a saved cache, or one of a newer version of the format.
+            ValueError: the file is not a saved cache, is damaged, is of a newer version of the format, or is of a model
+                of other sizes.
         """
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-            # Caches that were written before the format had a name and a number have neither.
-            if about.get("format", CACHE_FORMAT if "order" in about else None) != CACHE_FORMAT:
-                raise ValueError(f"{path} is not a saved ActivationCache")
-            version = about.get("version", "1")
-            check_version(f"the cache {path}", int(version) if version.isdecimal() else version, CACHE_VERSION)
-            if not {"has_batch_dim", "aliases", "order"} <= about.keys():
-                raise ValueError(f"{path} is a saved ActivationCache whose metadata is incomplete")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        aliases = json.loads(about["aliases"])
-        stored = {name: aliases.get(name, name) for name in json.loads(about["order"])}
-        if not set(stored.values()) <= tensors.keys():
-            raise ValueError(f"{path} lacks tensors of its cache: {sorted(set(stored.values()) - tensors.keys())}")
-        entries = {name: tensors[place] for name, place in stored.items()}
-        return cls(entries, model, has_batch_dim=about["has_batch_dim"] == "True")
+        read = read_cache(path)
+        differ = (
+            differing_shapes(read.entries, model.hook_dict, model.cfg, read.has_batch_dim)
+            if read.sizes is None
+            else differing_sizes(read.sizes, model.cfg)
+        )
+        if differ:
+            more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+            raise ValueError(
+                f"{path} is the cache of another model: {'; '.join(differ[:5])}{more}. "
+                "Load it with the model of its run"
+            )
+        return cls(read.entries, model, has_batch_dim=read.has_batch_dim)
 
 
 def _first(name: str, tensor: Tensor) -> Tensor:

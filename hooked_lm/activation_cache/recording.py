@@ -15,6 +15,7 @@ from hooked_lm.activation_cache.decomposition import ActivationCache
 from hooked_lm.activation_cache.file import Offloading
 from hooked_lm.activation_cache.lazy import LazyActivations, Part
 from hooked_lm.activation_cache.mapping import CacheModel
+from hooked_lm.activation_cache.of_model import sizes_of
 from hooked_lm.activation_cache.replay import ForwardCall, record_run
 from hooked_lm.components.sequence import kept_positions
 from hooked_lm.components.stock import not_stock
@@ -153,6 +154,7 @@ class Caching(TextInterface, Intervening):
             path,
             names,
             has_batch_dim=not remove_batch_dim,
+            sizes=sizes_of(self.cfg),
             reader=lambda written: ActivationCache.load(written, cast(CacheModel, self)),
         )
 

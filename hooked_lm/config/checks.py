@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
+import numbers
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -25,8 +27,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_choices",
+    "check_finite",
     "check_per_layer",
     "check_rotary_scaling",
+    "check_types",
     "count_parameters",
     "fill_and_check",
     "fill_experts",
@@ -47,6 +51,12 @@ __all__ = [
     "require_positive_integer",
 ]
 
+# Fields that are compared with other numbers before all are checked to be numbers.
+_COMPARED = (
+    *("eps", "attn_scale", "initializer_range"),
+    *("NTK_by_parts_low_freq_factor", "NTK_by_parts_high_freq_factor"),
+)
+
 
 def fill_and_check(cfg: HookedTransformerConfig) -> None:
     """Fill in the fields that follow from others, and check all of them.
@@ -54,6 +64,7 @@ def fill_and_check(cfg: HookedTransformerConfig) -> None:
     Raises:
         ValueError: a value out of range, or fields that contradict each other.
     """
+    check_types(cfg)
     for name in ("n_layers", "d_model", "n_ctx"):
         require_positive(cfg, name, at_least=0 if name == "n_layers" else 1)
     fill_heads(cfg)
@@ -65,7 +76,38 @@ def fill_and_check(cfg: HookedTransformerConfig) -> None:
     fill_windows(cfg)
     fill_init(cfg)
     check_choices(cfg)
+    check_finite(cfg)
     cfg.n_params = count_parameters(cfg)
+
+
+def check_types(cfg: HookedTransformerConfig) -> None:
+    """Check what the other checks rely on: integers of 64 bits, flags that are flags, and numbers to compare."""
+    for field in dataclasses.fields(cfg):
+        name, value = field.name, getattr(cfg, field.name)
+        if field.name != "n_params" and isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name} is an integer of up to 64 bits; got one of {value.bit_length()}")
+        if field.type == "bool" and value not in (True, False):
+            raise ValueError(f"{name} is True or False; got {value!r}")
+    check_finite(cfg, [*_COMPARED])
+
+
+def check_finite(cfg: HookedTransformerConfig, names: Sequence[str] | None = None) -> None:
+    """Check that the fields for real numbers hold finite ones, or None where they may.
+
+    Args:
+        cfg: the config.
+        names: of the fields; None for all.
+    """
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if field.type not in ("float", "float | None") or (names is not None and field.name not in names):
+            continue
+        if not _is_finite(value) and not (value is None and field.type == "float | None"):
+            raise ValueError(f"{field.name} is a finite number; got {value!r}")
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def fill_heads(cfg: HookedTransformerConfig) -> None:
@@ -353,6 +395,7 @@ def parse_dtype(dtype: object) -> torch.dtype:
     """
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    # No float8: torch has no products and sums of those.
+    if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype is a floating-point torch dtype or its name; got {dtype!r}")
     return dtype

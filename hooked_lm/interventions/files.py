@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hooked_lm._support.files import write_whole
 from hooked_lm._support.plain_data import PlainData
+from hooked_lm._support.reading import SafetensorFile, parse_json, read_text
+from hooked_lm._support.tensor_bytes import bytes_of
 from hooked_lm._support.versions import check_version
 from hooked_lm.interventions.intervention import Intervention
 
@@ -60,8 +62,12 @@ def load_interventions(path: str | Path) -> list[Intervention | list[Interventio
         ValueError: the file holds no interventions, or their tensors are not those of the file beside it.
     """
     path = _checked(path)
-    beside = path.with_suffix(".safetensors")
-    return interventions_from_json(path.read_text(), load_file(beside) if beside.exists() else {})
+    text, beside = read_text(path), path.with_suffix(".safetensors")
+    if not beside.exists():
+        return interventions_from_json(text, {})
+    file = SafetensorFile(beside)
+    # Copies: an intervention's value is not to change with a file.
+    return interventions_from_json(text, {name: file.tensor(name).clone() for name in file.names})
 
 
 def interventions_to_json(interventions: Cells) -> tuple[str, dict[str, Tensor]]:
@@ -109,8 +115,8 @@ def interventions_from_json(text: str, tensors: Mapping[str, Tensor]) -> list[In
         ValueError: the text is of another format or a newer version, or tensors are missing or unused.
     """
     try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
+        document = parse_json(text, "the text", finite=True)
+    except ValueError as error:
         raise ValueError(f"this is not a description of interventions, which are JSON: {error}") from error
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         raise ValueError(f"this is not a description of interventions: its format is not {_FORMAT!r}")
@@ -140,9 +146,9 @@ def _digest(tensors: Mapping[str, Tensor]) -> str | None:
         return None
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        data = tensors[name].detach().cpu().contiguous()
-        digest.update(json.dumps([name, str(data.dtype), list(data.shape)]).encode())
-        digest.update(data.flatten().view(torch.uint8).numpy().data)
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(bytes_of(tensor).numpy().data)
     return digest.hexdigest()
 
 

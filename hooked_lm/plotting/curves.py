@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import plotly.graph_objects as go
 
+from hooked_lm._support.reading import parse_json, read_text
 from hooked_lm.plotting.figure import Figure
 from hooked_lm.plotting.style import BLUE, CURVES, INK, MUTED, ORANGE, RUST, categories, styled, text
 from hooked_lm.utils import ArrayLike, to_numpy
@@ -192,14 +192,10 @@ def _panel(figure: Figure, name: str, points: list[tuple[float, float]], axis: s
 
 
 def _read(path: Path) -> list[dict[str, float]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line, "the line")
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: this is no record: {line[:60]!r}") from error
         if not isinstance(row, dict):

@@ -28,7 +28,7 @@ def from_classic(state_dict: Weights) -> Weights:
 
     Raises:
         ValueError: a gated MLP with a non-zero `b_in`, which the classic library added after the product of gate and
-            input, where this one adds it before.
+            input, where this one adds it before; or two different tensors for one weight.
     """
     weights: Weights = {}
     experts: dict[str, dict[int, Tensor]] = {}
@@ -41,7 +41,10 @@ def from_classic(state_dict: Weights) -> Weights:
         elif _CLASSIC_ROUTER.fullmatch(name):
             weights[name.removesuffix(".weight")] = value.T
         else:
-            weights[_CLASSIC_GROUPED.sub(r"\1\2", name)] = value
+            ours = _CLASSIC_GROUPED.sub(r"\1\2", name)
+            if ours in weights and not torch.equal(weights[ours], value):
+                raise ValueError(f"the state dict has {ours} with and without an underscore, and the two differ")
+            weights[ours] = value
     # The classic router of a mixture is its `W_gate`, a name that here belongs to the experts.
     for prefix in {name.rpartition(".")[0] for name in experts}:
         if f"{prefix}.W_gate" in weights:

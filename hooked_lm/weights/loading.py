@@ -195,14 +195,15 @@ class WeightLoading(nn.Module):
 
         Raises:
             RuntimeError: a key is missing or surplus, or a tensor has the wrong shape.
-            ValueError: `assign`, which would lose the memory layout that the projections need; or a `W_U` that differs
-                from the tied embedding.
+            ValueError: `assign`, which would lose the memory layout that the projections need; a `W_U` that differs
+                from the tied embedding; or integers, float8 or complex numbers in place of floats.
         """
         if assign:
             raise ValueError(
                 "load_state_dict copies the weights into the model's own memory layout: leave assign=False"
             )
         weights = from_classic(dict(state_dict)) if strict else dict(state_dict)
+        _check_floats(weights, dict(self.named_parameters(remove_duplicate=False)))
         W_U = weights.pop("unembed.W_U", None) if self.cfg.tie_word_embeddings else None
         if W_U is not None and not torch.equal(W_U, weights.get("embed.W_E", self.unembed.W_U.T).T):
             raise ValueError(
@@ -309,6 +310,17 @@ def _check_steps(name: str, processed: tuple[str, ...]) -> None:
         raise checkpoint.CheckpointError(
             f"{name}: config.json has processed={list(processed)}, but {unknown} are no processing steps"
         )
+
+
+def _check_floats(given: Weights, parameters: Mapping[str, Tensor]) -> None:
+    """Check that no integers or other numbers stand for floats, as which torch would copy them."""
+    floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    for name, value in given.items():
+        if name in parameters and isinstance(value, Tensor) and value.dtype not in floats:
+            raise ValueError(
+                f"{name} has the dtype {value.dtype}, and a weight has one of {', '.join(map(str, floats))}: such "
+                "numbers belong to a quantised model. Convert them to floats first, with the scales of its quantisation"
+            )
 
 
 def _check_shapes(name: str, given: Weights, expected: Mapping[str, Tensor]) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from hooked_lm._support.plain_data import PlainData
 from hooked_lm.weights.loading import WeightLoading
-from weight_conversion import checkpoint
 from weight_conversion.export import export
+from weight_conversion.own_format import CONFIG_DIGEST, OWN_FORMAT, OWN_VERSION, config_digest, digest_header
 
 __all__ = ["WeightSaving"]
 
@@ -50,31 +51,37 @@ class WeightSaving(WeightLoading):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model to a folder: `config.json`, `model.safetensors` and the tokenizer, if it has one.
 
-        `from_pretrained(folder)` gives the same weights, bit for bit; processing steps are not applied twice.
+        `from_pretrained(folder)` gives the same weights, bit for bit; processing steps are not applied twice. A save
+        that is cut off leaves the folder as it was, or without a `config.json`, so that it does not load.
 
         Args:
             folder: where to write; created if missing.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         config = self.cfg.to_dict()
         # The device is no property of the saved model.
         del config["device"]
         config["tokenizer_name"] = None
-        saved = {
-            "format": checkpoint.OWN_FORMAT,
-            "version": checkpoint.OWN_VERSION,
+        saved: PlainData = {
+            "format": OWN_FORMAT,
+            "version": OWN_VERSION,
             "processed": list(self.processed),
             "config": config,
             "origin": self.origin,
         }
-        (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
+        saved[CONFIG_DIGEST] = config_digest(saved)
         tensors = {name: value.contiguous() for name, value in self.state_dict().items()}
-        # Parameters may be views of the file that is replaced. Renaming keeps the old file's memory map valid.
-        written = folder / "model.safetensors.new"
-        save_file(tensors, written)
+        text = json.dumps(saved, indent=2) + "\n"
+        folder.mkdir(parents=True, exist_ok=True)
+        described, written = folder / "config.json.new", folder / "model.safetensors.new"
+        described.write_text(text, encoding="utf-8")
+        save_file(tensors, written, digest_header(saved[CONFIG_DIGEST]))
         # safetensors creates the file readable by its owner only.
-        written.chmod((folder / "config.json").stat().st_mode & 0o777)
+        written.chmod(described.stat().st_mode & 0o777)
+        # The folder is no model's while it holds parts of two: config.json goes first and comes last.
+        (folder / "config.json").unlink(missing_ok=True)
+        # Parameters may be views of the file that is replaced. Renaming keeps the old file's memory map valid.
         written.replace(folder / "model.safetensors")
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
+        described.replace(folder / "config.json")

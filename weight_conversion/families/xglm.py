@@ -11,12 +11,14 @@ from torch import Tensor
 
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
+from weight_conversion.errors import CheckpointError
 from weight_conversion.family import Family, Sites
 from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Computed, Drop, RuleTable
 
 __all__ = ["FAMILY", "OFFSET", "config", "rules", "sinusoids"]
 
+_MOST = 2**30  # numbers in a table of sinusoids; the largest XGLM has 2**23
 # The first position takes the third of the sinusoids.
 OFFSET = 2
 
@@ -47,6 +49,8 @@ def sinusoids(cfg: HookedTransformerConfig, padding: int | None) -> Float[Tensor
 
     The row of the padding token's number is zero: positions once counted from there.
     """
+    if cfg.n_ctx * cfg.d_model > _MOST:
+        raise CheckpointError(f"sinusoids for {cfg.n_ctx} positions of width {cfg.d_model} are more than any XGLM has")
     half = cfg.d_model // 2
     frequencies = torch.exp(torch.arange(half).float() * -(math.log(10000) / (half - 1)))
     angles = torch.arange(OFFSET, OFFSET + cfg.n_ctx).float()[:, None] * frequencies
