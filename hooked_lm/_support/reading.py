@@ -16,12 +16,16 @@ from torch import Tensor
 
 from hooked_lm._support.plain_data import PlainData
 
-__all__ = ["SafetensorFile", "parse_json", "read_json", "read_json_object", "read_text", "readable"]
+__all__ = ["MissingFileError", "SafetensorFile", "parse_json", "read_json", "read_json_object", "read_text", "readable"]
 
 # Levels of lists and objects in a JSON text. Real files have fewer than ten; a thousand end Python's recursion.
 _DEEPEST = 100
 # Digits of an integer. Beyond a few thousand Python refuses them, and torch takes 19.
 _LONGEST_INTEGER = 100
+
+
+class MissingFileError(ValueError, FileNotFoundError):
+    """There is no such file."""
 
 
 @contextmanager
@@ -30,12 +34,13 @@ def readable(path: str | Path, error: type[ValueError] = ValueError) -> Generato
 
     Args:
         path: of the file.
-        error: the class of the error.
+        error: the class of the error. Where it is ValueError, a file that is not there is a FileNotFoundError as well.
     """
     try:
         yield
     except OSError as fault:
-        raise error(f"{path} cannot be read: {fault.strerror or fault}") from fault
+        missing = isinstance(fault, FileNotFoundError) and error is ValueError
+        raise (MissingFileError if missing else error)(f"{path} cannot be read: {fault.strerror or fault}") from fault
 
 
 def read_text(path: str | Path, error: type[ValueError] = ValueError) -> str:

@@ -7,6 +7,7 @@ with another result.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ __all__ = [
     "memory_reference",
     "only_plain_operations",
     "times_written",
+    "without_torch_functions",
 ]
 
 try:
@@ -86,6 +88,12 @@ def only_plain_operations() -> bool:
         return not transformed and forward_ad._current_level < 0
     except AttributeError:
         return False
+
+
+def without_torch_functions() -> AbstractContextManager[object]:
+    """Return a `with` block in which subclasses of Tensor are not asked to compute a function of theirs themselves."""
+    disabled: AbstractContextManager[object] = torch._C.DisableTorchFunctionSubclass()
+    return disabled
 
 
 def times_written(tensor: Tensor) -> int:

@@ -22,7 +22,8 @@ from hooked_lm.sweep.exactness import walking_obstacle
 from hooked_lm.sweep.first_change import from_first_change, is_compared
 from hooked_lm.sweep.options import DEFAULT_MEMORY_BUDGET
 from hooked_lm.sweep.plan import Stage, SweepCell, plan_cell, reads_per_head
-from hooked_lm.sweep.walk import BaseRun, SweepWalk, WalkGroup, key_site
+from hooked_lm.sweep.scoring import FunctionScorer, MetricScorer, Scorer
+from hooked_lm.sweep.walk import BaseRun, SweepWalk, key_site
 from hooked_lm.tokenization import Prompts
 
 __all__ = ["AnyMetric", "sweep"]
@@ -123,7 +124,7 @@ class _Engine:
         walked = [cell for cell in planned if cell is not None] if incremental else []
         left = sorted(set(range(len(plans))) - {cell.index for cell in walked})
         if walked:
-            self.walk(walked, results, advance)
+            self.walk(walked, plans, results, advance)
         for index in left:
             results[index] = self.scores(self.plain(plans[index]))
             advance(1)
@@ -144,23 +145,33 @@ class _Engine:
 
     # The incremental way
 
-    def walk(self, cells: list[SweepCell], results: Tensor, advance: Callable[[int], object]) -> None:
+    def walk(
+        self,
+        cells: list[SweepCell],
+        plans: Sequence[tuple[Intervention, ...]],
+        results: Tensor,
+        advance: Callable[[int], object],
+    ) -> None:
         base, out = self.base_run(cells)
-        last_read = self.metric.pos % self.tokens.shape[1] if isinstance(self.metric, Metric) else 0
+        scorer = self.scorer(out, plans)
         changing = [from_first_change(cell, base.cache, self.model.hook_dict) for cell in cells]
         # A change after the last position that the metric reads has no effect either.
-        walked = [
-            cell for cell in changing if cell and (cell.first <= last_read or not isinstance(self.metric, Metric))
-        ]
+        walked = [cell for cell in changing if cell and cell.first <= scorer.last_read]
         without_effect = sorted({cell.index for cell in cells} - {cell.index for cell in walked})
         if without_effect:
-            results[without_effect] = self.base_scores(out).to(results.dtype)
+            results[without_effect] = scorer.base_score.to(results.dtype)
             advance(len(without_effect))
         for chunk in self.chunks(walked):
-            final = SweepWalk(self.model, base, chunk, last_read).run(lambda: None)
-            for group, normalized in final:
-                self.score_group(group, normalized, out, results)
+            for group, normalized in SweepWalk(self.model, base, chunk, scorer.first_read).run(lambda: None):
+                for index, scores in scorer.scores(group, normalized):
+                    results[index] = scores.to(results.dtype)
             advance(len(chunk))
+
+    def scorer(self, out: Float[Tensor, "batch pos out"], plans: Sequence[tuple[Intervention, ...]]) -> Scorer:
+        """Return what scores the walk's rows, from the output of the base run."""
+        if isinstance(self.metric, Metric):
+            return MetricScorer(self.model, self.metric, out)
+        return FunctionScorer(self.model, self.metric, out, lambda index: self.plain(plans[index]))
 
     def base_run(self, cells: Sequence[SweepCell]) -> tuple[BaseRun, Float[Tensor, "batch pos out"]]:
         """Return the base run, with the activations that rows start from and attend to, and its output.
@@ -191,14 +202,6 @@ class _Engine:
         shortformer = cache.get("hook_pos_embed") if self.cfg.positional_embedding_type == "shortformer" else None
         return BaseRun(cache, layout, shortformer), out
 
-    def base_scores(self, out: Float[Tensor, "batch pos out"]) -> Float[Tensor, " score"]:
-        """Return the scores of the base run, from what `base_run` returns."""
-        if not isinstance(self.metric, Metric):
-            # A copy: the logits are still needed, and a function of one's own may write to what it is given.
-            return self.scores(out.clone())
-        read = self.model.ln_final(out[:, self.metric.pos, None])
-        return self.metric.scores(self.read_logits(read.transpose(0, 1)))[0]
-
     def joined_with(self, cell: SweepCell) -> set[str]:
         """Return the names of the base run's activations that a cell's rows start from."""
         if cell.stage is Stage.START:
@@ -219,9 +222,9 @@ class _Engine:
         cfg, (batch, n_positions) = self.cfg, self.tokens.shape
         width = 12 * cfg.d_model + 4 * (cfg.d_mlp or 0) + 3 * cfg.n_heads * n_positions + 6 * cfg.n_heads * cfg.d_head
         per_position = batch * width * self.model.W_E.element_size()
-        # The logits of the positions that the metric reads, and as much again for the metric.
-        n_read, tokens = (1, self.metric.tokens) if isinstance(self.metric, Metric) else (n_positions, None)
-        per_cell = 2 * batch * n_read * cfg.d_vocab_out * self.model.W_E.element_size() if tokens is None else 0
+        # The logits that a metric reads of all cells, and as much again for the metric; a function gets a few cells'.
+        all_tokens = isinstance(self.metric, Metric) and self.metric.tokens is None
+        per_cell = 2 * batch * cfg.d_vocab_out * self.model.W_E.element_size() if all_tokens else 0
         chunk: list[SweepCell] = []
         used = 0
         # If one cell needs per-head inputs, all rows of its chunk get them: such cells have chunks of their own.
@@ -235,27 +238,6 @@ class _Engine:
             used += needed
         if chunk:
             yield chunk
-
-    def score_group(self, group: WalkGroup, normalized: Tensor, base_out: Tensor, results: Tensor) -> None:
-        """Write the scores of a group's cells into `results`, given their final residuals [row pos d_model]."""
-        batch = self.tokens.shape[0]
-        if isinstance(self.metric, Metric):
-            read = normalized[:, self.metric.pos % self.tokens.shape[1] - group.start]
-            scores = self.metric.scores(self.read_logits(read.unflatten(0, (-1, batch))))
-            results[[cell.index for cell in group.cells]] = scores.to(results.dtype)
-            return
-        for index, cell in enumerate(group.cells):
-            logits = self.model.unembed(normalized[index * batch : (index + 1) * batch])
-            whole = torch.cat((base_out[:, : group.start], logits), 1)
-            results[cell.index] = self.scores(whole)
-
-    def read_logits(self, read: Float[Tensor, "cell batch d_model"]) -> Float[Tensor, "cell batch token"]:
-        """Return the logits that the metric reads, and no others. (No incremental cell edits the unembedding.)"""
-        unembed, tokens = self.model.unembed, getattr(self.metric, "tokens", None)
-        if tokens is None:
-            logits: Tensor = unembed(read)
-            return logits
-        return unembed.of_tokens(read, tokens.to(read.device))
 
 
 def _check(model: HookedModel, plans: Iterable[Sequence[Intervention]], tokens: Tensor) -> None:
