@@ -58,8 +58,10 @@ class MoE(HookHolder):
         indices = self.hook_expert_indices(probabilities.topk(self.chosen, dim=-1).indices)
         weights = probabilities.gather(-1, indices)
         if self.rescale:
-            # If hooks have made all weights of a token zero, the output is zero rather than 0 / 0.
-            weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+            # If hooks have made all weights of a token zero, the output is zero rather than 0 / 0. Weights that hooks
+            # have made negative are rescaled as others are.
+            total = weights.sum(-1, keepdim=True)
+            weights = weights / total.masked_fill(total == 0, 1.0)
         weights = weights.to(x.dtype)
         out = torch.zeros_like(x) if self.shared is None else self.shared_output(x)
         for expert in indices.unique().tolist():
