@@ -262,6 +262,8 @@ def _check_cache(cache: ActivationCache | None, prompts: Sequence[Int[Tensor, "o
     lengths = [tokens.shape[1] for tokens in prompts]
     if cache is not None and len(set(lengths)) > 1:
         raise ValueError(f"a cache goes with texts of the same length; these have {lengths} tokens: leave it out")
+    if cache is not None and cache.attention_mask is not None:
+        raise ValueError("the cache is of a run with padding, and the texts are read without: leave it out")
 
 
 def _cached_pattern(

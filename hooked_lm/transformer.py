@@ -171,7 +171,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
             prompt = self._prompt(
                 input, prepend_bos, padding_side, attention_mask, past_kv_cache, start_at_layer, tokens
             )
-            with in_pass(Pass(prompt.layout.n_past)):
+            with in_pass(Pass(prompt.layout.n_past, mask=prompt.layout.real_queries)):
                 return self._pass(
                     prompt, start, stop, past_kv_cache, stop_at_layer, logits_to_keep, return_type, loss_per_token
                 )
@@ -327,14 +327,19 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
             per_token: return the loss as [batch pos-1] instead of its mean.
 
         Raises:
-            ValueError: there is a single position, or the mask leaves no two adjacent real tokens.
+            ValueError: there is a single position, the mask leaves no two adjacent real tokens, logits and tokens do
+                not fit each other, or this model's logits are not those of its tokens (`d_vocab_out`).
         """
+        if self.cfg.d_vocab_out != self.cfg.d_vocab:
+            raise ValueError(
+                f"a next-token loss reads the logits of the next tokens, and this model has logits of "
+                f"d_vocab_out={self.cfg.d_vocab_out} classes for d_vocab={self.cfg.d_vocab} tokens: take its logits "
+                "(return_type='logits') and compute the loss from labels of your own"
+            )
         if tokens.shape[1] < 2:
             raise ValueError("a next-token loss needs at least two positions")
         if attention_mask is not None:
             attention_mask = attention_mask.to(logits.device, torch.long)
-            if not per_token and not bool((attention_mask[:, 1:] * attention_mask[:, :-1]).any()):
-                raise ValueError("the mask leaves no real token with a real one after it, so there is no mean loss")
         return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
 
     def new_kv_cache(self, batch_size: int = 1, capacity: int = 0) -> HookedTransformerKeyValueCache:

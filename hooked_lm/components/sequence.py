@@ -37,6 +37,11 @@ class SequenceLayout:
         return self.n_past + self.n_queries
 
     @property
+    def real_queries(self) -> Bool[Tensor, "batch query"] | None:
+        """False where a position of this pass is padding; None when nothing is padded."""
+        return None if self.valid is None else self.valid[:, self.n_past :]
+
+    @property
     def position_ids(self) -> Int[Tensor, "batch_or_1 query"]:
         """The position of each query within its own prompt: padding is not counted."""
         if "positions" not in self._made:

@@ -5,7 +5,7 @@ from hooked_lm.hooks.holder import HookHolder
 from hooked_lm.hooks.point import HookPoint, any_live, carries_run, is_live, may_edit_forward
 from hooked_lm.hooks.recorder import Recorder, recorded_part
 from hooked_lm.hooks.root_module import HookedRootModule, HookSpec, ModelOutput
-from hooked_lm.hooks.thread import KeptPositions, Pass, current_pass, in_pass, without_hooks
+from hooked_lm.hooks.thread import KeptPositions, Pass, current_pass, in_pass, passes_begun, without_hooks
 
 __all__ = [
     "Direction",
@@ -25,6 +25,7 @@ __all__ = [
     "in_pass",
     "is_live",
     "may_edit_forward",
+    "passes_begun",
     "recorded_part",
     "without_hooks",
 ]

@@ -8,8 +8,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
+
+from torch import Tensor
 
 __all__ = [
     "GradientSwitch",
@@ -21,6 +23,7 @@ __all__ = [
     "here",
     "in_pass",
     "only",
+    "passes_begun",
     "without_hooks",
 ]
 
@@ -63,10 +66,12 @@ class Pass:
     Attributes:
         n_past: the number of positions in the key-value cache, run in earlier passes.
         kept: while the unembedding runs, the positions it is run on; None for all.
+        mask: [batch pos], False where a position of this pass is padding; None if nothing is padded.
     """
 
     n_past: int = 0
     kept: KeptPositions | None = None
+    mask: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass
@@ -90,6 +95,7 @@ class _Thread(threading.local):
         gradient_switch: turns off the backward hooks of what is computed meanwhile; None for no switch.
         runs_models: whether this thread has run a model; autograd's own threads have not.
         running: the current pass; between passes, a pass without earlier positions.
+        begun: the passes that have begun within the innermost `passes_begun` block; None outside of them.
     """
 
     def __init__(self) -> None:
@@ -99,6 +105,7 @@ class _Thread(threading.local):
         self.gradient_switch: GradientSwitch | None = None
         self.runs_models = False
         self.running = Pass()
+        self.begun: list[Pass] | None = None
 
 
 here = _Thread()
@@ -122,10 +129,22 @@ def in_pass(running: Pass) -> Generator[None, None, None]:
     """
     before = here.running
     here.running, here.runs_models = running, True
+    if here.begun is not None:
+        here.begun.append(running)
     try:
         yield
     finally:
         here.running = before
+
+
+@contextmanager
+def passes_begun() -> Generator[list[Pass], None, None]:
+    """Yield a list that gets every pass which begins in this thread within a `with` block, in order."""
+    before, here.begun = here.begun, []
+    try:
+        yield here.begun
+    finally:
+        here.begun = before
 
 
 @contextmanager
