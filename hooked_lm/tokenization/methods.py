@@ -52,7 +52,13 @@ class TextInterface(nn.Module):
 
         Raises:
             ValueError: a token has no row in the embedding, there is no token to pad with, or the side is neither.
+            TypeError: it is no tokenizer.
         """
+        if not callable(getattr(tokenizer, "get_vocab", None)):
+            raise TypeError(
+                f"a tokenizer is an object such as AutoTokenizer.from_pretrained returns, got {tokenizer!r}: load it "
+                "first, or name it in the config (tokenizer_name=)"
+            )
         if default_padding_side is not None:
             tokenization.check_padding_side(default_padding_side)
             self.cfg.default_padding_side = default_padding_side
