@@ -13,6 +13,7 @@ from jaxtyping import Int
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from hooked_lm._support.integers import integer, is_integer
 from hooked_lm._support.torch_internals import memory_reference
 from hooked_lm._support.versions import check_version
 from hooked_lm.activation_cache.file import CACHE_FORMAT, CACHE_VERSION, MASK, Memory, Offloading, memory_of
@@ -87,8 +88,9 @@ class CachedActivations(Mapping[str, Tensor]):
         if isinstance(key, str) and key in self.cache_dict:
             return key
         parts = list(key) if isinstance(key, tuple) else [key]
-        if len(parts) > 1 and isinstance(parts[1], int) and parts[1] < 0:
-            parts[1] += self.model.cfg.n_layers
+        if len(parts) > 1 and is_integer(parts[1]):
+            layer = integer(parts[1], "layer")
+            parts[1:2] = [layer + self.model.cfg.n_layers if layer < 0 else layer]  # type: ignore[list-item]
         try:
             return get_act_name(*parts)
         except (ValueError, TypeError) as error:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hooked_lm._support.integers import integer
 from hooked_lm.activation_cache.mapping import CachedActivations
 from hooked_lm.components.norm import NoNorm, Norm
 from hooked_lm.components.stock import require_stock
@@ -28,6 +29,7 @@ class ResidualStreams(CachedActivations):
     def _final(self, layer: int | None) -> int:
         """Return `layer` as a number from 0 to n_layers; None and -1 are the end of the model."""
         n_layers = self.model.cfg.n_layers
+        layer = None if layer is None else integer(layer, "layer")
         if layer is None or layer == -1:
             return n_layers
         if not 0 <= layer <= n_layers:

@@ -61,6 +61,10 @@ def recorded_part(
     if not positions.is_identity:
         axis = selected_axis(hook.axes, "pos")
         along = hook.axis("pos" if axis is None else hook.axes[axis])  # raises ValueError where there are no positions
+        if kept is None and len(positions.indices(x.shape[along])) == 0:
+            raise ValueError(
+                f"pos_slice {positions.slice} picks none of the {x.shape[along]} positions of {hook.name!r}"
+            )
         several = Slice([positions.slice]) if positions.mode == "int" else positions
         # A copy, since a view of the few positions would keep the whole activation in memory.
         x = (several if kept is None else _among(kept, several, hook.name)).apply(x, dim=along).clone()

@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self, TypedDict, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from hooked_lm._support.integers import integer, is_integer
 from hooked_lm._support.precision import at_least_single
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint, KeptPositions
@@ -120,13 +122,17 @@ class Intervention:
         if (self.operation == "zero") != (self.value is None):
             needs = "takes no value" if self.operation == "zero" else "needs a value"
             raise ValueError(f"{self.operation!r} at {self.site!r} {needs}")
+        if isinstance(self.value, (np.floating, np.integer)):
+            object.__setattr__(self, "value", self.value.item())
         if not _is_value(self.value):
             raise ValueError(f"value at {self.site!r} is a real tensor or a number, not {type(self.value).__name__}")
         for name, selection in self.selections().items():
             several = selection if isinstance(selection, tuple) else (selection,)
-            if not several or any(isinstance(one, bool) or not isinstance(one, int) for one in several):
+            if not several or not all(is_integer(one) for one in several):
                 raise ValueError(f"{name}={selection!r} at {self.site!r} is not an int or a tuple of ints")
-            _refuse_repeats(self.site, name, selection, None)
+            entries = tuple(integer(one, name) for one in several)
+            object.__setattr__(self, name, entries if isinstance(selection, tuple) else entries[0])
+            _refuse_repeats(self.site, name, entries, None)
 
     # Values from a cache. The selections are applied both to the cached activation and to the run.
 
