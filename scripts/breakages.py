@@ -2,51 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from scripts.breakage import LIBRARY, AnchorError, Breakage
+from scripts.breakages_of_input import OF_INPUT
 
-LIBRARY = "hooked_lm"
-
-
-class AnchorError(Exception):
-    """The code that a breakage changes is not where it was."""
-
-
-@dataclass(frozen=True)
-class Breakage:
-    """One fault.
-
-    Attributes:
-        name: what is broken, in words with hyphens.
-        file: the module, from the root of the repository.
-        anchor: a regular expression of the code that is changed, found once in that file.
-        broken: what stands there instead; `\\1` is the anchor's first group.
-        tests: the files under `tests` that should notice.
-    """
-
-    name: str
-    file: str
-    anchor: str
-    broken: str
-    tests: tuple[str, ...]
-
-    def applied(self, source: str) -> str:
-        """Return the module's source with the fault in it.
-
-        Raises:
-            AnchorError: the anchor is found nowhere, or in several places.
-        """
-        places = len(re.findall(self.anchor, source))
-        if places != 1:
-            raise AnchorError(
-                f"{self.name}: {self.file} has {places or 'no'} places like {self.anchor!r}. The code has changed: "
-                "give the breakage an anchor that is found once"
-            )
-        broken = re.sub(self.anchor, self.broken, source)
-        if broken == source:
-            raise AnchorError(f"{self.name}: the replacement changes nothing in {self.file}")
-        return broken
-
+__all__ = ["BREAKAGES", "LIBRARY", "AnchorError", "Breakage"]
 
 COMPONENTS, ARCHITECTURES = "hooked_lm/components", ("test_architectures.py",)
 
@@ -235,8 +194,8 @@ BREAKAGES = (
     Breakage(
         "loss-counts-predictions-of-padding",
         "hooked_lm/losses.py",
-        r"\(attention_mask\[:, :-1\] \* attention_mask\[:, 1:\]\)",
-        "(attention_mask[:, :-1])",
+        r"counts = real\[:, :-1\] & real\[:, 1:\]",
+        "counts = real[:, :-1]",
         ("test_losses.py",),
     ),
     Breakage(
@@ -306,8 +265,8 @@ BREAKAGES = (
     Breakage(
         "components-of-the-stream-are-not-centred",
         "hooked_lm/activation_cache/streams.py",
-        r"residual_stack = residual_stack - residual_stack\.mean\(-1, keepdim=True\)",
-        "residual_stack = residual_stack * 1.0",
+        r"stack = stack - stack\.mean\(-1, keepdim=True\) if norm\.centred else stack",
+        "stack = stack * 1.0",
         ("test_cache_attributions.py",),
     ),
     # Hooks, interventions, sweeps
@@ -483,4 +442,5 @@ BREAKAGES = (
         "if own.shape[0] == 1:",
         ("test_patching_clean.py",),
     ),
+    *OF_INPUT,
 )
