@@ -234,6 +234,10 @@ def test_an_accuracy_that_padding_would_raise_counts_real_tokens() -> None:
     assert float(lm_accuracy(logits, tokens, attention_mask=mask)) == 0
     assert float(lm_accuracy(logits, tokens)) > 0
     assert next_token_scores(logits, tokens, mask).accuracy() == 0
+    # With every prediction of the first prompt right, 4 of the 4 + 2 + 3 there are.
+    logits[0, :-1] = torch.nn.functional.one_hot(tokens[0, 1:], 20).double()
+    assert float(lm_accuracy(logits, tokens, attention_mask=mask)) == pytest.approx(4 / 9)
+    assert next_token_scores(logits, tokens, mask).accuracy() == pytest.approx(4 / 9)
 
 
 # Values for interventions and patching
