@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_lm._support.integers import integer
 from hooked_lm.activation_cache import ActivationCache
 from hooked_lm.circuits.heads import (
     DETECTION_PATTERNS,
@@ -241,7 +242,7 @@ def _chosen_heads(
         pairs = [(layer, head) for layer, several in heads.items() for head in several]
     else:
         pairs = [_pair(one) for one in heads]
-    for layer, head in pairs:
+    for layer, head in ((integer(one, "a layer"), integer(other, "a head")) for one, other in pairs):
         if not (0 <= layer < cfg.n_layers and 0 <= head < cfg.n_heads):
             raise ValueError(
                 f"no head L{layer}H{head}: this model has layers 0-{cfg.n_layers - 1} and heads 0-{cfg.n_heads - 1}"
@@ -262,6 +263,8 @@ def _check_cache(cache: ActivationCache | None, prompts: Sequence[Int[Tensor, "o
     lengths = [tokens.shape[1] for tokens in prompts]
     if cache is not None and len(set(lengths)) > 1:
         raise ValueError(f"a cache goes with texts of the same length; these have {lengths} tokens: leave it out")
+    if cache is not None and cache.attention_mask is not None:
+        raise ValueError("the cache is of a run with padding, and the texts are read without: leave it out")
 
 
 def _cached_pattern(

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_lm._support.integers import integer, is_integer
 from hooked_lm._support.precision import at_least_single
 
 __all__ = [
@@ -58,8 +59,9 @@ class Metric:
     d_vocab: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.pos, bool) or not isinstance(self.pos, int):
+        if not is_integer(self.pos):
             raise ValueError(f"{self.name} reads one position, an int; got {self.pos!r}")
+        object.__setattr__(self, "pos", integer(self.pos, "pos"))
 
     def per_prompt(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
         """Return each prompt's score.

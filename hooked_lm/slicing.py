@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from hooked_lm._support.integers import integer, is_integer
+
 __all__ = ["Slice", "SliceInput"]
 
 SliceInput = "None | int | tuple[int | None, ...] | list[int] | slice | torch.Tensor | np.ndarray | Slice"
@@ -21,6 +23,7 @@ class Slice:
 
     Raises:
         TypeError: anything else.
+        ValueError: an empty list, or a step that is not positive.
 
     >>> Slice((2, 5)).apply(torch.arange(10))
     tensor([2, 3, 4])
@@ -40,12 +43,17 @@ class Slice:
         if isinstance(given, (int, np.integer)):
             return "int", int(given)
         if isinstance(given, slice):
-            return "slice", given
+            return "slice", _range(given)
         if isinstance(given, tuple):
-            if not 1 <= len(given) <= 3 or not all(part is None or isinstance(part, int) for part in given):
-                raise TypeError(f"a tuple slice is (stop,), (start, stop) or (start, stop, step), got {given!r}")
-            return "slice", slice(*given)
+            if not 1 <= len(given) <= 3 or not all(part is None or is_integer(part) for part in given):
+                raise TypeError(
+                    f"a tuple slice is (stop,), (start, stop) or (start, stop, step) of integers or None, got "
+                    f"{given!r}; several single entries go in a list"
+                )
+            return "slice", _range(slice(*given))
         if isinstance(given, (list, np.ndarray, torch.Tensor)):
+            if np.prod(np.shape(given)) == 0:
+                raise ValueError(f"an empty index, {given!r}, picks nothing: give one entry at least, or None for all")
             index = torch.as_tensor(given).clone()
             if index.ndim == 0 and not index.is_floating_point():
                 return "int", int(index)
@@ -68,6 +76,14 @@ class Slice:
             raise IndexError(f"axis {dim} of a tensor with shape {tuple(tensor.shape)}")
         dim = dim % tensor.ndim
         index = self.slice.to(tensor.device) if isinstance(self.slice, torch.Tensor) else self.slice
+        if not isinstance(index, slice) and not torch.compiler.is_compiling():
+            size, entries = tensor.shape[dim], [index] if isinstance(index, int) else index.tolist()
+            outside = [one for one in entries if not -size <= one < size]
+            if outside:
+                raise IndexError(
+                    f"index {outside[0]} is out of bounds for dimension {dim} with size {size}: its entries are "
+                    f"0-{size - 1}, or -{size} to -1 from the end"
+                )
         return tensor[(slice(None),) * dim + (index,)]
 
     def indices(self, max_ctx: int | None = None) -> np.ndarray:
@@ -94,3 +110,12 @@ class Slice:
     def unwrap(cls, given: "object | Sequence[int]") -> "Slice":
         """Return `given` as a Slice, whatever form it came in."""
         return given if isinstance(given, Slice) else cls(given)
+
+
+def _range(given: slice) -> slice:
+    """A slice with Python's integers, checked."""
+    parts = (given.start, given.stop, given.step)
+    start, stop, step = (None if part is None else integer(part, "the part of a slice") for part in parts)
+    if step is not None and step < 1:
+        raise ValueError(f"the step of a slice is at least 1, got {given}: for another order give a list of entries")
+    return slice(start, stop, step)

@@ -14,11 +14,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_lm import tokenization
+from hooked_lm._support.integers import integer
 from hooked_lm._support.plain_data import PlainData
 from hooked_lm.activation_cache.recording import Caching
 from hooked_lm.components import Embed, PosEmbed, SequenceLayout, TransformerBlock, Unembed
 from hooked_lm.components.norm import NoNorm, make_norm
-from hooked_lm.components.sequence import Prompt, kept_positions
+from hooked_lm.components.sequence import Prompt, kept_index, kept_positions
 from hooked_lm.components.stock import register_stock
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.generation.methods import TextGeneration
@@ -171,7 +172,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
             prompt = self._prompt(
                 input, prepend_bos, padding_side, attention_mask, past_kv_cache, start_at_layer, tokens
             )
-            with in_pass(new_pass(prompt.layout.n_past)):
+            with in_pass(new_pass(prompt.layout.n_past, prompt.layout.real_queries)):
                 return self._pass(
                     prompt, start, stop, past_kv_cache, stop_at_layer, logits_to_keep, return_type, loss_per_token
                 )
@@ -211,7 +212,8 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
 
     def _unembedded(self, normalized: Tensor, logits_to_keep: int | slice | Tensor | None) -> Tensor:
         """Run the unembedding on the positions to keep."""
-        kept = _kept(normalized, logits_to_keep)
+        index = None if logits_to_keep is None else kept_index(logits_to_keep, normalized.shape[1])
+        kept = normalized if index is None else normalized[:, index]
         logits: Tensor
         if kept is normalized or not any_live(self.unembed.children()):
             logits = self.unembed(kept)
@@ -252,9 +254,12 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
             stop: `stop_at_layer` of `forward`.
 
         Raises:
+            TypeError: one is no integer.
             ValueError: one is out of range, or they are in the wrong order.
         """
         n_layers = self.cfg.n_layers
+        start = None if start is None else integer(start, "start_at_layer")
+        stop = None if stop is None else integer(stop, "stop_at_layer")
         if start is not None and not -n_layers <= start < n_layers:
             raise ValueError(f"start_at_layer {start} is out of range: this model has blocks 0-{n_layers - 1}")
         if stop is not None and not -n_layers <= stop <= n_layers:
@@ -327,14 +332,19 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
             per_token: return the loss as [batch pos-1] instead of its mean.
 
         Raises:
-            ValueError: there is a single position, or the mask leaves no two adjacent real tokens.
+            ValueError: there is a single position, the mask leaves no two adjacent real tokens, logits and tokens do
+                not fit each other, or this model's logits are not those of its tokens (`d_vocab_out`).
         """
+        if self.cfg.d_vocab_out != self.cfg.d_vocab:
+            raise ValueError(
+                f"a next-token loss reads the logits of the next tokens, and this model has logits of "
+                f"d_vocab_out={self.cfg.d_vocab_out} classes for d_vocab={self.cfg.d_vocab} tokens: take its logits "
+                "(return_type='logits') and compute the loss from labels of your own"
+            )
         if tokens.shape[1] < 2:
             raise ValueError("a next-token loss needs at least two positions")
         if attention_mask is not None:
             attention_mask = attention_mask.to(logits.device, torch.long)
-            if not per_token and not bool((attention_mask[:, 1:] * attention_mask[:, :-1]).any()):
-                raise ValueError("the mask leaves no real token with a real one after it, so there is no mean loss")
         return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
 
     def new_kv_cache(self, batch_size: int = 1, capacity: int = 0) -> HookedTransformerKeyValueCache:
@@ -418,18 +428,6 @@ def _check_return(return_type: object, stop: int | None, logits_to_keep: object,
         raise ValueError("a loss needs the logits of every position: logits_to_keep does not go with it")
     if loss_per_token and not wants_loss:
         raise ValueError(f"loss_per_token needs return_type 'loss' or 'both', not {return_type!r}")
-
-
-def _kept(normalized: Tensor, logits_to_keep: int | slice | Tensor | None) -> Tensor:
-    if logits_to_keep is None:
-        return normalized
-    if isinstance(logits_to_keep, int) and not isinstance(logits_to_keep, bool):
-        if not 1 <= logits_to_keep <= normalized.shape[1]:
-            raise ValueError(f"logits_to_keep is 1-{normalized.shape[1]} for this input, got {logits_to_keep}")
-        return normalized[:, -logits_to_keep:]
-    if isinstance(logits_to_keep, (slice, Tensor)):
-        return normalized[:, logits_to_keep]
-    raise TypeError(f"logits_to_keep is an int, a slice or a tensor of positions, got {logits_to_keep!r}")
 
 
 @contextmanager

@@ -1,9 +1,11 @@
-"""One fault that `break_on_purpose` makes, and the module's source with the fault in it."""
+"""Breakage: one fault that `break_on_purpose` makes in a copy of the code."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+
+LIBRARY = "hooked_lm"
 
 
 class AnchorError(Exception):

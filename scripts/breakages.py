@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from scripts.breakage import AnchorError, Breakage
+from scripts.breakage import LIBRARY, AnchorError, Breakage
 from scripts.breakages_of_files import FILES
+from scripts.breakages_of_input import OF_INPUT
 
 __all__ = ["BREAKAGES", "LIBRARY", "AnchorError", "Breakage"]
 
-LIBRARY = "hooked_lm"
 COMPONENTS, ARCHITECTURES = "hooked_lm/components", ("test_architectures.py",)
 
 BREAKAGES = (
@@ -195,8 +195,8 @@ BREAKAGES = (
     Breakage(
         "loss-counts-predictions-of-padding",
         "hooked_lm/losses.py",
-        r"\(attention_mask\[:, :-1\] \* attention_mask\[:, 1:\]\)",
-        "(attention_mask[:, :-1])",
+        r"counts = real\[:, :-1\] & real\[:, 1:\]",
+        "counts = real[:, :-1]",
         ("test_losses.py",),
     ),
     Breakage(
@@ -266,8 +266,8 @@ BREAKAGES = (
     Breakage(
         "components-of-the-stream-are-not-centred",
         "hooked_lm/activation_cache/streams.py",
-        r"residual_stack = residual_stack - residual_stack\.mean\(-1, keepdim=True\)",
-        "residual_stack = residual_stack * 1.0",
+        r"stack = stack - stack\.mean\(-1, keepdim=True\) if norm\.centred else stack",
+        "stack = stack * 1.0",
         ("test_cache_attributions.py",),
     ),
     # Hooks, interventions, sweeps
@@ -458,4 +458,5 @@ BREAKAGES = (
         ("test_patching_clean.py",),
     ),
     *FILES,
+    *OF_INPUT,
 )

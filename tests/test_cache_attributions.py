@@ -55,9 +55,12 @@ def test_a_sliced_stack_meets_the_scale_of_its_own_prompts_and_positions(pos_sli
     scaled = cache.apply_ln_to_stack(stack)
     pos = slice(*pos_slice) if isinstance(pos_slice, tuple) else slice(None) if pos_slice is None else pos_slice
     batch = slice(None) if batch_slice is None else batch_slice
-    has_batch_dim = not isinstance(batch_slice, int)
-    cut = stack[:, :, pos][:, batch]
-    got = cache.apply_ln_to_stack(cut, pos_slice=pos_slice, batch_slice=batch_slice, has_batch_dim=has_batch_dim)
+    got = cache.apply_ln_to_stack(stack[:, :, pos], pos_slice=pos_slice, batch_slice=batch_slice)
+    torch.testing.assert_close(got, scaled[:, :, pos][:, batch], **EXACT)
+    if not isinstance(batch_slice, int):
+        return
+    alone = stack[:, :, pos][:, batch]  # the prompt's own stack, which has no batch axis
+    got = cache.apply_ln_to_stack(alone, pos_slice=pos_slice, batch_slice=batch_slice, has_batch_dim=False)
     torch.testing.assert_close(got, scaled[:, :, pos][:, batch], **EXACT)
 
 
@@ -136,15 +139,11 @@ def test_attributions_of_some_prompts_use_their_scale_and_tokens(batch_slice: An
     stack = cache.decompose_resid(pos_slice=pos_slice)
     whole = cache.logit_attrs(stack, tokens, wrong, pos_slice=pos_slice)
     batch = slice(*batch_slice) if isinstance(batch_slice, tuple) else batch_slice
-    some = cache.logit_attrs(
-        stack[:, batch],
-        tokens,
-        wrong,
-        pos_slice=pos_slice,
-        batch_slice=batch_slice,
-        has_batch_dim=not isinstance(batch_slice, int),
-    )
+    some = cache.logit_attrs(stack, tokens, wrong, pos_slice=pos_slice, batch_slice=batch_slice)
     torch.testing.assert_close(some, whole[:, batch], **EXACT)
+    if isinstance(batch_slice, int):
+        alone = cache.logit_attrs(stack[:, batch], tokens, wrong, pos_slice, batch_slice, has_batch_dim=False)
+        torch.testing.assert_close(alone, whole[:, batch], **EXACT)
 
 
 @pytest.mark.parametrize("pos_slice", [None, -1])
@@ -226,3 +225,90 @@ def test_the_end_of_the_model_has_no_mlp_input_and_layer_0_nothing_before_it() -
         cache.accumulated_resid(mlp_input=True)
     with pytest.raises(ValueError, match="nothing to stack"):
         cache.stack_activation("q", 0)
+
+
+# Stacks that do not fit the run
+
+
+@pytest.mark.parametrize("norms", ["LN", "RMS", None])
+def test_a_batch_slice_cuts_the_stack_and_the_tokens(norms: Any) -> None:
+    model = tiny_model(normalization_type=norms)
+    tokens = tiny_tokens(4, 5)
+    _, cache = model.run_with_cache(tokens)
+    stack, answers = cache.decompose_resid(), torch.tensor([4, 9, 1, 7])
+    whole = cache.logit_attrs(stack, answers)
+    for batch in ([2, 0], (1, 3), [3]):
+        index = slice(*batch) if isinstance(batch, tuple) else batch
+        came = cache.logit_attrs(stack, answers, batch_slice=batch)
+        torch.testing.assert_close(came, whole[:, index], **EXACT)
+        # Tokens of the prompts that are kept do too.
+        if batch != [3]:
+            torch.testing.assert_close(cache.logit_attrs(stack, answers[index], batch_slice=batch), came, **EXACT)
+        torch.testing.assert_close(
+            cache.apply_ln_to_stack(stack, batch_slice=batch), cache.apply_ln_to_stack(stack)[:, index], **EXACT
+        )
+        recomputed = cache.apply_ln_to_stack(stack, recompute_ln=True)
+        torch.testing.assert_close(
+            cache.apply_ln_to_stack(stack, batch_slice=batch, recompute_ln=True), recomputed[:, index], **EXACT
+        )
+
+
+def test_a_stream_without_component_axis_is_a_stack_too() -> None:
+    _, _, cache = run()
+    last = cache["resid_post", -1]
+    whole = cache.apply_ln_to_stack(last[None])[0]
+    torch.testing.assert_close(cache.apply_ln_to_stack(last), whole, **EXACT)
+    torch.testing.assert_close(cache.apply_ln_to_stack(last[:, -1], pos_slice=-1), whole[:, -1], **EXACT)
+    torch.testing.assert_close(cache.apply_ln_to_stack(last, batch_slice=1), whole[1], **EXACT)
+
+
+@pytest.mark.parametrize("norms", ["LN", None])
+@pytest.mark.parametrize(
+    ("cut", "how"),
+    [
+        (lambda stack: stack[:, [1, 2]], {"batch_slice": [1, 2]}),  # cut already, and cut again
+        (lambda stack: stack[:, 1:2], {"batch_slice": [1]}),
+        (lambda stack: stack[:, 1:2], {}),  # one prompt's stack would broadcast over all
+        (lambda stack: stack[:, 1], {"batch_slice": 1}),  # no batch axis, and not said so
+        (lambda stack: stack[:, 1], {"has_batch_dim": False}),  # of which prompt?
+        (lambda stack: stack, {"has_batch_dim": False, "batch_slice": 1}),
+        (lambda stack: stack, {"pos_slice": [2]}),  # one scale would broadcast over all positions
+        (lambda stack: stack, {"pos_slice": -1}),
+        (lambda stack: stack[:, :, 2:3], {}),
+        (lambda stack: stack[:, :, -1], {}),
+        (lambda stack: stack[:, :3, -1], {"pos_slice": -1}),
+    ],
+)
+def test_a_stack_of_other_prompts_or_positions_raises(norms: Any, cut: Any, how: dict[str, Any]) -> None:
+    model = tiny_model(normalization_type=norms)
+    _, cache = model.run_with_cache(tiny_tokens(4, 6))
+    stack = cut(cache.decompose_resid())
+    for call in (cache.apply_ln_to_stack, lambda stack, **how: cache.logit_attrs(stack, 3, **how)):
+        with pytest.raises(ValueError, match=r"the stack has shape .*(batch_slice cuts)|a stack of one prompt"):
+            call(stack, **how)
+
+
+def test_a_batch_slice_of_a_cache_without_batch_axis_raises() -> None:
+    model, _, _ = run()
+    _, cache = model.run_with_cache(TOKENS[:1], remove_batch_dim=True)
+    for batch in (0, [0], (0, 1)):
+        with pytest.raises(ValueError, match="has no batch axis to slice, leave batch_slice out"):
+            cache.logit_attrs(cache.decompose_resid(), 3, batch_slice=batch)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "how"),
+    [
+        (torch.tensor([1, 2, 3]), {}),  # three tokens for four prompts
+        (torch.tensor([1, 2, 3]), {"batch_slice": [0, 2]}),
+        (torch.tensor([1, 2, 3, 4, 5]), {}),  # as many as positions
+        (torch.ones(4, 5).long(), {"pos_slice": -1}),
+        (torch.ones(1, 4, 6).long(), {}),
+        (torch.ones(2, 6).long(), {"batch_slice": 1}),
+    ],
+)
+def test_tokens_of_other_prompts_or_positions_raise(tokens: Tensor, how: dict[str, Any]) -> None:
+    _, cache = tiny_model().run_with_cache(tiny_tokens(4, 6))
+    stack = cache.decompose_resid(pos_slice=how.get("pos_slice"))
+    with pytest.raises(ValueError, match="give one token, one for each prompt, or one for each position"):
+        cache.logit_attrs(stack, tokens, **how)

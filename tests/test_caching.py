@@ -114,7 +114,7 @@ def test_a_cache_can_be_kept_on_another_device(model: HookedTransformer) -> None
 
 @pytest.mark.parametrize(
     ("pos_slice", "index"),
-    [(-1, -1), (2, 2), ((1, 4), slice(1, 4)), ([0, 3], [0, 3]), (slice(None, None, 2), slice(None, None, 2))],
+    [(-1, [-1]), (2, [2]), ((1, 4), slice(1, 4)), ([0, 3], [0, 3]), (slice(None, None, 2), slice(None, None, 2))],
 )
 def test_a_position_slice_keeps_those_positions_of_everything(
     model: HookedTransformer, pos_slice: Any, index: Any
@@ -133,8 +133,8 @@ def test_a_position_slice_keeps_those_positions_of_everything(
 def test_positions_and_the_batch_axis_can_go_together(model: HookedTransformer) -> None:
     _, full = model.run_with_cache(TOKENS[:1])
     _, cache = model.run_with_cache(TOKENS[:1], pos_slice=-1, remove_batch_dim=True)
-    assert torch.equal(cache["pattern", 0], full["pattern", 0][0, :, -1])
-    assert torch.equal(cache["q", 1], full["q", 1][0, -1])
+    assert torch.equal(cache["pattern", 0], full["pattern", 0][0, :, -1:])
+    assert torch.equal(cache["q", 1], full["q", 1][0, -1:])
 
 
 def test_gradients_are_recorded_beside_the_activations(model: HookedTransformer) -> None:
@@ -161,7 +161,7 @@ def test_gradients_obey_the_slices_too(model: HookedTransformer) -> None:
         TOKENS[:1], return_type="loss", incl_bwd=True, names_filter="*pattern", pos_slice=2, remove_batch_dim=True
     )
     name = "blocks.0.attn.hook_pattern_grad"
-    torch.testing.assert_close(cache[name], full[name][0, :, 2], rtol=0, atol=1e-12)
+    torch.testing.assert_close(cache[name], full[name][0, :, 2:3], rtol=0, atol=1e-12)
 
 
 def test_a_backward_pass_needs_a_scalar(model: HookedTransformer) -> None:

@@ -60,7 +60,8 @@ def test_a_cache_keeps_the_same_positions_at_the_final_norm_and_at_the_unembeddi
     for pos_slice in (kept[-1], kept[:1], kept[::-1] if len(set(kept)) == len(kept) else kept[:1]):
         _, cache = model.run_with_cache(tokens, names_filter=names, pos_slice=pos_slice, logits_to_keep=keep, lazy=lazy)
         for name in names:
-            torch.testing.assert_close(cache[name], full[name][:, pos_slice], rtol=0, atol=1e-12)
+            index = [pos_slice] if isinstance(pos_slice, int) else pos_slice
+            torch.testing.assert_close(cache[name], full[name][:, index], rtol=0, atol=1e-12)
     left_out = next(one for one in range(7) if one not in kept)
 
     def ask() -> None:

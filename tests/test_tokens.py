@@ -290,7 +290,7 @@ def test_a_string_that_is_not_one_token_raises(text: str) -> None:
         MODEL.to_single_token(text)
 
 
-@pytest.mark.parametrize("token", ["Mary", 1.0, True, torch.tensor(3)])
+@pytest.mark.parametrize("token", ["Mary", 1.0, True, torch.tensor(3.0), torch.tensor([3])])
 def test_to_single_str_token_wants_an_int(token: Any) -> None:
     with pytest.raises(TypeError, match="a token is an int"):
         MODEL.to_single_str_token(token)

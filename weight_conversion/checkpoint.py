@@ -112,8 +112,10 @@ def load(
         first_n_layers, n_ctx, dtype, trust_remote_code: as there.
 
     Raises:
-        CheckpointError: it cannot be found, read or converted.
+        CheckpointError: it cannot be found, read or converted, or needs code that comes with it and may not run.
+        TypeError: `trust_remote_code` is no bool.
     """
+    trust_remote_code = _trusted(trust_remote_code)
     asked = {"revision": revision, "checkpoint_index": checkpoint_index, "checkpoint_value": checkpoint_value}
     if hf_model is not None and any(value is not None for value in asked.values()):
         given = ", ".join(f"{name}={value!r}" for name, value in asked.items() if value is not None)
@@ -127,8 +129,10 @@ def load(
     else:
         folder = find_folder(name_or_path, revision)
         content = read_json(folder / "config.json")
-        read = _from_own_folder if content.get("format") == OWN_FORMAT else _from_huggingface_folder
-        loaded = read(folder, content, tokenizer, first_n_layers)
+        if content.get("format") == OWN_FORMAT:
+            loaded = _from_own_folder(folder, content, tokenizer, first_n_layers)
+        else:
+            loaded = _from_huggingface_folder(folder, content, tokenizer, first_n_layers, trust_remote_code)
         # After the config has been checked: transformers reads it too, to find the tokenizer's class.
         if tokenizer is None:
             loaded = replace(loaded, tokenizer=_tokenizer_in(folder, trust_remote_code))
@@ -149,18 +153,26 @@ def load(
 
 
 def _from_huggingface_folder(
-    folder: Path, content: HFConfig, tokenizer: Tokenizer, first_n_layers: int | None
+    folder: Path, content: HFConfig, tokenizer: Tokenizer, first_n_layers: int | None, trust_remote_code: bool
 ) -> Loaded:
     # transformers knows the defaults of fields that a config.json leaves out; importing it takes seconds.
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     family_of(_architecture(content))
     if "model_type" not in content:
         raise CheckpointError(f"{folder / 'config.json'} has no model_type, so no defaults for its fields are known")
     tensors = open_tensors(folder)
     _check_counts(folder / "config.json", content, len(tensors))
+    # Code that comes with a checkpoint never reads a config that transformers can read.
+    foreign = content["model_type"] not in CONFIG_MAPPING and "AutoConfig" in _auto_map(content)
+    if foreign and not trust_remote_code:
+        raise CheckpointError(
+            f"{folder / 'config.json'} has model_type {content['model_type']!r}, which transformers does not know, and "
+            "names code of its own to read it (auto_map). Code that comes with a checkpoint runs only if you ask for "
+            "it: look at it, then pass trust_remote_code=True to from_pretrained"
+        )
     try:
-        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=foreign)
     except Exception as error:  # transformers' validation raises errors of many types
         raise CheckpointError(f"{folder / 'config.json'} is not accepted by transformers: {error}") from error
     return _convert({**content, **hf_config.to_dict()}, tensors, tokenizer, first_n_layers)
@@ -334,11 +346,13 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> Tokeni
 
     Args:
         name_or_path: the folder, alias or hub id.
-        trust_remote_code: whether code that comes with the tokenizer may run.
+        trust_remote_code: whether code that comes with the tokenizer may run. Nobody is asked in between.
 
     Raises:
-        CheckpointError: the tokenizer cannot be found or read.
+        CheckpointError: the tokenizer cannot be found or read, or it needs code that may not run.
+        TypeError: `trust_remote_code` is no bool.
     """
+    trust_remote_code = _trusted(trust_remote_code)
     # From a folder without a tokenizer, transformers makes an empty one instead of raising.
     if Path(name_or_path).is_dir() and not _has_tokenizer(Path(name_or_path)):
         raise CheckpointError(f"no tokenizer: the folder {name_or_path} has none of {', '.join(_TOKENIZER_FILES)}")
@@ -346,12 +360,41 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> Tokeni
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
+        # An explicit False: with None, transformers asks on the terminal.
+        tokenizer = AutoTokenizer.from_pretrained(
             name_or_path if Path(name_or_path).is_dir() else ALIASES.get(name_or_path, name_or_path),
             trust_remote_code=trust_remote_code,
         )
     except Exception as error:  # transformers raises many kinds for one cause
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise CheckpointError(_OWN_CODE.format(name_or_path)) from error
         raise CheckpointError(
             f"no tokenizer {name_or_path!r}: {type(error).__name__}: {first_line(error)}. "
             "Pass tokenizer=, or the path of a folder that has one"
         ) from error
+    # In place of a class of the checkpoint's own, transformers may take a general one, whose tokens can be others.
+    own = "AutoTokenizer" in _auto_map(getattr(tokenizer, "init_kwargs", {}))
+    if own and not trust_remote_code and type(tokenizer).__name__ in _GENERAL_TOKENIZERS:
+        raise CheckpointError(_OWN_CODE.format(name_or_path))
+    return tokenizer
+
+
+_OWN_CODE = (
+    "the tokenizer {!r} is code that comes with it (auto_map in its tokenizer_config.json). Such code runs only if you "
+    "ask for it: look at it, then pass trust_remote_code=True to from_pretrained, or load the tokenizer yourself and "
+    "pass tokenizer="
+)
+_GENERAL_TOKENIZERS = ("TokenizersBackend", "PythonBackend", "PreTrainedTokenizerFast", "PreTrainedTokenizer")
+
+
+def _auto_map(content: Mapping[str, object]) -> Mapping[str, object]:
+    """The classes of its own that a checkpoint names, by what they stand for; a list is an old form for tokenizers."""
+    found = content.get("auto_map") or {}
+    return found if isinstance(found, Mapping) else {"AutoTokenizer": found}
+
+
+def _trusted(trust_remote_code: object) -> bool:
+    """Whether code may run: only for True itself; None is False."""
+    if trust_remote_code is not None and not isinstance(trust_remote_code, bool):
+        raise TypeError(f"trust_remote_code is True or False, got {trust_remote_code!r}")
+    return trust_remote_code is True

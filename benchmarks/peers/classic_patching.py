@@ -73,4 +73,4 @@ class TransformerLens(Classic):
 
 def tokenizer_in(folder: Path) -> Any:
     """Return the tokenizer beside a model. It would otherwise be looked for on the hub; no text is read here."""
-    return AutoTokenizer.from_pretrained(str(folder / "tokenizer"))
+    return AutoTokenizer.from_pretrained(str(folder / "tokenizer"), trust_remote_code=False)

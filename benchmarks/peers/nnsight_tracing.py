@@ -20,7 +20,10 @@ class Traced(Plain):
     libraries = ("nnsight",)
 
     def load_model(self, folder: Path, way: str) -> Any:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder / "tokenizer"))  # else it is looked for on the hub
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder / "tokenizer"),  # else it is looked for on the hub
+            trust_remote_code=False,
+        )
         return TransformersModel(
             str(folder / "huggingface"), task="text-generation", tokenizer=tokenizer, dispatch=True
         )

@@ -35,7 +35,7 @@ class Plain(Contestant):
         self._clean: dict[tuple[str, int], Tensor] = {}
 
     def load_model(self, folder: Path, way: str) -> nn.Module:
-        return AutoModelForCausalLM.from_pretrained(str(folder / "huggingface"))
+        return AutoModelForCausalLM.from_pretrained(str(folder / "huggingface"), trust_remote_code=False)
 
     def logits(self, model: Any, tokens: Tensor) -> Tensor:
         return model(tokens, use_cache=False).logits

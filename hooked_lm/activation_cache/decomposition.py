@@ -72,7 +72,7 @@ class ActivationCache(ResidualStreams):
             pos_slice: positions to keep.
             apply_ln: scale as the norm at the input of `layer` does, by its cached statistics.
         """
-        last, positions = self._final(layer), Slice.unwrap(pos_slice)
+        last, positions = self._final(layer), self._positions(pos_slice)
         self._require_additive()
         pieces, labels = [], []
         for depth in range(last):
@@ -135,7 +135,7 @@ class ActivationCache(ResidualStreams):
             layer: the block of the neurons.
             neuron_slice, pos_slice: neurons and positions to keep, anything `Slice` takes.
         """
-        post, W_out = self._neurons(layer, Slice.unwrap(neuron_slice), Slice.unwrap(pos_slice))
+        post, W_out = self._neurons(layer, Slice.unwrap(neuron_slice), self._positions(pos_slice))
         return post[..., None] * W_out
 
     def _neurons(self, layer: int, neurons: Slice, positions: Slice) -> tuple[Tensor, Tensor]:
@@ -198,7 +198,7 @@ class ActivationCache(ResidualStreams):
                 [... batch pos out], and the full outputs, `d_model` times as large, are never formed.
         """
         last = self._final(layer)
-        neurons, positions = Slice.unwrap(neuron_slice), Slice.unwrap(pos_slice)
+        neurons, positions = Slice.unwrap(neuron_slice), self._positions(pos_slice)
         pieces, labels = [], []
         for depth in range(last):
             post, W_out = self._neurons(depth, neurons, positions)
@@ -229,7 +229,7 @@ class ActivationCache(ResidualStreams):
             projected = W_out @ onto
             return post.movedim(-1, 0)[(...,) + (None,) * (onto.ndim - 1)] * _spread(projected, post.ndim - 1)
         # The norm is linear once its scale is fixed: centre and gain act on W_out, the scale on the activations.
-        norm, scale = self._norm_and_scale(layer, False, positions, Slice())
+        norm, scale = self._norm_and_scale(layer, False, positions)
         if norm is not None:
             W_out = W_out - W_out.mean(-1, keepdim=True) if norm.centred else W_out
             W_out = W_out if norm.w is None else W_out * norm.w
@@ -295,7 +295,7 @@ class ActivationCache(ResidualStreams):
             expand_neurons: one component per neuron; False for one per MLP, its bias included.
             project_output_onto: as for `stack_neuron_results`.
         """
-        last, positions = self._final(layer), Slice.unwrap(pos_slice)
+        last, positions = self._final(layer), self._positions(pos_slice)
         heads, labels = self.stack_head_results(last + int(mlp_input), return_labels=True, pos_slice=positions)
         rest, rest_labels = [], []
         for label, key in self._embedding_keys():

@@ -20,7 +20,7 @@ from hooked_lm._support.plain_data import PlainData
 from hooked_lm._support.tensor_bytes import bytes_of
 from hooked_lm._support.torch_internals import memory_reference, times_written
 
-__all__ = ["CACHE_DTYPES", "CACHE_FORMAT", "CACHE_VERSION", "Memory", "Offloading", "memory_of"]
+__all__ = ["CACHE_DTYPES", "CACHE_FORMAT", "CACHE_VERSION", "MASK", "Memory", "Offloading", "memory_of"]
 
 _TYPES = {
     torch.float64: "F64",
@@ -38,6 +38,7 @@ CACHE_DTYPES = frozenset(_TYPES.values())
 CACHE_FORMAT, CACHE_VERSION = "hooked_lm activations", 1
 _LENGTH = 8  # bytes, in front of the table, that hold its length
 _PADDING = "padding {}"
+MASK = "attention mask"  # the name of the tensor that says which positions of the run are padding
 # Bytes of one entry besides its name: type, a shape of few axes, two offsets, and the JSON punctuation.
 _ENTRY = 160
 
@@ -67,6 +68,7 @@ class Offloading(dict[str, Tensor]):
             file, whatever another writer puts in its place afterwards.
 
     Attributes:
+        attention_mask: of the run, [batch pos], 0 at padding; None if nothing is padded. Written at the end.
         read: what `reader` returned; None before.
 
     Raises:
@@ -83,6 +85,7 @@ class Offloading(dict[str, Tensor]):
     ) -> None:
         super().__init__()
         self.reader, self.read, self._sizes = reader, cast(object, None), sizes
+        self.attention_mask: Tensor | None = None
         self.path, self.has_batch_dim = Path(path).resolve(), has_batch_dim
         lengths = [len(_json(name).encode()) for name in names]
         # For each name: its entry, an entry of padding before it, its place in the order, and the name it aliases.
@@ -118,6 +121,9 @@ class Offloading(dict[str, Tensor]):
         if same != name:
             self._aliases[name] = same
             return
+        self._write_aligned(name, tensor)
+
+    def _write_aligned(self, name: str, tensor: Tensor) -> None:
         # A map of the file can be read as numbers only where they begin at a multiple of their size.
         gap = -(_LENGTH + self._room + self._at) % tensor.element_size()
         if gap:
@@ -137,6 +143,8 @@ class Offloading(dict[str, Tensor]):
         """Write the table, unless the `with` block raised."""
         if error is not None:
             return
+        if self.attention_mask is not None:
+            self._write_aligned(MASK, self.attention_mask)
         about = {
             "format": CACHE_FORMAT,
             "version": str(CACHE_VERSION),

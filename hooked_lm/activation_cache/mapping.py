@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Protocol, Self, cast
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
+from hooked_lm._support.integers import integer, is_integer
 from hooked_lm._support.torch_internals import memory_reference
 from hooked_lm.activation_cache.file import Memory, Offloading, memory_of
 from hooked_lm.activation_cache.lazy import LazyActivations
@@ -56,12 +58,22 @@ class CachedActivations(Mapping[str, Tensor]):
         cache_dict: full hook name -> tensor; `LazyActivations` in a lazy cache, `MappedActivations` in one on disk.
         model: the model of the run.
         has_batch_dim: whether the tensors have their batch axis.
+        attention_mask: 0 where the cached positions are padding, [batch pos], also where the tensors have no batch
+            axis; None if none is.
     """
 
-    def __init__(self, cache_dict: MutableMapping[str, Tensor], model: CacheModel, has_batch_dim: bool = True) -> None:
+    def __init__(
+        self,
+        cache_dict: MutableMapping[str, Tensor],
+        model: CacheModel,
+        has_batch_dim: bool = True,
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+    ) -> None:
         self.cache_dict = cache_dict
         self.model = model
         self.has_batch_dim = has_batch_dim
+        padded = attention_mask is not None and not bool(attention_mask.all())
+        self.attention_mask = attention_mask if padded else None
 
     def full_name(self, key: ActivationKey) -> str:
         """Return the full hook name of a key; negative layers count from the last.
@@ -75,8 +87,9 @@ class CachedActivations(Mapping[str, Tensor]):
         if isinstance(key, str) and key in self.cache_dict:
             return key
         parts = list(key) if isinstance(key, tuple) else [key]
-        if len(parts) > 1 and isinstance(parts[1], int) and parts[1] < 0:
-            parts[1] += self.model.cfg.n_layers
+        if len(parts) > 1 and is_integer(parts[1]):
+            layer = integer(parts[1], "layer")
+            parts[1:2] = [layer + self.model.cfg.n_layers if layer < 0 else layer]  # type: ignore[list-item]
         try:
             return get_act_name(*parts)
         except (ValueError, TypeError) as error:
@@ -157,6 +170,8 @@ class CachedActivations(Mapping[str, Tensor]):
             self.cache_dict.run.check()
         if move_model:
             self.model.to(device)  # type: ignore[attr-defined]
+        if self.attention_mask is not None:
+            self.attention_mask = self.attention_mask.to(device)
         if isinstance(self.cache_dict, LazyActivations):
             self.cache_dict = self.cache_dict.moved(device)
         else:
@@ -193,7 +208,10 @@ class CachedActivations(Mapping[str, Tensor]):
         if not self.has_batch_dim:
             raise ValueError("this cache has no batch axis to slice")
         batch = Slice.unwrap(batch_slice)
-        sliced = type(self)(self.cache_dict, self.model, has_batch_dim=batch.mode != "int")
+        mask = self.attention_mask
+        if mask is not None:
+            mask = Slice([batch.slice]).apply(mask) if batch.mode == "int" else batch.apply(mask)
+        sliced = type(self)(self.cache_dict, self.model, batch.mode != "int", mask)
         sliced._change(partial(_sliced, batch))
         return sliced
 
@@ -210,6 +228,34 @@ class CachedActivations(Mapping[str, Tensor]):
         """Turn gradients on or off for all of torch: caches of long runs with gradients keep whole graphs alive."""
         torch.set_grad_enabled(mode)
 
+    def check_positions(self, positions: Slice, what: str = "pos_slice") -> None:
+        """Check that some positions are not all padding in a prompt.
+
+        Args:
+            positions: which.
+            what: the argument that chose them, for the message.
+
+        Raises:
+            ValueError: they are.
+        """
+        if self.attention_mask is None or positions.is_identity:
+            return
+        picked = (positions if positions.mode != "int" else Slice([positions.slice])).apply(self.attention_mask, dim=1)
+        padded = torch.where(~picked.bool().any(1))[0].tolist()
+        if padded:
+            ends = self.attention_mask.shape[1] - 1 - self.attention_mask.flip(1).argmax(1)
+            raise ValueError(
+                f"{what} {positions.slice} is padding in prompt {padded[0]} of this run: run the prompts padded on the "
+                "left (padding_side='left'), or take each prompt by itself with cache.apply_slice_to_batch_dim; their "
+                f"last tokens are at positions {ends.tolist()}"
+            )
+
+    def _positions(self, pos_slice: object) -> Slice:
+        """Return the positions of a `pos_slice`, checked not to be all padding in a prompt."""
+        positions = Slice.unwrap(pos_slice)
+        self.check_positions(positions)
+        return positions
+
     def _read(self, keys: Iterable[ActivationKey]) -> list[Tensor]:
         """Return the tensors of several keys; a lazy cache runs each block once for all of them."""
         names = [self.full_name(key) for key in keys]
@@ -223,6 +269,7 @@ class CachedActivations(Mapping[str, Tensor]):
     def save(self, path: str | Path) -> None:
         """Write the cache to a safetensors file. An entry that is the same tensor as another is written once."""
         with Offloading(path, self, self.has_batch_dim, sizes_of(self.model.cfg)) as file:
+            file.attention_mask = self.attention_mask
             for name, tensor in self.items():
                 file[name] = tensor
 
@@ -250,7 +297,7 @@ class CachedActivations(Mapping[str, Tensor]):
                 f"{path} is the cache of another model: {'; '.join(differ[:5])}{more}. "
                 "Load it with the model of its run"
             )
-        return cls(read.entries, model, has_batch_dim=read.has_batch_dim)
+        return cls(read.entries, model, read.has_batch_dim, read.attention_mask)
 
 
 def _first(name: str, tensor: Tensor) -> Tensor:

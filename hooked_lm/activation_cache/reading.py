@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooked_lm._support.reading import SafetensorFile, parse_json
 from hooked_lm._support.versions import check_version
-from hooked_lm.activation_cache.file import CACHE_DTYPES, CACHE_FORMAT, CACHE_VERSION
+from hooked_lm.activation_cache.file import CACHE_DTYPES, CACHE_FORMAT, CACHE_VERSION, MASK
 
 __all__ = ["MappedActivations", "SavedCache", "read_cache"]
 
@@ -67,11 +67,13 @@ class SavedCache:
         entries: full hook name -> activation.
         has_batch_dim: whether they have their batch axis.
         sizes: of the model of the run; None in files that were written before they held it.
+        attention_mask: 0 where a cached position is padding, [batch pos]; None if none is.
     """
 
     entries: MappedActivations
     has_batch_dim: bool
     sizes: Mapping[str, object] | None
+    attention_mask: Tensor | None
 
 
 def read_cache(path: str | Path) -> SavedCache:
@@ -106,7 +108,10 @@ def read_cache(path: str | Path) -> SavedCache:
     # Each once, so that names of one tensor share it.
     tensors = {name: file.tensor(name) for name in dict.fromkeys(stored.values())}
     entries = MappedActivations(file, {name: tensors[place] for name, place in stored.items()})
-    return SavedCache(entries, about["has_batch_dim"] == "True", _sizes(path, about.get("model")))
+    mask = file.tensor(MASK) if MASK in file.names else None
+    if mask is not None and (mask.ndim != 2 or mask.is_floating_point()):
+        raise ValueError(f"{path}: the attention mask is [batch pos] and whole numbers, got {tuple(mask.shape)}")
+    return SavedCache(entries, about["has_batch_dim"] == "True", _sizes(path, about.get("model")), mask)
 
 
 def _names(path: str | Path, text: str) -> list[str]:

@@ -20,7 +20,7 @@ from hooked_lm.activation_cache.replay import ForwardCall, record_run
 from hooked_lm.components.sequence import kept_positions
 from hooked_lm.components.stock import not_stock
 from hooked_lm.hooked_model import HookedModel
-from hooked_lm.hooks import HookHandle, HookPoint, ModelOutput
+from hooked_lm.hooks import HookHandle, HookPoint, ModelOutput, passes_begun
 from hooked_lm.interventions.running import Intervening
 from hooked_lm.names import NamesFilter
 from hooked_lm.slicing import Slice
@@ -126,7 +126,7 @@ class Caching(TextInterface, Intervening):
             if not reset_hooks_end:
                 raise ValueError("an offloaded cache is complete when the run ends: no reset_hooks_end=False")
             store = file = self._offloading(Path(offload), names_filter, incl_bwd, remove_batch_dim)
-        with nullcontext() if file is None else file:
+        with nullcontext() if file is None else file, passes_begun() as passes:
             output, recorded = super().run_with_cache(
                 *model_args,
                 names_filter=names_filter,
@@ -139,12 +139,15 @@ class Caching(TextInterface, Intervening):
                 store=store,
                 **model_kwargs,
             )
+            mask = _mask_of(passes[0].mask if passes else None, Slice.unwrap(pos_slice), device)
+            if file is not None:
+                file.attention_mask = mask
         if file is not None:
             cache = cast(ActivationCache, file.read)
             return output, cache if return_cache_object else dict(cache)
         if not return_cache_object:
             return output, recorded
-        return output, ActivationCache(recorded, cast(CacheModel, self), has_batch_dim=not remove_batch_dim)
+        return output, ActivationCache(recorded, cast(CacheModel, self), not remove_batch_dim, mask)
 
     def _offloading(self, path: Path, names_filter: NamesFilter, incl_bwd: bool, remove_batch_dim: bool) -> Offloading:
         """Return the file for the activations of one run, which opens it as a cache before it gets its name."""
@@ -187,7 +190,16 @@ class Caching(TextInterface, Intervening):
         for layer, stream in list(run.residuals.items())[:1]:
             part(f"blocks.{min(layer, run.last - 1)}.hook_resid_pre" if run.first < run.last else "hook_embed", stream)
         activations = LazyActivations(run, [one.point.name for one in handles if one.fired], (part,))
-        return output, ActivationCache(activations, cast(CacheModel, self), has_batch_dim=not part.remove_batch_dim)
+        mask = _mask_of(run.mask, part.positions, part.device)
+        return output, ActivationCache(activations, cast(CacheModel, self), not part.remove_batch_dim, mask)
+
+
+def _mask_of(mask: Tensor | None, positions: Slice, device: torch.device | str | None) -> Tensor | None:
+    """Return the mask of the positions that a cache keeps, [batch pos]; None if none of them is padding."""
+    if mask is None:
+        return None
+    kept = (positions if positions.mode != "int" else Slice([positions.slice])).apply(mask, dim=1).long()
+    return None if bool(kept.all()) else kept.to(device)
 
 
 def _no_op(x: Tensor, hook: HookPoint) -> None:

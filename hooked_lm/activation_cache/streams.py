@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hooked_lm._support.integers import integer
 from hooked_lm.activation_cache.mapping import CachedActivations
 from hooked_lm.components.norm import NoNorm, Norm
 from hooked_lm.components.stock import require_stock
@@ -27,6 +29,7 @@ class ResidualStreams(CachedActivations):
     def _final(self, layer: int | None) -> int:
         """Return `layer` as a number from 0 to n_layers; None and -1 are the end of the model."""
         n_layers = self.model.cfg.n_layers
+        layer = None if layer is None else integer(layer, "layer")
         if layer is None or layer == -1:
             return n_layers
         if not 0 <= layer <= n_layers:
@@ -97,7 +100,7 @@ class ResidualStreams(CachedActivations):
             keys.append((f"{depth}_pre", ("resid_pre", depth)))
             if (incl_mid and depth < last) or (mlp_input and depth == last):
                 keys.append((f"{depth}_mid", ("resid_mid", depth)))
-        positions = Slice.unwrap(pos_slice)
+        positions = self._positions(pos_slice)
         stack = torch.stack([positions.apply(stream, dim=-2) for stream in self._read(key for _, key in keys)])
         if apply_ln:
             stack = self.apply_ln_to_stack(stack, layer, mlp_input, positions, recompute_ln=True)
@@ -169,7 +172,7 @@ class ResidualStreams(CachedActivations):
                 keys.append((f"{depth}_attn_out", ("attn_out", depth)))
             if mode != "attn" and not self.model.cfg.attn_only and depth < last:
                 keys.append((f"{depth}_mlp_out", ("mlp_out", depth)))
-        positions = Slice.unwrap(pos_slice)
+        positions = self._positions(pos_slice)
         like = positions.apply(self[self._any_stream()], dim=-2)
         stack = self._stacked([positions.apply(one, dim=-2) for one in self._read(key for _, key in keys)], like)
         if apply_ln:
@@ -194,42 +197,89 @@ class ResidualStreams(CachedActivations):
 
     def apply_ln_to_stack(
         self,
-        residual_stack: Stack,
+        residual_stack: Float[Tensor, "*component_batch_and_pos d_model"],
         layer: int | None = None,
         mlp_input: bool = False,
         pos_slice: object = None,
         batch_slice: object = None,
         has_batch_dim: bool = True,
         recompute_ln: bool = False,
-    ) -> Stack:
+    ) -> Float[Tensor, "*component_and_kept d_model"]:
         """Return the stack scaled as the norm at the input of `layer` would scale it.
 
         With the cached scale this is linear, so components still add up: it centres (LayerNorm), divides by the scale
         and multiplies by the gain, unless the gain has been folded away. The norm's own bias belongs to no component.
 
         Args:
-            residual_stack: [component batch pos d_model], already sliced by `pos_slice` and `batch_slice`.
+            residual_stack: [component batch pos d_model] with every prompt of the run, already cut to `pos_slice`. An
+                integer `pos_slice` drops the axis.
             layer: the block whose norm is meant; None or -1 for the final norm.
             mlp_input: the norm of its MLP rather than of its attention.
-            pos_slice, batch_slice: which positions and prompts of the cached scale belong to the stack.
-            has_batch_dim: whether the stack has a batch axis.
+            pos_slice: the positions that the stack holds.
+            batch_slice: the prompts to keep, of the stack and of the run; an integer drops the axis.
+            has_batch_dim: False for a stack of one prompt without the batch axis: the prompt that an integer
+                `batch_slice` picks, or the only one.
             recompute_ln: give each component statistics of its own, gain and bias included: for whole residuals.
+
+        Raises:
+            ValueError: the stack has not the run's prompts and these positions, `batch_slice` is given for a cache
+                without batch axis, or a prompt has padding at all of these positions.
         """
+        positions, batch = self._positions(pos_slice), Slice.unwrap(batch_slice)
         norm = self._norm(layer, mlp_input)
-        if norm is None:
-            return residual_stack
-        if recompute_ln:
+        if norm is None or recompute_ln:
+            stack = self._stack_of(residual_stack, self._run_shape(positions), batch, has_batch_dim)
+            if norm is None:
+                return stack
             with without_hooks():
-                normalized: Tensor = norm(residual_stack)
+                normalized: Tensor = norm(stack)
             return normalized
-        norm, scale = self._norm_and_scale(layer, mlp_input, Slice.unwrap(pos_slice), Slice.unwrap(batch_slice))
+        norm, scale = self._norm_and_scale(layer, mlp_input, positions)
         assert norm is not None
-        if self.has_batch_dim and not has_batch_dim and scale.shape[0] == 1:
-            scale = scale[0]
-        if norm.centred:
-            residual_stack = residual_stack - residual_stack.mean(-1, keepdim=True)
-        residual_stack = residual_stack / scale
-        return residual_stack if norm.w is None else residual_stack * norm.w
+        stack = self._stack_of(residual_stack, scale.shape[:-1], batch, has_batch_dim)
+        if self.has_batch_dim:
+            scale = batch.apply(scale, dim=0)
+            scale = scale if has_batch_dim or batch.mode == "int" else scale[0]
+        stack = stack - stack.mean(-1, keepdim=True) if norm.centred else stack
+        stack = stack / scale
+        return stack if norm.w is None else stack * norm.w
+
+    def _stack_of(self, stack: Tensor, run: Sequence[int] | None, batch: Slice, has_batch_dim: bool) -> Tensor:
+        """Return the part of a stack that belongs to some prompts.
+
+        Args:
+            stack: [component batch pos d_model].
+            run: the lengths that its axes [batch pos] should have, without those that the cache or the slice of
+                positions lacks; None if they are not known.
+            batch: the prompts.
+            has_batch_dim: whether the stack has the batch axis, if the cache has.
+        """
+        if not self.has_batch_dim and not batch.is_identity:
+            raise ValueError(f"batch_slice={batch!r}: this cache has no batch axis to slice, leave batch_slice out")
+        if run is None:
+            return batch.apply(stack, dim=1) if has_batch_dim and not batch.is_identity else stack
+        if has_batch_dim or not self.has_batch_dim:
+            _check_stack(stack, run)
+            return stack if batch.is_identity else batch.apply(stack, dim=stack.ndim - 1 - len(run))
+        if len(batch.indices(run[0])) != 1:
+            raise ValueError(
+                f"has_batch_dim=False is for a stack of one prompt, and the run has {run[0]} prompts: say which one it "
+                "is with an integer batch_slice"
+            )
+        _check_stack(stack, run[1:], most_axes=1 + len(run))
+        return stack
+
+    def _run_shape(self, positions: Slice) -> tuple[int, ...] | None:
+        """Return the lengths of the run's axes [batch pos], without those that are dropped; None if not known."""
+        points = self.model.hook_dict
+        for name in reversed(list(self.cache_dict)):
+            # unembed has the positions that logits_to_keep keeps, and learned positions are the same for all prompts.
+            skipped = name == "hook_pos_embed" or name.startswith("unembed.") or name not in points
+            if not skipped and tuple(points[name].axes[:2]) == ("batch", "pos"):
+                x = self[name]
+                lead = x.shape[:2] if self.has_batch_dim else x.shape[:1]
+                return tuple(lead[:-1]) + (() if positions.mode == "int" else (len(positions.indices(lead[-1])),))
+        return None
 
     def _norm(self, layer: int | None, mlp_input: bool) -> nn.Module | None:
         """Return the norm of the residual stream at a layer's input; None if it has none."""
@@ -242,9 +292,7 @@ class ResidualStreams(CachedActivations):
             module = block.ln2 if mlp_input else block.ln1
         return None if type(module) is NoNorm else module
 
-    def _norm_and_scale(
-        self, layer: int | None, mlp_input: bool, positions: Slice, batch: Slice
-    ) -> tuple[Norm | None, Tensor]:
+    def _norm_and_scale(self, layer: int | None, mlp_input: bool, positions: Slice) -> tuple[Norm | None, Tensor]:
         norm = self._norm(layer, mlp_input)
         if norm is None:
             return None, torch.ones(())
@@ -256,32 +304,34 @@ class ResidualStreams(CachedActivations):
             scale = self["scale"]
         else:
             scale = self["scale", depth, "ln2" if mlp_input else "ln1"]
-        scale = positions.apply(scale, dim=-2)
-        return norm, batch.apply(scale, dim=0) if self.has_batch_dim else scale
+        return norm, positions.apply(scale, dim=-2)
 
     def logit_attrs(
         self,
-        residual_stack: Stack,
+        residual_stack: Float[Tensor, "*component_batch_and_pos d_model"],
         tokens: LogitTokens,
         incorrect_tokens: LogitTokens | None = None,
         pos_slice: object = None,
         batch_slice: object = None,
         has_batch_dim: bool = True,
-    ) -> Float[Tensor, " component *batch_and_pos"]:
+    ) -> Float[Tensor, "*component_and_kept"]:
         """Return how much each component adds to a token's logit, or to a difference of two logits.
 
         `ln_final(component) @ W_U[:, token]`, where the norm scales by its cached statistics (Elhage et al. 2021, "A
         Mathematical Framework"). The biases of the norm and of the unembedding belong to no component.
 
         Args:
-            residual_stack: [component batch pos d_model], sliced as below.
-            tokens: a string that is one token, a token, or tokens [batch] or [batch pos].
+            residual_stack: [component batch pos d_model] with every prompt of the run, already cut to `pos_slice`.
+            tokens: a string that is one token, a token, or tokens [batch] or [batch pos]: of every prompt of the run,
+                or of those that `batch_slice` keeps.
             incorrect_tokens: tokens in the same form; their logits are subtracted.
-            pos_slice, batch_slice: which positions and prompts of the run the stack holds.
-            has_batch_dim: whether the stack has a batch axis.
+            pos_slice: the positions that the stack holds.
+            batch_slice: the prompts to keep, of the stack and of the run; an integer drops the axis.
+            has_batch_dim: as for `apply_ln_to_stack`.
 
         Raises:
-            ValueError: `tokens` and `incorrect_tokens` have different shapes, or are not tokens of the model.
+            ValueError: `tokens` and `incorrect_tokens` have different shapes, are not tokens of the model or do not
+                fit the stack; and as `apply_ln_to_stack`.
         """
         require_stock("a component's contribution to a logit", "unembed", self.model.unembed)
         directions = self.model.tokens_to_residual_directions(tokens)
@@ -292,12 +342,33 @@ class ResidualStreams(CachedActivations):
                     f"tokens have shape {tuple(directions.shape[:-1])}, incorrect_tokens {tuple(wrong.shape[:-1])}"
                 )
             directions = directions - wrong
-        batch = Slice.unwrap(batch_slice)
-        if directions.ndim > 1 and self.has_batch_dim:
-            directions = batch.apply(directions, dim=0)
+        positions, batch = self._positions(pos_slice), Slice.unwrap(batch_slice)
+        scaled = self.apply_ln_to_stack(residual_stack, -1, False, positions, batch, has_batch_dim)
         has_batch = has_batch_dim and self.has_batch_dim and batch.mode != "int"
-        has_pos = residual_stack.ndim == 3 + has_batch
-        if directions.ndim == 2 and has_batch and has_pos:
+        lead = tuple(scaled.shape[-1 - has_batch - (positions.mode != "int") : -1])
+        if directions.ndim > 1 and not batch.is_identity:
+            run = self._run_shape(positions)
+            if run is None or directions.shape[0] == run[0]:
+                directions = batch.apply(directions, dim=0)
+        if directions.ndim == 2 and len(lead) == 2:
             directions = directions[:, None]  # [batch 1 d_model]: the same at every position
-        scaled = self.apply_ln_to_stack(residual_stack, -1, False, pos_slice, batch_slice, has_batch_dim)
+        came = tuple(directions.shape[:-1])
+        if came and (len(came) != len(lead) or any(one not in (1, size) for one, size in zip(came, lead, strict=True))):
+            raise ValueError(
+                f"tokens are for {came} of the stack's prompts and positions, and it has {lead}: give one token, one "
+                "for each prompt, or one for each position of each prompt"
+            )
         return (scaled * directions).sum(-1)
+
+
+def _check_stack(stack: Tensor, lead: Sequence[int], most_axes: int | None = None) -> None:
+    """Check that a stack has axes of these lengths before its last one, and no more axes than so many."""
+    axes = ("batch", "pos")[: len(lead)] if most_axes is None else ("pos",)[: len(lead)]
+    came = tuple(stack.shape[-1 - len(lead) : -1])
+    if came != tuple(lead) or (most_axes is not None and stack.ndim > most_axes):
+        raise ValueError(
+            f"the stack has shape {tuple(stack.shape)}, and should end in [{' '.join((*axes, 'd_model'))}] with "
+            f"{tuple(lead)}, as the run has: pos_slice says which positions a stack holds that is cut to them; "
+            "batch_slice cuts a stack that has every prompt, so for a stack that is cut already take "
+            "cache.apply_slice_to_batch_dim and leave batch_slice out"
+        )

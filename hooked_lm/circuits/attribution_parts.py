@@ -51,7 +51,18 @@ class RecordedRun:
             raise ValueError(f"pos is a position, or one for each of {self.batch} prompts, got {pos!r}")
         if int(index.min()) < -self.n_pos or int(index.max()) >= self.n_pos:
             raise ValueError(f"pos {pos!r} is out of range: the cached logits have {self.n_pos} positions")
-        return (index % self.n_pos).expand(self.batch)
+        index = (index % self.n_pos).expand(self.batch)
+        mask = self.cache.attention_mask
+        if mask is not None and tuple(mask.shape) == (self.batch, self.n_pos):
+            mask = mask.to(self.device)
+            padded = torch.where(mask.gather(1, index[:, None])[:, 0] == 0)[0].tolist()
+            if padded:
+                ends = self.n_pos - 1 - mask.flip(1).argmax(1)
+                raise ValueError(
+                    f"pos {pos!r} is padding in prompt {padded[0]} of this run: pad on the left (padding_side='left'), "
+                    f"or give a position for each prompt; their last tokens are at pos=torch.tensor({ends.tolist()})"
+                )
+        return index
 
     def exact(self, x: Tensor) -> Tensor:
         """Return half precision as float32, and anything else as it is."""

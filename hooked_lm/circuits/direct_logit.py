@@ -98,9 +98,9 @@ def logit_attribution(
 
     Raises:
         ValueError: logits are soft-capped, so that no sum of parts equals them (pass `before_soft_cap=True`); neurons
-            of a mixture of experts or of a model without MLPs; a token, position or layer out of range; an overridden
-            unembedding; or parts that do not sum to the logit, because a hook changed the run or another component is
-            overridden.
+            of a mixture of experts or of a model without MLPs; a token, position or layer out of range; a position
+            that is padding in some prompt; an overridden unembedding; or parts that do not sum to the logit, because a
+            hook changed the run or another component is overridden.
         UnknownHookError: the cache lacks an activation.
     """
     model = cast("HookedModel", cache.model)

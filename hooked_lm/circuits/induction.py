@@ -25,6 +25,7 @@ from hooked_lm.circuits.folded import folded_ov, folded_qk
 from hooked_lm.circuits.full_circuits import token_embeddings
 from hooked_lm.factored_matrix import FactoredMatrix
 from hooked_lm.hooked_model import HookedModel
+from hooked_lm.losses import predictions_that_count
 
 __all__ = [
     "Head",
@@ -78,54 +79,85 @@ class NextTokenScores:
     Attributes:
         log_prob: the token's log-probability in nats, [batch pos-1].
         correct: whether the token was the likeliest, [batch pos-1].
+        counts: whether a prediction is one of a real token from a real one, [batch pos-1]; None if all are. The others
+            have log-probability 0 and are not correct, and the means leave them out.
     """
 
     log_prob: Float[Tensor, "batch pos_minus_one"]
     correct: Bool[Tensor, "batch pos_minus_one"]
+    counts: Bool[Tensor, "batch pos_minus_one"] | None = None
 
     def first_half(self) -> NextTokenScores:
-        """Return the scores of the block where it comes first, [batch length]: its tokens are random."""
+        """Return the scores of the block where it comes first, [batch length]: its tokens are random.
+
+        Raises:
+            ValueError: something is padded, so that the halves are not at the same positions in every prompt.
+        """
         return self._columns(slice(None, self._length()))
 
     def second_half(self) -> NextTokenScores:
-        """Return the scores of the repeat but for its first token, which cannot be known, [batch length-1]."""
+        """Return the scores of the repeat but for its first token, which cannot be known, [batch length-1].
+
+        Raises:
+            ValueError: as for `first_half`.
+        """
         return self._columns(slice(self._length() + 1, None))
 
     def mean_log_prob(self) -> float:
         """Return the mean log-probability, in nats."""
-        return float(self.log_prob.mean())
+        total = self.log_prob.detach().sum()
+        return float(total / (self.log_prob.numel() if self.counts is None else self.counts.sum()))
 
     def accuracy(self) -> float:
         """Return the share of tokens that were the likeliest."""
-        return float(self.correct.float().mean())
+        return float(self.correct.sum() / (self.correct.numel() if self.counts is None else self.counts.sum()))
 
     def _columns(self, columns: slice) -> NextTokenScores:
         return NextTokenScores(self.log_prob[:, columns], self.correct[:, columns])
 
     def _length(self) -> int:
+        if self.counts is not None:
+            raise ValueError("padded prompts have no common halves: score tokens of repeated_random_tokens")
         return self.log_prob.shape[1] // 2
 
 
-def next_token_scores(logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]) -> NextTokenScores:
+def next_token_scores(
+    logits: Float[Tensor, "batch pos vocab"],
+    tokens: Int[Tensor, "batch pos"],
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+) -> NextTokenScores:
     """Return how well each token is predicted from those before it.
 
     Args:
         logits: the model's, for `tokens`. Those of the last position are not used.
         tokens: from `repeated_random_tokens`, if halves are to be taken.
+        attention_mask: [batch pos], 0 at padding.
+
+    Raises:
+        ValueError: logits, tokens and mask do not fit each other, or the mask leaves nothing to predict.
     """
+    counts = predictions_that_count(logits, tokens, attention_mask)
     target = tokens[:, 1:]
     log_prob = at_least_single(logits[:, :-1]).log_softmax(-1).gather(-1, target[..., None])[..., 0]
-    return NextTokenScores(log_prob, logits[:, :-1].argmax(-1) == target)
+    correct = logits[:, :-1].argmax(-1) == target
+    if counts is None:
+        return NextTokenScores(log_prob, correct)
+    return NextTokenScores(log_prob.where(counts, 0.0), correct & counts, counts)
 
 
 # Which heads do it
 
 
 def previous_token_scores(cache: ActivationCache) -> Float[Tensor, "layer head"]:
-    """Return each head's mean attention from a position to the one before it, over positions 1 and up.
+    """Return each head's mean attention from a position to the one before it, over positions 1 and up of each prompt.
+
+    Padding of the run is left out.
 
     Args:
         cache: holds `blocks.*.attn.hook_pattern`, [batch head query key] each.
+
+    Raises:
+        ValueError: the patterns are cut to some positions, or no prompt has a second one.
     """
     return _mean_attention(cache, first_query=1, back=1)
 
@@ -140,8 +172,14 @@ def induction_scores(cache: ActivationCache, length: int) -> Float[Tensor, "laye
         length: of the block.
 
     Raises:
-        ValueError: the patterns are not those of a block of this length.
+        ValueError: the patterns are not those of a block of this length, or something is padded.
     """
+    if cache.attention_mask is not None:
+        raise ValueError(
+            "this run has padding, and repeated_random_tokens makes none: where a padding token is one of the tokens "
+            "that are drawn, run them with attention_mask=torch.ones_like(tokens); for prompts of different lengths "
+            "there is circuits.heads.attention_scores(model, prompts, 'induction')"
+        )
     n_pos = cache["pattern", 0].shape[-1]
     if n_pos != 2 * length + 1:
         raise ValueError(
@@ -154,10 +192,31 @@ def _mean_attention(cache: ActivationCache, first_query: int, back: int) -> Floa
     """Mean attention from each query to the key `back` places before it, from `first_query` on."""
     scores = []
     for layer in range(cache.model.cfg.n_layers):
-        pattern = cache["pattern", layer]  # [batch head query key]
-        queries = torch.arange(first_query, pattern.shape[-1], device=pattern.device)
-        scores.append(pattern[:, :, queries, queries - back].mean((0, 2)))
+        pattern = cache["pattern", layer]
+        pattern = pattern if cache.has_batch_dim else pattern[None]  # [batch head query key]
+        n_queries, n_keys = pattern.shape[-2:]
+        if n_queries != n_keys or n_keys <= first_query:
+            raise ValueError(
+                f"the patterns have {n_queries} queries and {n_keys} keys: these scores need every position of a run "
+                f"(without pos_slice and key-value cache), more than {first_query} of them"
+            )
+        queries = torch.arange(first_query, n_keys, device=pattern.device)
+        attention = pattern[:, :, queries, queries - back]
+        scores.append(attention.mean((0, 2)) if cache.attention_mask is None else _mean_of_real(attention, cache, back))
     return torch.stack(scores)
+
+
+def _mean_of_real(
+    attention: Float[Tensor, "batch head query"], cache: ActivationCache, back: int
+) -> Float[Tensor, " head"]:
+    """Return the mean over queries that are real, and whose key `back` places before is real too."""
+    assert cache.attention_mask is not None
+    real = cache.attention_mask.to(attention.device).bool()
+    n_queries = attention.shape[-1]
+    counts = real[:, -n_queries:] & real[:, -n_queries - back : real.shape[1] - back]
+    if not bool(counts.any()):
+        raise ValueError(f"no prompt of this run has a token {back} places after another: there is nothing to score")
+    return attention.where(counts[:, None], 0.0).sum((0, 2)) / counts.sum()
 
 
 def strongest_head(scores: Float[Tensor, "layer head"], layer: int) -> Head:

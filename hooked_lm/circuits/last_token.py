@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_lm._support.integers import integer, is_integer
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.interventions import Intervention
 from hooked_lm.metrics import Metric
@@ -75,8 +76,9 @@ class LastTokenPrompts:
         Raises:
             ValueError: `batch_size` is no integer of at least 1.
         """
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        if not is_integer(batch_size) or batch_size < 1:
             raise ValueError(f"batch_size is an integer of at least 1, got {batch_size!r}")
+        batch_size = integer(batch_size, "batch_size")
         return (slice(start, start + batch_size) for start in range(0, len(self), batch_size))
 
     def check_position(self, pos: int) -> None:
@@ -86,6 +88,7 @@ class LastTokenPrompts:
             ValueError: some prompt is too short, or `pos` counts from the start.
         """
         shortest = int(self.mask.sum(1).min())
+        pos = integer(pos, "pos")
         if not -shortest <= pos <= -1:
             raise ValueError(
                 f"pos counts from the end of each prompt, and the shortest has {shortest} tokens: give one of "
@@ -223,9 +226,9 @@ def layer_index(layer: int, n_layers: int) -> int:
     Raises:
         ValueError: no such layer.
     """
-    if isinstance(layer, bool) or not isinstance(layer, int) or not -n_layers <= layer < n_layers:
+    if not is_integer(layer) or not -n_layers <= layer < n_layers:
         raise ValueError(f"no layer {layer!r}: this model has layers 0-{n_layers - 1}")
-    return layer % n_layers
+    return integer(layer, "layer") % n_layers
 
 
 def chosen_layers(model: HookedModel, layers: Sequence[int] | None) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hooked_lm._support.integers import integer
 from hooked_lm._support.precision import at_least_single
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooked_model import HookedModel
@@ -181,6 +182,7 @@ def logit_lens(
         ValueError: a site that the model lacks, a layer, position or token out of range, targets that do not fit, or a
             count that is not positive.
     """
+    top_k, block = integer(top_k, "top_k"), None if block is None else integer(block, "block")
     names, labels = _sites(model.cfg, sites, layers)
     limit = model.cfg.d_vocab_out
     if not 1 <= top_k <= limit or (block is not None and block < 1):

@@ -102,5 +102,5 @@ def _mean_activations(
             stop_at_layer=last_layer + 1,
             return_cache_object=False,
         )
-        sums.append(torch.stack([at_least_single(cache[site]).sum(0) for site in sites]))
+        sums.append(torch.stack([at_least_single(cache[site][:, 0]).sum(0) for site in sites]))
     return torch.stack(sums).sum(0) / len(prompts)

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_lm._support.integers import integer, is_integer
 from hooked_lm.components.positions import AlibiSpec, RotarySpec, alibi_slopes, rotary_tables
 from hooked_lm.hooks import KeptPositions
 
-__all__ = ["Prompt", "SequenceLayout", "kept_positions"]
+__all__ = ["Prompt", "SequenceLayout", "kept_index", "kept_positions"]
 
 
 class SequenceLayout:
@@ -35,6 +37,11 @@ class SequenceLayout:
     @property
     def n_keys(self) -> int:
         return self.n_past + self.n_queries
+
+    @property
+    def real_queries(self) -> Bool[Tensor, "batch query"] | None:
+        """False where a position of this pass is padding; None when nothing is padded."""
+        return None if self.valid is None else self.valid[:, self.n_past :]
 
     @property
     def position_ids(self) -> Int[Tensor, "batch_or_1 query"]:
@@ -139,23 +146,55 @@ def kept_positions(logits_to_keep: int | slice | Tensor | None, n_positions: int
         n_positions: how many the pass has.
 
     Raises:
-        ValueError: more positions than there are, or fewer than one.
-        TypeError: something else.
+        TypeError, ValueError: as `kept_index`.
     """
     if logits_to_keep is None:
         return None
-    positions = torch.arange(n_positions)
-    if isinstance(logits_to_keep, int) and not isinstance(logits_to_keep, bool):
-        if not 1 <= logits_to_keep <= n_positions:
-            raise ValueError(f"logits_to_keep is 1-{n_positions} for this input, got {logits_to_keep}")
-        kept = positions[-logits_to_keep:]
-    elif isinstance(logits_to_keep, slice):
-        kept = positions[logits_to_keep]
-    elif isinstance(logits_to_keep, Tensor):
-        kept = positions[logits_to_keep.cpu()]
-    else:
-        raise TypeError(f"logits_to_keep is an int, a slice or a tensor of positions, got {logits_to_keep!r}")
+    index = kept_index(logits_to_keep, n_positions)
+    kept = torch.arange(n_positions)[index.cpu() if isinstance(index, Tensor) else index]
     return KeptPositions(tuple(kept.tolist()), n_positions)
+
+
+def kept_index(logits_to_keep: object, n_positions: int) -> slice | Tensor:
+    """Return `logits_to_keep` as an index of the positions of a pass, checked.
+
+    Args:
+        logits_to_keep: the last so many; or a slice, or a tensor, array or list of positions.
+        n_positions: how many the pass has.
+
+    Raises:
+        TypeError: something else.
+        ValueError: a position that is not there, or none at all.
+    """
+    if isinstance(logits_to_keep, int) and not isinstance(logits_to_keep, bool):
+        return _last(logits_to_keep, n_positions)
+    if isinstance(logits_to_keep, slice):
+        if not torch.compiler.is_compiling() and not range(n_positions)[logits_to_keep]:
+            raise ValueError(f"logits_to_keep {logits_to_keep} keeps none of the {n_positions} positions there are")
+        return logits_to_keep
+    if isinstance(logits_to_keep, (list, np.ndarray)) and np.asarray(logits_to_keep).dtype.kind in "iub":
+        logits_to_keep = torch.as_tensor(np.asarray(logits_to_keep))
+    if is_integer(logits_to_keep):
+        return _last(integer(logits_to_keep, "logits_to_keep"), n_positions)
+    if not isinstance(logits_to_keep, Tensor) or logits_to_keep.is_floating_point() or logits_to_keep.ndim != 1:
+        raise TypeError(
+            f"logits_to_keep is an int, a slice or a tensor of positions (one axis, integers), got {logits_to_keep!r}"
+        )
+    if logits_to_keep.dtype == torch.bool or torch.compiler.is_compiling():
+        return logits_to_keep
+    outside = (logits_to_keep < -n_positions) | (logits_to_keep >= n_positions)
+    if logits_to_keep.numel() == 0 or bool(outside.any()):
+        raise ValueError(
+            f"logits_to_keep keeps positions 0-{n_positions - 1} of this input, one at least; got "
+            f"{logits_to_keep.tolist()}"
+        )
+    return logits_to_keep
+
+
+def _last(count: int, n_positions: int) -> slice:
+    if not 1 <= count <= n_positions:
+        raise ValueError(f"logits_to_keep is 1-{n_positions} for this input, got {count}")
+    return slice(-count, None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hooked_lm._support.integers import integer
 from hooked_lm._support.precision import at_least_single
 from hooked_lm.hooks import reading_again
 from hooked_lm.kv_cache import HookedTransformerKeyValueCache
@@ -42,7 +45,8 @@ class Sampling:
         freq_penalty: subtract this much from a token's logit for each time it has occurred.
 
     Raises:
-        ValueError: a value out of range.
+        TypeError: a value of another type.
+        ValueError: a value out of range, or NaN.
     """
 
     do_sample: bool = True
@@ -52,7 +56,15 @@ class Sampling:
     freq_penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.top_k is not None and self.top_k < 1:
+        for name in ("top_p", "temperature", "freq_penalty"):
+            value = getattr(self, name)
+            if value is None and name == "top_p":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+                raise TypeError(f"{name} is a number, got {type(value).__name__} {value!r}")
+            if not math.isfinite(value):
+                raise ValueError(f"{name} is a finite number, got {value}")
+        if self.top_k is not None and integer(self.top_k, "top_k") < 1:
             raise ValueError(f"top_k is at least 1, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is above 0 and at most 1, got {self.top_p}")
@@ -73,8 +85,16 @@ class Sampling:
             attention_mask: [batch pos], 0 at padding, which is not counted.
 
         Raises:
-            ValueError: a `freq_penalty` without tokens.
+            ValueError: a `freq_penalty` without tokens, or logits of another shape, or NaN.
         """
+        if logits.ndim != 2:
+            raise ValueError(f"logits are [batch vocab], of one position of each prompt; got {tuple(logits.shape)}")
+        wrong = torch.where(logits.isnan().any(-1))[0].tolist()
+        if wrong:
+            raise ValueError(
+                f"the logits of prompt {wrong[0]} are NaN, so no token is the likeliest: look at the weights, the "
+                "hooks in place and the precision"
+            )
         if self.freq_penalty:
             if tokens is None:
                 raise ValueError("freq_penalty counts the tokens so far: give tokens [batch pos]")

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hooked_lm import tokenization
+from hooked_lm._support.integers import integer, is_integer
 from hooked_lm.generation.decoding import Sampling, decode_steps
 from hooked_lm.interventions import Intervention
 from hooked_lm.interventions.running import Intervening
-from hooked_lm.tokenization.methods import TextInterface, check_attention_mask
+from hooked_lm.tokenization.methods import TextInterface, mask_tensor
 
 __all__ = ["ReturnAs", "TextGeneration"]
 
@@ -124,7 +126,7 @@ class TextGeneration(TextInterface, Intervening):
         """
         if return_type not in ("input", "str", "tokens"):
             raise ValueError(f"return_type is 'input', 'str' or 'tokens', not {return_type!r}")
-        if max_tokens_per_yield < 1:
+        if integer(max_tokens_per_yield, "max_tokens_per_yield") < 1:
             raise ValueError(f"max_tokens_per_yield is at least 1, got {max_tokens_per_yield}")
         tokens, mask, texts = self._prompts(input, prepend_bos, padding_side, None)
         if tokens.shape[0] != 1:
@@ -186,8 +188,8 @@ class TextGeneration(TextInterface, Intervening):
             return batch.tokens.to(device), mask, texts
         tokens = self._check_tokens(input)
         if attention_mask is not None:
-            attention_mask = attention_mask[None] if attention_mask.ndim == 1 else attention_mask
-            check_attention_mask(attention_mask, *tokens.shape)
+            one = isinstance(attention_mask, (Tensor, np.ndarray)) and attention_mask.ndim == 1
+            attention_mask = mask_tensor(attention_mask[None] if one else attention_mask, tokens)
             attention_mask = attention_mask.to(device, torch.long)
         elif tokens.shape[0] > 1 and self.tokenizer is not None:
             attention_mask = self._mask_of_batch(tokens, self._prepends_bos(prepend_bos))
@@ -215,7 +217,7 @@ class TextGeneration(TextInterface, Intervening):
         return tokenization.infer_attention_mask(tokenizer, tokens, prepend_bos, "left")
 
     def _check_room(self, tokens: Tensor, max_new_tokens: int) -> None:
-        if max_new_tokens < 0:
+        if integer(max_new_tokens, "max_new_tokens") < 0:
             raise ValueError(f"max_new_tokens is not negative, got {max_new_tokens}")
         if tokens.shape[1] + max_new_tokens > self.cfg.n_ctx + 1:
             raise ValueError(
@@ -226,7 +228,17 @@ class TextGeneration(TextInterface, Intervening):
         if not stop_at_eos:
             return ()
         if eos_token_id is not None:
-            return (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+            several = isinstance(eos_token_id, (Sequence, Tensor)) and not is_integer(eos_token_id)
+            ends = tuple(
+                integer(one, "eos_token_id")
+                for one in (eos_token_id if several else [eos_token_id])  # type: ignore[union-attr]
+            )
+            if not ends or not all(0 <= one < self.cfg.d_vocab_out for one in ends):
+                raise ValueError(
+                    f"eos_token_id is one or several of the tokens 0-{self.cfg.d_vocab_out - 1} that the model can "
+                    f"write, got {eos_token_id!r}; to go on to max_new_tokens say stop_at_eos=False"
+                )
+            return ends
         if self.tokenizer is None or self.tokenizer.eos_token_id is None:
             raise ValueError("stop_at_eos needs an end-of-sequence token: pass eos_token_id, or stop_at_eos=False")
         return (self.tokenizer.eos_token_id,)

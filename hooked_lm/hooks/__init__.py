@@ -11,6 +11,7 @@ from hooked_lm.hooks.thread import (
     current_pass,
     in_pass,
     new_pass,
+    passes_begun,
     reading_again,
     without_hooks,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "is_live",
     "may_edit_forward",
     "new_pass",
+    "passes_begun",
     "reading_again",
     "recorded_part",
     "without_hooks",

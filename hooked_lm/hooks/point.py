@@ -87,7 +87,7 @@ class HookPoint(nn.Module):
         elif any(not handle.reads_only for handle in handles):
             raise RuntimeError(
                 f"the backward hook at {self.name!r} can never run: the activation does not require a gradient "
-                "(is this under torch.no_grad(), or are the parameters frozen?)"
+                "(is this under torch.no_grad() or checkpoint(..., use_reentrant=True), or are the parameters frozen?)"
             )
         return x
 

@@ -46,6 +46,8 @@ def recorded_part(
 ) -> Tensor:
     """Return the part of an activation that a cache keeps: some positions (of queries, for patterns).
 
+    A single position keeps its axis, of length 1.
+
     Args:
         x: the activation.
         hook: its hook point, for the axes.
@@ -59,8 +61,13 @@ def recorded_part(
     if not positions.is_identity:
         axis = selected_axis(hook.axes, "pos")
         along = hook.axis("pos" if axis is None else hook.axes[axis])  # raises ValueError where there are no positions
+        if kept is None and len(positions.indices(x.shape[along])) == 0:
+            raise ValueError(
+                f"pos_slice {positions.slice} picks none of the {x.shape[along]} positions of {hook.name!r}"
+            )
+        several = Slice([positions.slice]) if positions.mode == "int" else positions
         # A copy, since a view of the few positions would keep the whole activation in memory.
-        x = (positions if kept is None else _among(kept, positions, hook.name)).apply(x, dim=along).clone()
+        x = (several if kept is None else _among(kept, several, hook.name)).apply(x, dim=along).clone()
     if not remove_batch_dim:
         return x
     if x.shape[0] != 1:
@@ -82,5 +89,4 @@ def _among(kept: KeptPositions, positions: Slice, name: str) -> Slice:
             f"pos_slice selects position {missing[0]}, and {name!r} has only those that logits_to_keep keeps: "
             f"{list(kept.positions)}"
         )
-    found = [place for (place,) in places]
-    return Slice(found[0] if positions.mode == "int" else found)
+    return Slice([place for (place,) in places])

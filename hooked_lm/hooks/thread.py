@@ -8,8 +8,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
+
+from torch import Tensor
 
 __all__ = [
     "GradientSwitch",
@@ -22,6 +24,7 @@ __all__ = [
     "in_pass",
     "new_pass",
     "only",
+    "passes_begun",
     "reading_again",
     "without_hooks",
 ]
@@ -67,11 +70,13 @@ class Pass:
         kept: while the unembedding runs, the positions it is run on; None for all.
         first_read: the pass reads a text again, of which so many positions were read in one pass and each later one in
             a pass of its own, as a generation with a key-value cache does; None for a pass that reads new text.
+        mask: [batch pos], False where a position of this pass is padding; None if nothing is padded.
     """
 
     n_past: int = 0
     kept: KeptPositions | None = None
     first_read: int | None = None
+    mask: Tensor | None = field(default=None, compare=False)
 
     def segments(self, n_positions: int) -> list[tuple[int, int]]:
         """Return the passes in which the positions of this pass were read, as `(start, stop)` within it."""
@@ -102,6 +107,7 @@ class _Thread(threading.local):
         runs_models: whether this thread has run a model; autograd's own threads have not.
         running: the current pass; between passes, a pass without earlier positions.
         first_read: `first_read` of the next pass.
+        begun: the passes that have begun within the innermost `passes_begun` block; None outside of them.
     """
 
     def __init__(self) -> None:
@@ -112,6 +118,7 @@ class _Thread(threading.local):
         self.runs_models = False
         self.running = Pass()
         self.first_read: int | None = None
+        self.begun: list[Pass] | None = None
 
 
 here = _Thread()
@@ -136,19 +143,22 @@ def in_pass(running: Pass) -> Generator[None, None, None]:
     before = here.running, here.first_read
     # A run that a hook makes reads a text of its own.
     here.running, here.first_read, here.runs_models = running, None, True
+    if here.begun is not None:
+        here.begun.append(running)
     try:
         yield
     finally:
         here.running, here.first_read = before
 
 
-def new_pass(n_past: int) -> Pass:
+def new_pass(n_past: int, mask: Tensor | None = None) -> Pass:
     """Return the pass that begins now in this thread.
 
     Args:
         n_past: the number of positions in the key-value cache.
+        mask: [batch pos], False where a position of this pass is padding; None if nothing is padded.
     """
-    return Pass(n_past, first_read=here.first_read)
+    return Pass(n_past, first_read=here.first_read, mask=mask)
 
 
 @contextmanager
@@ -165,6 +175,16 @@ def reading_again(first_read: int | None) -> Generator[None, None, None]:
         yield
     finally:
         here.first_read = before
+
+
+@contextmanager
+def passes_begun() -> Generator[list[Pass], None, None]:
+    """Yield a list that gets every pass which begins in this thread within a `with` block, in order."""
+    before, here.begun = here.begun, []
+    try:
+        yield here.begun
+    finally:
+        here.begun = before
 
 
 @contextmanager

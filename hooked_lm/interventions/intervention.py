@@ -12,12 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self, TypedDict, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from hooked_lm._support.integers import integer, is_integer
 from hooked_lm._support.precision import at_least_single
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint, KeptPositions
+from hooked_lm.interventions.masked import check_aligned, combined_mask, mask_weights
 from hooked_lm.names import (
     POSITION_AXES,
     SELECTED_AXES,
@@ -73,6 +76,7 @@ class Recorded(Protocol):
     """A cache that values are taken from: an `ActivationCache`."""
 
     has_batch_dim: bool
+    attention_mask: Tensor | None
 
     @property
     def model(self) -> HasHookPoints: ...
@@ -118,13 +122,17 @@ class Intervention:
         if (self.operation == "zero") != (self.value is None):
             needs = "takes no value" if self.operation == "zero" else "needs a value"
             raise ValueError(f"{self.operation!r} at {self.site!r} {needs}")
+        if isinstance(self.value, (np.floating, np.integer)):
+            object.__setattr__(self, "value", self.value.item())
         if not _is_value(self.value):
             raise ValueError(f"value at {self.site!r} is a real tensor or a number, not {type(self.value).__name__}")
         for name, selection in self.selections().items():
             several = selection if isinstance(selection, tuple) else (selection,)
-            if not several or any(isinstance(one, bool) or not isinstance(one, int) for one in several):
+            if not several or not all(is_integer(one) for one in several):
                 raise ValueError(f"{name}={selection!r} at {self.site!r} is not an int or a tuple of ints")
-            _refuse_repeats(self.site, name, selection, None)
+            entries = tuple(integer(one, name) for one in several)
+            object.__setattr__(self, name, entries if isinstance(selection, tuple) else entries[0])
+            _refuse_repeats(self.site, name, entries, None)
 
     # Values from a cache. The selections are applied both to the cached activation and to the run.
 
@@ -164,21 +172,25 @@ class Intervention:
 
         Args:
             site: a hook name or a short key, `("z", 3)`.
-            cache: of the prompts to average over.
+            cache: of the prompts to average over. Padding of its run is left out.
             per_position: take the mean over prompts at each position, not over positions too.
-            attention_mask: [batch pos] of the cache's prompts, 0 at padding, which is left out of the mean.
+            attention_mask: [batch pos] of the cache's prompts, 0 at positions that are left out besides.
             selections: `pos`, `head`, `feature`, `batch`: the part that is replaced.
 
         Raises:
             KeyError: the cache has no such activation.
             ValueError: the cache has no batch axis or holds whole numbers there, the mask does not fit, counts nothing
-                or is given for a mean per position, or a selection is out of range.
+                or is given for a mean per position, a mean per position of prompts that padding shifts against each
+                other, or a selection is out of range.
         """
         value, name = cache[site], cache.full_name(site)
         if not value.is_floating_point():
             raise ValueError(f"{name!r} holds whole numbers, whose mean stands for nothing")
         averaged = (0,) if per_position else (0, _find_axis(name, _axes(name, cache), "pos"))
-        weights = _mask_weights(name, value, averaged, attention_mask)
+        if per_position:
+            check_aligned("a mean per position", cache.attention_mask)
+        own = None if per_position else cache.attention_mask
+        weights = mask_weights(name, value, averaged, combined_mask(attention_mask, own))
         exact = at_least_single(value)
         mean = exact.mean(averaged, keepdim=True)
         if weights is not None:
@@ -209,9 +221,11 @@ class Intervention:
 
         Raises:
             KeyError: the cache has no such activation.
-            ValueError: the cache has no batch axis or only one prompt, or a selection is out of range.
+            ValueError: the cache has no batch axis or only one prompt, padding shifts its prompts against each other,
+                or a selection is out of range.
         """
         value = cache[site]
+        check_aligned("resampling", cache.attention_mask)
         generator = torch.Generator().manual_seed(seed)
         drawn = draw_prompts(value.shape[0], n_prompts, generator).to(value.device)
         if "batch" in selections:
@@ -461,20 +475,6 @@ def _axes(site: str, cache: Recorded) -> Sequence[str]:
     if not cache.has_batch_dim:
         raise ValueError(f"the cache has no batch axis, and {site!r} is taken by prompt: leave out remove_batch_dim")
     return cache.model.hook_dict[site].axes
-
-
-def _mask_weights(site: str, value: Tensor, averaged: Sequence[int], mask: Tensor | None) -> Tensor | None:
-    """Return 1 for entries in the mean and 0 at padding, shaped like the averaged axes; None without a mask."""
-    if mask is None:
-        return None
-    wanted = tuple(value.shape[axis] for axis in averaged)
-    if len(averaged) < 2:
-        raise ValueError("a mean per position has no use for attention_mask: padding shifts positions")
-    if tuple(mask.shape) != wanted:
-        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; the cache has {site!r} for {wanted}")
-    if not bool(mask.any()):
-        raise ValueError("attention_mask is 0 everywhere: there is nothing to take the mean of")
-    return mask.to(value).reshape([value.shape[axis] if axis in averaged else 1 for axis in range(value.ndim)])
 
 
 def _fixed_size(cfg: HookedTransformerConfig, site: str, axis: str) -> int | None:

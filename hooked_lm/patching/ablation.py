@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_lm._support.integers import integer, is_integer
 from hooked_lm._support.precision import at_least_single
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.interventions import Intervention, draw_prompts
@@ -130,6 +131,7 @@ def ablate(
         ValueError: an unknown unit or method, a layer, neuron or position out of range, a reference that does not fit,
             an option that this method would not use, or a metric that is no number.
     """
+    n_draws, seed = integer(n_draws, "n_draws"), integer(seed, "seed")
     tokens, mask = read_prompts(model, tokens, attention_mask)
     _check_options(unit, method, neurons, reference, reference_mask, per_position, n_draws)
     grid = _AblationGrid.of(model, unit, tokens.shape[1], by_pos, layers, neurons)
@@ -268,11 +270,11 @@ def _chosen(what: str, given: Sequence[int] | None, size: int) -> tuple[int, ...
     """The chosen entries along an axis, counted from 0; all of them by default."""
     chosen = range(size) if given is None else given
     for one in chosen:
-        if isinstance(one, bool) or not isinstance(one, int) or not -size <= one < size:
+        if not is_integer(one) or not -size <= one < size:
             raise ValueError(f"no {what} {one!r}: there are {what}s 0-{size - 1}")
     if not len(chosen):
         raise ValueError(f"there is no {what} to ablate")
-    return tuple(one % size for one in chosen)
+    return tuple(integer(one, what) % size for one in chosen)
 
 
 # The replacement values

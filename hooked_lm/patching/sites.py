@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooked_lm.activation_cache import ActivationCache
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.interventions import Intervention, Selection
 from hooked_lm.names import POSITION_AXES, UnknownHookError, describe_unknown, grid_axis, selected_axis
@@ -157,6 +158,8 @@ def clean_activations(
         axes_at(model, site)
     if isinstance(clean, Mapping):
         found = {site: _cached(model, clean, site, tokens, run) for site in sites}
+        if sites and isinstance(clean, ActivationCache):
+            _check_cached_padding(clean, tokens, mask, run)
     else:
         found = _recorded(model, clean, sites, tokens, mask, attention_mask, run)
     return {site: value.expand(tokens.shape[0], *value.shape[1:]) for site, value in found.items()}
@@ -178,6 +181,12 @@ def _cached(model: HookedModel, cache: Mapping[str, Tensor], site: str, tokens: 
         elif axis == "batch":
             _check_prompts(size, tokens, run, f" ({site!r} in the {run} cache)")
     return value
+
+
+def _check_cached_padding(cache: ActivationCache, tokens: Tensor, mask: Tensor | None, run: str) -> None:
+    """Refuse a cache whose run was padded elsewhere than the prompts that are patched."""
+    own, mask = cache.attention_mask, torch.ones_like(tokens) if mask is None else mask
+    check_padding(torch.ones_like(mask[:1]) if own is None else own.to(mask), mask, run)
 
 
 def _recorded(
@@ -279,5 +288,5 @@ def check_padding(clean_mask: Tensor, mask: Tensor, run: str = "clean") -> None:
     if differing:
         raise ValueError(
             f"the {run} prompt {differing[0]} is padded differently from the corrupted one: patching goes position by "
-            "position, so make them equally long"
+            "position, so make them equally long, and give tokens that are padded their attention_mask in every run"
         )

@@ -133,7 +133,7 @@ def patch_pairs(
     ends = (other, base) if direction == "denoising" else (base, other)
     in_unit = partial(normalize_scores, clean=ends[0], corrupted=ends[1], unit=normalize) if normalize else _as_it_is
     base_in_unit = in_unit(base)  # raises before the work is done
-    cells, shape = patch_cells(model, grid, clean_activations(model, cache, sites, tokens))
+    cells, shape = patch_cells(model, grid, clean_activations(model, cache, sites, tokens, mask))
     patched = sweep(
         model,
         tokens,

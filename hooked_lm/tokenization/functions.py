@@ -172,11 +172,14 @@ def token_rows(tokens: Prompts | int) -> Tensor:
     try:
         tensor = torch.as_tensor(tokens)
     except (ValueError, TypeError) as error:
-        raise TypeError(f"these are no tokens: {tokens!r} ({error})") from error
+        raise TypeError(
+            f"these are no tokens: {tokens!r} ({error}). Tokens are integers, in lists of one length, an array or a "
+            "tensor; prompts of several lengths are given as strings, or padded and with attention_mask"
+        ) from error
     if isinstance(tokens, (list, tuple)) and not tokens:
         tensor = tensor.long()  # torch makes an empty list a float tensor
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise TypeError(f"tokens are integers, got {tensor.dtype}")
+        raise TypeError(f"tokens are integers, got {tensor.dtype}: convert them with .long() if they are whole numbers")
     return tensor.long()
 
 

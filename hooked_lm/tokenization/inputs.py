@@ -15,7 +15,7 @@ from hooked_lm.components.sequence import Prompt
 from hooked_lm.hooks import HookedRootModule, any_live
 from hooked_lm.kv_cache import HookedTransformerKeyValueCache
 from hooked_lm.tokenization import PaddingSide, Prompts
-from hooked_lm.tokenization.methods import TextInterface, check_attention_mask, describe
+from hooked_lm.tokenization.methods import TextInterface, check_attention_mask, describe, mask_tensor
 
 __all__ = ["InputReading"]
 
@@ -41,6 +41,9 @@ class InputReading(TextInterface, HookedRootModule):
             layout = self._layout(tokens.shape[0], tokens.shape[1], attention_mask, past_kv_cache)
             return Prompt(tokens, attention_mask, None, layout)
         residual = self._check_residual(input, tokens)
+        if attention_mask is not None:
+            continuing = past_kv_cache is not None and past_kv_cache.length > 0
+            attention_mask = mask_tensor(attention_mask, residual[..., 0], continuing)
         if tokens is not None:
             tokens = self._check_tokens(tokens)
             attention_mask = self._infer_mask(tokens, attention_mask, prepend_bos, padding_side, past_kv_cache)
@@ -79,8 +82,10 @@ class InputReading(TextInterface, HookedRootModule):
             batch = self._tokenize(input, prepend_bos, padding_side)
             mask = None if batch.attention_mask is None else batch.attention_mask.to(self.embed.W_E.device)
             return self._check_tokens(batch.tokens), mask
-        if not isinstance(input, (Tensor, np.ndarray, list, tuple)) or _is_empty(input):
+        if not isinstance(input, (Tensor, np.ndarray, list, tuple)) or _has_no_axis(input):
             raise TypeError(f"the input is a string, a list of strings or tokens, got {describe(input)}")
+        if len(input) == 0:
+            raise ValueError(f"the input is empty, {describe(input)}: give one prompt at least, of one token at least")
         tokens = self._check_tokens(input)
         return tokens, self._infer_mask(tokens, attention_mask, prepend_bos, padding_side, past_kv_cache)
 
@@ -110,6 +115,8 @@ class InputReading(TextInterface, HookedRootModule):
         side = self._padding_side(padding_side)
         tokenization.check_padding_side(side)
         continuing = past_kv_cache is not None and past_kv_cache.length > 0
+        if attention_mask is not None:
+            attention_mask = mask_tensor(attention_mask, tokens, continuing)
         if attention_mask is not None or self.tokenizer is None or side == "right" or continuing:
             return attention_mask
         return tokenization.infer_attention_mask(self.tokenizer, tokens, self._prepends_bos(prepend_bos), side)
@@ -163,6 +170,5 @@ class InputReading(TextInterface, HookedRootModule):
         return any(self.cfg.rotation_changes(length, length + n_new) for length in lengths)
 
 
-def _is_empty(input: Tensor | np.ndarray | Sequence[object]) -> bool:
-    """Whether there is nothing along the first axis, or no axis."""
-    return (isinstance(input, (Tensor, np.ndarray)) and input.ndim == 0) or len(input) == 0
+def _has_no_axis(input: Tensor | np.ndarray | Sequence[object]) -> bool:
+    return isinstance(input, (Tensor, np.ndarray)) and input.ndim == 0

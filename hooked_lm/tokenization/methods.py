@@ -12,11 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_lm import tokenization
+from hooked_lm._support.integers import integer, is_integer
 from hooked_lm.components import Embed, Unembed
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.tokenization import LogitTokens, PaddingSide, Prompts, TokenBatch, Tokenizer
 
-__all__ = ["Text", "TextInterface", "check_attention_mask", "describe"]
+__all__ = ["Text", "TextInterface", "check_attention_mask", "describe", "mask_tensor"]
 
 Text = str | Sequence[str]
 
@@ -52,7 +53,13 @@ class TextInterface(nn.Module):
 
         Raises:
             ValueError: a token has no row in the embedding, there is no token to pad with, or the side is neither.
+            TypeError: it is no tokenizer.
         """
+        if not callable(getattr(tokenizer, "get_vocab", None)):
+            raise TypeError(
+                f"a tokenizer is an object such as AutoTokenizer.from_pretrained returns, got {tokenizer!r}: load it "
+                "first, or name it in the config (tokenizer_name=)"
+            )
         if default_padding_side is not None:
             tokenization.check_padding_side(default_padding_side)
             self.cfg.default_padding_side = default_padding_side
@@ -188,9 +195,9 @@ class TextInterface(nn.Module):
         Raises:
             TypeError: it is no integer.
         """
-        if isinstance(int_token, bool) or not isinstance(int_token, int):
+        if not is_integer(int_token):
             raise TypeError(f"a token is an int, got {int_token!r}")
-        return tokenization.str_tokens(self._require_tokenizer(), [int_token])[0]
+        return tokenization.str_tokens(self._require_tokenizer(), [integer(int_token, "a token")])[0]
 
     def get_token_position(
         self,
@@ -239,6 +246,22 @@ class TextInterface(nn.Module):
         return directions if self.cfg.logit_scale == 1.0 else directions * self.cfg.logit_scale
 
 
+def mask_tensor(mask: object, tokens: Tensor, continuing: bool = False) -> Tensor:
+    """Return the attention mask of some tokens as a tensor; a NumPy array becomes one.
+
+    Args:
+        mask: the mask.
+        tokens: [batch pos].
+        continuing: as for `check_attention_mask`.
+
+    Raises:
+        ValueError: as `check_attention_mask`.
+    """
+    made = torch.as_tensor(mask) if isinstance(mask, np.ndarray) and mask.dtype.kind in "iufb" else mask
+    check_attention_mask(made, tokens.shape[0], tokens.shape[1], continuing)
+    return cast(Tensor, made)
+
+
 def check_attention_mask(mask: object, batch: int, n_new: int, continuing: bool = False) -> None:
     """Check the attention mask of some tokens.
 
@@ -251,7 +274,10 @@ def check_attention_mask(mask: object, batch: int, n_new: int, continuing: bool 
         ValueError: it is not [batch pos] of 0 and 1, or marks a whole prompt that is not `continuing` as padding.
     """
     if not isinstance(mask, Tensor) or tuple(mask.shape) != (batch, n_new):
-        raise ValueError(f"attention_mask has shape [batch pos] = [{batch} {n_new}], got {describe(mask)}")
+        raise ValueError(
+            f"attention_mask has shape [batch pos] = [{batch} {n_new}], got {describe(mask)}: give a tensor with 1 for "
+            "each real token and 0 for padding"
+        )
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError("attention_mask holds 1 for real tokens and 0 for padding, and nothing else")
     if not continuing and not bool(mask.any(1).all()):
@@ -261,5 +287,6 @@ def check_attention_mask(mask: object, batch: int, n_new: int, continuing: bool 
 def describe(value: object) -> str:
     """Return a description of a value, for an error: its type, and shape and dtype if it is a tensor."""
     if isinstance(value, (Tensor, np.ndarray)):
-        return f"a tensor with shape {tuple(value.shape)} and dtype {value.dtype}"
+        kind = "tensor" if isinstance(value, Tensor) else "NumPy array"
+        return f"a {kind} with shape {tuple(value.shape)} and dtype {value.dtype}"
     return f"{type(value).__name__} {value!r}"

@@ -86,7 +86,8 @@ class WeightLoading(nn.Module):
             first_n_layers: keep only the first so many blocks.
             n_ctx: a shorter context, in tokens.
             default_prepend_bos, default_padding_side: override the model's defaults.
-            trust_remote_code: allow the tokenizer to run code from the hub.
+            trust_remote_code: run code that comes with the checkpoint: of its tokenizer, and of its config where
+                transformers does not know the model type. Without it such a checkpoint raises; nobody is asked.
 
         Raises:
             CheckpointError: the checkpoint cannot be found or read; the message lists the places searched.

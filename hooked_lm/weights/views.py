@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hooked_lm._support.integers import integer
 from hooked_lm.components import Embed, PosEmbed, TransformerBlock, Unembed
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.factored_matrix import FactoredMatrix, composition_scores
@@ -202,6 +203,7 @@ class WeightViews(nn.Module):
             ValueError: a layer out of range; a model that normalises biases before they reach the stream; or biases of
                 experts, which differ by token.
         """
+        layer = integer(layer, "layer")
         if not 0 <= layer <= self.cfg.n_layers or (mlp_input and layer == self.cfg.n_layers):
             raise ValueError(f"layer {layer} is out of range: this model has blocks 0-{self.cfg.n_layers - 1}")
         if self.cfg.normalizes_writes:
