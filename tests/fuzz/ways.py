@@ -56,6 +56,8 @@ def draw_slice(case: Case, candidates: list[int], length: int) -> tuple[Any, lis
     """Draw a `pos_slice` among some positions, and return with it the positions it selects."""
     rng = case.rng
     picked = rng.sample(candidates, rng.randint(1, len(candidates)))
+    if rng.random() < 0.3:
+        return picked[0] - length if rng.random() < 0.5 else picked[0], picked[:1]
     return [one - length if rng.random() < 0.3 else one for one in picked], picked
 
 
