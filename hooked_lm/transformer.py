@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hooked_lm import tokenization
 from hooked_lm._support.plain_data import PlainData
+from hooked_lm._support.torch_internals import values_readable
 from hooked_lm.activation_cache.recording import Caching
 from hooked_lm.components import Embed, PosEmbed, SequenceLayout, TransformerBlock, Unembed
 from hooked_lm.components.norm import NoNorm, make_norm
@@ -333,7 +334,8 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
             raise ValueError("a next-token loss needs at least two positions")
         if attention_mask is not None:
             attention_mask = attention_mask.to(logits.device, torch.long)
-            if not per_token and not bool((attention_mask[:, 1:] * attention_mask[:, :-1]).any()):
+            pairs = attention_mask[:, 1:] * attention_mask[:, :-1]
+            if not per_token and values_readable(pairs) and not bool(pairs.any()):
                 raise ValueError("the mask leaves no real token with a real one after it, so there is no mean loss")
         return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
 

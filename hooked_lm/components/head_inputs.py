@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
+from hooked_lm._support.torch_internals import transforms_active
 from hooked_lm.components.norm import is_plain_norm
 from hooked_lm.hooks import HookPoint, any_live, carries_run, is_live, may_edit_forward
 from hooked_lm.hooks.thread import GradientSwitch, editing_hooks_only, switched_gradients
@@ -127,7 +128,8 @@ class _NormOfCopies:
         if self.direct:
             normalized: Tensor = self.ln1(copies)
             return normalized
-        edited = source.edited_heads()
+        # Under torch.func an equal copy may have a tangent of its own, or be one of a batch.
+        edited = [True] * copies.shape[2] if transforms_active() else source.edited_heads()
         if all(edited):
             return torch.stack([self._of_an_edited_copy(copies[:, :, head]) for head in range(len(edited))], 2)
         unedited = self._of_unedited_copies(copies)
@@ -164,7 +166,15 @@ class _NormOfCopies:
             return torch.zeros_like(gradient)
         self.switch.on = False
         try:
-            (found,) = torch.autograd.grad(self.shared, self.stream, gradient, retain_graph=True, allow_unused=True)
+            (found,) = torch.autograd.grad(
+                self.shared,
+                self.stream,
+                gradient,
+                retain_graph=True,
+                # This runs in a backward pass, which records if and only if it was asked to create a graph.
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+            )
         finally:
             self.switch.on = True
         return torch.zeros_like(gradient) if found is None else found
@@ -194,7 +204,6 @@ class _UneditedCopies(torch.autograd.Function):
         return shared[:, :, None].expand(-1, -1, copies.shape[2], -1).clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: _CopiesContext, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         heads = torch.stack([ctx.norm.gradient_at(gradient[:, :, head]) for head in range(gradient.shape[2])], 2)
         return heads, -heads.sum(2), gradient.sum(2), None
