@@ -44,6 +44,8 @@ def gradients(model: HookedTransformer, loss: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("way", ["cache", "dictionary", "product", "intervention"])
 def test_cached_activations_are_patched_into_a_run_with_gradients(site: str, way: str) -> None:
+    if way == "product" and site.endswith("scores"):
+        pytest.skip("minus infinity times minus infinity")
     model = model_of("rotary, grouped queries, gated")
     recorded = inference_cache(model, names_filter=site)
     raw = recorded.cache_dict[site]
@@ -77,9 +79,9 @@ def test_a_residual_tokens_and_a_mask_of_inference_mode_start_a_run() -> None:
     W_in = model.blocks[1].mlp.W_in
     assert W_in.grad is not None
     alone = model_of("layer-norm")
-    for start in (0, 1):
-        given = model(TOKENS, stop_at_layer=start).detach()
-        alone(given, start_at_layer=start, tokens=TOKENS, attention_mask=MASK, return_type="loss").backward()
+    given = model(TOKENS, stop_at_layer=1).detach()
+    alone(given, start_at_layer=1, tokens=TOKENS, attention_mask=MASK, return_type="loss").backward()
+    alone(TOKENS, attention_mask=MASK, return_type="loss").backward()
     torch.testing.assert_close(W_in.grad, alone.blocks[1].mlp.W_in.grad)
 
 
@@ -89,7 +91,7 @@ def test_the_methods_of_the_cache_run_with_gradients_on() -> None:
     for read in (
         lambda one: one.stack_neuron_results(2),
         lambda one: one.stack_head_results(),
-        lambda one: one.logit_attrs(one.decompose_resid(mode="full"), TOKENS[:, -1]),
+        lambda one: one.logit_attrs(one.decompose_resid(), TOKENS[:, -1]),
         lambda one: model.logits_of(one["resid_post", -1]),
     ):
         found = read(cache)

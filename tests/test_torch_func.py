@@ -148,12 +148,13 @@ def test_prompts_in_a_vmap_get_the_logits_of_the_batch(architecture: str) -> Non
 
 
 def test_padding_is_inferred_under_vmap_too() -> None:
-    tokenizer = tiny_tokenizer()
     model = model_of("layer-norm", d_vocab=300)
-    model.set_tokenizer(tokenizer, default_padding_side="left")
-    tokens = tiny_tokens(3, 6, vocab=300) + 0
-    tokens[tokens == tokenizer.pad_token_id] = 5
-    tokens[0, :3] = tokenizer.pad_token_id
+    model.set_tokenizer(tiny_tokenizer(), default_padding_side="left")
+    assert model.tokenizer is not None
+    padding = model.tokenizer.pad_token_id
+    tokens = tiny_tokens(3, 6, vocab=300)
+    tokens[tokens == padding] = 5
+    tokens[0, :3] = padding
     expected = model(tokens, return_type="loss", loss_per_token=True)
     assert not torch.allclose(
         expected[0], model(tokens, return_type="loss", loss_per_token=True, padding_side="right")[0]
@@ -228,8 +229,11 @@ def test_the_jacobian_at_any_site_is_the_slope(architecture: str) -> None:
     for site in sites_of(model):
 
         def edited(by: Tensor, site: str = site) -> Tensor:
-            hook = (site, lambda x, hook: x * (1 + by[0]) + by[1] * x.detach().cos())
-            return model.run_with_hooks(TOKENS, fwd_hooks=[hook])[:, -1]
+            def edit(x: Tensor, hook: object) -> Tensor:
+                finite = x.clamp(min=-10.0)  # masked scores are minus infinity
+                return x + by[0] * finite + by[1] * finite.cos()
+
+            return model.run_with_hooks(TOKENS, fwd_hooks=[(site, edit)])[:, -1]
 
         backwards, forwards = jacrev(edited)(here), jacfwd(edited)(here)
         for entry in range(2):
