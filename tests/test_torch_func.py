@@ -307,6 +307,39 @@ def test_a_tensor_that_leaves_a_vmap_some_other_way_raises() -> None:
         kept[0] + 1
 
 
+@pytest.mark.parametrize("option", [{"lazy": True}, {"offload": "never-written.safetensors"}])
+def test_caches_that_keep_values_only_raise(option: dict[str, Any]) -> None:
+    model = model_of("layer-norm")
+    with pytest.raises(ValueError, match=f"under torch.func .*cache without {next(iter(option))}="):
+        vmap(lambda tokens: model.run_with_cache(tokens, **option)[0])(TOKENS)
+
+
+def test_a_key_value_cache_carries_batches_and_derivatives() -> None:
+    model = model_of("rotary, grouped queries, gated")
+    weights = weights_of(model)
+    direction = directions_of(weights)
+
+    def logits(weights: dict[str, Tensor], tokens: Tensor) -> Tensor:
+        cache = model.new_kv_cache(len(tokens), capacity=6)
+        for part in (tokens[:, :3], tokens[:, 3:4], tokens[:, 4:]):
+            out = functional_call(model, weights, (part,), {"past_kv_cache": cache})
+        return out
+
+    close(vmap(lambda tokens: logits(weights, tokens[None]))(TOKENS)[:, 0], model(TOKENS)[:, 4:])
+
+    def whole(weights: dict[str, Tensor]) -> Tensor:
+        return functional_call(model, weights, (TOKENS,))[:, 4:]
+
+    _, found = torch.func.jvp(lambda weights: logits(weights, TOKENS), (weights,), (direction,))
+    _, expected = torch.func.jvp(whole, (weights,), (direction,))
+    close(found, expected)
+    stepwise, at_once = (
+        grad(lambda w, f=f: f(w).square().sum())(weights) for f in (lambda w: logits(w, TOKENS), whole)
+    )
+    for name in weights:
+        close(stepwise[name], at_once[name], atol=1e-9)
+
+
 def test_no_table_of_a_transform_is_kept_for_later_runs() -> None:
     model = model_of("rotary, grouped queries, gated", rotary_base=123.0)
     _fixed_frequencies.cache_clear()
