@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, grad_and_value, jacfwd, jacrev, stack_module_state, vjp, vmap
+from torch.func import functional_call, grad, grad_and_value, jacfwd, jacrev, linearize, stack_module_state, vjp, vmap
 
 from hooked_lm import HookedTransformer, Intervention
 from hooked_lm.components.positions import _fixed_frequencies
@@ -288,6 +288,16 @@ def test_a_vector_jacobian_product_with_a_hook() -> None:
     (found,) = pull(seed)
     unit = torch.eye(16, dtype=torch.float64)[3]
     close(found[3], slope(lambda step: (logits(step * unit).detach() * seed).sum()), atol=1e-9)
+
+
+# torch inserts constants into its own graph before they are there.
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")
+def test_a_linearized_run_is_the_derivative_forwards() -> None:
+    model = model_of("layer-norm")
+    (residual,), (direction,) = residual_and_direction(model)
+    _, linear = linearize(lambda x: model(x, start_at_layer=0), residual)
+    _, expected = torch.func.jvp(lambda x: model(x, start_at_layer=0), (residual,), (direction,))
+    close(linear(direction), expected)
 
 
 def test_activations_are_returned_from_a_transform() -> None:
