@@ -46,8 +46,8 @@ DERIVATIVES = (
     Breakage(
         "plain-gradient-gives-groups-the-wrong-key-head",
         f"{COMPONENTS}/fused.py",
-        r"unflatten\(2, \(kv_heads, -1\)\)\.sum\(3\)",
-        "unflatten(2, (-1, kv_heads)).sum(2)",
+        r"reshape\(-1, kv_heads, group, \*one\.shape\[2:\]\)\.sum\(2\)",
+        "reshape(-1, group, kv_heads, *one.shape[2:]).sum(1)",
         AUTOGRAD,
     ),
     Breakage(

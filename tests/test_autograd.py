@@ -166,14 +166,30 @@ def test_the_hessians_of_torch_agree(vectorize: bool) -> None:
     torch.testing.assert_close(torch.func.hessian(loss)(here), found, rtol=0, atol=1e-12)
 
 
-def test_gradients_in_a_batch_are_those_one_by_one() -> None:
-    model = model_of("layer-norm")
+@EVERY
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_in_a_batch_are_those_one_by_one(architecture: str, create_graph: bool) -> None:
+    model = model_of(architecture)
     logits = model(TOKENS)
     seeds = torch.randn(4, *logits.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     W_K = model.blocks[0].attn.W_K
-    (together,) = torch.autograd.grad(logits, W_K, seeds, is_grads_batched=True, retain_graph=True)
+    (together,) = torch.autograd.grad(
+        logits, W_K, seeds, is_grads_batched=True, retain_graph=True, create_graph=create_graph
+    )
     singly = [torch.autograd.grad(logits, W_K, seed, retain_graph=True)[0] for seed in seeds]
     torch.testing.assert_close(together, torch.stack(singly), rtol=0, atol=1e-12)
+
+
+def test_a_graph_made_outside_of_a_vmap_is_differentiated_inside() -> None:
+    model = model_of("layer-norm")
+    logits, W_K = model(TOKENS), model.blocks[0].attn.W_K
+    seeds = torch.randn(4, *logits.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def pulled(seed: Tensor) -> Tensor:
+        return torch.autograd.grad(logits, W_K, seed, retain_graph=True)[0]
+
+    expected = torch.stack([pulled(seed) for seed in seeds])
+    torch.testing.assert_close(torch.func.vmap(pulled)(seeds), expected, rtol=0, atol=1e-12)
 
 
 def test_the_second_derivative_goes_through_checkpoints() -> None:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
@@ -80,8 +79,8 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        # Autograd records what backward computes if and only if it was asked to create a graph. A batch of gradients
-        # (`is_grads_batched`, `vectorize`) would be taken through the kernel one by one.
+        # Autograd records what backward computes if and only if it was asked to create a graph. Under `torch.func`
+        # (a gradient taken inside `vmap` of a graph made outside) the kernel's derivative has no rule.
         if not (torch.is_grad_enabled() or transforms_active()):
             return gradient, None, None, None, None, None, None
         q, k, v = ctx.saved_tensors
@@ -100,19 +99,19 @@ def _gradients(
     """Return the gradients at queries, keys and values for one at z, by operations that have derivatives."""
     # Under autocast they differ in precision; the softmax is taken in float32 at least, as the kernels do.
     dtypes, precision = (q.dtype, k.dtype, v.dtype), torch.promote_types(gradient.dtype, torch.float32)
-    kv_heads = k.shape[2]
-    q, k, v, gradient = (one.to(precision) for one in (q, k, v, gradient))
-    k, v = (one.repeat_interleave(q.shape[2] // kv_heads, dim=2) for one in (k, v))
-    scores = scale * einsum(q, k, "batch query head d_head, batch key head d_head -> batch head query key")
+    group, kv_heads = q.shape[2] // k.shape[2], k.shape[2]
+    # [batch head pos d_head]. No einsum or unflatten, which torch cannot do to a batch of gradients.
+    q, k, v, gradient = (one.to(precision).transpose(1, 2) for one in (q, k, v, gradient))
+    k, v = (one.repeat_interleave(group, dim=1) for one in (k, v))
+    scores = scale * q @ k.mT
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     pattern = scores.softmax(-1)
-    to_pattern = einsum(gradient, v, "batch query head d_head, batch key head d_head -> batch head query key")
+    to_pattern = gradient @ v.mT
     to_scores = scale * pattern * (to_pattern - (to_pattern * pattern).sum(-1, keepdim=True))
-    of_q = einsum(to_scores, k, "batch head query key, batch key head d_head -> batch query head d_head")
-    of_k = einsum(to_scores, q, "batch head query key, batch query head d_head -> batch key head d_head")
-    of_v = einsum(pattern, gradient, "batch head query key, batch query head d_head -> batch key head d_head")
-    of_k, of_v = (one.unflatten(2, (kv_heads, -1)).sum(3) for one in (of_k, of_v))
-    return of_q.to(dtypes[0]), of_k.to(dtypes[1]), of_v.to(dtypes[2])
+    of_q, of_k, of_v = to_scores @ k, to_scores.mT @ q, pattern.mT @ gradient
+    of_k, of_v = (one.reshape(-1, kv_heads, group, *one.shape[2:]).sum(2) for one in (of_k, of_v))
+    of_q, of_k, of_v = (one.transpose(1, 2).to(dtype) for one, dtype in zip((of_q, of_k, of_v), dtypes, strict=True))
+    return of_q, of_k, of_v
