@@ -239,28 +239,48 @@ def test_large_products_have_second_derivatives(dtype: torch.dtype) -> None:
 # With hooks
 
 
-@pytest.mark.parametrize("site", ["hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input"])
-@pytest.mark.parametrize("edited", [False, True])
-def test_copies_of_the_stream_have_second_derivatives(site: str, edited: bool) -> None:
-    model = model_of("layer-norm")
+COPIES = pytest.mark.parametrize("site", ["hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input"])
 
-    def gradient(shift: Tensor, create_graph: bool) -> Tensor:
-        def edit(x: Tensor, hook: object) -> Tensor:
-            return x * (1 + shift) if edited else x
 
-        hooks = [
-            ("blocks.0.hook_resid_post", lambda x, hook: x + shift),
-            (f"blocks.1.{site}", edit),
-            ("blocks.1.ln1.hook_normalized", lambda x, hook: x * (1 + shift)),
-        ]
-        out = model.run_with_hooks(TOKENS, fwd_hooks=hooks)
-        return torch.autograd.grad(out.square().mean(), shift, create_graph=create_graph)[0]
+def output_of_edits(model: HookedTransformer, site: str, shift: Tensor, scale: float) -> Tensor:
+    """A number computed with the copies of the stream shifted, and a hook at the norm that reads them."""
+    hooks = [
+        (f"blocks.1.{site}", lambda x, hook: x * scale + shift),
+        ("blocks.1.ln1.hook_normalized", lambda x, hook: x * 1.3),
+    ]
+    return model.run_with_hooks(TOKENS, fwd_hooks=hooks).square().mean()
 
-    shift = torch.linspace(0.1, 0.3, 16, dtype=torch.float64, requires_grad=True)
-    (found,) = torch.autograd.grad(gradient(shift, create_graph=True).sum(), shift)
-    direction = torch.ones(16, dtype=torch.float64)
-    expected = slope(lambda step: gradient((shift.detach() + step * direction).requires_grad_(), create_graph=False))
+
+def curvature(model: HookedTransformer, site: str, here: Tensor, direction: Tensor, scale: float) -> Tensor:
+    def gradient(step: float) -> Tensor:
+        shift = (here + step * direction).requires_grad_()
+        return torch.autograd.grad(output_of_edits(model, site, shift, scale), shift)[0]
+
+    return slope(gradient)
+
+
+@COPIES
+def test_edited_copies_of_the_stream_have_second_derivatives(site: str) -> None:
+    model, here = model_of("layer-norm"), torch.full((16,), 0.2, dtype=torch.float64)
+    direction = torch.linspace(-1, 1, 16, dtype=torch.float64)
+    _, found = torch.autograd.functional.hvp(lambda shift: output_of_edits(model, site, shift, 1.1), here, direction)
+    expected = curvature(model, site, here, direction, 1.1)
+    assert expected.abs().max() > 1e-3
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
+
+
+@COPIES
+def test_copies_that_equal_the_stream_have_them_by_torch_func_and_raise_otherwise(site: str) -> None:
+    model, here = model_of("layer-norm"), torch.zeros(16, dtype=torch.float64)
+    direction = torch.linspace(-1, 1, 16, dtype=torch.float64)
+    shift = here.clone().requires_grad_()
+    (first,) = torch.autograd.grad(output_of_edits(model, site, shift, 1.0), shift, create_graph=True)
+    (plain,) = torch.autograd.grad(output_of_edits(model, site, shift, 1.0), shift)
+    torch.testing.assert_close(first, plain, rtol=0, atol=1e-12)
+    with pytest.raises(RuntimeError, match=r"no second derivative by backward: take one by torch\.func"):
+        torch.autograd.grad((first * direction).sum(), shift)
+    found = torch.func.hessian(lambda shift: output_of_edits(model, site, shift, 1.0))(here) @ direction
+    torch.testing.assert_close(found, curvature(model, site, here, direction, 1.0), rtol=0, atol=1e-8)
 
 
 def test_backward_hooks_see_the_gradient_at_z_under_create_graph() -> None:
@@ -309,7 +329,7 @@ def test_dual_numbers_go_through_the_model() -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("site", ["hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input"])
+@COPIES
 def test_a_copy_that_equals_the_stream_may_have_a_derivative(site: str) -> None:
     """A shift by zero changes no value, so that only its derivative says that the copy was edited."""
     model = model_of("layer-norm")

@@ -166,15 +166,7 @@ class _NormOfCopies:
             return torch.zeros_like(gradient)
         self.switch.on = False
         try:
-            (found,) = torch.autograd.grad(
-                self.shared,
-                self.stream,
-                gradient,
-                retain_graph=True,
-                # This runs in a backward pass, which records if and only if it was asked to create a graph.
-                create_graph=torch.is_grad_enabled(),
-                allow_unused=True,
-            )
+            (found,) = torch.autograd.grad(self.shared, self.stream, gradient, retain_graph=True, allow_unused=True)
         finally:
             self.switch.on = True
         return torch.zeros_like(gradient) if found is None else found
@@ -205,5 +197,27 @@ class _UneditedCopies(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _CopiesContext, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        heads = torch.stack([ctx.norm.gradient_at(gradient[:, :, head]) for head in range(gradient.shape[2])], 2)
+        with torch.no_grad():
+            heads = torch.stack([ctx.norm.gradient_at(gradient[:, :, head]) for head in range(gradient.shape[2])], 2)
+        if torch.is_grad_enabled():  # the gradient may be differentiated
+            heads = _Once.apply(heads, gradient)  # type: ignore[no-untyped-call]
         return heads, -heads.sum(2), gradient.sum(2), None
+
+
+class _Once(torch.autograd.Function):
+    """The gradient at the copies of the stream, which raises where it is differentiated.
+
+    It is computed at the stream, so its derivative at a copy is not known: that of each norm by itself is another.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, heads: Tensor, gradient: Tensor) -> Tensor:
+        return heads.clone()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError(
+            "hooks at hook_attn_in, hook_q_input, hook_k_input or hook_v_input together with hooks at the norm before "
+            "attention have no second derivative by backward: take one by torch.func (hessian, jacfwd, grad of grad), "
+            "which normalises each head's copy by itself, or remove the hooks at one of the two"
+        )
