@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_lm._support.torch_internals import transforms_active
 from hooked_lm.config import HookedTransformerConfig
 
 __all__ = ["HookedTransformerKeyValueCache", "HookedTransformerKeyValueCacheEntry"]
@@ -59,8 +60,9 @@ class HookedTransformerKeyValueCacheEntry:
             )
         if self.frozen:
             return torch.cat((self.past_keys, keys), 1), torch.cat((self.past_values, values), 1)
-        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad or self._in_a_graph):
-            # A write into the buffer would break the graph through it.
+        in_a_graph = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad or self._in_a_graph)
+        if in_a_graph or transforms_active():
+            # A write into the buffer would break the graph through it, and torch.func cannot always make it.
             self._keys = torch.cat((self.past_keys, keys), 1)
             self._values = torch.cat((self.past_values, values), 1)
             self._length = self._keys.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from scripts.breakage import LIBRARY, AnchorError, Breakage
+from scripts.breakages_of_derivatives import DERIVATIVES
 from scripts.breakages_of_files import FILES
 from scripts.breakages_of_input import OF_INPUT
 
@@ -11,6 +12,7 @@ __all__ = ["BREAKAGES", "LIBRARY", "AnchorError", "Breakage"]
 COMPONENTS, ARCHITECTURES = "hooked_lm/components", ("test_architectures.py",)
 
 BREAKAGES = (
+    *DERIVATIVES,
     # Positions and masks
     Breakage(
         "rotary-turns-the-other-way",

@@ -104,6 +104,8 @@ def test_no_block_is_missed() -> None:
         assert len(python_blocks(page)) == (ROOT / page).read_text().count("```python"), page
 
 
+# torch imports its own forward-mode rules at the first `jvp` (docs/howto/derivatives.md).
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)])
 def test_the_python_blocks_of_a_page_run_and_print_what_is_shown(page: str) -> None:
     for block, printed, _ in run(page):

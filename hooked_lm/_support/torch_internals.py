@@ -21,6 +21,8 @@ __all__ = [
     "memory_reference",
     "only_plain_operations",
     "times_written",
+    "transforms_active",
+    "values_readable",
     "without_torch_functions",
 ]
 
@@ -94,6 +96,41 @@ def without_torch_functions() -> AbstractContextManager[object]:
     """Return a `with` block in which subclasses of Tensor are not asked to compute a function of theirs themselves."""
     disabled: AbstractContextManager[object] = torch._C.DisableTorchFunctionSubclass()
     return disabled
+
+
+def transforms_active() -> bool:
+    """Return whether a `torch.func` transform or forward-mode differentiation is on.
+
+    A tensor's value is then not all there is to it: it may have a tangent too, or stand for a batch. A torch that does
+    not say counts as one without them; it raises where it lacks a rule for an operation.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+    except AttributeError:
+        return False
+
+
+def values_readable(tensor: Tensor) -> bool:
+    """Return whether Python can read a tensor's values: not in a compiled graph, nor if `torch.vmap` batches them.
+
+    True where torch does not say; reading then raises.
+
+    Args:
+        tensor: of any shape.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        functorch = torch._C._functorch
+        while functorch.is_functorch_wrapped_tensor(tensor):
+            if functorch.is_batchedtensor(tensor):
+                return False
+            tensor = functorch.get_unwrapped(tensor)
+    except AttributeError:
+        return True
+    return True
 
 
 def times_written(tensor: Tensor) -> int:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from hooked_lm._support.inference import as_differentiable
 from hooked_lm._support.integers import integer, is_integer
 from hooked_lm._support.torch_internals import memory_reference
 from hooked_lm.activation_cache.file import Memory, Offloading, memory_of
@@ -98,12 +99,26 @@ class CachedActivations(Mapping[str, Tensor]):
     def __getitem__(self, key: ActivationKey) -> Tensor:
         name = self.full_name(key)
         if name in self.cache_dict:
-            return self.cache_dict[name]
+            return self._differentiable(name, self.cache_dict[name])
         if name.removesuffix("_grad") in self.model.hook_dict:
             demand = getattr(self.model.hook_dict.get(name), "on_demand", False)
             reason = "computed on demand: name it in names_filter" if demand else "not recorded in this run"
             raise UnknownHookError(f"{name!r} exists in the model but is not in this cache: it is {reason}")
         raise UnknownHookError(describe_unknown(name, list(self.model.hook_dict)))
+
+    def _differentiable(self, name: str, tensor: Tensor) -> Tensor:
+        """Return an entry as a tensor that autograd can save, which takes the place of one made in inference mode."""
+        usable = as_differentiable(tensor)
+        if usable is not tensor and not isinstance(self.cache_dict, LazyActivations):
+            place = tensor.data_ptr()
+            # Entries that are one tensor stay one.
+            same = [
+                other
+                for other, one in self.cache_dict.items()
+                if one.data_ptr() == place and memory_of(one) == memory_of(tensor)
+            ]
+            self.cache_dict.update(dict.fromkeys((name, *same), usable))
+        return usable
 
     def __contains__(self, key: object) -> bool:
         try:

@@ -11,6 +11,7 @@ from typing import Literal, cast, overload
 import torch
 from torch import Tensor
 
+from hooked_lm._support.torch_internals import transforms_active
 from hooked_lm.activation_cache.decomposition import ActivationCache
 from hooked_lm.activation_cache.file import Offloading
 from hooked_lm.activation_cache.lazy import LazyActivations, Part
@@ -102,8 +103,10 @@ class Caching(TextInterface, Intervening):
                 `ActivationCache.load` opens it again.
 
         Raises:
-            ValueError: options that exclude each other.
+            ValueError: options that exclude each other, or `lazy` or `offload` under `torch.func`.
         """
+        if (lazy or offload is not None) and transforms_active():
+            raise ValueError(_no_values_alone(lazy))
         if names_filter is not None and not isinstance(names_filter, str) and not callable(names_filter):
             names_filter = list(names_filter)  # an iterator can be read only once, and the filter is read twice
         if lazy:
@@ -204,3 +207,12 @@ def _mask_of(mask: Tensor | None, positions: Slice, device: torch.device | str |
 
 def _no_op(x: Tensor, hook: HookPoint) -> None:
     """No-op hook: attached to no run, only so that the never-ran check counts this site."""
+
+
+def _no_values_alone(lazy: bool) -> str:
+    """Return the message about a cache that keeps values, and nothing else, under a transform."""
+    return (
+        "under torch.func or forward-mode differentiation an activation has more than its values, and "
+        f"{'a lazy cache computes it from them' if lazy else 'a file holds only them'}: cache without "
+        f"{'lazy=True' if lazy else 'offload='}"
+    )

@@ -10,7 +10,9 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hooked_lm._support.torch_internals import transforms_active
 from hooked_lm.components.activations import soft_cap
+from hooked_lm.components.fused import fused_attention
 from hooked_lm.components.linear import linear
 from hooked_lm.components.norm import make_qk_norm
 from hooked_lm.components.positions import AlibiSpec, RotarySpec, rotate
@@ -26,7 +28,8 @@ __all__ = ["Attention"]
 class Attention(HookHolder):
     """Multi-head attention with named activations (Elhage et al. 2021, "A Mathematical Framework").
 
-    Fused unless `hook_attn_scores` or `hook_pattern` has a hook; `hook_result` is computed only if it has a hook.
+    Fused unless `hook_attn_scores` or `hook_pattern` has a hook, or under `torch.func` and forward-mode
+    differentiation, for which the fused kernels have no rules. `hook_result` is computed only if it has a hook.
 
     Parameters:
         W_Q [head d_model d_head], W_K, W_V [kv_head d_model d_head], W_O [head d_head d_model],
@@ -119,9 +122,9 @@ class Attention(HookHolder):
         v: Float[Tensor, "batch key kv_head d_head"],
         layout: SequenceLayout,
     ) -> Float[Tensor, "out_batch query head d_head"]:
-        """Return z; by the fused kernel, unless the scores are needed: for hooks, a soft-cap or sinks."""
+        """Return z; by the fused kernel, unless the scores are needed: for hooks, a soft-cap, sinks or `torch.func`."""
         hooked = is_live(self.hook_attn_scores) or is_live(self.hook_pattern)
-        eager = hooked or self.score_cap > 0 or self.sinks is not None
+        eager = hooked or self.score_cap > 0 or self.sinks is not None or transforms_active()
         return (self.eager_attention if eager else self.fused_attention)(q, k, v, layout)
 
     def project(
@@ -161,16 +164,7 @@ class Attention(HookHolder):
             mask = layout.bias(self.causal, self.window, self.alibi, q.dtype)
         elif not plain:
             mask = layout.mask(self.causal, self.window)
-        z = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=plain,
-            scale=self.scale,
-            enable_gqa=q.shape[2] != k.shape[2],
-        )
-        return z.transpose(1, 2)
+        return fused_attention(q, k, v, mask, plain, self.scale)
 
     def eager_attention(
         self,

@@ -10,6 +10,7 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from hooked_lm._support.torch_internals import transforms_active
 from hooked_lm.components.activations import soft_cap
 from hooked_lm.components.linear import linear
 from hooked_lm.components.norm import NoNorm, make_writing_norm
@@ -88,6 +89,15 @@ class Unembed(HookHolder):
             return self._tied_to[0].W_E.T
         return super().__getattr__(name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "W_U" and vars(self).get("_tied_to") is not None:
+            # Kept as an attribute it would have no effect. torch.func.functional_call assigns what it is given.
+            raise ValueError(
+                "this model's embeddings are tied, so unembed.W_U is the transpose of embed.W_E: give embed.W_E alone, "
+                "or call unembed.untie() first"
+            )
+        super().__setattr__(name, value)
+
     def untie(self) -> None:
         """Replace the tied `W_U` by a parameter, a copy of its values."""
         if self._tied_to is None:
@@ -108,7 +118,8 @@ class Unembed(HookHolder):
         On the CPU, `F.linear` first copies a bias to every row of the output, the model's largest tensor by far.
         Checking `b_U` for zeros costs little, and in most unprocessed models it is zero.
         """
-        needed = self.b_U.requires_grad and torch.is_grad_enabled()
+        # Under torch.func a bias of zeros may have a tangent, or be one of a batch.
+        needed = (self.b_U.requires_grad and torch.is_grad_enabled()) or transforms_active()
         if needed or torch.compiler.is_compiling() or self.b_U.device.type != "cpu" or bool(self.b_U.any()):
             return self.b_U
         return None

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
+from hooked_lm._support.torch_internals import transforms_active
 from hooked_lm.components.norm import is_plain_norm
 from hooked_lm.hooks import HookPoint, any_live, carries_run, is_live, may_edit_forward
 from hooked_lm.hooks.thread import GradientSwitch, editing_hooks_only, switched_gradients
@@ -127,7 +128,8 @@ class _NormOfCopies:
         if self.direct:
             normalized: Tensor = self.ln1(copies)
             return normalized
-        edited = source.edited_heads()
+        # Under torch.func an equal copy may have a tangent of its own, or be one of a batch.
+        edited = [True] * copies.shape[2] if transforms_active() else source.edited_heads()
         if all(edited):
             return torch.stack([self._of_an_edited_copy(copies[:, :, head]) for head in range(len(edited))], 2)
         unedited = self._of_unedited_copies(copies)
@@ -194,7 +196,28 @@ class _UneditedCopies(torch.autograd.Function):
         return shared[:, :, None].expand(-1, -1, copies.shape[2], -1).clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: _CopiesContext, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        heads = torch.stack([ctx.norm.gradient_at(gradient[:, :, head]) for head in range(gradient.shape[2])], 2)
+        with torch.no_grad():
+            heads = torch.stack([ctx.norm.gradient_at(gradient[:, :, head]) for head in range(gradient.shape[2])], 2)
+        if torch.is_grad_enabled():  # the gradient may be differentiated
+            heads = _Once.apply(heads, gradient)  # type: ignore[no-untyped-call]
         return heads, -heads.sum(2), gradient.sum(2), None
+
+
+class _Once(torch.autograd.Function):
+    """The gradient at the copies of the stream, which raises where it is differentiated.
+
+    It is computed at the stream, so its derivative at a copy is not known: that of each norm by itself is another.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, heads: Tensor, gradient: Tensor) -> Tensor:
+        return heads.clone()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError(
+            "hooks at hook_attn_in, hook_q_input, hook_k_input or hook_v_input together with hooks at the norm before "
+            "attention have no second derivative by backward: take one by torch.func (hessian, jacfwd, grad of grad), "
+            "which normalises each head's copy by itself, or remove the hooks at one of the two"
+        )

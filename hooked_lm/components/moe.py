@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hooked_lm._support.torch_internals import values_readable
 from hooked_lm.components.activations import make_activation
 from hooked_lm.components.linear import linear
 from hooked_lm.components.mlp import GatedMLP
@@ -64,10 +65,32 @@ class MoE(HookHolder):
             weights = weights / total.masked_fill(total == 0, 1.0)
         weights = weights.to(x.dtype)
         out = torch.zeros_like(x) if self.shared is None else self.shared_output(x)
+        if not (torch.compiler.is_compiling() or values_readable(indices)):
+            return out + self.of_every_expert(x, indices, weights)
         for expert in indices.unique().tolist():
             batch, pos, slot = torch.where(indices == expert)
             contribution = self.expert(expert, x[batch, pos]) * weights[batch, pos, slot, None]
             out.index_put_((batch, pos), contribution, accumulate=True)
+        return out
+
+    def of_every_expert(
+        self, x: Float[Tensor, "batch pos d_model"], indices: Tensor, weights: Float[Tensor, "batch pos chosen"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Return the experts' weighted sum by running each on every token, for tokens whose choice cannot be read.
+
+        Under `torch.vmap` the tokens of one expert are not the same in every run of the batch.
+
+        Args:
+            x: the tokens' input.
+            indices: [batch pos chosen], the chosen experts.
+            weights: the weight of each.
+        """
+        out = torch.zeros_like(x)
+        for expert in range(self.W_in.shape[0]):
+            chosen = indices == expert
+            contribution = self.expert(expert, x) * weights.where(chosen, 0.0).sum(-1, keepdim=True)
+            # `where`: an expert that no token chose may overflow, and 0 * inf is nan.
+            out = out + contribution.where(chosen.any(-1, keepdim=True), 0.0)
         return out
 
     def route(self, scores: Float[Tensor, "batch pos expert"]) -> Float[Tensor, "out_batch pos expert"]:
@@ -97,7 +120,7 @@ class MoE(HookHolder):
             return out
         return out * torch.sigmoid(linear(x, self.W_shared_gate.T, self.b_shared_gate))
 
-    def expert(self, expert: int, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
+    def expert(self, expert: int, x: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token d_model"]:
         """Return one expert's output for the tokens that chose it."""
         hidden = linear(x, self.W_in[expert].T, self.b_in[expert])
         if self.gated:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from hooked_lm._support.torch_internals import transforms_active
 from hooked_lm.config import HookedTransformerConfig
 
 if TYPE_CHECKING:
@@ -210,9 +211,10 @@ def rotary_frequencies(spec: RotarySpec, lengths: Int[Tensor, " batch"]) -> Floa
     """
     if isinstance(spec.scaling, (Dynamic, LongRope)):
         return spec.scaling(spec.base ** _exponents(spec.dim, lengths.device), lengths)
-    # Not through the cache under torch.compile, which warns about lru_cache and folds constants itself.
-    compiling = torch.compiler.is_compiling()
-    return (_fixed_frequencies.__wrapped__ if compiling else _fixed_frequencies)(spec, lengths.device)
+    # Not through the cache under torch.compile, which warns about lru_cache and folds constants itself, nor under
+    # torch.func, whose tensors are of no use once the transform has ended.
+    keeps = not (torch.compiler.is_compiling() or transforms_active())
+    return (_fixed_frequencies if keeps else _fixed_frequencies.__wrapped__)(spec, lengths.device)
 
 
 def rotary_tables(

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_lm._support.integers import integer, is_integer
+from hooked_lm._support.torch_internals import transforms_active
 from hooked_lm.components.positions import AlibiSpec, RotarySpec, alibi_slopes, rotary_tables
 from hooked_lm.hooks import KeptPositions
 
@@ -79,7 +80,9 @@ class SequenceLayout:
         if self.valid is not None:
             # A query at padding has no real key; it attends to itself, so that its softmax is defined.
             allowed = (allowed & self.valid[:, None, None, :]) | (keys == queries)
-        return None if not torch.compiler.is_compiling() and bool(allowed.all()) else allowed
+        # Values cannot be read inside a compiled graph, nor under every transform.
+        readable = not (torch.compiler.is_compiling() or transforms_active())
+        return None if readable and bool(allowed.all()) else allowed
 
     def _distance(self) -> Int[Tensor, "batch_or_1 query key"]:
         """Return the distance of query and key within their prompt, padding not counted."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
+from hooked_lm._support.inference import as_differentiable
 from hooked_lm.hooks.thread import Token, here
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class HookHandle:
             return x
         if self.dir == "bwd" and isinstance(returned, tuple) and len(returned) == 1:
             returned = returned[0]
-        return self._checked(returned, x)
+        return as_differentiable(self._checked(returned, x))
 
     def _checked(self, returned: object, x: Tensor) -> Tensor:
         where = f"the {'backward ' if self.dir == 'bwd' else ''}hook at {self.point.name!r}"

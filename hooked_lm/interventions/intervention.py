@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hooked_lm._support.integers import integer, is_integer
 from hooked_lm._support.precision import at_least_single
+from hooked_lm._support.torch_internals import transforms_active
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint, KeptPositions
 from hooked_lm.interventions.masked import check_aligned, combined_mask, mask_weights
@@ -371,8 +372,11 @@ class Intervention:
             if not isinstance(selection, tuple):
                 dropped.append(axis)
         where = _where(x, chosen)
+        values = self._edit(x[where], dropped, pos_axis, here)
+        if transforms_active():  # torch.vmap cannot write a batch of values into a tensor that is no batch
+            return x.index_put(where, values), here  # type: ignore[arg-type]
         edited = x.clone()
-        edited[where] = self._edit(x[where], dropped, pos_axis, here)
+        edited[where] = values
         return edited, here
 
     def _edit(self, selected: Tensor, dropped: Sequence[int], pos_axis: int | None, here: tuple[int, ...]) -> Tensor:
@@ -422,10 +426,10 @@ def draw_prompts(n_cached: int, n_prompts: int | None, generator: torch.Generato
 
 
 def _where(x: Tensor, chosen: Mapping[int, tuple[int, ...]]) -> tuple[slice | Tensor, ...]:
-    """Return an index of the chosen entries that keeps every axis: slices where possible, else index tensors."""
+    """Return an index of the chosen entries that keeps every axis: slices where they do, else index tensors."""
     by_axis = [[one % x.shape[axis] for one in chosen[axis]] if axis in chosen else None for axis in range(x.ndim)]
     slices = [slice(None) if entries is None else _as_slice(entries) for entries in by_axis]
-    if None not in slices:
+    if None not in slices and not transforms_active():
         return tuple(one for one in slices if one is not None)
     # Index tensors that broadcast against each other select every combination of the entries.
     indices = [

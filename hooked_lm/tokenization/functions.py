@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hooked_lm._support.torch_internals import values_readable
+
 __all__ = [
     "LogitTokens",
     "PaddingSide",
@@ -157,7 +159,7 @@ def infer_attention_mask(tokenizer: Tokenizer, tokens: Tensor, prepend_bos: bool
     else:
         padded = is_pad.long().flip(1).cumprod(1).flip(1).bool()
         padded[:, 0] &= not (prepend_bos and tokenizer.pad_token_id == tokenizer.bos_token_id)
-    return None if not bool(padded.any()) else (~padded).long()
+    return None if values_readable(padded) and not bool(padded.any()) else (~padded).long()
 
 
 def token_rows(tokens: Prompts | int) -> Tensor:

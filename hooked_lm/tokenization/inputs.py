@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from hooked_lm import tokenization
+from hooked_lm._support.inference import as_differentiable
+from hooked_lm._support.torch_internals import values_readable
 from hooked_lm.components import SequenceLayout
 from hooked_lm.components.sequence import Prompt
 from hooked_lm.hooks import HookedRootModule, any_live
@@ -101,7 +103,7 @@ class InputReading(TextInterface, HookedRootModule):
             raise ValueError(f"the residual stream has dtype {residual.dtype}, the model {self.embed.W_E.dtype}")
         if tokens is not None and (1, *tokens.shape)[-2:] != tuple(residual.shape[:2]):
             raise ValueError(f"tokens {tuple(tokens.shape)} do not fit the residual {tuple(residual.shape)}")
-        return residual
+        return as_differentiable(residual)
 
     def _infer_mask(
         self,
@@ -144,14 +146,14 @@ class InputReading(TextInterface, HookedRootModule):
             )
         if attention_mask is not None:
             check_attention_mask(attention_mask, batch, n_new, continuing=n_past > 0)
-            attention_mask = attention_mask.to(device=device, dtype=torch.long)
+            attention_mask = as_differentiable(attention_mask.to(device=device, dtype=torch.long))
         if past_kv_cache is not None:
             new = (
                 torch.ones(batch, n_new, dtype=torch.long, device=device) if attention_mask is None else attention_mask
             )
             attention_mask = past_kv_cache.append_attention_mask(new)
-        # Values cannot be read inside a compiled graph, so padding is assumed there.
-        padded = attention_mask is not None and (torch.compiler.is_compiling() or not bool(attention_mask.all()))
+        # Where values cannot be read, padding is assumed.
+        padded = attention_mask is not None and not (values_readable(attention_mask) and bool(attention_mask.all()))
         valid = attention_mask.bool() if attention_mask is not None and padded else None
         return SequenceLayout(n_new, n_past, device, valid)
 

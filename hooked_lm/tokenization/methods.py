@@ -12,7 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_lm import tokenization
+from hooked_lm._support.inference import as_differentiable
 from hooked_lm._support.integers import integer, is_integer
+from hooked_lm._support.torch_internals import values_readable
 from hooked_lm.components import Embed, Unembed
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.tokenization import LogitTokens, PaddingSide, Prompts, TokenBatch, Tokenizer
@@ -91,12 +93,12 @@ class TextInterface(nn.Module):
             tokens = tokens[None]
         if tokens.ndim != 2 or tokens.numel() == 0:
             raise ValueError(f"tokens have shape [batch pos], neither empty; got {tuple(tokens.shape)}")
-        if not torch.compiler.is_compiling():  # values cannot be read inside a compiled graph
+        if values_readable(tokens):
             least, most = (int(extreme) for extreme in torch.aminmax(tokens))
             if least < 0 or most >= self.cfg.d_vocab:
                 culprit = least if least < 0 else most
                 raise ValueError(f"token {culprit} is out of range: this model's tokens are 0-{self.cfg.d_vocab - 1}")
-        return tokens.to(self.embed.W_E.device)
+        return as_differentiable(tokens.to(self.embed.W_E.device))
 
     def to_tokens(
         self,
@@ -278,6 +280,8 @@ def check_attention_mask(mask: object, batch: int, n_new: int, continuing: bool 
             f"attention_mask has shape [batch pos] = [{batch} {n_new}], got {describe(mask)}: give a tensor with 1 for "
             "each real token and 0 for padding"
         )
+    if not values_readable(mask):
+        return
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError("attention_mask holds 1 for real tokens and 0 for padding, and nothing else")
     if not continuing and not bool(mask.any(1).all()):
