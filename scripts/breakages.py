@@ -102,7 +102,7 @@ BREAKAGES = (
     Breakage(
         "experts-weights-do-not-sum-to-one",
         f"{COMPONENTS}/moe.py",
-        r"weights = weights / weights\.sum\(-1, keepdim=True\)",
+        r"weights = weights / total\.masked_fill\(total == 0, 1\.0\)",
         "weights = weights / weights.amax(-1, keepdim=True)",
         ("test_architectures.py", "test_experts.py"),
     ),
@@ -296,9 +296,9 @@ BREAKAGES = (
     ),
     Breakage(
         "sweep-reads-the-wrong-position",
-        "hooked_lm/sweep/engine.py",
-        r"% self\.tokens\.shape\[1\] - group\.start\]",
-        "% self.tokens.shape[1] - group.start - 1]",
+        "hooked_lm/sweep/scoring.py",
+        r"self\.last_read - group\.start\]",
+        "self.last_read - group.start - 1]",
         ("test_sweep.py",),
     ),
     Breakage(
@@ -307,6 +307,13 @@ BREAKAGES = (
         r"self\._entering\(cell\)\[:, group\.start :\]",
         "self._entering(cell).roll(1, 1)[:, group.start :]",
         ("test_sweep.py",),
+    ),
+    Breakage(
+        "metrics-may-read-what-is-not-computed",
+        "hooked_lm/sweep/watched.py",
+        r"not found <= self\.allowed",
+        "False",
+        ("test_watched_metrics.py",),
     ),
     # What a hook is given
     Breakage(
@@ -354,8 +361,8 @@ BREAKAGES = (
     Breakage(
         "pass-is-not-restored",
         "hooked_lm/hooks/thread.py",
-        r"here\.running = before",
-        "pass",
+        r"here\.running, here\.first_read = before",
+        "here.first_read = before[1]",
         ("test_threads.py",),
     ),
     Breakage(

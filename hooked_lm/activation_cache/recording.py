@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -110,16 +111,8 @@ class Caching(TextInterface, Intervening):
         if names_filter is not None and not isinstance(names_filter, str) and not callable(names_filter):
             names_filter = list(names_filter)  # an iterator can be read only once, and the filter is read twice
         if lazy:
-            if offload is not None or store is not None or not return_cache_object:
-                other = "offload" if offload is not None else "store" if store is not None else None
-                raise ValueError(
-                    "a lazy cache computes an activation when it is read, which does not go with "
-                    f"{other or 'return_cache_object=False'}"
-                )
-            if incl_bwd or not reset_hooks_end:
-                raise ValueError(
-                    "a lazy cache has no gradients and leaves no hooks: no incl_bwd, no reset_hooks_end=False"
-                )
+            excluded = {"offload": offload is not None, "store": store is not None}
+            _check_lazy({**excluded, "return_cache_object=False": not return_cache_object}, incl_bwd, reset_hooks_end)
             part = Part(self.hook_dict, Slice.unwrap(pos_slice), remove_batch_dim, device)
             return self._run_with_lazy_cache(model_args, model_kwargs, names_filter, part, clear_contexts)
         file: Offloading | None = None
@@ -195,6 +188,15 @@ class Caching(TextInterface, Intervening):
         activations = LazyActivations(run, [one.point.name for one in handles if one.fired], (part,))
         mask = _mask_of(run.mask, part.positions, part.device)
         return output, ActivationCache(activations, cast(CacheModel, self), not part.remove_batch_dim, mask)
+
+
+def _check_lazy(excluded: Mapping[str, bool], incl_bwd: bool, reset_hooks_end: bool) -> None:
+    """Raise ValueError if options do not go with a lazy cache; `excluded` has those that never do."""
+    given = [name for name, there in excluded.items() if there]
+    if given:
+        raise ValueError(f"a lazy cache computes an activation when it is read, which does not go with {given[0]}")
+    if incl_bwd or not reset_hooks_end:
+        raise ValueError("a lazy cache has no gradients and leaves no hooks: no incl_bwd, no reset_hooks_end=False")
 
 
 def _mask_of(mask: Tensor | None, positions: Slice, device: torch.device | str | None) -> Tensor | None:
