@@ -23,6 +23,7 @@ from hooked_lm.cli import app, outputs
 from hooked_lm.cli.demo import report
 from hooked_lm.cli.info import describe
 from hooked_lm.cli.info import report as info_report
+from hooked_lm.components.kernels import describe_kernels
 from hooked_lm.demo import MODEL, label, run_demo
 from tests.helpers import tiny_model
 
@@ -166,6 +167,15 @@ def test_info_says_what_a_checkpoint_is_as_it_was_trained(gpt2_folder: Path, mod
         "300 tokens",
     ):
         assert said in text
+
+
+def test_info_says_which_kernels_compute_products() -> None:
+    run = call("info", MODEL, "--kernels")
+    assert run.exit_code == 0
+    assert "HOOKED_LM_KERNELS" in run.output
+    assert "PyTorch's choice" in run.output
+    assert numbers_of("info", MODEL, "--kernels")["kernels"] == describe_kernels()
+    assert "HOOKED_LM_KERNELS" not in call("info", MODEL).output
 
 
 def test_info_needs_no_plotly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hooked_lm import HookedTransformer
 from hooked_lm.certificate import verify
+from hooked_lm.components import kernels
 from hooked_lm.components import linear as products
-from tests.helpers import tiny_model, tiny_tokens
+from tests.helpers import tiny_tokens
 
 LAYOUTS = ["[d_out d_in]", "[d_in d_out]", "columns of a wider one"]
 SHAPES = [(12, 18), (7, 5), (2, 1), (1, 7)]
@@ -41,7 +42,13 @@ def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor of AMD, whatever this one is."""
+    monkeypatch.setattr(products, "large_kernel", lambda: "onednn")
+
+
+@pytest.fixture
+def calls(by_onednn: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Who has been asked for a product."""
     asked: list[str] = []
 
@@ -52,6 +59,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     if products.ONEDNN_LINEAR is not None:
         monkeypatch.setattr(products, "ONEDNN_LINEAR", seen("oneDNN", products.ONEDNN_LINEAR))
     return asked
+
+
+@pytest.fixture
+def fresh_kernels() -> Iterator[None]:
+    """What is asked once in a process is asked anew, and again afterwards."""
+    asked = (kernels.processor_vendor, kernels.kernel_setting, kernels.large_kernel, kernels.splits_few_rows)
+    for one in asked:
+        one.cache_clear()
+    yield
+    for one in asked:
+        one.cache_clear()
 
 
 def matrix(layout: str, d_out: int, d_in: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -84,8 +102,12 @@ class Listed(TorchDispatchMode):
 
 
 @pytest.mark.usefixtures("small_is_large", "threads")
+@pytest.mark.parametrize("kernel", ["torch", pytest.param("onednn", marks=needs_onednn)])
 @pytest.mark.parametrize(("dtype", "exact"), [(torch.float64, 1e-13), (torch.float32, 1e-5)], ids=["double", "single"])
-def test_products_are_what_linear_gives(dtype: torch.dtype, exact: float) -> None:
+def test_products_are_what_linear_gives(
+    dtype: torch.dtype, exact: float, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "large_kernel", lambda: kernel)
     wrong = []
     for layout, (d_out, d_in), biased in itertools.product(LAYOUTS, SHAPES, (True, False)):
         weight, bias = matrix(layout, d_out, d_in, dtype), torch.arange(d_out).to(dtype) if biased else None
@@ -99,7 +121,7 @@ def test_products_are_what_linear_gives(dtype: torch.dtype, exact: float) -> Non
 
 
 @needs_onednn
-@pytest.mark.usefixtures("small_is_large")
+@pytest.mark.usefixtures("small_is_large", "by_onednn")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("learned", ["xwb", "x", "w", "b", "xb"])
 def test_derivatives_are_what_linear_gives(layout: str, learned: str, calls: list[str]) -> None:
@@ -118,7 +140,7 @@ def test_derivatives_are_what_linear_gives(layout: str, learned: str, calls: lis
 
 
 @needs_onednn
-@pytest.mark.usefixtures("small_is_large")
+@pytest.mark.usefixtures("small_is_large", "by_onednn")
 def test_a_product_keeps_for_the_way_back_only_what_it_needs() -> None:
     kept: list[Tensor] = []
     x, w, b = rows_of(18, 4, dtype=torch.float32), matrix("[d_out d_in]", 12, 18, torch.float32), torch.zeros(12)
@@ -136,6 +158,54 @@ def test_a_product_keeps_for_the_way_back_only_what_it_needs() -> None:
 # Who computes
 
 
+@pytest.mark.parametrize(
+    ("setting", "vendor", "expected"),
+    [
+        ("", "AuthenticAMD", ("onednn", True)),
+        ("auto", "GenuineIntel", ("torch", True)),
+        ("auto", "", ("torch", True)),
+        ("torch", "AuthenticAMD", ("torch", False)),
+        (" OneDNN ", "GenuineIntel", ("onednn", True)),
+    ],
+)
+@needs_onednn
+def test_kernels_are_the_processors_unless_the_environment_says_otherwise(
+    setting: str, vendor: str, expected: tuple[str, bool], monkeypatch: pytest.MonkeyPatch, fresh_kernels: None
+) -> None:
+    monkeypatch.setenv("HOOKED_LM_KERNELS", setting)
+    monkeypatch.setattr(kernels, "processor_vendor", lambda: vendor)
+    assert (kernels.large_kernel(), kernels.splits_few_rows()) == expected
+
+
+def test_a_setting_that_is_none_is_an_error(monkeypatch: pytest.MonkeyPatch, fresh_kernels: None) -> None:
+    monkeypatch.setenv("HOOKED_LM_KERNELS", "mkl")
+    with pytest.raises(ValueError, match=r"HOOKED_LM_KERNELS is one of auto, torch, onednn; it is 'mkl'"):
+        products.linear(torch.ones(1, 512), torch.ones(512, 512))
+
+
+@pytest.mark.parametrize(
+    ("described", "vendor"),
+    [
+        ("processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\n", "AuthenticAMD"),
+        ("Intel64 Family 6 Model 165 Stepping 2, GenuineIntel", "GenuineIntel"),
+        ("CPU implementer\t: 0x41\n", ""),
+    ],
+)
+def test_the_vendor_is_read_from_what_the_system_says(
+    described: str, vendor: str, monkeypatch: pytest.MonkeyPatch, fresh_kernels: None
+) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda path: described)
+    assert kernels.processor_vendor() == vendor
+    kernels.processor_vendor.cache_clear()
+
+    def refuse(path: Path) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr("platform.processor", lambda: described)
+    assert kernels.processor_vendor() == vendor
+
+
 @pytest.mark.usefixtures("small_is_large")
 def test_two_rows_are_shared_out_and_more_are_not(threads: int, calls: list[str]) -> None:
     weight, row = matrix("[d_out d_in]", 12, 18), torch.ones(1, 1, 18, dtype=torch.float64)
@@ -149,7 +219,7 @@ def test_two_rows_are_shared_out_and_more_are_not(threads: int, calls: list[str]
 
 
 @needs_onednn
-@pytest.mark.usefixtures("small_is_large")
+@pytest.mark.usefixtures("small_is_large", "by_onednn")
 def test_more_rows_are_for_onednn_unless_it_is_turned_off(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = rows_of(18, 3, dtype=torch.float32), matrix("[d_in d_out]", 12, 18, torch.float32)
     products.linear(x, weight)
@@ -163,7 +233,7 @@ def test_more_rows_are_for_onednn_unless_it_is_turned_off(calls: list[str], monk
 
 
 @needs_onednn
-@pytest.mark.usefixtures("small_is_large")
+@pytest.mark.usefixtures("small_is_large", "by_onednn")
 @pytest.mark.parametrize("learned", [False, True])
 def test_a_matrix_with_gaps_is_not_for_onednn(calls: list[str], learned: bool) -> None:
     # It has only a reference for it, whose products of GPT-2 small's size take half a second.
@@ -207,8 +277,6 @@ def test_what_knows_only_torchs_operations_sees_them(rows: int, calls: list[str]
 def test_nothing_times_a_matrix_is_nothing(dtype: torch.dtype) -> None:
     weight = matrix("[d_in d_out]", 12, 18, dtype)
     assert products.linear(torch.ones(2, 0, 18, dtype=dtype), weight).shape == (2, 0, 12)
-    model = tiny_model(dtype=dtype)
-    assert model(tiny_tokens(), logits_to_keep=slice(0, 0)).shape == (2, 0, model.cfg.d_vocab_out)
 
 
 @pytest.mark.usefixtures("small_is_large")
@@ -245,14 +313,14 @@ def test_parts_do_not_grow_with_the_threads_for_ever(monkeypatch: pytest.MonkeyP
 
 
 @needs_onednn
-@pytest.mark.usefixtures("small_is_large")
+@pytest.mark.usefixtures("small_is_large", "by_onednn")
 def test_a_model_of_large_matrices_equals_transformers(gpt2_folder: Path, calls: list[str]) -> None:
     assert verify(str(gpt2_folder)).passed
     assert "oneDNN" in calls
 
 
 @needs_onednn
-@pytest.mark.usefixtures("small_is_large")
+@pytest.mark.usefixtures("small_is_large", "by_onednn")
 def test_generation_with_large_matrices_is_the_same_with_and_without_a_cache(gpt2_folder: Path) -> None:
     model = HookedTransformer.from_pretrained(str(gpt2_folder))
     tokens = tiny_tokens(3, 5)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from hooked_lm._support.plain_data import PlainData
 from hooked_lm.cli.inputs import ModelName, Revision, one_line_errors
@@ -24,7 +26,12 @@ _PLACES = {
 }
 
 
-def info(model: ModelName, json_path: JsonPath = None, revision: Revision = None) -> None:
+Kernels = Annotated[
+    bool, typer.Option("--kernels", help="Say too which kernels compute matrix products on this machine's processor.")
+]
+
+
+def info(model: ModelName, kernels: Kernels = False, json_path: JsonPath = None, revision: Revision = None) -> None:
     """Say what a model is: its architecture, its size, its tokenizer, its hook points."""
     with one_line_errors():
         check_outputs(json_path)
@@ -33,6 +40,10 @@ def info(model: ModelName, json_path: JsonPath = None, revision: Revision = None
         # Without processing: the weights as they were trained, and those that are not needed are not read.
         loaded = HookedTransformer.from_pretrained_no_processing(model, revision=revision)
         data = describe(loaded)
+        if kernels:
+            from hooked_lm.components.kernels import describe_kernels
+
+            data["kernels"] = describe_kernels()
         give_out(report(data), data, json_path)
 
 
@@ -101,7 +112,10 @@ def report(data: PlainData) -> str:
     }
     width = max(map(len, lines)) + 2
     text = "\n".join([data["model"], *(f"  {name:<{width}}{said}" for name, said in lines.items())])
-    return text + "".join(f"\n{' ' * (width + 4)}{name}" for name in data["hook_points"])
+    text += "".join(f"\n{' ' * (width + 4)}{name}" for name in data["hook_points"])
+    kernels = data.get("kernels", {})
+    width = max((len(name) for name in kernels), default=0) + 2
+    return text + "".join(f"\n  {name:<{width}}{said}" for name, said in kernels.items())
 
 
 def _mlp(cfg: HookedTransformerConfig) -> str:

@@ -1,4 +1,4 @@
-"""`F.linear`, faster on the CPU: products of one or two rows use all threads, larger ones use oneDNN."""
+"""`F.linear`, faster on the CPU: products of one or two rows use all threads, larger ones the faster of two kernels."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from hooked_lm._support.torch_internals import ONEDNN_LINEAR, only_plain_operations
+from hooked_lm.components.kernels import large_kernel, splits_few_rows
 
 __all__ = ["linear"]
 
@@ -31,9 +32,8 @@ def linear(
     AMD EPYC: 1.8 times as fast if stored `[d_in d_out]`; 3 times if stored `[d_out d_in]`, where parts are faster in
     one thread too.)
 
-    For more rows in float32, torch uses MKL, which is optimised for Intel processors. oneDNN, also part of torch, takes
-    0.5 to 0.8 times as long on an AMD EPYC, and adds the bias in the same pass. `torch.backends.mkldnn.enabled = False`
-    turns it off.
+    More rows in float32 are oneDNN's where `kernels.large_kernel` says so, on AMD's processors; it adds the bias in the
+    same pass. `torch.backends.mkldnn.enabled = False` turns it off too.
 
     Args:
         x: the rows.
@@ -62,7 +62,7 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
-    available = ONEDNN_LINEAR is not None and bool(torch.backends.mkldnn.enabled)
+    available = large_kernel() == "onednn" and bool(torch.backends.mkldnn.enabled)
     # For a matrix with gaps (columns of a wider one) oneDNN uses a reference kernel, a hundred times as slow.
     dense = weight.is_contiguous() or weight.T.is_contiguous()
     return available and dense and x.dtype == torch.float32 and x.numel() > 0
@@ -70,7 +70,7 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.numel() // x.shape[-1]
-    if 0 < rows <= _FEW:
+    if 0 < rows <= _FEW and splits_few_rows():
         by_rows, by_columns = weight.stride(1) == 1, weight.stride(0) == 1 and torch.get_num_threads() > 1
         if by_rows or by_columns:
             flat = x.reshape(rows, -1)
