@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_lm._support.torch_internals import transforms_active
+from hooked_lm._support.torch_internals import transforms_active, values_readable
 from hooked_lm.config import HookedTransformerConfig
 
 __all__ = ["HookedTransformerKeyValueCache", "HookedTransformerKeyValueCacheEntry"]
@@ -113,6 +113,22 @@ class HookedTransformerKeyValueCache:
         self.previous_attention_mask = previous_attention_mask
         self.frozen = False
 
+    @property
+    def previous_attention_mask(self) -> Tensor:
+        return self._mask
+
+    @previous_attention_mask.setter
+    def previous_attention_mask(self, mask: Int[Tensor, "batch pos"]) -> None:
+        self._mask = mask
+        # Whether a stored position is padding; None where that has to be read from the mask.
+        self._padded: bool | None = None if mask.numel() else False
+
+    def is_padded(self) -> bool:
+        """Return whether a stored position is padding. Where values cannot be read, it is assumed."""
+        if self._padded is None:
+            self._padded = not (values_readable(self._mask) and bool(self._mask.all()))
+        return self._padded
+
     @classmethod
     def init_cache(
         cls, cfg: HookedTransformerConfig, device: torch.device | str | None, batch_size: int = 1, capacity: int = 0
@@ -156,11 +172,20 @@ class HookedTransformerKeyValueCache:
         for entry in self.entries:
             entry.frozen = frozen
 
-    def append_attention_mask(self, attention_mask: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch all_pos"]:
-        """Store the mask of new positions (unless frozen) and return that of all positions."""
+    def append_attention_mask(
+        self, attention_mask: Int[Tensor, "batch pos"], padded: bool | None = None
+    ) -> Int[Tensor, "batch all_pos"]:
+        """Store the mask of new positions (unless frozen) and return that of all positions.
+
+        Args:
+            attention_mask: of the new positions.
+            padded: whether one of them is padding, where that is known. An accelerator then need not be waited for.
+        """
+        before = self._padded
         mask = torch.cat((self.previous_attention_mask, attention_mask.to(self.previous_attention_mask)), 1)
         if not self.frozen:
             self.previous_attention_mask = mask
+            self._padded = None if before is None or padded is None else before or padded
         return mask
 
     def rewind(self, length: int) -> None:

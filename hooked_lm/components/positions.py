@@ -250,12 +250,19 @@ class AlibiSpec:
     in_bfloat16: bool = False
 
 
-def alibi_slopes(n_heads: int) -> Float[Tensor, " head"]:
+def alibi_slopes(n_heads: int, device: torch.device) -> Float[Tensor, " head"]:
     """Return ALiBi's slope per head: the powers of `2 ** (-8 / n)`, for n the largest power of two up to `n_heads`.
 
     Heads beyond n take every second power of the next finer sequence (Press et al. 2022).
     """
+    # Kept, since to send them to an accelerator is to wait for it. Tensors of a graph or a transform end with it.
+    keeps = not (torch.compiler.is_compiling() or transforms_active())
+    return (_slopes if keeps else _slopes.__wrapped__)(n_heads, device)
+
+
+@lru_cache(maxsize=64)
+def _slopes(n_heads: int, device: torch.device) -> Float[Tensor, " head"]:
     n = 2 ** math.floor(math.log2(n_heads))
     slopes = [2.0 ** (-8 * (i + 1) / n) for i in range(n)]
     slopes += [2.0 ** (-4 * (2 * i + 1) / n) for i in range(n_heads - n)]
-    return torch.tensor(slopes)
+    return torch.tensor(slopes, device=device)

@@ -13,7 +13,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_lm._support.integers import integer, is_integer
-from hooked_lm._support.torch_internals import transforms_active
 from hooked_lm.components.positions import AlibiSpec, RotarySpec, alibi_slopes, rotary_tables
 from hooked_lm.hooks import KeptPositions
 
@@ -66,8 +65,11 @@ class SequenceLayout:
         return self._made[key]  # type: ignore[return-value]
 
     def _make_mask(self, causal: bool, window: int | None) -> Tensor | None:
-        if causal and self.n_queries == 1 and self.valid is None and (window is None or window >= self.n_keys):
-            return None  # a step of generation: the newest position attends to every key
+        # Every key, as in a step of generation. It follows from the lengths: to read a mask on an accelerator would be
+        # to wait for all work so far.
+        in_window = window is None or window >= self.n_keys
+        if self.valid is None and in_window and (self.n_queries == 1 or not causal):
+            return None
         # Comparisons rather than a matrix of distances, which would take eight bytes for each of its entries.
         queries = torch.arange(self.n_past, self.n_keys, device=self.device)[:, None]
         keys = torch.arange(self.n_keys, device=self.device)[None]
@@ -80,9 +82,7 @@ class SequenceLayout:
         if self.valid is not None:
             # A query at padding has no real key; it attends to itself, so that its softmax is defined.
             allowed = (allowed & self.valid[:, None, None, :]) | (keys == queries)
-        # Values cannot be read inside a compiled graph, nor under every transform.
-        readable = not (torch.compiler.is_compiling() or transforms_active())
-        return None if readable and bool(allowed.all()) else allowed
+        return allowed
 
     def _distance(self) -> Int[Tensor, "batch_or_1 query key"]:
         """Return the distance of query and key within their prompt, padding not counted."""
@@ -103,7 +103,7 @@ class SequenceLayout:
         """
         key = (spec, dtype)
         if key not in self._made:
-            slopes = alibi_slopes(spec.n_heads).to(self.device)[:, None, None]
+            slopes = alibi_slopes(spec.n_heads, self.device)[:, None, None]
             if spec.in_bfloat16:
                 slopes = slopes.bfloat16()
                 bias = slopes * self._key_positions()[:, None, None, :]
@@ -121,7 +121,7 @@ class SequenceLayout:
     def _lengths(self) -> Int[Tensor, " batch_or_1"]:
         """Return the length of each prompt, padding not counted."""
         if self.valid is None:
-            return torch.tensor([self.n_keys], device=self.device)
+            return torch.full((1,), self.n_keys, device=self.device)
         return self.valid.sum(-1)
 
     def bias(self, causal: bool, window: int | None, alibi: AlibiSpec, dtype: torch.dtype) -> Tensor:

@@ -147,13 +147,14 @@ class InputReading(TextInterface, HookedRootModule):
         if attention_mask is not None:
             check_attention_mask(attention_mask, batch, n_new, continuing=n_past > 0)
             attention_mask = as_differentiable(attention_mask.to(device=device, dtype=torch.long))
-        if past_kv_cache is not None:
-            new = (
-                torch.ones(batch, n_new, dtype=torch.long, device=device) if attention_mask is None else attention_mask
-            )
-            attention_mask = past_kv_cache.append_attention_mask(new)
         # Where values cannot be read, padding is assumed.
         padded = attention_mask is not None and not (values_readable(attention_mask) and bool(attention_mask.all()))
+        if past_kv_cache is not None:
+            if attention_mask is None:
+                attention_mask = torch.ones(batch, n_new, dtype=torch.long, device=device)
+            before = past_kv_cache.is_padded()
+            attention_mask = past_kv_cache.append_attention_mask(attention_mask, padded)
+            padded = padded or before
         valid = attention_mask.bool() if attention_mask is not None and padded else None
         return SequenceLayout(n_new, n_past, device, valid)
 

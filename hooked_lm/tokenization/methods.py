@@ -93,7 +93,8 @@ class TextInterface(nn.Module):
             tokens = tokens[None]
         if tokens.ndim != 2 or tokens.numel() == 0:
             raise ValueError(f"tokens have shape [batch pos], neither empty; got {tuple(tokens.shape)}")
-        if values_readable(tokens):
+        # On an accelerator the lookup itself fails for such a token; to read it here is to wait for all work so far.
+        if tokens.device.type == "cpu" and values_readable(tokens):
             least, most = (int(extreme) for extreme in torch.aminmax(tokens))
             if least < 0 or most >= self.cfg.d_vocab:
                 culprit = least if least < 0 else most
