@@ -78,7 +78,7 @@ class _Watch:
         self.allowed, self.missed = allowed, False
         self.memory, self.shared = logits.untyped_storage().data_ptr(), False
         self.views: WeakSet[WatchedLogits] = WeakSet()
-        self.arrays: list[ref[np.ndarray[Any, Any]]] = []
+        self.arrays: list[ref[object]] = []
 
     @property
     def in_use(self) -> bool:
