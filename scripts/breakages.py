@@ -100,8 +100,8 @@ BREAKAGES = (
     Breakage(
         "experts-weights-do-not-sum-to-one",
         f"{COMPONENTS}/moe.py",
-        r"weights = weights / weights\.sum\(-1, keepdim=True\)",
-        "weights = weights / weights.amax(-1, keepdim=True)",
+        r"total = weights\.sum\(-1, keepdim=True\)",
+        "total = weights.amax(-1, keepdim=True)",
         ("test_architectures.py", "test_experts.py"),
     ),
     # Weights
@@ -294,10 +294,24 @@ BREAKAGES = (
     ),
     Breakage(
         "sweep-reads-the-wrong-position",
-        "hooked_lm/sweep/engine.py",
-        r"% self\.tokens\.shape\[1\] - group\.start\]",
-        "% self.tokens.shape[1] - group.start - 1]",
+        "hooked_lm/sweep/scoring.py",
+        r"self\.last_read - group\.start\]",
+        "self.last_read - group.start - 1]",
         ("test_sweep.py",),
+    ),
+    Breakage(
+        "sweep-trusts-what-a-metric-is-seen-to-read",
+        "hooked_lm/sweep/scoring.py",
+        r"if not self\._reads_no_others\(\):",
+        "if False:",
+        ("test_watched_metrics.py",),
+    ),
+    Breakage(
+        "sweep-hands-out-the-memory-of-its-logits",
+        "hooked_lm/sweep/watched.py",
+        r"score = one_number\(number, logits\)\.clone\(\)",
+        "score = one_number(number, logits)",
+        ("test_watched_metrics.py",),
     ),
     Breakage(
         "sweep-starts-from-another-position",
@@ -352,7 +366,7 @@ BREAKAGES = (
     Breakage(
         "pass-is-not-restored",
         "hooked_lm/hooks/thread.py",
-        r"here\.running = before",
+        r"here\.running, here\.first_read = before",
         "pass",
         ("test_threads.py",),
     ),
