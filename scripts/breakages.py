@@ -302,6 +302,20 @@ BREAKAGES = (
         ("test_sweep.py",),
     ),
     Breakage(
+        "sweep-trusts-what-a-metric-is-seen-to-read",
+        "hooked_lm/sweep/scoring.py",
+        r"if not self\._reads_no_others\(\):",
+        "if False:",
+        ("test_watched_metrics.py",),
+    ),
+    Breakage(
+        "sweep-hands-out-the-memory-of-its-logits",
+        "hooked_lm/sweep/watched.py",
+        r"score = one_number\(number, logits\)\.clone\(\)",
+        "score = one_number(number, logits)",
+        ("test_watched_metrics.py",),
+    ),
+    Breakage(
         "sweep-starts-from-another-position",
         "hooked_lm/sweep/walk.py",
         r"self\._entering\(cell\)\[:, group\.start :\]",

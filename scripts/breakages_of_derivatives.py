@@ -102,8 +102,8 @@ DERIVATIVES = (
     Breakage(
         "frequencies-of-a-transform-are-kept",
         f"{COMPONENTS}/positions.py",
-        r"not \(torch\.compiler\.is_compiling\(\) or transforms_active\(\)\)",
-        "not torch.compiler.is_compiling()",
+        r"keeps = not \(torch\.compiler\.is_compiling\(\) or transforms_active\(\)\)\n    return \(_fixed",
+        r"keeps = not torch.compiler.is_compiling()\n    return (_fixed",
         FUNC,
     ),
     Breakage(

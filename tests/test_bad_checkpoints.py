@@ -259,6 +259,12 @@ def test_a_config_without_a_model_type_is_refused(folder: Path) -> None:
     fails(folder, r"config\.json has no model_type")
 
 
+@pytest.mark.parametrize("model_type", [[], {}, [["gpt2"]], 3, None])
+def test_a_config_with_a_model_type_that_is_no_name_is_refused(model_type: Any, folder: Path) -> None:
+    edit_config(folder, model_type=model_type)
+    fails(folder, r"config\.json has model_type .*: it is a name")
+
+
 def test_a_config_with_a_model_type_that_transformers_does_not_know_is_refused(folder: Path) -> None:
     edit_config(folder, model_type="gtp2")
     fails(folder, r"config\.json is not accepted by transformers.*gtp2")

@@ -231,7 +231,7 @@ def test_keeping_more_logits_than_there_are_raises(keep: int) -> None:
         tiny_model()(tiny_tokens(), logits_to_keep=keep)
 
 
-@pytest.mark.parametrize("keep", ["last", 1.0, True, [1]])
+@pytest.mark.parametrize("keep", ["last", 1.0, True, [1.5]])
 def test_logits_to_keep_of_another_type_raises(keep: Any) -> None:
     with pytest.raises(TypeError, match="logits_to_keep is an int, a slice or a tensor"):
         tiny_model()(tiny_tokens(), logits_to_keep=keep)

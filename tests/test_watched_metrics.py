@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from hooked_lm import HookedTransformer
 from hooked_lm.components import Unembed
@@ -65,6 +65,43 @@ def takes_what_it_can_get(logits: Tensor) -> Tensor:
         return logits[0, -1, 2]
 
 
+def squeezes_in_place(logits: Tensor) -> Tensor:
+    first = logits[:1, -1]
+    first.squeeze_(0)
+    return first[first.shape[0] // 2]
+
+
+def transposes_in_place(logits: Tensor) -> Tensor:
+    logits.transpose_(0, 1)
+    return logits[-1, 0, 3] * logits.shape[0]
+
+
+def replaces_the_data(logits: Tensor) -> Tensor:
+    last = logits[:, -1]
+    last.data = last.data[:, :5].clone()
+    return last.sum() / last.shape[-1]
+
+
+def asks_for_the_gradient(logits: Tensor) -> Tensor:
+    with torch.enable_grad():
+        last = logits[:, -1].clone()
+        last.requires_grad = True
+        last.logsumexp(-1).sum().backward()
+    assert last.grad is not None
+    return last.grad[0, 3] * last.requires_grad
+
+
+def gathers_into_a_tensor(logits: Tensor) -> Tensor:
+    out = torch.empty(2, 1, 20, dtype=logits.dtype)
+    torch.gather(logits, 1, torch.full((2, 1, 20), 3), out=out)
+    return out[0, 0, 2]
+
+
+def reads_unseen(logits: Tensor) -> Tensor:
+    whole = torch.from_dlpack(torch.utils.dlpack.to_dlpack(logits))  # type: ignore[attr-defined]
+    return torch.nan_to_num(whole)[0, 2, 3] + logits[0, -1, 2]
+
+
 EVERY = set(range(N))
 # A metric, and the positions it reads of [2 7 vocab]; None where that depends on the values.
 METRICS: dict[str, tuple[Callable[[Tensor], Any], set[int] | None]] = {
@@ -97,6 +134,18 @@ METRICS: dict[str, tuple[Callable[[Tensor], Any], set[int] | None]] = {
     "writes": (subtracts_the_mean, EVERY),
     "writes to a position": (zeroes_a_position, EVERY),
     "writes to what it reads": (scales_what_it_reads, {N - 1}),
+    "an array of no axes": (lambda x: x[0, -1, 3].numpy(), {N - 1}),
+    "squeezes in place": (squeezes_in_place, None),
+    "transposes in place": (transposes_in_place, None),
+    "replaces the data": (replaces_the_data, None),
+    "asks for the gradient": (asks_for_the_gradient, {N - 1}),
+    "gathers into a tensor": (gathers_into_a_tensor, EVERY),
+    "another type": (lambda x: x.view(torch.int64)[0, -1, 3] >> 40, {N - 1}),
+    "the same type": (lambda x: x.view(torch.float64)[0, -1, 3], EVERY),
+    "reads unseen": (reads_unseen, None),
+    "is given a subclass": (lambda x: x[0, -1, 3] if type(x) is Tensor else x[0, -1, 4] * 0, None),
+    "a view on some branches": (lambda x: x[0, -2, 1] if x[0, -1, 1] > 0 else x.view(-1, 20)[3, 1], None),
+    "a parameter on some branches": (lambda x: x[0, -1, 2] if x[0, -1, 1] > 0 else nn.Parameter(x[0, -1])[2], None),
     "branches": (lambda x: x[0, -1, 1] if x[0, -2, 1] > 0 else x[1, 0, 1], None),
     "follows the answer": (follows_the_answer, None),
     "catches errors": (takes_what_it_can_get, None),
@@ -175,6 +224,22 @@ def test_a_metric_that_keeps_its_logits_keeps_whole_ones() -> None:
     scores = sweep(model, tokens, some, keeps, verbose=False)
     torch.testing.assert_close(scores, looped(model, tokens, some, lambda x: x[0, -1, 2]), rtol=0, atol=1e-9)
     assert all(bool(one.isfinite().all()) for one in kept)
+
+
+@torch.no_grad()
+def test_arrays_that_a_metric_keeps_stay_as_they_are() -> None:
+    model, tokens, some = tiny_model(), tiny_tokens(batch=2, pos=N), cells(0)
+    kept: list[Any] = []
+
+    def keeps(logits: Tensor) -> float:
+        kept.append(logits[0, -1].numpy()[2:])
+        return float(kept[-1][0])
+
+    expected = looped(model, tokens, some, lambda x: x[0, -1, 2])
+    found = sweep(model, tokens, some, keeps, verbose=False)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    of_cells = sorted({round(float(one), 9) for one in expected})
+    assert sorted({round(float(one[0]), 9) for one in kept}) == of_cells
 
 
 @torch.no_grad()

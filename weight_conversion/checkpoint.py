@@ -161,6 +161,10 @@ def _from_huggingface_folder(
     family_of(_architecture(content))
     if "model_type" not in content:
         raise CheckpointError(f"{folder / 'config.json'} has no model_type, so no defaults for its fields are known")
+    if not isinstance(content["model_type"], str):
+        raise CheckpointError(
+            f"{folder / 'config.json'} has model_type {content['model_type']!r}: it is a name, such as 'gpt2'"
+        )
     tensors = open_tensors(folder)
     _check_counts(folder / "config.json", content, len(tensors))
     # Code that comes with a checkpoint never reads a config that transformers can read.

@@ -13,7 +13,7 @@ from torch import Tensor
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.metrics import Metric, one_number
 from hooked_lm.sweep.walk import WalkGroup
-from hooked_lm.sweep.watched import UnreadError, watched_score
+from hooked_lm.sweep.watched import watched_score
 
 __all__ = ["FunctionScorer", "MetricScorer", "Scorer"]
 
@@ -102,9 +102,11 @@ class FunctionScorer:
     ) -> None:
         self.model, self.metric, self.base, self.whole_run = model, metric, logits, whole_run
         self.read: frozenset[int] = frozenset()
-        self.base_score = self._of_whole(logits).reshape(1)
         # A cell's logits at the positions that are read, NaN at the others. Kept while the metric leaves it as it is.
         self._partial: Tensor | None = None
+        self.base_score = self._of_whole(logits).reshape(1)
+        if not self._reads_no_others():
+            self.read = frozenset(range(logits.shape[1]))
 
     @property
     def first_read(self) -> int:
@@ -116,16 +118,24 @@ class FunctionScorer:
 
     def _of_whole(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, ""]:
         """Return the score of whole logits, and add the positions that are read to `read`."""
+        score = one_number(self.metric, logits.clone()).clone()
         read = frozenset(range(logits.shape[1]))
-        score = None
+        # Some functions take plain tensors only.
         with suppress(Exception):
             watched = watched_score(self.metric, logits.clone())
-            score = watched.score
             # One that writes to the logits or keeps them, or is not seen to read any, is given all of them.
             read = watched.read if watched.read and watched.untouched else read
         self.read |= read
-        # A function that takes plain tensors only, or fails on those too.
-        return one_number(self.metric, logits.clone()) if score is None else score
+        return score
+
+    def _reads_no_others(self) -> bool:
+        """Return whether the base run's logits of the positions that are read give the base run's score.
+
+        Otherwise the function treats watched logits in another way, or reads them in a way that is not seen.
+        """
+        some = sorted(self.read)
+        score = self._of_cell([], some, self.base[:, some])
+        return score is not None and torch.equal(score, self.base_score[0])
 
     def scores(
         self, group: WalkGroup, normalized: Float[Tensor, "row pos d_model"]
@@ -164,7 +174,7 @@ class FunctionScorer:
         self._partial = None
         try:
             watched = watched_score(self.metric, partial, (*old, *new))
-        except UnreadError:
+        except Exception:  # of reading another position, of logits that are watched, or the function's own
             return None
         self._partial = partial if watched.untouched else None
         return watched.score

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Self
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -51,10 +52,12 @@ _ASKING = frozenset(
     getattr(Tensor, name).__get__
     for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_leaf", "grad_fn")
 ) | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__, Tensor.stride}
+# Values that hold no memory of a tensor's.
+_WITHOUT_MEMORY = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
 
 
 class UnreadError(Exception):
-    """A metric reads a position whose logits have not been computed."""
+    """A metric reads a position whose logits have not been computed, or changes the shape of what it reads in place."""
 
 
 class _Watch:
@@ -66,7 +69,8 @@ class _Watch:
         missed: it has read another one.
         memory: where the logits are.
         views: watched tensors that are still in use.
-        shared: it has been given a tensor that is not watched in the memory of the logits, or has written to them.
+        arrays: what it has been given of numpy's in the memory of the logits, perhaps no longer in use.
+        shared: it has been given something else that is not watched in the memory of the logits.
     """
 
     def __init__(self, logits: Tensor, allowed: frozenset[int] | None) -> None:
@@ -74,11 +78,23 @@ class _Watch:
         self.allowed, self.missed = allowed, False
         self.memory, self.shared = logits.untyped_storage().data_ptr(), False
         self.views: WeakSet[WatchedLogits] = WeakSet()
+        self.arrays: list[ref[object]] = []
+
+    @property
+    def in_use(self) -> bool:
+        """Whether the memory of the logits may still be read or written to by the metric."""
+        return self.shared or bool(self.views) or any(one() is not None for one in self.arrays)
 
     def note_result(self, result: object) -> None:
         """Note what an operation that reads has returned."""
-        tensors = (one for one in tree_leaves(result) if isinstance(one, Tensor))
-        self.shared |= any(one.untyped_storage().data_ptr() == self.memory for one in tensors)
+        for one in tree_leaves(result):
+            if isinstance(one, Tensor):
+                self.shared |= one.untyped_storage().data_ptr() == self.memory
+            elif isinstance(one, np.ndarray):
+                # Its views keep it alive.
+                self.arrays.append(ref(one))
+            else:
+                self.shared |= not isinstance(one, _WITHOUT_MEMORY)
 
     def note(self, positions: Tensor) -> None:
         """Note that entries at these positions are read."""
@@ -129,6 +145,7 @@ class WatchedLogits(Tensor):
         kwargs = kwargs or {}
         with without_torch_functions():
             if func in _ASKING:
+                args, kwargs = tree_map(_plain, (args, kwargs))
                 return func(*args, **kwargs)
             others = [one for one in tree_leaves((args[1:], kwargs)) if isinstance(one, WatchedLogits)]
             if args and isinstance(args[0], WatchedLogits) and not others:
@@ -151,10 +168,18 @@ def _read(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     for one in watched:
         one.watch.note(one.positions)
     args, kwargs = tree_map(_plain, (args, kwargs))
+    before = [_form(one.entries) for one in watched]
     result = func(*args, **kwargs)
-    for one in watched:
+    for one, form in zip(watched, before, strict=True):
         one.watch.note_result(result)
+        if _form(one.entries) != form:
+            one.watch.missed = True
+            raise UnreadError(f"{func} changes the shape or precision of logits in place: their positions are unknown")
     return result
+
+
+def _form(entries: Tensor) -> tuple[object, ...]:
+    return entries.shape, entries.stride(), entries.dtype
 
 
 def _plain(value: object) -> object:
@@ -165,7 +190,12 @@ def _followed(func: Callable[..., Any], first: WatchedLogits, rest: tuple[Any, .
     """Return the result of an operation that reads nothing, watched; None for another operation."""
     if func in _SELECTING:
         entries = func(first.entries, *rest, **kwargs)
-        positions = func(first.positions, *rest, **kwargs)
+        try:
+            positions = func(first.positions, *rest, **kwargs)
+        except (RuntimeError, TypeError):
+            return None  # with `out=`, or a view that the positions' strides do not allow
+        if isinstance(positions, Tensor) and (positions.dtype != torch.long or positions.shape != entries.shape):
+            return None  # a view as another type
     elif func in _COPYING or (func in _ALONG_ONE_AXIS and _mixes_one_position(first.positions, *rest[:1], **kwargs)):
         entries, positions = func(first.entries, *rest, **kwargs), first.positions
     else:
@@ -212,12 +242,17 @@ def watched_score(
     """
     watch = _Watch(logits, None if positions is None else frozenset(positions))
     there = torch.arange(logits.shape[1], device=logits.device)[None, :, None].expand(logits.shape)
-    score = metric(WatchedLogits.of(logits, there, watch))
-    if isinstance(score, WatchedLogits):
-        watch.note(score.positions)
-        score = score.entries.clone()
+
+    def number(whole: Tensor) -> object:
+        score = metric(WatchedLogits.of(whole, there, watch))
+        if isinstance(score, WatchedLogits):
+            watch.note(score.positions)
+            return score.entries
+        return score
+
+    # A copy: the score may be in the memory of the logits.
+    score = one_number(number, logits).clone()
     if watch.missed:
         # The metric has caught the error itself.
         raise UnreadError("a position that has not been computed")
-    number = one_number(lambda _: score, logits)
-    return Watched(number, frozenset(watch.read), not watch.shared and not watch.views)
+    return Watched(score, frozenset(watch.read), not watch.in_use)

@@ -144,11 +144,12 @@ class InputReading(TextInterface, HookedRootModule):
                 f"with {n_past + n_new} positions this model rotates the {n_past} in the key-value cache anew, so that "
                 "the cached keys are out of date: run the whole text with a new cache (generate does)"
             )
+        padded = False
         if attention_mask is not None:
             check_attention_mask(attention_mask, batch, n_new, continuing=n_past > 0)
+            # Where values cannot be read, padding is assumed.
+            padded = not (values_readable(attention_mask) and bool(attention_mask.all()))
             attention_mask = as_differentiable(attention_mask.to(device=device, dtype=torch.long))
-        # Where values cannot be read, padding is assumed.
-        padded = attention_mask is not None and not (values_readable(attention_mask) and bool(attention_mask.all()))
         if past_kv_cache is not None:
             if attention_mask is None:
                 attention_mask = torch.ones(batch, n_new, dtype=torch.long, device=device)
