@@ -14,11 +14,11 @@ import typer
 from tqdm import tqdm
 
 from benchmarks import page
-from benchmarks.machine import machine
+from benchmarks.machine import device_name, machine
 from benchmarks.measurements import FULL, QUICK, Measurement, plan
 from benchmarks.peers.process import PEERS, interpreter_of
 from benchmarks.report import line, trouble
-from benchmarks.runner import Result, as_json, run_all
+from benchmarks.runner import Result, Where, as_json, run_all
 from hooked_lm._support.reading import read_json_object
 
 RESULTS = Path(__file__).with_name("results.json")
@@ -41,6 +41,16 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="One round of everything, on toy sizes: does it run?")] = False,
     rounds: Annotated[int | None, typer.Option(min=1, help="At most this many rounds of each measurement.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of every contestant.")] = 2,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="Where everybody computes: 'cpu', or an accelerator, on which it is all done in two precisions."
+        ),
+    ] = "cpu",
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="The precision: by default float32, on an accelerator bfloat16 too; may be repeated."),
+    ] = None,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", help="Where results go. A whole run writes benchmarks/results.json by default."),
@@ -52,7 +62,8 @@ def main(
     names: Annotated[bool, typer.Option("--list", help="Measure nothing: list the measurements.")] = False,
 ) -> None:
     """Measure this library beside others: every contestant in a process of its own, in turn, on the same weights."""
-    measurements = [_limited(one, rounds) for one in _chosen(plan(QUICK if quick else FULL), only)]
+    scale = QUICK if quick else FULL
+    measurements = [_limited(one, rounds) for one in _chosen(plan(scale, device), only)]
     if names:
         for one in measurements:
             typer.echo(one.name)
@@ -63,10 +74,12 @@ def main(
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="--json") from error
         return
-    partial = quick or only is not None or rounds is not None
+    precisions = dtype or (["float32"] if device == "cpu" else ["float32", "bfloat16"])
+    partial = quick or only is not None or rounds is not None or device != "cpu" or precisions != ["float32"]
     if write_page and partial:
         raise typer.BadParameter(
-            "the page shows whole runs: leave out --only, --quick and --rounds", param_hint="--page"
+            "the page shows whole runs on a CPU: leave out --only, --quick, --rounds, --device and --dtype",
+            param_hint="--page",
         )
     try:
         interpreters = dict(map(interpreter_of, peer or []))
@@ -76,18 +89,23 @@ def main(
         typer.echo(f"{name}: skipped, for want of --peer {name}=PYTHON")
     torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
-    with tqdm(total=sum(one.rounds for one in measurements), unit="round", disable=None) as bar:
+    results: list[Result] = []
+    total = len(precisions) * sum(one.rounds for one in measurements)
+    with tqdm(total=total, unit="round", disable=None) as bar:
 
         def done(result: Result) -> None:
             with bar.external_write_mode():
                 typer.echo(line(result))
 
-        scale = QUICK if quick else FULL
-        results, versions = run_all(measurements, scale.models(), interpreters, threads, bar.update, done)
+        for precision in precisions:
+            named = [_in_precision(one, precision) for one in measurements]
+            where = Where(device, precision)
+            found, versions = run_all(named, scale.models(), interpreters, threads, bar.update, done, where)
+            results += found
     report = {
         "rounds": rounds,
         "quick": quick,
-        "machine": machine(),
+        "machine": {**machine(threads), "device": device_name(device)},
         "versions": versions,
         "results": as_json(results),
     }
@@ -111,6 +129,10 @@ def _chosen(measurements: list[Measurement], patterns: list[str] | None) -> list
             known = "; ".join(one.name for one in measurements)
             raise typer.BadParameter(f"no measurement {pattern!r}: there are {known}", param_hint="--only")
     return [one for one in measurements if any(fnmatchcase(one.name, pattern) for pattern in patterns)]
+
+
+def _in_precision(measurement: Measurement, precision: str) -> Measurement:
+    return measurement if precision == "float32" else replace(measurement, name=f"{measurement.name}, {precision}")
 
 
 def _limited(measurement: Measurement, rounds: int | None) -> Measurement:

@@ -10,17 +10,30 @@ from typing import Any
 import torch
 import transformers
 
+from hooked_lm.components.kernels import describe_kernels, processor_vendor
 
-def machine() -> dict[str, Any]:
-    """Describe this machine and what computes on it."""
+
+def machine(threads: int | None = None) -> dict[str, Any]:
+    """Describe this machine and what computes on it.
+
+    Args:
+        threads: of every contestant; by default this process's.
+    """
     return {
         "cpu": cpu_name(),
+        "vendor": processor_vendor(),
+        "kernels": describe_kernels(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads() if threads is None else threads,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def device_name(device: str) -> str:
+    """Return what an accelerator calls itself; `"cpu"` for the CPU."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
 
 
 def cpu_name() -> str:

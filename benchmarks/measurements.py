@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -58,6 +58,8 @@ TARGETS |= {
     for prompts in PROMPTS
     for other in (LOOP, TRANSFORMERS, *PEERS)
 }
+
+TARGETS |= {("residual grid 12x32, every token differs, metric a function", TRANSFORMERS): 1 / 8}
 
 # A grid of more cells is swept once.
 MANY_CELLS = 1000
@@ -120,7 +122,11 @@ class Peak:
 
 @dataclass(frozen=True)
 class Patching:
-    """A grid of patches: ours by the sweep, everybody else's by some of its cells."""
+    """A grid of patches: ours by the sweep, everybody else's by some of its cells.
+
+    Attributes:
+        function: our metric is a function of one's own.
+    """
 
     name: str
     group: str
@@ -129,6 +135,7 @@ class Patching:
     prompts: Prompts
     rounds: int
     cells: int
+    function: bool = False
 
 
 Measurement = Task | Fresh | Peak | Patching
@@ -221,8 +228,10 @@ QUICK = Scale(
 )
 
 
-def plan(scale: Scale) -> list[Measurement]:
-    """Return all measurements, in the order in which they are made."""
+def plan(scale: Scale, device: str = "cpu") -> list[Measurement]:
+    """Return all measurements, in the order in which they are made; on an accelerator none of loading."""
+    if device != "cpu":
+        return [*_small(scale), *_patching(scale), *_llama(scale), *_tiny(scale)]
     return [
         Fresh("import", "Import and load", "import", scale.some(1 / 3)),
         Fresh("from nothing to a tiny model", "Import and load", "start", scale.some(1 / 3)),
@@ -336,7 +345,7 @@ def _patching(scale: Scale) -> list[Measurement]:
     for n_pos in scale.grids[1:]:
         grid = make_grid("residual grid", "resid_pre", (n_layers, n_pos))
         pairs += [(prompts, grid) for prompts in make_prompts(n_pos, fields["vocab_size"])]
-    return [
+    patchings = [
         Patching(
             f"{grid.name}, {prompts.name}",
             "Patching grids",
@@ -349,6 +358,9 @@ def _patching(scale: Scale) -> list[Measurement]:
         )
         for prompts, grid in pairs
     ]
+    first = patchings[0]
+    patchings.insert(1, replace(first, name=f"{first.name}, metric a function", function=True))
+    return patchings
 
 
 def _llama(scale: Scale) -> list[Measurement]:

@@ -49,6 +49,10 @@ def machine(report: Mapping[str, Any]) -> str:
         f"Measured on {host['cpu']}, {host['cores']} cores, threads used: {host['threads']}, Python {host['python']}, "
         f"torch {host['torch']}, transformers {host['transformers']}, hooked_lm {own.get('hooked-lm', '?')}, float32."
     ]
+    if "kernels" in host:
+        lines.append(
+            "Matrix products of hooked_lm: " + "; ".join(f"{name}: {said}" for name, said in _kernels(host)) + "."
+        )
     for name, library in ((THREE, "transformer_lens"), (FOUR, "transformer_lens"), (NNSIGHT, "nnsight")):
         if name in versions:
             found = versions[name]
@@ -63,6 +67,12 @@ def machine(report: Mapping[str, Any]) -> str:
         return text
     warning = "**These figures are of a trial run with few rounds. They show the form of the page, and nothing else.**"
     return f"{warning}\n\n{text}"
+
+
+def _kernels(host: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the classes of products, and what computes them."""
+    said = host["kernels"]
+    return [(name, said[name]) for name in said if name not in ("processor", "threads", "HOOKED_LM_KERNELS")]
 
 
 def columns(report: Mapping[str, Any]) -> dict[str, str]:

@@ -47,6 +47,23 @@ IMPORTS = {
 }
 
 
+@dataclass(frozen=True)
+class Where:
+    """Where everybody computes.
+
+    Attributes:
+        device: as torch names it.
+        dtype: `"float32"`, or a half precision, in which no two libraries round alike: differences are noted then, and
+            not judged.
+    """
+
+    device: str = "cpu"
+    dtype: str = "float32"
+
+
+CPU = Where()
+
+
 @dataclass
 class Result:
     """One measurement.
@@ -79,15 +96,22 @@ class Run:
         folder: where models are, one folder each, and where values are put.
         threads: of everybody.
         interpreters: of the contestants, by name.
+        where: the device and the precision of everybody.
     """
 
     def __init__(
-        self, contestants: Sequence[Asked], folder: Path, threads: int, interpreters: Mapping[str, str]
+        self,
+        contestants: Sequence[Asked],
+        folder: Path,
+        threads: int,
+        interpreters: Mapping[str, str],
+        where: Where = CPU,
     ) -> None:
         self.contestants, self.folder, self.threads = list(contestants), folder, threads
-        self.interpreters = interpreters
+        self.interpreters, self.where = interpreters, where
         self.loaded: dict[str, str] = {}
-        self.versions = {one.name: one.ask("begin", threads=threads) for one in contestants}
+        begin = {"threads": threads, **({} if where == CPU else asdict(where))}
+        self.versions = {one.name: one.ask("begin", **begin) for one in contestants}
 
     def measure(self, measurement: Measurement, tick: Tick) -> list[Result]:
         """Make a measurement. `tick` is called after each round."""
@@ -123,7 +147,9 @@ class Run:
                 continue
             if label == OURS:
                 reference = {name: value.clone() for name, value in load_file(into).items()}
-            elif self._differs(result, label, reference, load_file(into), task.tolerance, contestant.name != OURS):
+            elif self._differs(
+                result, label, reference, load_file(into), self._tolerance(task.tolerance), contestant.name != OURS
+            ):
                 continue
             into.unlink()
             entries[label], held[label] = contestant, reply["held"]
@@ -158,6 +184,9 @@ class Run:
         if "folder" in arguments:
             return {**arguments, "folder": str(self.folder / arguments["folder"])}
         return dict(arguments)
+
+    def _tolerance(self, asked: float) -> float:
+        return asked if self.where.dtype == "float32" else math.inf
 
     def _load(self, contestant: Asked, model: str | None) -> None:
         if model is not None and self.loaded.get(contestant.name) != model:
@@ -244,7 +273,8 @@ class Run:
         ours = next(one for one in self.contestants if one.name == OURS)
 
         def sweep() -> tuple[float, Tensor]:
-            reply = ours.ask("sweep", patch=grid.patch, answer=ANSWER, wrong=WRONG)
+            function = {"function": True} if measurement.function else {}
+            reply = ours.ask("sweep", patch=grid.patch, answer=ANSWER, wrong=WRONG, **function)
             return reply["seconds"], torch.tensor(reply["values"])
 
         n_compared = min(measurement.cells * measurement.rounds, len(grid.cells))
@@ -259,7 +289,7 @@ class Run:
         result.values = {OURS: [one.seconds for one in rounds]}
         for label in loops:
             differences = torch.cat([one.others[label][1] for one in rounds])
-            if not _judged(result, label, _largest(differences), TOLERANCE):
+            if not _judged(result, label, _largest(differences), self._tolerance(TOLERANCE)):
                 result.values[label] = [one.others[label][0] for one in rounds]
         return result
 
@@ -344,6 +374,7 @@ def run_all(
     threads: int,
     tick: Tick,
     done: Callable[[Result], None],
+    where: Where = CPU,
 ) -> tuple[list[Result], dict[str, dict[str, str]]]:
     """Make measurements, and return their results and everybody's versions.
 
@@ -354,6 +385,7 @@ def run_all(
         threads: of everybody.
         tick: called after each round.
         done: called with each result.
+        where: the device and the precision of everybody.
     """
     everybody = dict.fromkeys(OWN, sys.executable) | dict(interpreters)
     results = []
@@ -363,7 +395,7 @@ def run_all(
         contestants = [stack.enter_context(start_peer(name, python)) for name, python in everybody.items()]
         for name, make in models.items():
             write_model(folder / name, make())
-        run = Run(contestants, folder, threads, everybody)
+        run = Run(contestants, folder, threads, everybody, where)
         for measurement in measurements:
             for result in run.measure(measurement, tick):
                 results.append(result)

@@ -17,14 +17,14 @@ from typer.testing import CliRunner
 from benchmarks import page
 from benchmarks.__main__ import RESULTS, app
 from benchmarks.grids import make_grid, make_prompts
-from benchmarks.measurements import FULL, OURS, QUICK, TARGETS, TINY, Patching, Task, plan
+from benchmarks.measurements import FULL, OURS, QUICK, TARGETS, TINY, Fresh, Patching, Peak, Task, plan
 from benchmarks.models import random_gpt2, write_model
 from benchmarks.peers.contestant import Contestant, bytes_of
 from benchmarks.peers.contestant import Task as ServedTask
 from benchmarks.peers.minimal import MinimalGPT2
 from benchmarks.peers.process import PEERS, interpreter_of
 from benchmarks.report import beside_table, cell, figure, line, ratio, ratio_table, ratios, target_table, trouble
-from benchmarks.runner import IMPORTS, Result, Run, in_turn, largest_difference
+from benchmarks.runner import IMPORTS, Result, Run, Where, in_turn, largest_difference
 from hooked_lm import HookedTransformer
 
 COLUMNS = {"transformers": "`transformers`", "minimal": "minimal"}
@@ -454,11 +454,11 @@ def test_an_unknown_measurement_is_an_error_that_names_those_there_are(command: 
     assert "no measurement 'forwards': there are import;" in plain(done.output)
 
 
-@pytest.mark.parametrize("part", [["--quick"], ["--rounds", "1"], ["--only", "import"]])
+@pytest.mark.parametrize("part", [["--quick"], ["--rounds", "1"], ["--only", "import"], ["--dtype", "bfloat16"]])
 def test_the_page_is_not_written_from_a_part(part: list[str], command: CliRunner) -> None:
     done = command.invoke(app, [*part, "--page"])
     assert done.exit_code == 2
-    assert "leave out --only, --quick and --rounds" in plain(done.output)
+    assert "leave out --only, --quick, --rounds, --device and --dtype" in plain(done.output)
 
 
 def test_a_list_of_what_is_measured(command: CliRunner) -> None:
@@ -486,3 +486,40 @@ def test_a_quick_run_skips_missing_peers_by_name_and_everybody_computes_the_same
     lazy = results["lazy cache 1x32: bytes held"]["values"]
     assert lazy[OURS][0] < lazy["ours, full cache"][0] / 10
     assert set(names) <= results.keys()
+    assert report["machine"]["threads"] == 1
+    assert "more rows, float32" in report["machine"]["kernels"]
+    by_function = results["residual grid 2x4, every token differs, metric a function"]
+    assert max(by_function["difference"].values()) < 1e-5
+
+
+def test_on_an_accelerator_nothing_is_loaded_and_two_precisions_are_compared(
+    command: CliRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not [one for one in plan(QUICK, "cuda") if isinstance(one, (Fresh, Peak)) or one.group == "Import and load"]
+    asked: list[tuple[list[str], Where]] = []
+
+    def run_all(measurements: list[Any], *_: Any) -> tuple[list[Result], dict[str, dict[str, str]]]:
+        asked.append(([one.name for one in measurements], _[-1]))
+        return [], {}
+
+    monkeypatch.setattr("benchmarks.__main__.run_all", run_all)
+    monkeypatch.setattr("benchmarks.__main__.device_name", lambda device: "an accelerator")
+    found = tmp_path / "results.json"
+    done = command.invoke(app, ["--device", "cuda", "--only", "forward 1x128", "--json", str(found)])
+    assert done.exit_code == 0, done.output
+    assert asked == [
+        (["forward 1x128"], Where("cuda", "float32")),
+        (["forward 1x128, bfloat16"], Where("cuda", "bfloat16")),
+    ]
+    assert json.loads(found.read_text())["machine"]["device"] == "an accelerator"
+
+
+def test_in_half_precision_differences_are_noted_and_not_judged(command: CliRunner, tmp_path: Path) -> None:
+    found = tmp_path / "results.json"
+    options = ["--only", "forward 1x16", "--only", "generation of 5, batch 2", "--dtype", "bfloat16", "--threads", "1"]
+    done = command.invoke(app, ["--quick", "--json", str(found), *options])
+    assert done.exit_code == 0, done.output
+    forward = json.loads(found.read_text())["results"][0]
+    assert forward["name"] == "forward 1x16, bfloat16"
+    assert 1e-4 < forward["difference"]["transformers"] < 0.5
+    assert set(forward["values"]) == {OURS, "transformers", "minimal"}

@@ -69,6 +69,17 @@ def test_everybody_uses_as_many_threads_as_he_is_told(served: Served) -> None:
     assert versions["torch"] == torch.__version__
 
 
+def test_everybody_computes_where_and_in_the_precision_that_he_is_told(served: Served, tmp_path: Path) -> None:
+    try:
+        served.begin(threads=1, device="meta", dtype="bfloat16")
+        served.load("anywhere")
+        weight = served.contestant.model.weight
+        assert (weight.device.type, weight.dtype) == ("meta", torch.bfloat16)
+        assert torch.tensor([1]).device.type == "meta"
+    finally:
+        torch.set_default_device(None)
+
+
 def test_a_loaded_model_is_frozen(served: Served) -> None:
     served.load("anywhere")
     assert not any(parameter.requires_grad for parameter in served.contestant.model.parameters())

@@ -119,10 +119,14 @@ class Served:
     def __init__(self, contestant: Contestant) -> None:
         self.contestant = contestant
         self.prepared: dict[str, Task] = {}
+        self.device, self.dtype = torch.device("cpu"), torch.float32
 
-    def begin(self, threads: int) -> dict[str, str]:
-        """Use so many threads from now on, and return the versions of what computes here."""
+    def begin(self, threads: int, device: str = "cpu", dtype: str = "float32") -> dict[str, str]:
+        """Use so many threads from now on, a device and a precision, and return the versions of what computes here."""
         torch.set_num_threads(threads)
+        self.device, self.dtype = torch.device(device), getattr(torch, dtype)
+        if self.device.type != "cpu":
+            torch.set_default_device(self.device)  # prompts are made there
         libraries = ("torch", "transformers", *self.contestant.libraries)
         return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in libraries}
 
@@ -130,8 +134,13 @@ class Served:
         """Load the model in a folder."""
         self.prepared.clear()
         self.contestant.model = None  # two of them need not fit
-        model = self.contestant.load_model(Path(folder), "unprocessed")
+        with torch.device("cpu"):
+            model = self.contestant.load_model(Path(folder), "unprocessed")
         model.requires_grad_(False)
+        if self.dtype != torch.float32:
+            model = model.to(self.dtype)
+        if self.device.type != "cpu":
+            model = model.to(self.device)
         self.contestant.model = model
 
     def prepare(self, slot: str, task: str, into: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
@@ -146,7 +155,7 @@ class Served:
             return None
         with prepared.mode():
             result = prepared.run()
-            values = {name: value.detach().contiguous().clone() for name, value in prepared.values(result).items()}
+            values = {name: _comparable(value) for name, value in prepared.values(result).items()}
         save_file(values, into)
         self.prepared[slot] = prepared
         return {"held": None if prepared.held is None else prepared.held(result)}
@@ -158,9 +167,11 @@ class Served:
             if number > 1:
                 task.run()  # short ones suffer most from whoever was here before
             with undisturbed():
+                finish(self.device)
                 start = time.perf_counter()
                 for _ in range(number):
                     result = task.run()
+                finish(self.device)
                 seconds = time.perf_counter() - start
             del result
         return seconds / number
@@ -184,6 +195,18 @@ class Served:
         model = self.contestant.load_model(Path(folder), way)
         read_weights(model)
         return {"peak": resident("VmHWM") - before, "own": bytes_of([*model.parameters(), *model.buffers()])}
+
+
+def finish(device: torch.device) -> None:
+    """Wait until a device has done what it has been asked for. The CPU has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def _comparable(value: Tensor) -> Tensor:
+    """Return a value on the CPU, in float32 if it is in half precision."""
+    value = value.detach().cpu()
+    return (value.float() if value.is_floating_point() and value.element_size() < 4 else value).contiguous().clone()
 
 
 @contextmanager

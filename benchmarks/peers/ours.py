@@ -91,12 +91,21 @@ class Ours(Classic):
         return {"seconds": seconds, "values": values}
 
     @torch.inference_mode()
-    def sweep(self, patch: str, answer: int, wrong: int) -> dict[str, Any]:
-        """Return the seconds that a whole grid takes, and the value of every cell."""
+    def sweep(self, patch: str, answer: int, wrong: int, function: bool = False) -> dict[str, Any]:
+        """Return the seconds that a whole grid takes, and the value of every cell.
+
+        Args:
+            patch: the grid.
+            answer, wrong: the tokens whose logits are compared.
+            function: give the metric as a function of one's own.
+        """
         grid = getattr(patching, f"get_act_patch_{patch}")
+        metric: Any = logit_diff(answer, wrong)
+        if function:
+            metric = lambda logits: logits[0, -1, answer] - logits[0, -1, wrong]  # noqa: E731 - as people write it
         with undisturbed():
             start = perf_counter()
-            values = grid(self.model, self._corrupted, self._clean_cache, logit_diff(answer, wrong), verbose=False)
+            values = grid(self.model, self._corrupted, self._clean_cache, metric, verbose=False)
             seconds = perf_counter() - start
         return {"seconds": seconds, "values": values.flatten().tolist()}
 
