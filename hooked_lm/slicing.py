@@ -19,7 +19,7 @@ class Slice:
 
     Args:
         input_slice: None keeps everything; an int picks one and drops the axis; a tuple is `slice(*tuple)`; a list,
-            array or tensor of integers picks several; a `slice` is taken as it is; a `Slice` is copied.
+            range, array or tensor of integers picks several; a `slice` is taken as it is; a `Slice` is copied.
 
     Raises:
         TypeError: anything else.
@@ -51,6 +51,8 @@ class Slice:
                     f"{given!r}; several single entries go in a list"
                 )
             return "slice", _range(slice(*given))
+        if isinstance(given, range):
+            given = list(given)
         if isinstance(given, (list, np.ndarray, torch.Tensor)):
             if np.prod(np.shape(given)) == 0:
                 raise ValueError(f"an empty index, {given!r}, picks nothing: give one entry at least, or None for all")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from hooked_lm import (
 from hooked_lm.interventions import draw_prompts
 from hooked_lm.interventions.files import interventions_from_json, interventions_to_json
 from hooked_lm.metrics import logit
+from hooked_lm.slicing import Slice
 from hooked_lm.sweep import sweep
 from tests.helpers import tiny_model, tiny_tokens
 
@@ -196,7 +198,7 @@ def test_interventions_are_plain_hooks_for_those_who_want_them() -> None:
         (lambda: Intervention.from_cache("blocks.9.attn.hook_z", cached()), KeyError, "hook_z"),
         (lambda: Intervention.from_cache(Z, cached(), pos=7), ValueError, r"shape \(3, 7, 3, 4\): there is no pos 7"),
         (lambda: Intervention.from_cache(Z, cached(), batch=(0, 3)), ValueError, r"there is no batch \(0, 3\)"),
-        (lambda: Intervention.from_cache(Z, cached(), head=()), ValueError, "is not an int or a tuple"),
+        (lambda: Intervention.from_cache(Z, cached(), head=()), ValueError, "is not an int or several"),
         (lambda: Intervention.from_cache(("resid_pre", 0), cached(), head=0), ValueError, "there is no head to select"),
         (
             lambda: Intervention.from_cache(Z, cached(CLEAN[:1], remove_batch_dim=True)),
@@ -372,3 +374,19 @@ def test_a_file_without_a_digest_is_read_as_before(tmp_path: Path) -> None:
     del document["tensors"]
     path.write_text(json.dumps(document))
     assert isinstance(load_interventions(path)[0], Intervention)
+
+
+@pytest.mark.parametrize(
+    "several", [[1, 3], range(1, 4, 2), np.array([1, 3]), torch.tensor([1, 3])], ids=lambda x: type(x).__name__
+)
+def test_several_entries_may_come_in_any_sequence(several: Any) -> None:
+    edit = Intervention("blocks.0.attn.hook_z", "zero", pos=several)
+    assert edit.pos == (1, 3)
+    assert all(type(one) is int for one in edit.pos)
+    assert Slice(several).indices(7).tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("wrong", [[], [1.0], [True], np.array([0.5]), torch.zeros(2, 2, dtype=torch.long), "1"])
+def test_entries_that_are_no_integers_are_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="is not an int or several ints"):
+        Intervention("blocks.0.attn.hook_z", "zero", pos=wrong)

@@ -7,7 +7,7 @@ import operator
 import numpy as np
 import torch
 
-__all__ = ["integer", "is_integer"]
+__all__ = ["entries_of", "integer", "is_integer"]
 
 
 def is_integer(value: object) -> bool:
@@ -18,6 +18,17 @@ def is_integer(value: object) -> bool:
         return value.ndim == 0 and "int" in str(value.dtype)
     # Under torch.compile sizes are symbolic integers, which are no `int`.
     return isinstance(value, (int, np.integer, torch.SymInt))
+
+
+def entries_of(value: object) -> tuple[object, ...] | None:
+    """Return the entries of a tuple, list or range, or of an array or tensor with one axis; None for anything else.
+
+    Args:
+        value: an index, perhaps of several entries.
+    """
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return tuple(value.tolist()) if value.ndim == 1 else None
+    return tuple(value) if isinstance(value, (tuple, list, range)) else None
 
 
 def integer(value: object, what: str) -> int:

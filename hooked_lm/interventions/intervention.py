@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooked_lm._support.integers import integer, is_integer
+from hooked_lm._support.integers import entries_of, integer, is_integer
 from hooked_lm._support.precision import at_least_single
 from hooked_lm._support.torch_internals import transforms_active
 from hooked_lm.config import HookedTransformerConfig
@@ -98,7 +98,7 @@ class Intervention:
         pos: positions. From 0 they are those of the whole text, also when a generation reads it in steps; negative ones
             count from the end of the present pass, so that -1 is the newest position at every step. For scores and
             patterns they are query positions.
-        head, feature, batch: heads, entries of the last axis, prompts.
+        head, feature, batch: heads, entries of the last axis, prompts. Lists, ranges and arrays become tuples.
 
     Raises:
         ValueError: an unknown operation, a value where none belongs or none where one does, or an empty selection.
@@ -128,11 +128,12 @@ class Intervention:
         if not _is_value(self.value):
             raise ValueError(f"value at {self.site!r} is a real tensor or a number, not {type(self.value).__name__}")
         for name, selection in self.selections().items():
-            several = selection if isinstance(selection, tuple) else (selection,)
-            if not several or not all(is_integer(one) for one in several):
-                raise ValueError(f"{name}={selection!r} at {self.site!r} is not an int or a tuple of ints")
-            entries = tuple(integer(one, name) for one in several)
-            object.__setattr__(self, name, entries if isinstance(selection, tuple) else entries[0])
+            several = entries_of(selection)
+            chosen = (selection,) if several is None else several
+            if not chosen or not all(is_integer(one) for one in chosen):
+                raise ValueError(f"{name}={selection!r} at {self.site!r} is not an int or several ints")
+            entries = tuple(integer(one, name) for one in chosen)
+            object.__setattr__(self, name, entries[0] if several is None else entries)
             _refuse_repeats(self.site, name, entries, None)
 
     # Values from a cache. The selections are applied both to the cached activation and to the run.
