@@ -58,7 +58,8 @@ def sweep(
         tokens: the prompts, as the model takes them.
         cells: each an intervention, or several that are made together.
         metric: one of `hooked_lm.metrics`, for which only the logits that it reads are computed, or any function from
-            logits [batch pos vocab] to a scalar.
+            logits [batch pos vocab] to a scalar, for which those of the positions that it reads are. A function is
+            called on the base run's logits too, to see which they are.
         always: interventions made in every run in addition to a cell's, such as noise on the embeddings.
         attention_mask: [batch pos], 0 at padding.
         per_prompt: keep the prompts apart: [cell batch]. Needs a metric of `hooked_lm.metrics`.
