@@ -60,10 +60,8 @@ def differing_shapes(
         cfg: of the model.
         has_batch_dim: whether the activations have their batch axis.
     """
-    heads: set[int | None] = {
-        cfg.n_kv_heads,
-        cfg.n_heads,
-    }  # ungrouped keys and values have one entry for each query head
+    # Ungrouped keys and values have one entry for each query head.
+    heads: set[int | None] = {cfg.n_kv_heads, cfg.n_heads}
     sizes: dict[str, set[int | None]] = {
         "d_model": {cfg.d_model},
         "head": {cfg.n_heads},
