@@ -115,6 +115,7 @@ class HookedTransformerKeyValueCache:
 
     @property
     def previous_attention_mask(self) -> Tensor:
+        """The mask of the stored positions, [batch pos] of 0 and 1."""
         return self._mask
 
     @previous_attention_mask.setter

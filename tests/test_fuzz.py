@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hooked_lm.generation import decoding
 from hooked_lm.hooks import point
-from hooked_lm.sweep import engine
+from hooked_lm.sweep import scoring
 from tests.fuzz.case import Case
 from tests.fuzz.running import run_case
 from tests.fuzz.ways import WAYS
@@ -28,13 +28,11 @@ def forget_which_positions_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def hand_out_the_shared_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    def base_scores(self: engine._Engine, out: Tensor) -> Tensor:
-        if isinstance(self.metric, engine.Metric):
-            return original(self, out)
-        return self.scores(out)
+    def of_whole(self: scoring.FunctionScorer, logits: Tensor) -> Tensor:
+        self.read = frozenset(range(logits.shape[1]))
+        return scoring.one_number(self.metric, logits)
 
-    original = engine._Engine.base_scores
-    monkeypatch.setattr(engine._Engine, "base_scores", base_scores)
+    monkeypatch.setattr(scoring.FunctionScorer, "_of_whole", of_whole)
 
 
 def read_a_text_as_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,7 @@ def trapped(gpt2_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_the_code_of_a_checkpoint_is_not_run_for_its_config(use: Any, trapped: tuple[Path, Path]) -> None:
     folder, trap = trapped
     edit_json(folder / "config.json", model_type="mine", auto_map={"AutoConfig": "code.Config"})
-    with pytest.raises(CheckpointError, match="custom code"):
+    with pytest.raises(CheckpointError, match="code of its own"):
         use(folder)
     assert not trap.exists()
 

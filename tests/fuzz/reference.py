@@ -303,7 +303,8 @@ def tanh_gelu(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": lambda x: x.clamp(min=0),
+    # Not a clamp, whose derivative at zero is one.
+    "relu": lambda x: x.where(x > 0, 0.0),
     "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
     "silu": lambda x: x / (1 + (-x).exp()),
     "gelu_new": tanh_gelu,
