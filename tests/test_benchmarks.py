@@ -24,7 +24,7 @@ from benchmarks.peers.contestant import Task as ServedTask
 from benchmarks.peers.minimal import MinimalGPT2
 from benchmarks.peers.process import PEERS, interpreter_of
 from benchmarks.report import beside_table, cell, figure, line, ratio, ratio_table, ratios, target_table, trouble
-from benchmarks.runner import IMPORTS, Result, Run, Where, in_turn, largest_difference
+from benchmarks.runner import CPU, IMPORTS, Result, Run, Where, in_turn, largest_difference
 from hooked_lm import HookedTransformer
 
 COLUMNS = {"transformers": "`transformers`", "minimal": "minimal"}
@@ -50,9 +50,11 @@ class Fake:
     def __init__(self, name: str, logits: torch.Tensor | None, seconds: list[float]) -> None:
         self.name, self.logits, self.seconds = name, logits, iter(seconds)
         self.asked: list[str] = []
+        self.told: dict[str, dict[str, Any]] = {}
 
     def ask(self, what: str, **arguments: Any) -> Any:
         self.asked.append(what)
+        self.told[what] = arguments
         match what:
             case "prepare" if self.logits is None:
                 return None
@@ -65,11 +67,11 @@ class Fake:
                 return {}
 
 
-def measured(folder: Path, *others: Fake, **changes: Any) -> list[Result]:
+def measured(folder: Path, *others: Fake, where: Where = CPU, **changes: Any) -> list[Result]:
     """Return the results of a task that ours and some others do."""
     ours = Fake(OURS, torch.arange(6.0), [1.0, 2.0, 3.0])
     task = Task(**{"name": "forward", "group": "G", "model": None, "task": "forward", "rounds": 2, **changes})
-    run = Run([ours, *others], folder, 1, {})
+    run = Run([ours, *others], folder, 1, {}, where)
     return run.measure(task, lambda: None)
 
 
@@ -165,6 +167,14 @@ def test_a_wrong_contestant_is_left_out_and_named(tmp_path: Path) -> None:
     assert ratios(result) == []
     assert list(trouble(result)) == ["forward, transformers: values differ by 0.0002, more than 0.0001"]
     assert "differ" in line(result)
+
+
+def test_in_half_precision_differences_are_noted_and_not_judged(tmp_path: Path) -> None:
+    other = Fake("transformers", torch.arange(6.0) + 0.25, [1.0, 4.0, 4.0])
+    (result,) = measured(tmp_path, other, where=Where("cpu", "bfloat16"), **ARGUMENTS)
+    assert result.values == {OURS: [2.0, 3.0], "transformers": [4.0, 4.0]}
+    assert result.difference == {"transformers": 0.25}
+    assert other.told["begin"] == {"threads": 1, "device": "cpu", "dtype": "bfloat16"}
 
 
 def test_who_has_no_such_thing_is_absent_and_no_trouble(tmp_path: Path) -> None:
@@ -512,14 +522,3 @@ def test_on_an_accelerator_nothing_is_loaded_and_two_precisions_are_compared(
         (["forward 1x128, bfloat16"], Where("cuda", "bfloat16")),
     ]
     assert json.loads(found.read_text())["machine"]["device"] == "an accelerator"
-
-
-def test_in_half_precision_differences_are_noted_and_not_judged(command: CliRunner, tmp_path: Path) -> None:
-    found = tmp_path / "results.json"
-    options = ["--only", "forward 1x16", "--only", "generation of 5, batch 2", "--dtype", "bfloat16", "--threads", "1"]
-    done = command.invoke(app, ["--quick", "--json", str(found), *options])
-    assert done.exit_code == 0, done.output
-    forward = json.loads(found.read_text())["results"][0]
-    assert forward["name"] == "forward 1x16, bfloat16"
-    assert 1e-4 < forward["difference"]["transformers"] < 0.5
-    assert set(forward["values"]) == {OURS, "transformers", "minimal"}

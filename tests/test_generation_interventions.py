@@ -39,12 +39,12 @@ SELECTIONS: list[dict[str, Any]] = [
     {"pos": -1},
     {"pos": (-1, 2)},
     {"pos": (0, -2)},
-    {"pos": (5, 6)},
+    {"pos": (4, 5)},
     {},
     {"feature": -1},
     {"pos": -1, "feature": -1},
 ]
-N_NEW = 5
+N_NEW = 3
 
 
 def generated(
