@@ -44,7 +44,7 @@ def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor of AMD, whatever this one is."""
-    monkeypatch.setattr(products, "large_kernel", lambda: "onednn")
+    monkeypatch.setattr(kernels, "kernel_rule", lambda: "amd")
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def calls(by_onednn: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def fresh_kernels() -> Iterator[None]:
     """What is asked once in a process is asked anew, and again afterwards."""
-    asked = (kernels.processor_vendor, kernels.kernel_setting, kernels.large_kernel, kernels.splits_few_rows)
+    asked = (kernels.processor_vendor, kernels.kernel_setting, kernels.kernel_rule)
     for one in asked:
         one.cache_clear()
     yield
@@ -102,12 +102,13 @@ class Listed(TorchDispatchMode):
 
 
 @pytest.mark.usefixtures("small_is_large", "threads")
-@pytest.mark.parametrize("kernel", ["torch", pytest.param("onednn", marks=needs_onednn)])
+@pytest.mark.parametrize("rule", ["torch", "amd", "intel"])
 @pytest.mark.parametrize(("dtype", "exact"), [(torch.float64, 1e-13), (torch.float32, 1e-5)], ids=["double", "single"])
 def test_products_are_what_linear_gives(
-    dtype: torch.dtype, exact: float, kernel: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, exact: float, rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "large_kernel", lambda: kernel)
+    monkeypatch.setattr(kernels, "kernel_rule", lambda: rule)
+    monkeypatch.setattr(kernels, "_MILLIONS", 1)
     wrong = []
     for layout, (d_out, d_in), biased in itertools.product(LAYOUTS, SHAPES, (True, False)):
         weight, bias = matrix(layout, d_out, d_in, dtype), torch.arange(d_out).to(dtype) if biased else None
@@ -159,22 +160,42 @@ def test_a_product_keeps_for_the_way_back_only_what_it_needs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "vendor", "expected"),
+    ("setting", "vendor", "rule"),
     [
-        ("", "AuthenticAMD", ("onednn", True)),
-        ("auto", "GenuineIntel", ("torch", True)),
-        ("auto", "", ("torch", True)),
-        ("torch", "AuthenticAMD", ("torch", False)),
-        (" OneDNN ", "GenuineIntel", ("onednn", True)),
+        ("", "AuthenticAMD", "amd"),
+        ("auto", "GenuineIntel", "intel"),
+        ("auto", "", "torch"),
+        ("torch", "AuthenticAMD", "torch"),
+        (" OneDNN ", "GenuineIntel", "amd"),
     ],
 )
-@needs_onednn
-def test_kernels_are_the_processors_unless_the_environment_says_otherwise(
-    setting: str, vendor: str, expected: tuple[str, bool], monkeypatch: pytest.MonkeyPatch, fresh_kernels: None
+def test_the_rule_is_the_processors_unless_the_environment_says_otherwise(
+    setting: str, vendor: str, rule: str, monkeypatch: pytest.MonkeyPatch, fresh_kernels: None
 ) -> None:
     monkeypatch.setenv("HOOKED_LM_KERNELS", setting)
     monkeypatch.setattr(kernels, "processor_vendor", lambda: vendor)
-    assert (kernels.large_kernel(), kernels.splits_few_rows()) == expected
+    assert kernels.kernel_rule() == rule
+    assert kernels.describe_kernels()["HOOKED_LM_KERNELS"] in kernels.SETTINGS
+
+
+@pytest.mark.parametrize(
+    ("rule", "layout", "shape", "by_rows"),
+    [
+        ("amd", "out in", (768, 768), {1: "parts", 2: "parts", 3: "onednn", 1024: "onednn"}),
+        ("amd", "in out", (768, 768), {1: "parts", 3: "onednn"}),
+        ("intel", "out in", (768, 768), {1: "torch", 8: "torch", 128: "torch"}),
+        ("intel", "out in", (3072, 768), {1: "torch", 4: "torch", 8: "onednn", 192: "onednn", 193: "torch"}),
+        ("intel", "out in", (50257, 768), {1: "torch", 3: "torch", 4: "onednn", 192: "onednn", 1024: "torch"}),
+        ("intel", "in out", (50257, 768), {1: "torch", 8: "torch", 128: "torch"}),
+        ("torch", "out in", (50257, 768), {1: "torch", 8: "torch", 128: "torch"}),
+    ],
+)
+def test_a_product_has_the_kernel_that_was_measured_to_be_fastest(
+    rule: str, layout: str, shape: tuple[int, int], by_rows: dict[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "kernel_rule", lambda: rule)
+    weight = torch.empty(shape, device="meta") if layout == "out in" else torch.empty(shape[::-1], device="meta").T
+    assert {rows: kernels.product_kernel(rows, weight) for rows in by_rows} == by_rows
 
 
 def test_a_setting_that_is_none_is_an_error(monkeypatch: pytest.MonkeyPatch, fresh_kernels: None) -> None:
@@ -298,7 +319,7 @@ def test_what_does_not_go_together_is_an_error(rows: int) -> None:
             products.linear(*wrong)
 
 
-def test_parts_do_not_grow_with_the_threads_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_do_not_grow_with_the_threads_for_ever(by_onednn: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
     monkeypatch.setattr(products, "_LARGE", 1)
     made: list[int] = []

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from hooked_lm._support.torch_internals import ONEDNN_LINEAR
 
@@ -21,17 +23,22 @@ __all__ = [
     "SETTINGS",
     "Kernel",
     "describe_kernels",
+    "kernel_rule",
     "kernel_setting",
-    "large_kernel",
     "processor_vendor",
-    "splits_few_rows",
+    "product_kernel",
 ]
 
-# `torch` is `F.linear`; `onednn` is oneDNN's product, which torch ships too.
-Kernel = Literal["torch", "onednn"]
+# `torch` is `F.linear`; `onednn` is oneDNN's product, which torch ships too; `parts` is a product for each thread.
+Kernel = Literal["torch", "onednn", "parts"]
+# Of the products of a process. `amd` is what the setting `onednn` asks for too.
+Rule = Literal["amd", "intel", "torch"]
 SETTINGS = ("auto", "torch", "onednn")
 _VARIABLE = "HOOKED_LM_KERNELS"
-_AMD = "AuthenticAMD"
+_AMD, _INTEL = "AuthenticAMD", "GenuineIntel"
+# Rows: at most so many are multiplied part by part (AMD); from and to which oneDNN is faster (Intel).
+_FEW, _FEW_ROWS, _MOST_ROWS = 2, 4, 192
+_MILLIONS = 2**21
 
 
 @cache
@@ -59,31 +66,54 @@ def kernel_setting() -> str:
 
 
 @cache
-def large_kernel() -> Kernel:
-    """Return the kernel of products with large matrices in float32, of more than a few rows.
-
-    torch's own choice is MKL where it has been built with it. MKL is written for Intel's processors, where it is as
-    fast as oneDNN or faster; on AMD's, oneDNN takes 0.5 to 0.8 times as long.
-    """
+def kernel_rule() -> Rule:
+    """Return the rule of this process: the setting's, or this processor's."""
     setting = kernel_setting()
-    wanted = setting == "onednn" or (setting == "auto" and processor_vendor() == _AMD)
-    return "onednn" if wanted and ONEDNN_LINEAR is not None else "torch"
+    if setting == "auto":
+        return {_AMD: "amd", _INTEL: "intel"}.get(processor_vendor(), "torch")  # type: ignore[return-value]
+    return "amd" if setting == "onednn" else "torch"
 
 
-@cache
-def splits_few_rows() -> bool:
-    """Return whether products of one or two rows are shared out among the threads."""
-    return kernel_setting() != "torch"
+def product_kernel(rows: int, weight: Float[Tensor, "d_out d_in"]) -> Kernel:
+    """Return the kernel for the product of so many rows with a large matrix, by the rule of this process.
+
+    AMD (measured on an EPYC): torch chooses MKL, which is written for Intel's processors; oneDNN takes 0.5 to 0.8 times
+    as long. One or two rows take the time to read the matrix, which `F.linear` does with one thread; a batch of
+    products with parts of the matrix reads it with all, 1.8 times as fast if stored `[d_in d_out]`, 3 times if
+    `[d_out d_in]`.
+
+    Intel (measured on a Xeon with AVX-512 and AMX, one thread and two): MKL reads the matrix with all threads, and
+    parts take up to 2.7 times as long. For matrices stored `[d_out d_in]` of two million entries and more, oneDNN takes
+    0.5 to 1 times as long from 8 rows to 192, or from 4 where the matrix is an unembedding's; otherwise longer.
+
+    Args:
+        rows: how many.
+        weight: the matrix, of `LARGE` entries or more.
+    """
+    rule = kernel_rule()
+    if rule == "amd":
+        return "parts" if rows <= _FEW else "onednn"
+    if rule == "intel" and weight.stride(1) == 1 and rows <= _MOST_ROWS:
+        entries = weight.numel()
+        if entries >= _MILLIONS and rows >= (_FEW_ROWS if entries >= 8 * _MILLIONS else 2 * _FEW_ROWS):
+            return "onednn"
+    return "torch"
 
 
 def describe_kernels() -> dict[str, str | int]:
     """Return how products are computed on the CPU in this process, in words: what is asked for, and what follows."""
-    large = "oneDNN" if large_kernel() == "onednn" and torch.backends.mkldnn.enabled else "PyTorch's choice"
+    rule = kernel_rule() if torch.backends.mkldnn.enabled and ONEDNN_LINEAR is not None else "torch"
+    torch_chooses = "PyTorch's choice"
+    large = {
+        "amd": "oneDNN",
+        "intel": f"oneDNN for {2 * _FEW_ROWS} to {_MOST_ROWS} rows of matrices stored by outputs, or {torch_chooses}",
+        "torch": torch_chooses,
+    }
     return {
         "processor": processor_vendor() or "of a vendor that the system does not name",
         "threads": torch.get_num_threads(),
         _VARIABLE: kernel_setting(),
-        "one or two rows": "a part of the matrix for each thread" if splits_few_rows() else "PyTorch's choice",
-        "more rows, float32": large,
-        "small matrices, other precisions": "PyTorch's choice",
+        "one or two rows": "a part of the matrix for each thread" if kernel_rule() == "amd" else torch_chooses,
+        "more rows, float32": large[rule],
+        "small matrices, other precisions": torch_chooses,
     }

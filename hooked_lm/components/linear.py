@@ -1,4 +1,4 @@
-"""`F.linear`, faster on the CPU: products of one or two rows use all threads, larger ones the faster of two kernels."""
+"""`F.linear`, by the kernel that is fastest on this processor."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from hooked_lm._support.torch_internals import ONEDNN_LINEAR, only_plain_operations
-from hooked_lm.components.kernels import large_kernel, splits_few_rows
+from hooked_lm.components.kernels import Kernel, product_kernel
 
 __all__ = ["linear"]
 
-# At most _FEW rows are multiplied part by part: torch divides more rows among the threads itself. A matrix with fewer
-# than _LARGE entries goes to `F.linear`, since splitting it, or choosing a oneDNN kernel, takes longer.
-_FEW, _LARGE = 2, 2**17
+# A matrix with fewer entries goes to `F.linear`, since splitting it, or choosing a oneDNN kernel, takes longer.
+_LARGE = 2**17
 # More threads than these do not read memory faster.
 _MOST_PARTS = 16
 
@@ -27,13 +26,8 @@ def linear(
 ) -> Float[Tensor, "*batch d_out"]:
     """Return `x weight^T + bias`, computed by `F.linear` if the matrix is small or not on the CPU.
 
-    The time of a product of one or two rows is the time to read the matrix. `F.linear` reads it with one thread; a
-    batch of products with parts of the matrix reads it with all threads. (GPT-2 small's matrices on two cores of an
-    AMD EPYC: 1.8 times as fast if stored `[d_in d_out]`; 3 times if stored `[d_out d_in]`, where parts are faster in
-    one thread too.)
-
-    More rows in float32 are oneDNN's where `kernels.large_kernel` says so, on AMD's processors; it adds the bias in the
-    same pass. `torch.backends.mkldnn.enabled = False` turns it off too.
+    Large matrices are multiplied by the kernel that `kernels.product_kernel` names for the processor. oneDNN's, in
+    float32 only, adds the bias in the same pass; `torch.backends.mkldnn.enabled = False` turns it off.
 
     Args:
         x: the rows.
@@ -46,13 +40,16 @@ def linear(
         or not (_fits(x, weight, bias) and only_plain_operations())
     ):
         return F.linear(x, weight, bias)
+    kernel = product_kernel(x.numel() // x.shape[-1], weight)
+    if kernel == "torch":
+        return F.linear(x, weight, bias)
     learned = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if learned and torch.is_grad_enabled():
         if not _suits_onednn(x, weight):
             return F.linear(x, weight, bias)
         product: Tensor = _DifferentiableProduct.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return product
-    return _product(x, weight, bias)
+    return _product(x, weight, bias, kernel)
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -62,15 +59,15 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
-    available = large_kernel() == "onednn" and bool(torch.backends.mkldnn.enabled)
+    available = ONEDNN_LINEAR is not None and bool(torch.backends.mkldnn.enabled)
     # For a matrix with gaps (columns of a wider one) oneDNN uses a reference kernel, a hundred times as slow.
     dense = weight.is_contiguous() or weight.T.is_contiguous()
     return available and dense and x.dtype == torch.float32 and x.numel() > 0
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: Kernel) -> Tensor:
     rows = x.numel() // x.shape[-1]
-    if 0 < rows <= _FEW and splits_few_rows():
+    if kernel == "parts" and rows > 0:
         by_rows, by_columns = weight.stride(1) == 1, weight.stride(0) == 1 and torch.get_num_threads() > 1
         if by_rows or by_columns:
             flat = x.reshape(rows, -1)
@@ -101,7 +98,7 @@ class _DifferentiableProduct(torch.autograd.Function):
         needs_x, needs_weight, _ = ctx.needs_input_grad
         # torch takes None too, though its annotation does not say so.
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)  # type: ignore[arg-type]
-        return _product(x, weight, bias)
+        return _product(x, weight, bias, product_kernel(x.numel() // x.shape[-1], weight))
 
     @staticmethod
     def backward(ctx: _ProductContext, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
