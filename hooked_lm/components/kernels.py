@@ -35,7 +35,7 @@ Kernel = Literal["torch", "onednn", "parts"]
 Rule = Literal["amd", "intel", "torch"]
 SETTINGS = ("auto", "torch", "onednn")
 _VARIABLE = "HOOKED_LM_KERNELS"
-_AMD, _INTEL = "AuthenticAMD", "GenuineIntel"
+_RULES: dict[str, Rule] = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}
 # Rows: at most so many are multiplied part by part (AMD); from and to which oneDNN is faster (Intel).
 _FEW, _FEW_ROWS, _MOST_ROWS = 2, 4, 192
 _MILLIONS = 2**21
@@ -70,7 +70,7 @@ def kernel_rule() -> Rule:
     """Return the rule of this process: the setting's, or this processor's."""
     setting = kernel_setting()
     if setting == "auto":
-        return {_AMD: "amd", _INTEL: "intel"}.get(processor_vendor(), "torch")  # type: ignore[return-value]
+        return _RULES.get(processor_vendor(), "torch")
     return "amd" if setting == "onednn" else "torch"
 
 
