@@ -144,6 +144,32 @@ def test_a_write_that_torch_does_not_count_is_noticed_by_what_reads_it(write: st
         lazy[name]
 
 
+def test_a_write_to_a_tied_embedding_is_noticed_by_the_logits() -> None:
+    model = tiny_model(tie_word_embeddings=True).eval()
+    _, lazy = model.run_with_cache(TOKENS, lazy=True)
+    unread = next(token for token in range(model.cfg.d_vocab) if token not in TOKENS.unique().tolist())
+    model.embed.W_E.data[unread, 0] += 1.0
+    with pytest.raises(RuntimeError, match="does not compute what it did"):
+        lazy["unembed.hook_out"]
+
+
+def test_of_the_embedding_the_rows_of_the_prompt_are_what_is_guarded(model: HookedTransformer) -> None:
+    edited = TOKENS.clone()
+    edited[0, 1] = (edited[0, 1] + 1) % model.cfg.d_vocab
+    looked_up = edited.unique().tolist()
+    unread = next(token for token in range(model.cfg.d_vocab) if token not in looked_up)
+    with model.hooks(fwd_hooks=[("hook_tokens", lambda tokens, hook: edited)]):
+        _, lazy = model.run_with_cache(TOKENS, lazy=True)
+    expected = model.embed.W_E[edited].detach().clone()
+    model.embed.W_E.data[unread] += 1.0
+    torch.testing.assert_close(lazy["hook_embed"], expected, rtol=0, atol=0)
+    with model.hooks(fwd_hooks=[("hook_tokens", lambda tokens, hook: edited)]):
+        _, lazy = model.run_with_cache(TOKENS, lazy=True)
+    model.embed.W_E.data[edited[0, 1]] += 1.0
+    with pytest.raises(RuntimeError, match="does not compute what it did"):
+        lazy["hook_embed"]
+
+
 def test_a_numpy_view_that_writes_to_a_weight_is_noticed(model: HookedTransformer) -> None:
     _, lazy = model.run_with_cache(TOKENS, lazy=True)
     model.unembed.W_U.detach().numpy()[3, 2] *= 1 + 1e-15

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp import is_autocast_available
 
-from hooked_lm._support.checksums import checksum
+from hooked_lm._support.checksums import checksums
 from hooked_lm._support.torch_internals import times_written
 from hooked_lm.components.stock import not_stock
 from hooked_lm.hooked_model import HookedModel
@@ -194,11 +194,18 @@ class ReplayableRun:
     def _weights(self, place: Segment, unembeds: bool) -> dict[str, Tensor]:
         model = cast(nn.Module, self.model)
         named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-        return {
+        if unembeds:
+            named["unembed.W_U"] = self.model.W_U  # no parameter if the embeddings are tied
+        found = {
             name: value
             for name, value in named.items()
             if segment_of(name) == place and (unembeds or not name.startswith("unembed."))
         }
+        tokens = self.edits.get("hook_tokens", self.tokens)
+        if "embed.W_E" in found and tokens is not None and tokens.numel() < len(found["embed.W_E"]):
+            W_E = found.pop("embed.W_E").detach()
+            found["embed.W_E of the prompt"] = W_E[tokens.to(W_E.device)]
+        return found
 
     def check(self, read: Mapping[str, Tensor] | None = None) -> None:
         """Check that weights and kept tensors are where they were, and that the contents of some are unchanged.
@@ -267,9 +274,8 @@ def contents(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     there = {name: one for name, one in tensors.items() if not one.is_meta}
     places = {name: (one.data_ptr(), one.shape, one.stride(), one.dtype) for name, one in there.items()}
     distinct = {places[name]: one for name, one in there.items()}
-    # Nothing waits for an accelerator until all of them are under way.
-    sums = {place: checksum(one) for place, one in distinct.items()}
-    return {name: int(sums[place]) for name, place in places.items()}
+    sums = dict(zip(distinct, checksums(list(distinct.values())), strict=True))
+    return {name: sums[place] for name, place in places.items()}
 
 
 _CHANGED = (
@@ -357,8 +363,8 @@ def record_run(
     wanted: dict[Segment, list[str]] = {}
     for name in filter(run.covers, names):
         wanted.setdefault(segment_of(name), []).append(name)
-    for place, those in wanted.items():
-        run.checksums.update(contents(run.read_by(place, those)))
+    read = [run.read_by(place, those) for place, those in wanted.items()]
+    run.checksums.update(contents({name: one for those in read for name, one in those.items()}))
     return output, run
 
 
