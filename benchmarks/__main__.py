@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated
@@ -19,9 +20,11 @@ from benchmarks.measurements import FULL, QUICK, Measurement, plan
 from benchmarks.peers.process import PEERS, interpreter_of
 from benchmarks.report import line, trouble
 from benchmarks.runner import Result, Where, as_json, run_all
-from hooked_lm._support.reading import read_json_object
+from hooked_lm.components.kernels import processor_vendor
 
-RESULTS = Path(__file__).with_name("results.json")
+# Files of results are named after the processor's vendor.
+VENDORS = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}
+USUAL_THREADS = 2
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -40,7 +43,7 @@ def main(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One round of everything, on toy sizes: does it run?")] = False,
     rounds: Annotated[int | None, typer.Option(min=1, help="At most this many rounds of each measurement.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Of every contestant.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Of every contestant.")] = USUAL_THREADS,
     device: Annotated[
         str,
         typer.Option(
@@ -53,11 +56,17 @@ def main(
     ] = None,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", help="Where results go. A whole run writes benchmarks/results.json by default."),
+        typer.Option("--json", help="Where results go. A whole run by default goes to benchmarks/results, by vendor."),
     ] = None,
-    write_page: Annotated[bool, typer.Option("--page", help="Write docs/benchmarks.md from the results.")] = False,
+    write_page: Annotated[
+        bool, typer.Option("--page", help="Write docs/benchmarks.md from all results there are.")
+    ] = False,
     render: Annotated[
-        bool, typer.Option("--render", help="Measure nothing: write docs/benchmarks.md from results there are.")
+        bool,
+        typer.Option(
+            "--render",
+            help="Measure nothing: write docs/benchmarks.md and the README's table from the results there are.",
+        ),
     ] = False,
     names: Annotated[bool, typer.Option("--list", help="Measure nothing: list the measurements.")] = False,
 ) -> None:
@@ -70,9 +79,9 @@ def main(
         return
     if render:
         try:
-            page.write(read_json_object(json_file or RESULTS))
+            page.write()
         except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="--json") from error
+            raise typer.BadParameter(str(error), param_hint="--render") from error
         return
     precisions = dtype or (["float32"] if device == "cpu" else ["float32", "bfloat16"])
     partial = quick or only is not None or rounds is not None or device != "cpu" or precisions != ["float32"]
@@ -103,21 +112,27 @@ def main(
             found, versions = run_all(named, scale.models(), interpreters, threads, bar.update, done, where)
             results += found
     report = {
+        "date": f"{datetime.now(UTC):%Y-%m}",
         "rounds": rounds,
         "quick": quick,
         "machine": {**machine(threads), "device": device_name(device)},
         "versions": versions,
         "results": as_json(results),
     }
-    target = json_file or (None if partial else RESULTS)
+    target = json_file or (None if partial else _usual_file(threads))
     if target is not None:
         target.write_text(json.dumps(report, indent=2) + "\n")
     if write_page:
-        page.write(report)
+        page.write()
     troubles = [text for result in results for text in trouble(result)]
     if troubles:
         typer.echo("\n".join(["left out of the comparison:", *troubles]), err=True)
         raise typer.Exit(1)
+
+
+def _usual_file(threads: int) -> Path:
+    name = VENDORS.get(processor_vendor(), "other")
+    return page.RESULTS / f"{name if threads == USUAL_THREADS else f'{name}-{threads}-threads'}.json"
 
 
 def _chosen(measurements: list[Measurement], patterns: list[str] | None) -> list[Measurement]:

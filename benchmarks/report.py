@@ -126,9 +126,7 @@ def beside_table(results: Sequence[Result], columns: Mapping[str, str]) -> str:
 def cell(one: Ratio) -> str:
     """Return a ratio with its range."""
     text = figure(one.median)
-    if one.low != one.high:
-        text += f" ({figure(one.low)}-{figure(one.high)})"
-    return f"**{text}**" if one.met is False else text
+    return text if one.low == one.high else f"{text} ({figure(one.low)}-{figure(one.high)})"
 
 
 def figure(number: float) -> str:
@@ -144,11 +142,28 @@ def _no_ratio(result: Result, name: str) -> str:
     return "" if name == MINIMAL else "not measured"
 
 
-def target_table(found: Sequence[Ratio], columns: Mapping[str, str]) -> str:
-    """Return a table of targets, met and missed."""
+def target_table(found: Sequence[tuple[str, Sequence[Ratio]]], columns: Mapping[str, str]) -> str:
+    """Return a table of targets, and the ratios measured; those above their target are bold.
+
+    Args:
+        found: for each report its title and its ratios.
+        columns: contestants, and what to call them.
+    """
+    measured = [{(one.name, one.other): one for one in ratios} for _, ratios in found]
     rows = [
-        [one.name, columns.get(one.other, one.other), f"{one.target:.3g}", cell(one), "yes" if one.met else "**no**"]
-        for one in found
-        if one.target is not None
+        [
+            name,
+            columns.get(other, other),
+            f"{target:.3g}",
+            *(_measured(ratios.get((name, other))) for ratios in measured),
+        ]
+        for (name, other), target in TARGETS.items()
+        if any((name, other) in ratios for ratios in measured)
     ]
-    return table(["", "beside", "at most", "measured", "met"], rows)
+    return table(["", "beside", "at most", *(title for title, _ in found)], rows)
+
+
+def _measured(one: Ratio | None) -> str:
+    if one is None:
+        return ""
+    return figure(one.median) if one.met else f"**{figure(one.median)}**"

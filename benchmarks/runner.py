@@ -109,7 +109,7 @@ class Run:
     ) -> None:
         self.contestants, self.folder, self.threads = list(contestants), folder, threads
         self.interpreters, self.where = interpreters, where
-        self.loaded: dict[str, str] = {}
+        self.loaded: dict[str, tuple[str, str]] = {}
         begin = {"threads": threads, **({} if where == CPU else asdict(where))}
         self.versions = {one.name: one.ask("begin", **begin) for one in contestants}
 
@@ -133,7 +133,7 @@ class Run:
         entries, reference, held = {}, {}, {}
         for label, contestant, what in self._entries(task):
             try:
-                self._load(contestant, task.model)
+                self._load(contestant, task.model, task.way)
                 into = self.folder / "values.safetensors"
                 arguments = self._arguments(task.arguments, what)
                 reply = contestant.ask("prepare", slot=label, task=what, into=str(into), arguments=arguments)
@@ -188,11 +188,11 @@ class Run:
     def _tolerance(self, asked: float) -> float:
         return asked if self.where.dtype == "float32" else math.inf
 
-    def _load(self, contestant: Asked, model: str | None) -> None:
-        if model is not None and self.loaded.get(contestant.name) != model:
+    def _load(self, contestant: Asked, model: str | None, way: str = "unprocessed") -> None:
+        if model is not None and self.loaded.get(contestant.name) != (model, way):
             self.loaded.pop(contestant.name, None)
-            contestant.ask("load", folder=str(self.folder / model))
-            self.loaded[contestant.name] = model
+            contestant.ask("load", folder=str(self.folder / model), way=way)
+            self.loaded[contestant.name] = model, way
 
     def _differs(
         self,
@@ -216,7 +216,8 @@ class Run:
 
     def time_fresh(self, measurement: Fresh, tick: Tick) -> Result:
         """Time fresh interpreters: importing what loads a model, or all that comes before one is there."""
-        seconds = {"import": self._import_seconds, "start": self._start_seconds}[measurement.what]
+        start = partial(self._start_seconds, model=measurement.model, way=measurement.way)
+        seconds = {"import": self._import_seconds, "start": start}[measurement.what]
         result = Result(measurement.name, measurement.group)
         turns = {one.name: partial(seconds, one.name) for one in self.contestants if one.name in IMPORTS}
         result.values = in_turn(turns, measurement.rounds, tick, result.failed)
@@ -225,10 +226,10 @@ class Run:
     def _import_seconds(self, name: str) -> float:
         return import_seconds(self.interpreters[name], IMPORTS[name])
 
-    def _start_seconds(self, name: str) -> float:
+    def _start_seconds(self, name: str, model: str, way: str) -> float:
         start = time.perf_counter()
         with start_peer(name, self.interpreters[name]) as fresh:
-            fresh.ask("load", folder=str(self.folder / "tiny"))
+            fresh.ask("load", folder=str(self.folder / model), way=way)
             return time.perf_counter() - start
 
     def measure_peak(self, measurement: Peak, tick: Tick) -> Result:

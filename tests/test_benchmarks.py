@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from benchmarks import page
-from benchmarks.__main__ import RESULTS, app
+from benchmarks.__main__ import app
 from benchmarks.grids import make_grid, make_prompts
 from benchmarks.measurements import FULL, OURS, QUICK, TARGETS, TINY, Fresh, Patching, Peak, Task, plan
 from benchmarks.models import random_gpt2, write_model
@@ -88,10 +88,10 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert found.met
 
 
-def test_a_ratio_above_its_target_is_missed_and_bold() -> None:
-    found = ratio("forward 8x128", "transformers", [0.95], [1.0])
+def test_a_ratio_above_its_target_is_missed() -> None:
+    found = ratio("forward 8x128", "transformers", [1.05], [1.0])
     assert found.met is False
-    assert cell(found) == "**0.95**"
+    assert cell(found) == "1.05"
     assert ratio("forward 8x128", "somebody", [0.95], [1.0]).met is None
 
 
@@ -335,6 +335,7 @@ def test_a_task_runs_without_gradients_unless_it_wants_them() -> None:
 
 
 REPORT: dict[str, Any] = {
+    "date": "2026-11",
     "rounds": None,
     "quick": False,
     "machine": {
@@ -353,7 +354,7 @@ REPORT: dict[str, Any] = {
         {
             "name": "forward 8x128",
             "group": "Forward",
-            "values": {OURS: [0.95, 0.99], "transformers": [1.0, 1.0], "ours, forward": [0.5, 0.5]},
+            "values": {OURS: [1.05, 1.09], "transformers": [1.0, 1.0], "ours, forward": [0.5, 0.5]},
         },
         {
             "name": "attribution 1x128",
@@ -368,33 +369,55 @@ REPORT: dict[str, Any] = {
 def test_a_table_from_a_given_report() -> None:
     results = [Result(**REPORT["results"][0])]
     assert ratio_table(results, COLUMNS) == (
-        "|  | ours | `transformers` |\n| --- | --- | --- |\n| forward 8x128 | 970 ms | **0.97 (0.95-0.99)** |"
+        "|  | ours | `transformers` |\n| --- | --- | --- |\n| forward 8x128 | 1.07 s | 1.07 (1.05-1.09) |"
     )
     assert beside_table(results, COLUMNS).splitlines()[-1] == (
-        "| forward 8x128 | 970 ms | ours, forward | 500 ms | 1.94 (1.90-1.98) |"
+        "| forward 8x128 | 1.07 s | ours, forward | 500 ms | 2.14 (2.10-2.18) |"
     )
-    assert target_table(ratios(results[0]), COLUMNS).splitlines()[2:] == [
-        "| forward 8x128 | `transformers` | 0.9 | **0.97 (0.95-0.99)** | **no** |"
+    other = [ratio("forward 8x128", "transformers", [0.5], [1.0]), ratio("forward 1x128", "transformers", [0.5], [1.0])]
+    assert target_table([("One", ratios(results[0])), ("Two", other)], COLUMNS).splitlines() == [
+        "|  | beside | at most | One | Two |",
+        "| --- | --- | --- | --- | --- |",
+        "| forward 1x128 | `transformers` | 1 |  | 0.50 |",
+        "| forward 8x128 | `transformers` | 1 | **1.07** | 0.50 |",
     ]
 
 
-def test_a_page_from_a_given_report() -> None:
-    template = "\n\n".join(
-        f"<!-- measured: {name} -->" for name in ("machine", "leftout", "ratios", "targets", "notes")
-    )
-    text = page.rendered(REPORT, template, "Preface.\n\n## forward 8x128\n\nFor this reason.\n")
-    assert "a CPU, 2 cores, threads used: 2" in text
+def another_report() -> dict[str, Any]:
+    """Return a report of another processor, on which a forward pass takes less."""
+    forward = {**REPORT["results"][0], "values": {OURS: [0.5], "transformers": [1.0], "minimal": [2.0]}}
+    return {**REPORT, "machine": {**REPORT["machine"], "cpu": "Another(R) CPU", "threads": 1}, "results": [forward]}
+
+
+def test_a_page_from_given_reports() -> None:
+    template = "\n\n".join(f"<!-- measured: {name} -->" for name in ("leftout", "ratios", "targets", "notes"))
+    notes = "Preface.\n\n## forward 8x128\n\nFor this reason.\n"
+    text = page.rendered([REPORT, another_report()], template, notes)
+    assert "### a CPU, 2 threads\n\nMeasured in 2026-11: 2 cores, threads used: 2, " in text
+    assert "### Another CPU, one thread\n\nMeasured in 2026-11: 2 cores, threads used: 1, " in text
     assert "`transformer_lens` 3.9.0" in text
     assert "Not measured, since no environment was named for them: transformer_lens-4, nnsight." in text
-    assert "- attribution 1x128, transformers: values differ by 1, more than 0.0001" in text
-    assert "### Forward\n\n|  | ours |" in text
-    assert "### Missed: forward 8x128\n\nFor this reason." in text
+    assert "- a CPU, 2 threads: attribution 1x128, transformers: values differ by 1, more than 0.0001" in text
+    assert text.count("#### Forward\n\n|  | ours |") == 2
+    assert "| forward 8x128 | `transformers` | 1 | **1.07** | 0.50 |" in text
+    assert text.count("### Missed: forward 8x128\n\nFor this reason.") == 1
     assert "Preface" not in text
     assert "trial run" not in text
 
 
+def test_a_summary_shows_the_worst_of_the_reports() -> None:
+    for reports in ([REPORT, another_report()], [another_report(), REPORT]):
+        lines = page.summary(reports).splitlines()
+        assert lines[0] == "|  | `transformers` | minimal |"
+        assert "| forward pass, 8 x 128 | 1.07 | 0.25 |" in lines
+        readme = "before\n<!-- measured: summary -->\nold\n<!-- end of summary -->\nafter\n"
+        expected = readme.replace("old", f"\n{page.summary(reports)}\n")
+        assert page.with_summary(readme, reports) == expected
+        assert page.with_summary(expected, reports) == expected
+
+
 def test_a_missed_target_without_a_note_says_so() -> None:
-    assert page.explanations(REPORT, {}) == "### Missed: forward 8x128\n\nNot explained yet."
+    assert page.explanations([REPORT], {}) == "### Missed: forward 8x128\n\nNot explained yet."
 
 
 def test_every_peer_is_imported_has_a_column_and_is_named_with_its_version() -> None:
@@ -420,11 +443,19 @@ def test_notes_are_about_measurements() -> None:
     assert page.read_notes(page.NOTES.read_text()).keys() <= names
 
 
-def test_the_page_is_what_the_results_say() -> None:
-    report = json.loads(RESULTS.read_text())
-    text = page.rendered(report, page.TEMPLATE.read_text(), page.NOTES.read_text())
+def test_the_page_and_the_readme_are_what_the_results_say() -> None:
+    reports = page.read_reports()
+    text = page.rendered(reports, page.TEMPLATE.read_text(), page.NOTES.read_text())
     assert page.PAGE.read_text() == text, "run `python -m benchmarks --render`"
     assert page.MARKER.search(text) is None
+    readme = page.README.read_text()
+    assert page.with_summary(readme, reports) == readme, "run `python -m benchmarks --render`"
+    assert page.summary(reports) in readme
+
+
+def test_two_kinds_of_processors_are_measured() -> None:
+    vendors = {title.split()[0] for title in map(page.title, page.read_reports())}
+    assert vendors >= {"AMD", "Intel"}
 
 
 def test_the_page_has_the_headings_that_others_link_to() -> None:

@@ -88,6 +88,10 @@ class Contestant(ABC):
         prompt = torch.tensor(tokens)
         return Task(lambda: self.logits(self.model, prompt), lambda logits: {"logits": logits})
 
+    def forward_log_probs(self, tokens: Tokens) -> Task:
+        """A forward pass of which the log probabilities are compared: processing may shift the logits."""
+        return Task(self.forward(tokens).run, lambda logits: {"log probabilities": logits.log_softmax(-1)})
+
     def load(self, folder: str, way: str, read: bool) -> Task | None:
         """Loading a model, and reading every weight once where that is asked for; None if there is no such way."""
         if way not in self.ways:
@@ -130,12 +134,13 @@ class Served:
         libraries = ("torch", "transformers", *self.contestant.libraries)
         return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in libraries}
 
-    def load(self, folder: str) -> None:
-        """Load the model in a folder."""
+    def load(self, folder: str, way: str = "unprocessed") -> None:
+        """Load the model in a folder; in the contestant's own way if it does not have the one asked for."""
         self.prepared.clear()
         self.contestant.model = None  # two of them need not fit
         with torch.device("cpu"):
-            model = self.contestant.load_model(Path(folder), "unprocessed")
+            known = way if way in self.contestant.ways else self.contestant.ways[0]
+            model = self.contestant.load_model(Path(folder), known)
         model.requires_grad_(False)
         if self.dtype != torch.float32:
             model = model.to(self.dtype)
@@ -147,6 +152,7 @@ class Served:
         """Set up a task and do it once. Its values go to a file; None if this contestant has no such task."""
         known: dict[str, Callable[..., Task | None]] = {
             "forward": self.contestant.forward,
+            "forward_log_probs": self.contestant.forward_log_probs,
             "load": self.contestant.load,
             **self.contestant.tasks(),
         }
