@@ -362,7 +362,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         """Update the config's dtype and device after `.to()`, `.half()`, `.cuda()` and similar calls."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if hasattr(self, "unembed"):
-            self.cfg.set_unlocked(dtype=self.unembed.W_U.dtype, device=str(self.unembed.W_U.device))
+            self.cfg.set_unlocked(dtype=self.W_U.dtype, device=str(self.W_U.device))
         return self
 
     def mps(self) -> HookedTransformer:

@@ -37,7 +37,7 @@ class RecordedRun:
         if precision is not None and not 0 < precision < 1:
             raise ValueError(f"precision is relative, between 0 and 1, got {precision}")
         self.cache, self.model = cache, cast("HookedModel", cache.model)
-        W_U = self.model.unembed.W_U
+        W_U = self.model.W_U
         self.device = W_U.device
         self.half = W_U.dtype in (torch.float16, torch.bfloat16)
         self.eps = torch.finfo(W_U.dtype).eps if precision is None else precision
@@ -91,7 +91,7 @@ class RecordedRun:
         if cap <= 0:
             return logit
         # A capped logit that has rounded to the cap cannot be inverted, so the logit before the cap is computed again.
-        direction, bias = self.exact(unembed.W_U[:, tokens].mT), self.exact(unembed.b_U[tokens])
+        direction, bias = self.exact(self.model.W_U[:, tokens].mT), self.exact(unembed.b_U[tokens])
         stream = self.at("unembed.hook_in")
         uncapped = ((stream * direction).sum(-1) + bias) * cfg.logit_scale
         size = (stream * direction).abs().sum(-1) * cfg.logit_scale + cap
@@ -145,10 +145,10 @@ class LogitParts:
         self, right: Int[Tensor, " batch"], wrong: Int[Tensor, " batch"] | None
     ) -> Float[Tensor, "batch d_model"]:
         """Add the biases at the end as parts; return the direction in which the logit reads the stream there."""
-        unembed, exact = self.model.unembed, self.run.exact
-        direction, bias = exact(unembed.W_U[:, right].mT), exact(unembed.b_U[right])
+        W_U, b_U, exact = self.model.W_U, self.model.unembed.b_U, self.run.exact
+        direction, bias = exact(W_U[:, right].mT), exact(b_U[right])
         if wrong is not None:
-            direction, bias = direction - exact(unembed.W_U[:, wrong].mT), bias - exact(unembed.b_U[wrong])
+            direction, bias = direction - exact(W_U[:, wrong].mT), bias - exact(b_U[wrong])
         self._add_bias("unembed.b_U", bias * self.model.cfg.logit_scale)
         return self._before(self.model.ln_final, "ln_final", direction * self.model.cfg.logit_scale)
 

@@ -170,4 +170,4 @@ def _tokens(model: HookedModel, tokens: TokenInput, batch: int) -> Int[Tensor, "
         raise ValueError(f"tokens are one token, or one for each of {batch} prompts, got {tokens!r}")
     if int(index.min()) < 0 or int(index.max()) >= limit:
         raise ValueError(f"tokens are 0-{limit - 1}, got {tokens!r}")
-    return index.to(model.unembed.W_U.device, torch.long).expand(batch)
+    return index.to(model.W_U.device, torch.long).expand(batch)

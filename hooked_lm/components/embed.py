@@ -41,9 +41,13 @@ class Unembed(HookHolder):
 
     `hook_out` has the logits that the model returns, after `logit_scale` and the soft-cap.
 
+    Tied embeddings are one tensor, and this module has no parameter `W_U`, until somebody asks for it: whoever has a
+    parameter may write to it, or give it to an optimizer. From then on it is a parameter of its own. `matrix()` reads
+    the values without untying.
+
     Args:
         cfg: the architecture.
-        tied_to: the embedding whose transpose is `W_U`; then this module has no `W_U` parameter.
+        tied_to: the embedding whose transpose is `W_U`.
     """
 
     def __init__(self, cfg: HookedTransformerConfig, tied_to: Embed | None = None) -> None:
@@ -78,35 +82,58 @@ class Unembed(HookHolder):
             x: normalised residuals.
             tokens: for each prompt, or one row for all.
         """
-        directions = self.W_U.T[tokens].expand(x.shape[1], -1, -1)
+        directions = self._by_token()[tokens].expand(x.shape[1], -1, -1)
         logits = einsum(x, directions, "cell batch d_model, batch token d_model -> cell batch token")
         return self.scaled(logits + self.b_U[tokens])
+
+    def matrix(self) -> Float[Tensor, "d_model vocab"]:
+        """Return `W_U` to be read: with tied embeddings, a view of the embedding."""
+        return self.W_U if self._tied_to is None else self._tied_to[0].W_E.T
 
     # Any: parameters, buffers and modules all come through torch's lookup.
     def __getattr__(self, name: str) -> Any:
         # Python calls this only if there is no attribute of that name; torch then looks among parameters and modules.
-        if name == "W_U" and self._tied_to is not None:
-            return self._tied_to[0].W_E.T
+        if name == "W_U" and vars(self).get("_tied_to") is not None:
+            self.untie()
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "W_U" and vars(self).get("_tied_to") is not None:
-            # Kept as an attribute it would have no effect. torch.func.functional_call assigns what it is given.
-            raise ValueError(
-                "this model's embeddings are tied, so unembed.W_U is the transpose of embed.W_E: give embed.W_E alone, "
-                "or call unembed.untie() first"
-            )
+            self.untie()
         super().__setattr__(name, value)
 
-    def untie(self) -> None:
-        """Replace the tied `W_U` by a parameter, a copy of its values."""
+    def untie(self, memory_format: torch.memory_format = torch.preserve_format) -> None:
+        """Make `W_U` a parameter of its own, if it is the embedding's transpose: a copy of its values.
+
+        Args:
+            memory_format: of the copy; by default that of the view, with which logits stay the same to the bit.
+        """
         if self._tied_to is None:
             return
         W_E = self._tied_to[0].W_E
-        W_U = W_E.detach().T.clone(memory_format=torch.contiguous_format)
-        # Untied first: torch refuses a parameter whose name is an attribute already.
+        W_U = W_E.detach().T.clone(memory_format=memory_format)
+        # Not by assignment, for which torch looks whether there is such an attribute: that would come back here. And
+        # before the tie is cut, so that no other thread finds neither.
+        self._parameters["W_U"] = nn.Parameter(W_U, requires_grad=W_E.requires_grad)
         self._tied_to = None
-        self.W_U = nn.Parameter(W_U, requires_grad=W_E.requires_grad)
+        self.cfg.set_unlocked(tie_word_embeddings=False)
+
+    # torch calls these two for state dicts.
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        if self._tied_to is not None:
+            destination[f"{prefix}W_U"] = self.matrix() if keep_vars else self.matrix().detach()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        W_U = state_dict.get(f"{prefix}W_U")
+        if self._tied_to is not None and W_U is not None:
+            # The embedding has been loaded: it was registered earlier.
+            if torch.equal(W_U.to(self.matrix()), self.matrix()):
+                state_dict = {name: value for name, value in state_dict.items() if name != f"{prefix}W_U"}
+            else:
+                self.untie()
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
 
     def _by_token(self) -> Float[Tensor, "vocab d_model"]:
         """Return `W_U` transposed; the embedding itself if tied."""

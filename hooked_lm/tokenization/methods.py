@@ -132,7 +132,7 @@ class TextInterface(nn.Module):
                 self._padding_side(padding_side),
                 self.cfg.n_ctx,
             ).tokens
-        return tokens.to(self.unembed.W_U.device) if move_to_device else tokens
+        return tokens.to(self.embed.W_E.device) if move_to_device else tokens
 
     def to_string(self, tokens: Tensor | np.ndarray | Sequence[int] | int) -> str | list[str]:
         """Return the string of a sequence of tokens, or a list of strings for a batch.
@@ -245,7 +245,8 @@ class TextInterface(nn.Module):
         limit = self.cfg.d_vocab_out
         if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < limit):
             raise ValueError(f"tokens {index.tolist()} are not all in 0-{limit - 1}")
-        directions = self.unembed.W_U.T[index.to(self.unembed.W_U.device)]
+        W_U = self.unembed.matrix()
+        directions = W_U.T[index.to(W_U.device)]
         return directions if self.cfg.logit_scale == 1.0 else directions * self.cfg.logit_scale
 
 

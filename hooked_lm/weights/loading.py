@@ -145,7 +145,7 @@ class WeightLoading(nn.Module):
         with torch.device("meta"):
             model = cls(cfg, loaded.tokenizer, move_to_device=False)
         # Before processing: a fold would drop a missing norm gain without an error.
-        _check_shapes(name, shapes, model.state_dict())
+        _check_shapes(name, shapes, model.own_tensors())
         if plan:
             if untied_by_processing:
                 shapes["unembed.W_U"] = shapes["embed.W_E"].T
@@ -183,11 +183,19 @@ class WeightLoading(nn.Module):
 
     # State dicts
 
+    def own_tensors(self) -> Weights:
+        """Return the state dict, without an unembedding that is the transpose of the embedding."""
+        weights: Weights = dict(self.state_dict())
+        if self.cfg.tie_word_embeddings:
+            weights.pop("unembed.W_U", None)
+        return weights
+
     # Any: torch has no public name for the type that its own load_state_dict returns.
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """Copy weights into the model and return the missing and unexpected names.
 
-        With `strict`, a state dict of the classic library is accepted too: see `weights.from_classic`.
+        A state dict of the classic library is accepted too: see `weights.from_classic`. A `W_U` that is not the
+        transpose of a tied embedding unties the two.
 
         Args:
             state_dict: tensors by their names.
@@ -196,21 +204,15 @@ class WeightLoading(nn.Module):
 
         Raises:
             RuntimeError: a key is missing or surplus, or a tensor has the wrong shape.
-            ValueError: `assign`, which would lose the memory layout that the projections need; a `W_U` that differs
-                from the tied embedding; or integers, float8 or complex numbers in place of floats.
+            ValueError: `assign`, which would lose the memory layout that the projections need; or integers, float8 or
+                complex numbers in place of floats.
         """
         if assign:
             raise ValueError(
                 "load_state_dict copies the weights into the model's own memory layout: leave assign=False"
             )
-        weights = from_classic(dict(state_dict)) if strict else dict(state_dict)
+        weights = from_classic(dict(state_dict))
         _check_floats(weights, dict(self.named_parameters(remove_duplicate=False)))
-        W_U = weights.pop("unembed.W_U", None) if self.cfg.tie_word_embeddings else None
-        if W_U is not None and not torch.equal(W_U, weights.get("embed.W_E", self.unembed.W_U.T).T):
-            raise ValueError(
-                "this model's embeddings are tied, and the unembed.W_U given is not the transpose of embed.W_E: build "
-                "the model with tie_word_embeddings=False"
-            )
         result = super().load_state_dict(weights, strict=strict)
         self.processed = ()
         return result
@@ -286,7 +288,7 @@ class WeightLoading(nn.Module):
 
     @torch.no_grad()
     def _apply_step(self, name: str) -> None:
-        cfg, weights = processing.process(self.cfg, self.state_dict(), [name])
+        cfg, weights = processing.process(self.cfg, self.own_tensors(), [name])
         self._install(cfg, weights)
         self.processed = tuple(dict.fromkeys((*self.processed, name)))
 
@@ -294,7 +296,7 @@ class WeightLoading(nn.Module):
         """Copy processed weights into the model; norms whose gain has been folded away lose it."""
         self.cfg.set_unlocked(normalization_type=cfg.normalization_type, tie_word_embeddings=cfg.tie_word_embeddings)
         if not cfg.tie_word_embeddings:
-            self.unembed.untie()
+            self.unembed.untie(torch.contiguous_format)
         for name, module in self.named_modules():
             if isinstance(module, Norm) and f"{name}.w" not in weights:
                 module.drop_gain_and_bias()

@@ -44,7 +44,7 @@ class WeightSaving(WeightLoading):
                 f"the weights have been processed ({', '.join(self.processed)}), which HuggingFace's format cannot "
                 "express: load the model with from_pretrained_no_processing"
             )
-        export(self.cfg, self.state_dict(), self.origin, folder)
+        export(self.cfg, self.own_tensors(), self.origin, folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 
@@ -70,7 +70,7 @@ class WeightSaving(WeightLoading):
             "origin": self.origin,
         }
         saved[CONFIG_DIGEST] = config_digest(saved)
-        tensors = {name: value.contiguous() for name, value in self.state_dict().items()}
+        tensors = {name: value.contiguous() for name, value in self.own_tensors().items()}
         text = json.dumps(saved, indent=2) + "\n"
         folder.mkdir(parents=True, exist_ok=True)
         described, written = folder / "config.json.new", folder / "model.safetensors.new"

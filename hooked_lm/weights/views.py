@@ -72,8 +72,12 @@ class WeightViews(nn.Module):
 
     @property
     def W_U(self) -> Float[Tensor, "d_model vocab"]:
-        """The unembedding, [d_model vocab]."""
-        return self.unembed.W_U
+        """The unembedding, [d_model vocab]; with tied embeddings, a view of the embedding.
+
+        `unembed.W_U` is the parameter to edit or to give to an optimizer: asking for it unties the two.
+        """
+        # A module in the unembedding's place need only have W_U.
+        return self.unembed.matrix() if isinstance(self.unembed, Unembed) else self.unembed.W_U
 
     @property
     def b_U(self) -> Float[Tensor, " vocab"]:
