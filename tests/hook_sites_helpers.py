@@ -102,6 +102,17 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "act_fn": "silu",
         "norm_topk_prob": False,
     },
+    "mixture with groups and a corrected choice": {
+        "num_experts": 6,
+        "experts_per_token": 2,
+        "router_scores": "sigmoid",
+        "router_correction": True,
+        "routed_scale": 1.7,
+        "expert_groups": 3,
+        "expert_groups_per_token": 2,
+        "gated_mlp": True,
+        "act_fn": "silu",
+    },
     "sparsemixer": {"n_layers": 1, "num_experts": 5, "experts_per_token": 2, "sparsemixer_jitter": 0.3},
     "alibi scaled, in bfloat16": {
         "n_layers": 1,

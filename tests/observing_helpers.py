@@ -29,6 +29,18 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "parallel NeoX": {"positional_embedding_type": "rotary", "rotary_dim": 2, "parallel_attn_mlp": True},
     "Bloom": {"positional_embedding_type": "alibi", "post_embedding_ln": True},
     "mixture": {**ROTARY, "num_experts": 3, "experts_per_token": 2, "act_fn": "silu"},
+    "mixture with groups and a corrected choice": {
+        **ROTARY,
+        "num_experts": 6,
+        "experts_per_token": 3,
+        "d_shared_expert": 5,
+        "router_scores": "sigmoid",
+        "router_correction": True,
+        "routed_scale": 1.7,
+        "expert_groups": 3,
+        "expert_groups_per_token": 2,
+        "act_fn": "silu",
+    },
 }
 Edit = Callable[[Tensor, HookPoint], Tensor]
 

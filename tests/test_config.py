@@ -12,7 +12,7 @@ import torch
 
 from hooked_lm import HookedTransformer, HookedTransformerConfig
 from hooked_lm.config import ACTIVATIONS
-from tests.config_helpers import CLASSIC_FIELDS, EXPERTS, ROTARY, SHARED
+from tests.config_helpers import CLASSIC_FIELDS, EXPERTS, GROUPS, ROTARY, ROUTER, SHARED
 from tests.helpers import tiny_config, tiny_tokens
 
 YARN: dict[str, Any] = {**ROTARY, "use_yarn_rope": True, "yarn_factor": 4.0}
@@ -41,6 +41,8 @@ LATER_FIELDS: list[dict[str, Any]] = [
     {"clip_qkv": 3.0, "attention_sinks": True},
     {**SHARED, "d_expert": 9, "moe_layers": [True, False], "norm_topk_prob": False},
     {**EXPERTS, "sparsemixer_jitter": 0.1},
+    {**ROUTER, "routed_scale": 2.5, "norm_topk_min": 0.1, "router_in_float32": True},
+    {**GROUPS, "expert_group_score": "max"},
     {**EXPERTS, "gated_mlp": True, "gated_limit": 7.0},
     {"act_fn": "xielu"},
 ]
@@ -266,6 +268,25 @@ def test_is_layer_norm_activation_is_true_for_solu_ln_alone() -> None:
         ),
         ({**EXPERTS, "sparsemixer_jitter": -0.1}, "sparsemixer_jitter is positive"),
         ({**EXPERTS, "gated_limit": 7.0}, "give gated_mlp=True"),
+        ({"router_scores": "sigmoid"}, "router_scores goes with num_experts"),
+        ({"router_correction": True}, "router_correction goes with num_experts"),
+        ({"router_in_float32": True}, "router_in_float32 goes with num_experts"),
+        ({"routed_scale": 2.0}, "routed_scale goes with num_experts"),
+        ({"expert_groups": 2}, "expert_groups goes with num_experts"),
+        ({**EXPERTS, "router_scores": "tanh"}, "router_scores='tanh' is none of"),
+        ({**EXPERTS, "routed_scale": 0}, "routed_scale is positive; got 0"),
+        ({**EXPERTS, "norm_topk_min": -1.0}, "norm_topk_min is a least sum of weights"),
+        ({**ROUTER, "sparsemixer_jitter": 0.1}, "SparseMixer has weights of its own"),
+        (
+            {**EXPERTS, "expert_groups": 2, "expert_groups_per_token": 1, "sparsemixer_jitter": 0.1},
+            "SparseMixer chooses among all experts",
+        ),
+        ({**EXPERTS, "expert_groups": 2}, "expert_groups and expert_groups_per_token go together"),
+        ({**GROUPS, "expert_groups": 3}, "num_experts 4 is not a multiple of expert_groups 3"),
+        ({**GROUPS, "expert_groups_per_token": 3}, "expert_groups_per_token 3 is not in 1-2"),
+        ({**GROUPS, "expert_groups": 4}, "expert_group_score='top2' is the sum of a group's two best experts"),
+        ({**GROUPS, "expert_group_score": "mean"}, "expert_group_score='mean' is none of"),
+        ({**GROUPS, "experts_per_token": 3}, "experts_per_token 3 is more than the 2 experts of 1 groups"),
         ({**EXPERTS, "gated_mlp": True, "gated_limit": -7.0}, "gated_limit is positive; got -7.0"),
     ],
 )

@@ -179,11 +179,14 @@ def reference_logits(model: HookedTransformer, tokens: Tensor, edit: Edit = lamb
         else:
             scores = x @ W[at + "mlp.W_router"] + W[at + "mlp.b_router"]
             chance = scores.softmax(-1) if cfg.sparsemixer_jitter is None else sparsemixer(scores)
+            chance = 1 / (1 + (-scores).exp()) if cfg.router_scores == "sigmoid" else chance
             chance = edit(at + "mlp.hook_expert_weights", chance)
-            chosen = edit(at + "mlp.hook_expert_indices", chance.topk(cfg.experts_per_token or 0).indices)
+            eligible = corrected(chance, W[at + "mlp.b_correction"]) if cfg.router_correction else chance
+            chosen = edit(at + "mlp.hook_expert_indices", eligible.topk(cfg.experts_per_token or 0).indices)
             weight = chance.gather(-1, chosen)
             if cfg.norm_topk_prob and cfg.sparsemixer_jitter is None:
                 weight = weight / weight.sum(-1, keepdim=True)
+            weight = weight * cfg.routed_scale
             experts = torch.stack(
                 [
                     hidden(x, lambda name, e=e: W[f"{at}mlp.{name}"][e], lambda site, y: y, cfg.gated_limit)  # type: ignore[misc]
@@ -199,6 +202,14 @@ def reference_logits(model: HookedTransformer, tokens: Tensor, edit: Edit = lamb
                     shared = shared / (1 + (-(x @ W[at + "W_shared_gate"] + W[at + "b_shared_gate"])).exp())
                 out = out + shared
         return out
+
+    def corrected(chance: Tensor, correction: Tensor) -> Tensor:
+        """Corrected weights; far below the others in groups whose two best sum to less than those of enough others."""
+        grouped = (chance + correction).unflatten(-1, (cfg.expert_groups or 1, -1))
+        ordered = grouped.sort(-1).values
+        worth = ordered[..., -1] + ordered[..., -2]
+        rank = (worth[..., None, :] > worth[..., None]).sum(-1)
+        return (grouped - 1000 * (rank >= (cfg.expert_groups_per_token or 1))[..., None]).flatten(-2)
 
     def sparsemixer(scores: Tensor) -> Tensor:
         """The best expert's share among those near it, then the second's among those near that one."""

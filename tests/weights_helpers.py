@@ -83,6 +83,15 @@ KINDS: dict[str, dict[str, Any]] = {
         "shared_expert_gate": True,
         "moe_layers": [True, False],
     },
+    "corrected choice of experts": {
+        "num_experts": 6,
+        "experts_per_token": 2,
+        "router_scores": "sigmoid",
+        "router_correction": True,
+        "routed_scale": 1.7,
+        "expert_groups": 3,
+        "expert_groups_per_token": 2,
+    },
     "sparsemixer": {"num_experts": 4, "experts_per_token": 2, "sparsemixer_jitter": 0.3},
     "experts with a limit": {
         "num_experts": 4,

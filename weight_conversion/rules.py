@@ -263,7 +263,7 @@ class Drop(Entry):
     """A source tensor that is left out on purpose.
 
     Attributes:
-        source: its name; `{layer}` stands for every block.
+        source: its name; `{layer}` stands for every block. With `*` at its end, every tensor whose name begins so.
         reason: why it is not needed.
         value: the value that every entry has to have, which an export writes again, as a scalar; None for any values.
     """

@@ -14,12 +14,14 @@ import torch
 from hooked_lm.config.activations import activation_names
 from hooked_lm.config.choices import (
     ATTENTION_DIRECTIONS,
+    EXPERT_GROUP_SCORES,
     INIT_MODES,
     NORM_PLACEMENTS,
     NORMALIZATION_TYPES,
     PADDING_SIDES,
     POSITION_TYPES,
     QK_NORM_TYPES,
+    ROUTER_SCORES,
 )
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ __all__ = [
     "check_finite",
     "check_per_layer",
     "check_rotary_scaling",
+    "check_router",
     "check_types",
     "count_parameters",
     "fill_and_check",
@@ -56,6 +59,14 @@ _COMPARED = (
     *("eps", "attn_scale", "initializer_range"),
     *("NTK_by_parts_low_freq_factor", "NTK_by_parts_high_freq_factor"),
 )
+# Fields about experts, each with the value that it has in a config without experts.
+_ABOUT_EXPERTS: dict[str, object] = {
+    **dict.fromkeys(("moe_layers", "d_expert", "d_shared_expert", "sparsemixer_jitter", "gated_limit")),
+    **dict.fromkeys(("expert_groups", "expert_groups_per_token")),
+    **dict.fromkeys(("shared_expert_gate", "router_correction", "router_in_float32"), False),
+    "router_scores": "softmax",
+    "routed_scale": 1.0,
+}
 
 
 def fill_and_check(cfg: HookedTransformerConfig) -> None:
@@ -155,9 +166,8 @@ def fill_experts(cfg: HookedTransformerConfig) -> None:
     if (cfg.num_experts is None) != (cfg.experts_per_token is None):
         raise ValueError("num_experts and experts_per_token go together")
     if cfg.num_experts is None or cfg.experts_per_token is None:
-        about_experts = ("moe_layers", "d_expert", "d_shared_expert", "sparsemixer_jitter", "gated_limit")
-        for name in (*about_experts, "shared_expert_gate"):
-            if getattr(cfg, name) is not None and getattr(cfg, name) is not False:
+        for name, none in _ABOUT_EXPERTS.items():
+            if getattr(cfg, name) != none:
                 raise ValueError(f"{name} goes with num_experts: this config has no experts")
         return
     require_positive(cfg, "num_experts")
@@ -178,6 +188,43 @@ def fill_experts(cfg: HookedTransformerConfig) -> None:
         if getattr(cfg, name) is not None:
             require_positive(cfg, name)
     check_per_layer(cfg, "moe_layers")
+    check_router(cfg, cfg.num_experts, cfg.experts_per_token)
+
+
+def check_router(cfg: HookedTransformerConfig, n_experts: int, n_chosen: int) -> None:
+    """Check the fields about how experts are chosen and weighted.
+
+    Args:
+        cfg: the config.
+        n_experts, n_chosen: how many experts there are, and how many of them a token uses.
+    """
+    require_choice("router_scores", cfg.router_scores, ROUTER_SCORES)
+    require_choice("expert_group_score", cfg.expert_group_score, EXPERT_GROUP_SCORES)
+    require_above_zero(cfg, "routed_scale")
+    if cfg.norm_topk_min < 0:
+        raise ValueError(f"norm_topk_min is a least sum of weights, so it is not negative; got {cfg.norm_topk_min}")
+    if cfg.sparsemixer_jitter is not None and (cfg.router_scores != "softmax" or cfg.router_correction):
+        raise ValueError(
+            "SparseMixer has weights of its own: router_scores='sigmoid' and router_correction contradict it"
+        )
+    if (cfg.expert_groups is None) != (cfg.expert_groups_per_token is None):
+        raise ValueError("expert_groups and expert_groups_per_token go together")
+    if cfg.expert_groups is None or cfg.expert_groups_per_token is None:
+        return
+    if cfg.sparsemixer_jitter is not None:
+        raise ValueError("SparseMixer chooses among all experts: expert_groups contradicts sparsemixer_jitter")
+    require_positive(cfg, "expert_groups")
+    require_divisible(cfg, "num_experts", "expert_groups", "groups have as many experts each")
+    if not 1 <= cfg.expert_groups_per_token <= cfg.expert_groups:
+        raise ValueError(f"expert_groups_per_token {cfg.expert_groups_per_token} is not in 1-{cfg.expert_groups}")
+    in_group = n_experts // cfg.expert_groups
+    if cfg.expert_group_score == "top2" and in_group < 2:
+        raise ValueError("expert_group_score='top2' is the sum of a group's two best experts, and a group has one")
+    if n_chosen > in_group * cfg.expert_groups_per_token:
+        raise ValueError(
+            f"experts_per_token {n_chosen} is more than the {in_group * cfg.expert_groups_per_token} experts of "
+            f"{cfg.expert_groups_per_token} groups"
+        )
 
 
 def fill_norms(cfg: HookedTransformerConfig) -> None:

@@ -93,6 +93,16 @@ class HookedTransformerConfig(Lockable):
         d_shared_expert: hidden width of the shared expert, which every token uses; None for none.
         shared_expert_gate: the output of the shared expert is multiplied by a sigmoid of `x W_shared_gate`.
         norm_topk_prob: the chosen experts' weights are rescaled to sum to one.
+        norm_topk_min: the least sum that they are divided by.
+        routed_scale: the chosen experts' weights are multiplied by it in the end.
+        router_scores: an expert's weight is the `"softmax"` of the router's scores, or the `"sigmoid"` of its own.
+        router_correction: each expert has a number, `mlp.b_correction`, that is added to its weight where experts are
+            chosen, and not where they are weighted (Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing").
+        expert_groups, expert_groups_per_token: experts stand in so many groups, and a token chooses among the experts
+            of so many of them (DeepSeek-AI 2024, "DeepSeek-V2"); None for no groups.
+        expert_group_score: a group is chosen by the weight of its best expert, `"max"`, or the sum of the best two,
+            `"top2"`.
+        router_in_float32: the router's scores are computed in float32 in a model of lower precision.
         sparsemixer_jitter: experts are weighted as SparseMixer does (Liu et al. 2024, "GRIN"), with this tolerance.
         gated_limit: in experts, `act(min(gate, limit)) * (clamp(linear, -limit, limit) + 1)` instead of
             `act(gate) * linear`.
@@ -187,6 +197,14 @@ class HookedTransformerConfig(Lockable):
     d_shared_expert: int | None = None
     shared_expert_gate: bool = False
     norm_topk_prob: bool = True
+    norm_topk_min: float = 0.0
+    routed_scale: float = 1.0
+    router_scores: str = "softmax"
+    router_correction: bool = False
+    expert_groups: int | None = None
+    expert_groups_per_token: int | None = None
+    expert_group_score: str = "top2"
+    router_in_float32: bool = False
     sparsemixer_jitter: float | None = None
     gated_limit: float | None = None
     init_mode: str = "gpt2"

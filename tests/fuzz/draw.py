@@ -126,8 +126,28 @@ def draw_experts(rng: random.Random, n_layers: int) -> dict[str, Any]:
         "gated_limit": 0.8,
     }
     fields |= {name: value for name, value in sometimes.items() if rng.random() < 0.3}
+    if rng.random() < 0.5:
+        fields |= draw_router(rng)
     if rng.random() < 0.4:
         fields |= {"d_shared_expert": 6, "shared_expert_gate": rng.random() < 0.5}
+    return fields
+
+
+def draw_router(rng: random.Random) -> dict[str, Any]:
+    n_experts, chosen_groups = rng.choice([4, 6]), rng.randint(1, 2)
+    fields: dict[str, Any] = {
+        "num_experts": n_experts,
+        "router_scores": rng.choice(["sigmoid", "softmax"]),
+        "router_correction": rng.random() < 0.7,
+        "routed_scale": rng.choice([1.0, 1.7]),
+        "norm_topk_min": rng.choice([0.0, 0.6]),
+    }
+    if rng.random() < 0.6:
+        fields |= {
+            "expert_groups": n_experts // 2,
+            "expert_groups_per_token": chosen_groups,
+            "expert_group_score": rng.choice(["max", "top2"]),
+        }
     return fields
 
 

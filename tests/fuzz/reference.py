@@ -259,9 +259,10 @@ class Block:
         return post @ self.weight(f"{at}.W_out") + self.weight(f"{at}.b_out")
 
     def experts(self, x: Tensor) -> Tensor:
-        weights = (x @ self.weight("mlp.W_router") + self.weight("mlp.b_router")).softmax(-1)
+        scores = x @ self.weight("mlp.W_router") + self.weight("mlp.b_router")
+        weights = scores.sigmoid() if self.c["router_scores"] == "sigmoid" else scores.softmax(-1)
         weights = self.see("mlp.hook_expert_weights", weights)
-        chosen = weights.argsort(-1, descending=True)[:, : self.c["experts_per_token"]]
+        chosen = torch.stack([self.choice(row) for row in weights])
         chosen = self.see("mlp.hook_expert_indices", chosen)
         out = self.dense("mlp.shared", x) if self.c["d_shared_expert"] is not None else torch.zeros_like(x)
         if self.c["shared_expert_gate"]:
@@ -269,11 +270,25 @@ class Block:
         rows = []
         for pos in range(len(x)):
             total = weights[pos, chosen[pos]].sum() if self.c["norm_topk_prob"] else 1.0
+            if self.c["norm_topk_prob"] and self.c["norm_topk_min"] > 0:
+                total = max(total, weights.new_tensor(self.c["norm_topk_min"]))
             row = out[pos]
             for expert in chosen[pos].tolist():
-                row = row + weights[pos, expert] / total * self.expert(expert, x[pos])
+                row = row + self.c["routed_scale"] * weights[pos, expert] / total * self.expert(expert, x[pos])
             rows.append(row)
         return torch.stack(rows)
+
+    def choice(self, weights: Tensor) -> Tensor:
+        """The experts of one token: those with the largest corrected weights, of the best groups."""
+        if self.c["router_correction"]:
+            weights = weights + self.weight("mlp.b_correction")
+        groups = self.c["expert_groups"] or 1
+        members = torch.arange(len(weights)).chunk(groups)
+        by = {"max": 1, "top2": 2}[self.c["expert_group_score"]]
+        worth = [float(weights[own].detach().sort(descending=True).values[:by].sum()) for own in members]
+        best = sorted(range(groups), key=lambda group: -worth[group])[: self.c["expert_groups_per_token"] or 1]
+        allowed = torch.cat([members[group] for group in best])
+        return allowed[weights[allowed].argsort(descending=True)][: self.c["experts_per_token"]]
 
     def expert(self, expert: int, x: Tensor) -> Tensor:
         hidden = x @ self.weight("mlp.W_in")[expert] + self.weight("mlp.b_in")[expert]
