@@ -85,15 +85,18 @@ def attention(
     return (*rows, *attention_output(f"{module}.{names[3]}", bias=out_bias, scale=out_scale))
 
 
-def attention_output(source: str, *, bias: bool = False, scale: float = 1.0) -> tuple[Entry, ...]:
+def attention_output(
+    source: str, *, bias: bool = False, scale: float = 1.0, width: str = "d_head"
+) -> tuple[Entry, ...]:
     """Return the rows of the output projection of attention.
 
     Args:
         source: the module.
         bias: the layer has a bias; without one, ours is zero.
         scale: a factor on its output.
+        width: the axis of a head's z.
     """
-    weight, b_O = "d_model (head d_head) -> head d_head d_model", f"{BLOCK}.attn.b_O"
+    weight, b_O = f"d_model (head {width}) -> head {width} d_model", f"{BLOCK}.attn.b_O"
     out = Rule(f"{source}.bias", "d_model -> d_model", b_O, scale=scale) if bias else Constant(b_O, "d_model")
     return (Rule(f"{source}.weight", weight, f"{BLOCK}.attn.W_O", scale=scale), out)
 

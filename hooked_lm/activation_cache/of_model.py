@@ -66,7 +66,7 @@ def differing_shapes(
         "d_model": {cfg.d_model},
         "head": {cfg.n_heads},
         "kv_head": heads,
-        "d_head": {cfg.d_head},
+        **{axis: {width} for axis, width in cfg.attention_widths.items()},
         "vocab": {cfg.d_vocab_out},
         "expert": {cfg.num_experts},
     }

@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from hooked_lm.config.config import HookedTransformerConfig
 
 __all__ = [
+    "attention_parameters",
     "check_choices",
     "check_finite",
+    "check_latents",
     "check_per_layer",
     "check_rotary_scaling",
     "check_router",
@@ -84,6 +86,7 @@ def fill_and_check(cfg: HookedTransformerConfig) -> None:
     fill_norms(cfg)
     fill_vocab(cfg)
     fill_positions(cfg)
+    check_latents(cfg)
     fill_windows(cfg)
     fill_init(cfg)
     check_choices(cfg)
@@ -273,6 +276,29 @@ def fill_positions(cfg: HookedTransformerConfig) -> None:
     check_per_layer(cfg, "rotary_layers")
 
 
+def check_latents(cfg: HookedTransformerConfig) -> None:
+    """Check the fields about latent attention."""
+    if cfg.d_latent_kv is None:
+        for name in ("d_latent_q", "d_value"):
+            if getattr(cfg, name) is not None:
+                raise ValueError(f"{name} is about latent attention: give d_latent_kv")
+        return
+    for name in ("d_latent_kv", "d_latent_q", "d_value"):
+        if getattr(cfg, name) is not None:
+            require_positive(cfg, name)
+    if cfg.positional_embedding_type != "rotary" or cfg.rotary_dim is None or cfg.rotary_dim >= cfg.d_head:
+        raise ValueError(
+            "in latent attention some of a head's dimensions rotate, and the others come from the latent: give "
+            f"positional_embedding_type='rotary' and a rotary_dim below d_head {cfg.d_head}"
+        )
+    if cfg.n_kv_heads != cfg.n_heads:
+        raise ValueError("in latent attention each head has keys and values of its own: leave out n_key_value_heads")
+    if cfg.use_qk_norm or cfg.clip_qkv is not None:
+        raise ValueError("use_qk_norm and clip_qkv are not defined for latent attention, whose latents are normalised")
+    if cfg.latent_eps < 0:
+        raise ValueError(f"latent_eps is not negative; got {cfg.latent_eps}")
+
+
 def check_rotary_scaling(cfg: HookedTransformerConfig, n_pairs: int) -> None:
     """Check that rotary frequencies are scaled in one way at most, and the numbers of that way."""
     switches = ("use_NTK_by_parts_rope", "use_yarn_rope", "use_dynamic_rope", "use_longrope")
@@ -412,13 +438,22 @@ def require_divisible(cfg: HookedTransformerConfig, name: str, by: str, otherwis
 
 def count_parameters(cfg: HookedTransformerConfig) -> int:
     """Return the number of weights of attention and MLPs: no embeddings, biases, norms (Kaplan et al. 2020)."""
-    heads = 2 * cfg.n_heads + 2 * cfg.n_kv_heads
-    count = cfg.n_layers * cfg.d_model * cfg.d_head * heads
+    count = cfg.n_layers * attention_parameters(cfg)
     if cfg.d_mlp is not None and not cfg.attn_only:
         per_width = (3 if cfg.gated_mlp else 2) * cfg.d_model
         for layer in range(cfg.n_layers):
             count += mlp_parameters(cfg, layer, per_width)
     return count
+
+
+def attention_parameters(cfg: HookedTransformerConfig) -> int:
+    """Return the number of weights of one layer's attention."""
+    if cfg.d_latent_kv is None:
+        return cfg.d_model * cfg.d_head * (2 * cfg.n_heads + 2 * cfg.n_kv_heads)
+    rotary, values = cfg.rotary_dim or 0, cfg.n_heads * cfg.value_width
+    count = (cfg.d_latent_q or cfg.d_model) * cfg.n_heads * cfg.d_head + cfg.d_model * (cfg.d_latent_q or 0)
+    count += cfg.d_model * (cfg.d_latent_kv + rotary)
+    return count + cfg.d_latent_kv * (cfg.n_heads * (cfg.d_head - rotary) + values) + values * cfg.d_model
 
 
 def mlp_parameters(cfg: HookedTransformerConfig, layer: int, per_width: int) -> int:

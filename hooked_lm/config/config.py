@@ -87,6 +87,12 @@ class HookedTransformerConfig(Lockable):
         clip_qkv: queries, keys and values are kept within plus and minus this.
         attention_sinks: each head has a learned score, `attn.sinks`, that takes a share of the softmax and gives
             nothing, so that a pattern's rows sum to less than one.
+        d_latent_kv: keys and values are read from a latent of this width, which is compressed from the stream and
+            normalised; a head's first `rotary_dim` dimensions of its keys are read from the stream itself, the same
+            for all heads (multi-head latent attention, DeepSeek-AI 2024, "DeepSeek-V2"). None for no latent.
+        d_latent_q: queries are read from a latent of this width too; None if they are read from the stream.
+        d_value: width of a head's values and of its z in latent attention; `d_head` by default.
+        latent_eps: `eps` of the norms of latents.
         num_experts, experts_per_token: mixture of experts, and how many of them a token uses.
         moe_layers: per layer whether it has experts rather than one dense MLP; all by default.
         d_expert: hidden width of an expert; `d_mlp` by default.
@@ -190,6 +196,10 @@ class HookedTransformerConfig(Lockable):
     output_logits_soft_cap: float = -1.0
     clip_qkv: float | None = None
     attention_sinks: bool = False
+    d_latent_kv: int | None = None
+    d_latent_q: int | None = None
+    d_value: int | None = None
+    latent_eps: float = 1e-6
     num_experts: int | None = None
     experts_per_token: int | None = None
     moe_layers: list[bool] | None = None
@@ -240,6 +250,17 @@ class HookedTransformerConfig(Lockable):
     def n_kv_heads(self) -> int:
         """Key-value heads: `n_key_value_heads`, or `n_heads` where queries are not grouped."""
         return self.n_heads if self.n_key_value_heads is None else self.n_key_value_heads
+
+    @property
+    def value_width(self) -> int:
+        """The width of a head's values: `d_value`, or `d_head` where that is not given."""
+        return self.d_head if self.d_value is None else self.d_value
+
+    @property
+    def attention_widths(self) -> dict[str, int | None]:
+        """The widths of what a head reads and writes, by the names of the axes; None for a latent that there is not."""
+        latents = {"d_latent_kv": self.d_latent_kv, "d_latent_q": self.d_latent_q}
+        return {"d_head": self.d_head, "d_value": self.value_width, **latents}
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer's MLP is a mixture of experts."""

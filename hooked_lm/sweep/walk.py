@@ -137,7 +137,7 @@ class SweepWalk:
         block, attn = self.model.blocks[layer], self.model.blocks[layer].attn
         if stream.shape[1] == 0:
             self._prune(prune)
-            return stream, stream.new_zeros(1, 0, self.model.cfg.n_heads, self.model.cfg.d_head)
+            return stream, stream.new_zeros(1, 0, self.model.cfg.n_heads, self.model.cfg.value_width)
         resid_pre = block.hook_resid_pre(stream)
         positions = self._packed_positions()
         q, k, v = attn.queries_keys_values(*block.attention_inputs(resid_pre, positions.shortformer), positions)
