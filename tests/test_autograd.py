@@ -172,7 +172,8 @@ def test_gradients_in_a_batch_are_those_one_by_one(architecture: str, create_gra
     model = model_of(architecture)
     logits = model(TOKENS)
     seeds = torch.randn(4, *logits.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    W_K = model.blocks[0].attn.W_K
+    attn = model.blocks[0].attn
+    W_K = attn.W_UK if architecture == "latent attention" else attn.W_K
     (together,) = torch.autograd.grad(
         logits, W_K, seeds, is_grads_batched=True, retain_graph=True, create_graph=create_graph
     )
@@ -208,7 +209,8 @@ def test_the_second_derivative_goes_through_checkpoints() -> None:
 
 def test_the_second_derivative_under_autocast_is_near_that_without() -> None:
     model = model_of("rotary, grouped queries, gated", dtype=torch.float32)
-    W_K = model.blocks[0].attn.W_K
+    attn = model.blocks[0].attn
+    W_K = attn.W_UK if architecture == "latent attention" else attn.W_K
 
     def second(autocast: bool) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

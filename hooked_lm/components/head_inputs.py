@@ -179,13 +179,13 @@ class ReadOfCopies:
         """Return the gradient at the stream for one at what is read, through hooks' edits and past backward hooks."""
         assert self.shared is not None
         if not self.shared.requires_grad:
-            return torch.zeros_like(gradient)
+            return torch.zeros_like(self.stream)
         self.switch.on = False
         try:
             (found,) = torch.autograd.grad(self.shared, self.stream, gradient, retain_graph=True, allow_unused=True)
         finally:
             self.switch.on = True
-        return torch.zeros_like(gradient) if found is None else found
+        return torch.zeros_like(self.stream) if found is None else found
 
 
 if TYPE_CHECKING:

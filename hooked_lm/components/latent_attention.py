@@ -112,7 +112,9 @@ class LatentAttention(Attention):
         return torch.cat((rotating, project(latent, self.W_UK, None)), -1)
 
     def key_value_latents(
-        self, key_input: Float[Tensor, "batch pos *head d_model"], value_input: Float[Tensor, "batch pos *head d_model"]
+        self,
+        key_input: Float[Tensor, "batch pos *head d_model"],
+        value_input: Float[Tensor, "batch pos *value_head d_model"],
     ) -> tuple[Tensor, Tensor]:
         """Return the latents that keys and values are read from: one tensor, where their inputs are one."""
         found = self._latents([key_input, value_input], self.compress_kv, self.latent_kv_norm, self.hook_latent_kv)

@@ -47,6 +47,8 @@ def draw_fields(rng: random.Random) -> dict[str, Any]:
         "eps": rng.choice([1e-5, 1e-2]),
     }
     fields |= draw_attention(rng, n_heads, n_layers) | draw_positions(rng, fields["d_head"], n_layers)
+    if rng.random() < 0.2:
+        fields |= draw_latents(rng)
     sometimes = {
         "attn_only": True,
         "gated_mlp": True,
@@ -87,6 +89,25 @@ def draw_attention(rng: random.Random, n_heads: int, n_layers: int) -> dict[str,
         for name in ("qk_norm_across_heads", "qk_norm_per_head_gains", "qk_norm_after_rotary"):
             fields[name] = rng.random() < 0.3
     return fields
+
+
+def draw_latents(rng: random.Random) -> dict[str, Any]:
+    """Latent attention, without what does not go with it."""
+    d_head = rng.choice([4, 6])
+    return {
+        "d_head": d_head,
+        "n_key_value_heads": None,
+        "use_qk_norm": False,
+        "qk_norm_across_heads": False,
+        "qk_norm_per_head_gains": False,
+        "qk_norm_after_rotary": False,
+        "clip_qkv": None,
+        "positional_embedding_type": "rotary",
+        "rotary_dim": rng.choice([2, d_head - 2]),
+        "d_latent_kv": rng.choice([3, 5]),
+        "d_latent_q": rng.choice([None, 4]),
+        "d_value": rng.choice([None, 3, 7]),
+    }
 
 
 def draw_positions(rng: random.Random, d_head: int, n_layers: int) -> dict[str, Any]:
