@@ -42,7 +42,7 @@ AXES: dict[str, str] = {
     "head": "attention (query) heads",
     "kv_head": "key-value heads; fewer than `head` with grouped queries",
     "d_head": "a head's internal dimension",
-    "d_value": "a head's internal dimension of values and z, in latent attention",
+    "d_value": "a head's internal dimension of values and z, where it differs (latent attention)",
     "d_latent_kv": "the latent that keys and values are read from",
     "d_latent_q": "the latent that queries are read from",
     "d_model": "the residual stream",

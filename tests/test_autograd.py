@@ -209,8 +209,7 @@ def test_the_second_derivative_goes_through_checkpoints() -> None:
 
 def test_the_second_derivative_under_autocast_is_near_that_without() -> None:
     model = model_of("rotary, grouped queries, gated", dtype=torch.float32)
-    attn = model.blocks[0].attn
-    W_K = attn.W_UK if architecture == "latent attention" else attn.W_K
+    W_K = model.blocks[0].attn.W_K
 
     def second(autocast: bool) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

@@ -12,6 +12,7 @@ import torch
 
 from hooked_lm import HookedTransformer, HookedTransformerConfig
 from hooked_lm.config import ACTIVATIONS
+from tests.architectures_helpers import LATENT
 from tests.config_helpers import CLASSIC_FIELDS, EXPERTS, GROUPS, ROTARY, ROUTER, SHARED
 from tests.helpers import tiny_config, tiny_tokens
 
@@ -43,6 +44,7 @@ LATER_FIELDS: list[dict[str, Any]] = [
     {**EXPERTS, "sparsemixer_jitter": 0.1},
     {**ROUTER, "routed_scale": 2.5, "norm_topk_min": 0.1, "router_in_float32": True},
     {**GROUPS, "expert_group_score": "max"},
+    {**LATENT, "latent_eps": 1e-5},
     {**EXPERTS, "gated_mlp": True, "gated_limit": 7.0},
     {"act_fn": "xielu"},
 ]
@@ -82,6 +84,8 @@ def test_the_parameter_count_is_that_of_the_weights_of_blocks() -> None:
         {"num_experts": 3, "experts_per_token": 2, "gated_mlp": True},
         {**SHARED, "moe_layers": [False, True], "d_expert": 5},
         {"tie_word_embeddings": True, "attention_sinks": True, "act_fn": "xielu"},
+        LATENT,
+        {**LATENT, "d_latent_q": None, "d_value": None},
     ):
         model = HookedTransformer(tiny_config(**changes))
         weights = [value for name, value in model.named_parameters() if ".W_" in name and name.startswith("blocks")]
@@ -247,6 +251,17 @@ def test_is_layer_norm_activation_is_true_for_solu_ln_alone() -> None:
             {"positional_embedding_type": "alibi", "alibi_in_bfloat16": True, "attention_dir": "bidirectional"},
             "alibi_in_bfloat16",
         ),
+        # Latent attention
+        ({"d_latent_q": 5}, "d_latent_q is about latent attention: give d_latent_kv"),
+        ({"d_value": 5}, "d_value is about latent attention: give d_latent_kv"),
+        ({**LATENT, "d_latent_kv": 0}, "d_latent_kv is an integer of at least 1; got 0"),
+        ({**LATENT, "d_value": 2.5}, "d_value is an integer of at least 1; got 2.5"),
+        ({**LATENT, "rotary_dim": None}, "give positional_embedding_type='rotary' and a rotary_dim below d_head 6"),
+        ({**LATENT, "positional_embedding_type": "alibi"}, "some of a head's dimensions rotate"),
+        ({**LATENT, "n_key_value_heads": 1}, "leave out n_key_value_heads"),
+        ({**LATENT, "use_qk_norm": True}, "are not defined for latent attention"),
+        ({**LATENT, "clip_qkv": 1.0}, "are not defined for latent attention"),
+        ({**LATENT, "latent_eps": -1.0}, "latent_eps is not negative; got -1.0"),
         # Experts
         ({"moe_layers": [True, False]}, "moe_layers goes with num_experts"),
         ({"d_expert": 3}, "d_expert goes with num_experts"),

@@ -21,6 +21,28 @@ from weight_conversion import checkpoint
 from weight_conversion.errors import CheckpointError
 from weight_conversion.registry import family_of
 
+DEEPSEEK_FILE: dict[str, Any] = {
+    "aux_loss_alpha": 0.001,
+    "ep_size": 1,
+    "moe_layer_freq": 1,
+    "num_nextn_predict_layers": 1,
+    "pretraining_tp": 1,
+    "seq_aux": True,
+}
+MINIMAX_FILE: dict[str, Any] = {
+    "attn_type_list": [1, 1, 1],
+    "mtp_transformer_layers": 1,
+    "num_mtp_modules": 3,
+    "qk_norm_type": "per_layer",
+    "rotary_dim": 4,
+    "scoring_func": "sigmoid",
+    "shared_intermediate_size": 0,
+    "sliding_window": None,
+    "use_mtp": True,
+    "use_qk_norm": True,
+    "use_routing_bias": True,
+}
+
 
 def row_named(row_id: str) -> Row:
     return next(row for row in ROWS if row.id == row_id)
@@ -77,6 +99,11 @@ def fields_of(row_id: str, **changes: Any) -> dict[str, Any]:
         ("phimoe", {"num_experts_per_tok": 3}, "SparseMixer picks two experts"),
         ("phimoe", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' is not supported"),
         ("phimoe", {"rope_parameters": {**PHIMOE_LONGROPE, "long_mscale": 2.0}}, "only equal ones are"),
+        ("deepseek-v3", {"scoring_func": "softmax"}, "scoring_func='softmax' is not supported"),
+        ("deepseek-v3", {"moe_layer_freq": 2}, "moe_layer_freq=2 is not supported"),
+        ("deepseek-v2", {"topk_method": "noaux_tc"}, "topk_method='noaux_tc' is not supported"),
+        ("minimax-m2", {"attn_type_list": [1, 0, 1]}, r"attn_type_list=\[1, 0, 1\] is not supported"),
+        ("exaone-moe", {"mlp_layer_types": ["dense", "other"]}, r"MLPs of type \['other'\] is not supported"),
         ("qwen3-moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size=8 is not supported"),
     ],
 )
@@ -91,6 +118,10 @@ def test_fields_that_only_published_files_have_are_known() -> None:
         "gpt-oss": {"experts_per_token": 2, "initial_context_length": 8, "rope_theta": 100.0, "rope_scaling": None},
         "qwen3-moe": {"num_experts": 5, "max_window_layers": 3, "qkv_bias": False, "use_qk_norm": True},
         "phimoe": {"original_max_position_embeddings": 16, "rope_scaling": None},
+        "deepseek-v3": {**DEEPSEEK_FILE, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+        "deepseek-v2": {**DEEPSEEK_FILE, "scoring_func": "softmax"},
+        "glm4-moe": {"num_nextn_predict_layers": 1, "rope_scaling": None},
+        "minimax-m2": MINIMAX_FILE,
     }
     for row_id, extra in published.items():
         architecture = row_named(row_id).architecture

@@ -43,6 +43,8 @@ def ignore_training(fields: ConfigFields) -> None:
     """Ignore the fields about losses and parallel computation; layers with experts follow one another."""
     fields.ignore("attention_dropout", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise")
     fields.ignore("pretraining_tp", "ep_size", "aux_loss_alpha", "seq_aux")
+    # Layers that predict later tokens; `tables.added_layers` leaves their tensors out.
+    fields.ignore("num_nextn_predict_layers", "num_mtp_layers")
     fields.require("moe_layer_freq", 1)
 
 

@@ -389,7 +389,7 @@ def axis_sizes(cfg: HookedTransformerConfig) -> dict[str, int]:
         "expert": cfg.num_experts,
         "d_expert": cfg.d_mlp if cfg.d_expert is None else cfg.d_expert,
         "d_shared_expert": cfg.d_shared_expert,
-        **cfg.attention_widths,
+        **cfg.attention_widths(),
         "1": 1,
     }
     return {axis: size for axis, size in sizes.items() if size is not None}

@@ -42,8 +42,6 @@ class LatentAttention(Attention):
 
     def __init__(self, cfg: HookedTransformerConfig, layer_id: int = 0) -> None:
         super().__init__(cfg, layer_id)
-        self.hook_v = HookPoint("batch pos kv_head d_value")
-        self.hook_z = HookPoint("batch pos head d_value")
         self.hook_latent_kv = HookPoint("batch pos d_latent_kv")
         if cfg.d_latent_q is not None:
             self.hook_latent_q = HookPoint("batch pos d_latent_q")

@@ -256,11 +256,15 @@ class HookedTransformerConfig(Lockable):
         """The width of a head's values: `d_value`, or `d_head` where that is not given."""
         return self.d_head if self.d_value is None else self.d_value
 
-    @property
-    def attention_widths(self) -> dict[str, int | None]:
-        """The widths of what a head reads and writes, by the names of the axes; None for a latent that there is not."""
+    def attention_widths(self, *, of_values: bool = False) -> dict[str, int | None]:
+        """Return the widths of what a head reads, by the names of the axes; None for a latent that there is not.
+
+        Args:
+            of_values: at the hook points of values and z, whose last axis is named `d_head` in every model.
+        """
         latents = {"d_latent_kv": self.d_latent_kv, "d_latent_q": self.d_latent_q}
-        return {"d_head": self.d_head, "d_value": self.value_width, **latents}
+        d_head = self.value_width if of_values else self.d_head
+        return {"d_head": d_head, "d_value": self.value_width, **latents}
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer's MLP is a mixture of experts."""

@@ -23,6 +23,7 @@ def config(fields: ConfigFields) -> Arguments:
     fields.require("qk_norm_type", "per_layer")
     fields.require("scoring_func", "sigmoid")
     fields.require("shared_intermediate_size", 0)
+    fields.require("sliding_window", None)
     fields.require("use_mtp", True)
     fields.require("use_qk_norm", True)
     fields.require("use_routing_bias", True)
