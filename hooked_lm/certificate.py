@@ -305,12 +305,11 @@ class _Pair:
     def watching(self) -> Iterator[dict[str, Tensor]]:
         """Record the reference's activations under our names, in the order of computation."""
         seen: dict[str, Tensor] = {}
-        scale = 1.0 if self.sites.write_scale is None else getattr(self.theirs.config, self.sites.write_scale)
 
-        def keep_input(name: str) -> Callable[..., None]:
+        def keep_input(name: str, factor: float = 1.0) -> Callable[..., None]:
             def keep(module: nn.Module, args: _Args, kwargs: _Kwargs) -> None:
                 # A copy: some blocks add to their input in place.
-                seen[name] = (args[0] if args else kwargs["hidden_states"]).clone()
+                seen[name] = (args[0] if args else kwargs["hidden_states"]) * factor
 
             return keep
 
@@ -327,17 +326,27 @@ class _Pair:
             for name, path in (("attn_out", self.sites.attn), ("mlp_out", self.sites.mlp)):
                 if path is not None:
                     module = block.get_submodule(path)
-                    handles.append(module.register_forward_hook(keep_output(get_act_name(name, layer), scale)))
+                    keep = keep_output(get_act_name(name, layer), self.write_scale(block))
+                    handles.append(module.register_forward_hook(keep))
         if len(self.layers):
             last = keep_output(get_act_name("resid_post", len(self.layers) - 1))
             handles.append(self.layers[-1].register_forward_hook(last))
         head = self.theirs.get_output_embeddings()
-        handles.append(head.register_forward_pre_hook(keep_input("unembed.hook_in"), with_kwargs=True))
+        divisor = 1.0 if self.sites.read_divisor is None else getattr(self.theirs.config, self.sites.read_divisor)
+        handles.append(head.register_forward_pre_hook(keep_input("unembed.hook_in", divisor), with_kwargs=True))
         try:
             yield seen
         finally:
             for handle in handles:
                 handle.remove()
+
+    def write_scale(self, block: nn.Module) -> float:
+        """Return the factor by which a block multiplies what attention and MLP output before adding it."""
+        name = self.sites.write_scale
+        if name is None:
+            return 1.0
+        factor: float = getattr(self.theirs.config if hasattr(self.theirs.config, name) else block, name)
+        return factor
 
     def cached_decoding(self, tokens: Int[Tensor, "batch pos"], logits: Tensor) -> Iterator[Comparison]:
         """Compare our logits, for half a prompt at once and the other half token by token, with the reference's run."""

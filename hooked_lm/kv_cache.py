@@ -20,7 +20,8 @@ class HookedTransformerKeyValueCacheEntry:
     Keys are stored after the rotary rotation.
 
     Attributes:
-        past_keys, past_values: [batch pos kv_head d_head], views of the stored positions.
+        past_keys, past_values: [batch pos kv_head d_head] and [batch pos kv_head d_value], views of the stored
+            positions. The two widths differ in latent attention alone, where each head's are stored, not the latent.
         frozen: `append` then returns the longer keys and values but stores nothing.
     """
 
@@ -37,17 +38,17 @@ class HookedTransformerKeyValueCacheEntry:
         return self._keys[:, : self._length]
 
     @property
-    def past_values(self) -> Float[Tensor, "batch pos kv_head d_head"]:
-        """The values stored, [batch pos kv_head d_head]."""
+    def past_values(self) -> Float[Tensor, "batch pos kv_head d_value"]:
+        """The values stored, [batch pos kv_head d_value]."""
         return self._values[:, : self._length]
 
     def append(
-        self, keys: Float[Tensor, "batch pos kv_head d_head"], values: Float[Tensor, "batch pos kv_head d_head"]
+        self, keys: Float[Tensor, "batch pos kv_head d_head"], values: Float[Tensor, "batch pos kv_head d_value"]
     ) -> tuple[Tensor, Tensor]:
-        """Store new keys and values; return all of them, [batch all_pos kv_head d_head].
+        """Store new keys and values; return all of them, [batch all_pos kv_head d_head] and d_value.
 
         Args:
-            keys, values: of the new positions, [batch pos kv_head d_head].
+            keys, values: of the new positions, [batch pos kv_head d_head] and [batch pos kv_head d_value].
 
         Raises:
             ValueError: another batch size, dtype or device than the cache has.
@@ -142,12 +143,14 @@ class HookedTransformerKeyValueCache:
             batch_size: how many prompts.
             capacity: positions to make room for; the cache grows beyond.
         """
-        shape = (batch_size, capacity, cfg.n_kv_heads, cfg.d_head)
 
-        def empty() -> Tensor:
-            return torch.empty(shape, dtype=cfg.dtype, device=device)
+        def empty(width: int) -> Tensor:
+            return torch.empty(batch_size, capacity, cfg.n_kv_heads, width, dtype=cfg.dtype, device=device)
 
-        entries = [HookedTransformerKeyValueCacheEntry(empty(), empty(), 0) for _ in range(cfg.n_layers)]
+        entries = [
+            HookedTransformerKeyValueCacheEntry(empty(cfg.d_head), empty(cfg.value_width), 0)
+            for _ in range(cfg.n_layers)
+        ]
         return cls(entries, torch.empty(batch_size, 0, dtype=torch.long, device=device))
 
     @property

@@ -42,6 +42,9 @@ AXES: dict[str, str] = {
     "head": "attention (query) heads",
     "kv_head": "key-value heads; fewer than `head` with grouped queries",
     "d_head": "a head's internal dimension",
+    "d_value": "a head's internal dimension of values and z, where it differs (latent attention)",
+    "d_latent_kv": "the latent that keys and values are read from",
+    "d_latent_q": "the latent that queries are read from",
     "d_model": "the residual stream",
     "d_mlp": "the MLP's hidden layer",
     "vocab": "tokens of the vocabulary",
@@ -105,11 +108,12 @@ _BLOCK_SITES = [
     "attn_out",
     "mlp_out",
 ]
-_ATTN_SITES = ["q", "k", "v", "z", "rot_q", "rot_k", "attn_scores", "pattern", "result"]
+_ATTN_SITES = ["q", "k", "v", "z", "rot_q", "rot_k", "attn_scores", "pattern", "result", "latent_kv", "latent_q"]
 _MLP_SITES = ["pre", "mid", "post", "pre_linear", "expert_weights", "expert_indices"]
 _NORM_SITES = ["scale", "normalized"]
 _MODEL_SITES = ["tokens", "embed", "pos_embed"]
 _NORM_MODULES = ["ln1", "ln2", "ln1_post", "ln2_post"]
+_OTHER_NORMS = ["mlp.ln", "attn.q_norm", "attn.k_norm", "attn.latent_kv_norm", "attn.latent_q_norm"]
 
 _ALIASES = {
     "attn": "pattern",
@@ -207,7 +211,7 @@ def _module_of(site: str, layer: int | str | None, layer_type: str | None) -> st
     if site in _NORM_SITES:
         if layer is None and given in (None, "ln_final"):
             return "ln_final"
-        if layer is None or given not in (*_NORM_MODULES, "mlp.ln", "attn.q_norm", "attn.k_norm"):
+        if layer is None or given not in (*_NORM_MODULES, *_OTHER_NORMS):
             raise ValueError(
                 f"{site!r} with layer {layer!r} and module {layer_type!r}: give a layer and one of {_NORM_MODULES}, "
                 "or neither for the final norm"

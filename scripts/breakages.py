@@ -101,7 +101,7 @@ BREAKAGES = (
     ),
     Breakage(
         "experts-weights-do-not-sum-to-one",
-        f"{COMPONENTS}/moe.py",
+        f"{COMPONENTS}/routing.py",
         r"weights = weights / total\.masked_fill\(total == 0, 1\.0\)",
         "weights = weights / weights.amax(-1, keepdim=True)",
         ("test_architectures.py", "test_experts.py"),
@@ -397,8 +397,8 @@ BREAKAGES = (
     Breakage(
         "edited-heads-read-the-shared-norm",
         f"{COMPONENTS}/head_inputs.py",
-        r"self\.ln1\(copy\)",
-        "self._of_the_stream()",
+        r"self\.read\(copy\)",
+        "self.of_the_stream()",
         ("test_observing.py",),
     ),
     Breakage(

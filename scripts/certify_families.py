@@ -24,7 +24,9 @@ CHECKS = ("activations", "cached decoding", "left padding", "gradients")
 
 # Decoder families that transformers has and that this library leaves out, with what they would take.
 LEFT_OUT = {
-    "DeepSeek, Dots, Longcat": "latent attention keeps keys and values in compressed form, which no hook site has yet",
+    "LongCat-Flash": "a layer has two attentions and three MLPs, one of which starts in the middle of the layer",
+    "DeepSeek-V3.2 and V4, GLM-5": "an indexer chooses which keys a query may attend to",
+    "AFMoE (Arcee Trinity)": "what heads read is multiplied by a gate, for which there is no hook site yet",
     "Gemma 3n, Gemma 4": "layers share keys and values, and embeddings enter at every layer",
     "Mamba, RWKV, Jamba, Falcon-H1, Zamba, Bamba, RecurrentGemma, Qwen3-Next": "they are recurrent, in part or whole",
     "T5, BART and other encoder-decoders; BERT and other encoders": "this library is about decoders",

@@ -165,6 +165,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "d_shared_expert": 13,
         "shared_expert_gate": True,
     },
+    "MiniCPM3": {**_LLAMA, "n_key_value_heads": None, "d_latent_kv": 7, "d_latent_q": 6},
     "SoLU": {"act_fn": "solu_ln"},
 }
 
@@ -186,6 +187,10 @@ MEANINGS: dict[str, str] = {
     "hook_k_input": "what each head's keys read, before the norm",
     "hook_v_input": "what each head's values read, before the norm",
     "ln1": "norm of what attention reads",
+    "attn.latent_q_norm": "norm of the latent that queries are read from",
+    "attn.hook_latent_q": "the latent that queries are read from (latent attention)",
+    "attn.latent_kv_norm": "norm of the latent that keys and values are read from",
+    "attn.hook_latent_kv": "the latent that keys and values are read from (latent attention)",
     "attn.hook_q": "queries, after the bias, before rotation",
     "attn.hook_k": "keys, after the bias, before rotation",
     "attn.hook_v": "values",

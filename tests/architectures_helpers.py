@@ -15,3 +15,11 @@ BY_PARTS = {
     "NTK_by_parts_high_freq_factor": 4.0,
     "NTK_original_ctx_len": 16,
 }
+LATENT: dict[str, Any] = {
+    "positional_embedding_type": "rotary",
+    "d_head": 6,
+    "rotary_dim": 4,
+    "d_latent_kv": 5,
+    "d_latent_q": 7,
+    "d_value": 3,
+}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hooked_lm import HookedTransformer
+from tests.architectures_helpers import LATENT
 from tests.helpers import tiny_model, tiny_tokens
 
 TOKENS = tiny_tokens(batch=3, pos=6)
@@ -23,6 +24,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "alibi": {"positional_embedding_type": "alibi"},
     "alibi, grouped queries": {"positional_embedding_type": "alibi", "n_key_value_heads": 2},
     "window": {"use_local_attn": True, "window_size": 2, "attn_types": ["local", "global"]},
+    "latent attention": LATENT,
     "experts": {**GATED, **ROTARY, "num_experts": 3, "experts_per_token": 2, "norm_topk_prob": True},
     "soft caps": {**GATED, "attn_scores_soft_cap": 2.0, "output_logits_soft_cap": 3.0},
     "sinks": {"attention_sinks": True},

@@ -74,4 +74,6 @@ CLASSIC_FIELDS: dict[str, Any] = {
 
 EXPERTS: dict[str, Any] = {"num_experts": 4, "experts_per_token": 2}
 SHARED: dict[str, Any] = {**EXPERTS, "gated_mlp": True, "d_shared_expert": 7, "shared_expert_gate": True}
+ROUTER: dict[str, Any] = {**EXPERTS, "router_scores": "sigmoid", "router_correction": True}
+GROUPS: dict[str, Any] = {**ROUTER, "expert_groups": 2, "expert_groups_per_token": 1}
 ROTARY: dict[str, Any] = {"positional_embedding_type": "rotary"}

@@ -6,6 +6,7 @@ from typing import Any
 
 from hooked_lm import ActivationCache, HookedTransformer
 from hooked_lm.circuits.direct_logit import LogitAttribution, logit_attribution
+from tests.architectures_helpers import LATENT
 from tests.helpers import tiny_tokens
 
 BATCH, POS = 2, 5
@@ -34,6 +35,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "attention sinks, a window": {"attention_sinks": True, "window_size": 3},
     "mixture of experts": {"num_experts": 4, "experts_per_token": 2},
+    "latent attention": {**LATENT, "normalization_type": "RMS"},
     "normalised activations": {"act_fn": "solu_ln"},
 }
 

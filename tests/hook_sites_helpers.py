@@ -102,6 +102,36 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "act_fn": "silu",
         "norm_topk_prob": False,
     },
+    "mixture with groups and a corrected choice": {
+        "num_experts": 6,
+        "experts_per_token": 2,
+        "router_scores": "sigmoid",
+        "router_correction": True,
+        "routed_scale": 1.7,
+        "expert_groups": 3,
+        "expert_groups_per_token": 2,
+        "gated_mlp": True,
+        "act_fn": "silu",
+    },
+    "latent attention": {
+        "d_head": 6,
+        "positional_embedding_type": "rotary",
+        "rotary_dim": 4,
+        "rotary_adjacent_pairs": True,
+        "d_latent_kv": 5,
+        "d_latent_q": 7,
+        "d_value": 3,
+        "normalization_type": "RMS",
+    },
+    "latent attention, plain queries, norms on what is written": {
+        "n_layers": 1,
+        "d_head": 6,
+        "positional_embedding_type": "rotary",
+        "rotary_dim": 2,
+        "d_latent_kv": 5,
+        "norm_placement": "after",
+        "latent_eps": 0.1,
+    },
     "sparsemixer": {"n_layers": 1, "num_experts": 5, "experts_per_token": 2, "sparsemixer_jitter": 0.3},
     "alibi scaled, in bfloat16": {
         "n_layers": 1,
@@ -122,6 +152,7 @@ def sites_of(model: HookedTransformer) -> dict[str, tuple[int, ...]]:
     """Every site the architecture has, with its shape: the table of the public surface."""
     cfg = model.cfg
     b, p, d, h, kv, dh = BATCH, POS, cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.d_head
+    dv = cfg.d_value or dh
     stream, one = (b, p, d), (b, p, 1)
 
     def norm(module: str, shape: tuple[int, ...] = stream, axes: int = 1) -> dict[str, tuple[int, ...]]:
@@ -145,16 +176,21 @@ def sites_of(model: HookedTransformer) -> dict[str, tuple[int, ...]]:
             **(norm("ln1") if cfg.norm_placement != "after" else {}),
             "attn.hook_q": (b, p, h, dh),
             "attn.hook_k": (b, p, kv, dh),
-            "attn.hook_v": (b, p, kv, dh),
+            "attn.hook_v": (b, p, kv, dv),
             "attn.hook_attn_scores": (b, h, p, p),
             "attn.hook_pattern": (b, h, p, p),
-            "attn.hook_z": (b, p, h, dh),
+            "attn.hook_z": (b, p, h, dv),
             "attn.hook_result": (b, p, h, d),
             "hook_attn_out": stream,
             "hook_resid_post": stream,
         }
         if turns(model, layer):
             block |= {"attn.hook_rot_q": (b, p, h, dh), "attn.hook_rot_k": (b, p, kv, dh)}
+        for name, width in (("latent_kv", cfg.d_latent_kv), ("latent_q", cfg.d_latent_q)):
+            if width is not None:
+                latent = (b, p, width)
+                block |= {f"attn.hook_{name}": latent, f"attn.{name}_norm.hook_normalized": latent}
+                block[f"attn.{name}_norm.hook_scale"] = one
         if cfg.use_qk_norm:
             axes = 2 if cfg.qk_norm_across_heads else 1
             block |= norm("attn.q_norm", (b, p, h, dh), axes) | norm("attn.k_norm", (b, p, kv, dh), axes)

@@ -12,6 +12,7 @@ from hooked_lm import HookedTransformer, HookPoint
 from tests.helpers import tiny_model, tiny_tokens
 
 ROTARY: dict[str, Any] = {"positional_embedding_type": "rotary", "normalization_type": "RMS", "gated_mlp": True}
+LATENT: dict[str, Any] = {**ROTARY, "n_heads": 3, "d_head": 6, "rotary_dim": 4, "d_latent_kv": 5, "d_value": 3}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "GPT-2": {},
     "Llama, three query heads to a key-value head": {**ROTARY, "n_heads": 6, "d_head": 4, "n_key_value_heads": 2},
@@ -29,6 +30,20 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "parallel NeoX": {"positional_embedding_type": "rotary", "rotary_dim": 2, "parallel_attn_mlp": True},
     "Bloom": {"positional_embedding_type": "alibi", "post_embedding_ln": True},
     "mixture": {**ROTARY, "num_experts": 3, "experts_per_token": 2, "act_fn": "silu"},
+    "latent attention": {**LATENT, "d_latent_q": 7, "act_fn": "silu"},
+    "latent attention with plain queries, LN": {**LATENT, "normalization_type": "LN"},
+    "mixture with groups and a corrected choice": {
+        **ROTARY,
+        "num_experts": 6,
+        "experts_per_token": 3,
+        "d_shared_expert": 5,
+        "router_scores": "sigmoid",
+        "router_correction": True,
+        "routed_scale": 1.7,
+        "expert_groups": 3,
+        "expert_groups_per_token": 2,
+        "act_fn": "silu",
+    },
 }
 Edit = Callable[[Tensor, HookPoint], Tensor]
 
@@ -106,9 +121,9 @@ def edits_that_caching_disturbs(architecture: str) -> list[Any]:
         with model.hooks(fwd_hooks=[(edited, tilt)]):
             loss, cache = model.run_with_cache(tokens, names_filter=others, incl_bwd=True, return_type="loss")
         gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-        # Where every head's copy is edited, none reads the norm of the stream, which then has no gradient.
-        unread = ".ln1." if edited.endswith("hook_attn_in") else "nothing"
-        missing = [name for name in others if f"{name}_grad" not in cache and unread not in name]
+        # Where every head's copy is edited, none reads the stream's norm and latents, which then have no gradient.
+        unread = {"hook_attn_in": (".ln1.", "latent_"), "hook_q_input": ("latent_q",)}.get(edited.split(".")[-1], ())
+        missing = [name for name in others if f"{name}_grad" not in cache and not any(one in name for one in unread)]
         model.zero_grad()
         with model.hooks(fwd_hooks=[(edited, tilt)]):
             plain = model(tokens, return_type="loss")

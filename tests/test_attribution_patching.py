@@ -25,6 +25,7 @@ from hooked_lm.patching.attribution import (
     replacement,
     spearman,
 )
+from tests.architectures_helpers import LATENT
 from tests.helpers import tiny_model, tiny_tokens
 
 CLEAN, CORRUPTED = tiny_tokens(seed=1, pos=5), tiny_tokens(seed=2, pos=5)
@@ -45,6 +46,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "norms before and after": {"norm_placement": "before_and_after", "attn_scores_soft_cap": 2.0},
     "sinks, windows": {"attention_sinks": True, "window_size": 3, "attn_types": ["local", "global"]},
     "attention only": {"attn_only": True, "positional_embedding_type": "shortformer"},
+    "latent attention": LATENT,
     "experts": {"num_experts": 3, "experts_per_token": 3, "act_fn": "silu", "gated_mlp": True},
 }
 

@@ -172,7 +172,8 @@ def test_gradients_in_a_batch_are_those_one_by_one(architecture: str, create_gra
     model = model_of(architecture)
     logits = model(TOKENS)
     seeds = torch.randn(4, *logits.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    W_K = model.blocks[0].attn.W_K
+    attn = model.blocks[0].attn
+    W_K = attn.W_UK if architecture == "latent attention" else attn.W_K
     (together,) = torch.autograd.grad(
         logits, W_K, seeds, is_grads_batched=True, retain_graph=True, create_graph=create_graph
     )

@@ -12,7 +12,8 @@ import torch
 
 from hooked_lm import HookedTransformer, HookedTransformerConfig
 from hooked_lm.config import ACTIVATIONS
-from tests.config_helpers import CLASSIC_FIELDS, EXPERTS, ROTARY, SHARED
+from tests.architectures_helpers import LATENT
+from tests.config_helpers import CLASSIC_FIELDS, EXPERTS, GROUPS, ROTARY, ROUTER, SHARED
 from tests.helpers import tiny_config, tiny_tokens
 
 YARN: dict[str, Any] = {**ROTARY, "use_yarn_rope": True, "yarn_factor": 4.0}
@@ -41,6 +42,9 @@ LATER_FIELDS: list[dict[str, Any]] = [
     {"clip_qkv": 3.0, "attention_sinks": True},
     {**SHARED, "d_expert": 9, "moe_layers": [True, False], "norm_topk_prob": False},
     {**EXPERTS, "sparsemixer_jitter": 0.1},
+    {**ROUTER, "routed_scale": 2.5, "norm_topk_min": 0.1, "router_in_float32": True},
+    {**GROUPS, "expert_group_score": "max"},
+    {**LATENT, "latent_eps": 1e-5},
     {**EXPERTS, "gated_mlp": True, "gated_limit": 7.0},
     {"act_fn": "xielu"},
 ]
@@ -80,6 +84,8 @@ def test_the_parameter_count_is_that_of_the_weights_of_blocks() -> None:
         {"num_experts": 3, "experts_per_token": 2, "gated_mlp": True},
         {**SHARED, "moe_layers": [False, True], "d_expert": 5},
         {"tie_word_embeddings": True, "attention_sinks": True, "act_fn": "xielu"},
+        LATENT,
+        {**LATENT, "d_latent_q": None, "d_value": None},
     ):
         model = HookedTransformer(tiny_config(**changes))
         weights = [value for name, value in model.named_parameters() if ".W_" in name and name.startswith("blocks")]
@@ -245,6 +251,17 @@ def test_is_layer_norm_activation_is_true_for_solu_ln_alone() -> None:
             {"positional_embedding_type": "alibi", "alibi_in_bfloat16": True, "attention_dir": "bidirectional"},
             "alibi_in_bfloat16",
         ),
+        # Latent attention
+        ({"d_latent_q": 5}, "d_latent_q is about latent attention: give d_latent_kv"),
+        ({"d_value": 5}, "d_value is about latent attention: give d_latent_kv"),
+        ({**LATENT, "d_latent_kv": 0}, "d_latent_kv is an integer of at least 1; got 0"),
+        ({**LATENT, "d_value": 2.5}, "d_value is an integer of at least 1; got 2.5"),
+        ({**LATENT, "rotary_dim": None}, "give positional_embedding_type='rotary' and a rotary_dim below d_head 6"),
+        ({**LATENT, "positional_embedding_type": "alibi"}, "some of a head's dimensions rotate"),
+        ({**LATENT, "n_key_value_heads": 1}, "leave out n_key_value_heads"),
+        ({**LATENT, "use_qk_norm": True}, "are not defined for latent attention"),
+        ({**LATENT, "clip_qkv": 1.0}, "are not defined for latent attention"),
+        ({**LATENT, "latent_eps": -1.0}, "latent_eps is not negative; got -1.0"),
         # Experts
         ({"moe_layers": [True, False]}, "moe_layers goes with num_experts"),
         ({"d_expert": 3}, "d_expert goes with num_experts"),
@@ -266,6 +283,25 @@ def test_is_layer_norm_activation_is_true_for_solu_ln_alone() -> None:
         ),
         ({**EXPERTS, "sparsemixer_jitter": -0.1}, "sparsemixer_jitter is positive"),
         ({**EXPERTS, "gated_limit": 7.0}, "give gated_mlp=True"),
+        ({"router_scores": "sigmoid"}, "router_scores goes with num_experts"),
+        ({"router_correction": True}, "router_correction goes with num_experts"),
+        ({"router_in_float32": True}, "router_in_float32 goes with num_experts"),
+        ({"routed_scale": 2.0}, "routed_scale goes with num_experts"),
+        ({"expert_groups": 2}, "expert_groups goes with num_experts"),
+        ({**EXPERTS, "router_scores": "tanh"}, "router_scores='tanh' is none of"),
+        ({**EXPERTS, "routed_scale": 0}, "routed_scale is positive; got 0"),
+        ({**EXPERTS, "norm_topk_min": -1.0}, "norm_topk_min is a least sum of weights"),
+        ({**ROUTER, "sparsemixer_jitter": 0.1}, "SparseMixer has weights of its own"),
+        (
+            {**EXPERTS, "expert_groups": 2, "expert_groups_per_token": 1, "sparsemixer_jitter": 0.1},
+            "SparseMixer chooses among all experts",
+        ),
+        ({**EXPERTS, "expert_groups": 2}, "expert_groups and expert_groups_per_token go together"),
+        ({**GROUPS, "expert_groups": 3}, "num_experts 4 is not a multiple of expert_groups 3"),
+        ({**GROUPS, "expert_groups_per_token": 3}, "expert_groups_per_token 3 is not in 1-2"),
+        ({**GROUPS, "expert_groups": 4}, "expert_group_score='top2' is the sum of a group's two best experts"),
+        ({**GROUPS, "expert_group_score": "mean"}, "expert_group_score='mean' is none of"),
+        ({**GROUPS, "experts_per_token": 3}, "experts_per_token 3 is more than the 2 experts of 1 groups"),
         ({**EXPERTS, "gated_mlp": True, "gated_limit": -7.0}, "gated_limit is positive; got -7.0"),
     ],
 )

@@ -176,6 +176,7 @@ ROW_OF = {
     "Bloom": "bloom",
     "Mixtral": "mixtral",
     "Qwen 2 MoE": "qwen2-moe",
+    "MiniCPM3": "minicpm3",
 }
 
 
@@ -213,6 +214,8 @@ def test_activations_have_the_axes_that_the_table_gives(architecture: str) -> No
         "head": cfg.n_heads,
         "kv_head": cfg.n_kv_heads,
         "d_head": cfg.d_head,
+        "d_latent_kv": cfg.d_latent_kv,
+        "d_latent_q": cfg.d_latent_q,
         "d_model": cfg.d_model,
         "d_mlp": cfg.d_mlp,
         "vocab": cfg.d_vocab,

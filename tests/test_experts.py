@@ -14,11 +14,34 @@ from transformers import GptOssForCausalLM
 from transformers.utils.quantization_config import Mxfp4Config
 
 from hooked_lm import HookedTransformer
-from tests.family_rows.experts import PHIMOE_LONGROPE, ROWS, Row
+from tests.family_rows import ROWS, Row
+from tests.family_rows.experts import PHIMOE_LONGROPE
 from tests.helpers import tiny_model, tiny_tokens
 from weight_conversion import checkpoint
 from weight_conversion.errors import CheckpointError
 from weight_conversion.registry import family_of
+
+DEEPSEEK_FILE: dict[str, Any] = {
+    "aux_loss_alpha": 0.001,
+    "ep_size": 1,
+    "moe_layer_freq": 1,
+    "num_nextn_predict_layers": 1,
+    "pretraining_tp": 1,
+    "seq_aux": True,
+}
+MINIMAX_FILE: dict[str, Any] = {
+    "attn_type_list": [1, 1, 1],
+    "mtp_transformer_layers": 1,
+    "num_mtp_modules": 3,
+    "qk_norm_type": "per_layer",
+    "rotary_dim": 4,
+    "scoring_func": "sigmoid",
+    "shared_intermediate_size": 0,
+    "sliding_window": None,
+    "use_mtp": True,
+    "use_qk_norm": True,
+    "use_routing_bias": True,
+}
 
 
 def row_named(row_id: str) -> Row:
@@ -76,6 +99,11 @@ def fields_of(row_id: str, **changes: Any) -> dict[str, Any]:
         ("phimoe", {"num_experts_per_tok": 3}, "SparseMixer picks two experts"),
         ("phimoe", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' is not supported"),
         ("phimoe", {"rope_parameters": {**PHIMOE_LONGROPE, "long_mscale": 2.0}}, "only equal ones are"),
+        ("deepseek-v3", {"scoring_func": "softmax"}, "scoring_func='softmax' is not supported"),
+        ("deepseek-v3", {"moe_layer_freq": 2}, "moe_layer_freq=2 is not supported"),
+        ("deepseek-v2", {"topk_method": "noaux_tc"}, "topk_method='noaux_tc' is not supported"),
+        ("minimax-m2", {"attn_type_list": [1, 0, 1]}, r"attn_type_list=\[1, 0, 1\] is not supported"),
+        ("exaone-moe", {"mlp_layer_types": ["dense", "other"]}, r"MLPs of type \['other'\] is not supported"),
         ("qwen3-moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size=8 is not supported"),
     ],
 )
@@ -90,6 +118,10 @@ def test_fields_that_only_published_files_have_are_known() -> None:
         "gpt-oss": {"experts_per_token": 2, "initial_context_length": 8, "rope_theta": 100.0, "rope_scaling": None},
         "qwen3-moe": {"num_experts": 5, "max_window_layers": 3, "qkv_bias": False, "use_qk_norm": True},
         "phimoe": {"original_max_position_embeddings": 16, "rope_scaling": None},
+        "deepseek-v3": {**DEEPSEEK_FILE, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+        "deepseek-v2": {**DEEPSEEK_FILE, "scoring_func": "softmax"},
+        "glm4-moe": {"num_nextn_predict_layers": 1, "rope_scaling": None},
+        "minimax-m2": MINIMAX_FILE,
     }
     for row_id, extra in published.items():
         architecture = row_named(row_id).architecture
@@ -147,3 +179,112 @@ def test_weights_that_a_hook_has_made_negative_are_rescaled_as_others_are() -> N
     tokens, site = tiny_tokens(), "blocks.0.mlp.hook_expert_weights"
     negated = model.run_with_hooks(tokens, fwd_hooks=[(site, lambda weights, hook: -3 * weights)])
     torch.testing.assert_close(negated, model(tokens))
+
+
+# The router with a corrected choice
+
+CORRECTED = ["glm4-moe", "dots1", "solar-open", "minimax-m2", "ernie4.5-moe", "exaone-moe", "hy-v3"]
+
+
+@pytest.mark.parametrize("row_id", CORRECTED)
+@torch.no_grad()
+def test_the_correction_changes_the_choice_of_experts_and_not_their_weights(row_id: str, tmp_path: Path) -> None:
+    row = row_named(row_id)
+    theirs, tokens = row.build(), row.tokens()
+    theirs.save_pretrained(tmp_path)
+    ours = HookedTransformer.from_pretrained_no_processing(tmp_path)
+    logits, cache = ours.run_with_cache(tokens)
+    layer = max(layer for layer in range(ours.cfg.n_layers) if ours.cfg.has_experts(layer))
+    weights, chosen = (cache[f"blocks.{layer}.mlp.hook_expert_{what}"] for what in ("weights", "indices"))
+    largest = weights.topk(chosen.shape[-1]).indices
+    assert (chosen.sort(-1).values != largest.sort(-1).values).any()
+    for module in theirs.modules():
+        if hasattr(module, "e_score_correction_bias"):
+            module.e_score_correction_bias.zero_()
+    for block in ours.blocks:
+        if hasattr(block.mlp, "b_correction"):
+            block.mlp.b_correction.zero_()
+    uncorrected = theirs(tokens).logits
+    torch.testing.assert_close(ours(tokens), uncorrected, atol=1e-4, rtol=1e-5)
+    assert (logits - uncorrected).abs().max() > 1e-2
+
+
+def corrected_model(dtype: torch.dtype) -> HookedTransformer:
+    fields = {"num_experts": 4, "experts_per_token": 1, "router_scores": "sigmoid", "router_correction": True}
+    return tiny_model(**fields, gated_mlp=True, act_fn="silu", dtype=dtype)
+
+
+def test_the_correction_stays_in_float32_in_a_model_of_lower_precision() -> None:
+    # Next to 8, bfloat16 has no numbers closer than 1/16.
+    correction = torch.tensor([8.0, 8.01, 8.0, 7.99])
+    model = corrected_model(torch.float32)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.b_correction.copy_(correction)
+    parameter = model.blocks[0].mlp.b_correction
+    for dtype in (torch.bfloat16, torch.float16):
+        low = model.to(dtype)
+        assert low.cfg.dtype == low.blocks[0].mlp.W_router.dtype == dtype
+        assert torch.equal(low.state_dict()["blocks.0.mlp.b_correction"], correction)
+        assert low.blocks[0].mlp.b_correction is parameter
+        assert low(tiny_tokens()).isfinite().all()
+    assert model.double().blocks[0].mlp.b_correction.dtype == torch.float64
+
+
+def test_a_saved_model_of_low_precision_keeps_its_correction(tmp_path: Path) -> None:
+    model = corrected_model(torch.bfloat16)
+    with torch.no_grad():
+        model.blocks[1].mlp.b_correction.copy_(torch.tensor([8.0, 8.01, 8.0, 7.99]))
+    model.save_pretrained(tmp_path)
+    again = HookedTransformer.from_pretrained_no_processing(tmp_path)
+    assert again.cfg.dtype == torch.bfloat16
+    assert torch.equal(again.blocks[1].mlp.b_correction, model.blocks[1].mlp.b_correction)
+    assert torch.equal(again(tiny_tokens()), model(tiny_tokens()))
+
+
+def test_a_router_in_float32_sees_what_bfloat16_would_round_away() -> None:
+    fields = {"num_experts": 4, "experts_per_token": 1, "gated_mlp": True, "act_fn": "silu", "dtype": torch.bfloat16}
+    low, exact = tiny_model(**fields), tiny_model(**fields, router_in_float32=True)
+    exact.load_state_dict(low.state_dict())
+    site, seen, read = "blocks.0.mlp.hook_expert_weights", [], []
+    for model in (low, exact):
+        model.blocks[0].mlp.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+        seen.append(model.run_with_cache(tiny_tokens(), names_filter=site)[1][site])
+    assert seen[0].dtype == seen[1].dtype == torch.float32
+    mlp = exact.blocks[0].mlp
+    scores = read[1].float() @ mlp.W_router.float() + mlp.b_router.float()
+    torch.testing.assert_close(seen[1], scores.softmax(-1).detach())
+    assert not torch.equal(seen[0], seen[1])
+
+
+@torch.no_grad()
+def test_an_edit_of_the_weights_changes_the_choice_under_correction_and_groups() -> None:
+    groups = {"expert_groups": 2, "expert_groups_per_token": 1}
+    model = tiny_model(
+        num_experts=4, experts_per_token=2, router_scores="sigmoid", router_correction=True, act_fn="silu", **groups
+    )
+    site, seen = "blocks.0.mlp.hook_expert_", []
+    model.run_with_hooks(
+        tiny_tokens(),
+        fwd_hooks=[
+            (f"{site}weights", lambda weights, hook: weights + torch.tensor([0.0, 0.0, 9.0, 9.0])),
+            (f"{site}indices", lambda indices, hook: seen.append(indices)),
+        ],
+    )
+    assert set(seen[0].unique().tolist()) == {2, 3}
+
+
+def test_layers_that_predict_later_tokens_are_left_unread(tmp_path: Path) -> None:
+    row = row_named("glm4-moe")
+    theirs = row.build()
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.3.eh_proj.weight"] = torch.ones(24, 48)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    ours = HookedTransformer.from_pretrained_no_processing(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(row.tokens()), theirs(row.tokens()).logits, atol=1e-4, rtol=1e-5)
+    tensors["model.layers.4.eh_proj.weight"] = torch.ones(24, 48)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"no rule accounts for: layers\.4\.eh_proj"):
+        HookedTransformer.from_pretrained_no_processing(tmp_path)

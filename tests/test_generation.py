@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from hooked_lm import HookedTransformer
+from tests.architectures_helpers import LATENT
 from tests.generation_helpers import BOS, GREEDY, say, text_model
 from tests.helpers import CORPUS, VOCAB, tiny_model, tiny_tokenizer, tiny_tokens
 
@@ -75,6 +76,7 @@ CACHED = {
     "local": {"window_size": 3},
     "grouped": {"n_heads": 4, "d_head": 4, "n_key_value_heads": 2},
     "soft-cap": {"attn_scores_soft_cap": 1.5},
+    "latent attention": LATENT,
     "experts": {"num_experts": 3, "experts_per_token": 2},
 }
 

@@ -53,12 +53,13 @@ def reference_logits(model: HookedTransformer, tokens: Tensor, edit: Edit = lamb
         tapped: bool = True,
         kind: str | None = cfg.normalization_type,
         over: tuple[int, ...] = (-1,),
+        eps: float = cfg.eps,
     ) -> Tensor:
         if kind is None:
             return x
         if kind.startswith("LN"):
             x = x - x.mean(over, keepdim=True)
-        scale = (x.pow(2).mean(over, keepdim=True) + cfg.eps).sqrt()
+        scale = (x.pow(2).mean(over, keepdim=True) + eps).sqrt()
         scale = edit(f"{module}.hook_scale", scale) if tapped else scale
         x = x / scale
         x = edit(f"{module}.hook_normalized", x) if tapped else x
@@ -92,6 +93,21 @@ def reference_logits(model: HookedTransformer, tokens: Tensor, edit: Edit = lamb
         out[..., first], out[..., second] = turned.real, turned.imag
         return out
 
+    def latent(x: Tensor, layer: int, name: str, tapped: bool) -> Tensor:
+        at = f"blocks.{layer}.attn."
+        x = x @ W[f"{at}W_D{name.upper()}"] + W[f"{at}b_D{name.upper()}"]
+        x = norm(x, f"{at}latent_{name}_norm", tapped, "RMS", eps=cfg.latent_eps)
+        return edit(f"{at}hook_latent_{name}", x) if tapped else x
+
+    def projected(x: Tensor, latents: Tensor | None, layer: int, letter: str) -> Tensor:
+        """Queries, keys or values of each head, from its own input and the latents of it."""
+        at, heads = f"blocks.{layer}.attn.", x.shape[2]
+        if latents is None:
+            W_in, b_in = W[f"{at}W_{letter.upper()}"], W[f"{at}b_{letter.upper()}"]
+            return torch.stack([x[:, :, i] @ W_in[i] + b_in[i] for i in range(heads)], 2)
+        up = torch.stack([latents[:, :, i] @ W[f"{at}W_U{letter.upper()}"][i] for i in range(heads)], 2)
+        return torch.cat((x @ W[at + "W_KR"] + W[at + "b_KR"], up), -1) if letter == "k" else up
+
     def attention(layer: int, stream: Tensor, positions: Tensor) -> Tensor:
         at = f"blocks.{layer}."
         group = cfg.n_heads // cfg.n_kv_heads
@@ -103,13 +119,17 @@ def reference_logits(model: HookedTransformer, tokens: Tensor, edit: Edit = lamb
         copies = edit(at + "hook_attn_in", per_head(stream, cfg.n_heads))
         grouped = copies.unflatten(2, (cfg.n_kv_heads, group)).mean(3)
         inputs = {}
+        compressed = [*(["kv"] if cfg.d_latent_kv else []), *(["q"] if cfg.d_latent_q else [])]
+        tapped = {name: latent(shared, layer, name, True) for name in compressed}
         for letter, copy in (("q", copies), ("k", grouped), ("v", grouped)):
             source = edit(f"{at}hook_{letter}_input", copy)
             untouched = torch.allclose(source, per_head(stream, source.shape[2]), rtol=0, atol=1e-14)
             x = per_head(shared, source.shape[2]) if untouched else read(source, at + "ln1", tapped=False)
             x = x if letter == "v" else x + positions
-            W_in, b_in = W[f"{at}attn.W_{letter.upper()}"], W[f"{at}attn.b_{letter.upper()}"]
-            made = torch.stack([x[:, :, i] @ W_in[i] + b_in[i] for i in range(source.shape[2])], 2)
+            name = next((name for name in compressed if letter in name), "")
+            latents = per_head(tapped[name], cfg.n_heads) if name and untouched else None
+            latents = latent(x, layer, name, False) if name and not untouched else latents
+            made = projected(x, latents, layer, letter)
             if letter != "v" and not cfg.qk_norm_after_rotary:
                 made = qk_norm(made, f"{at}attn.{letter}_norm")
             if cfg.clip_qkv is not None:
@@ -179,11 +199,14 @@ def reference_logits(model: HookedTransformer, tokens: Tensor, edit: Edit = lamb
         else:
             scores = x @ W[at + "mlp.W_router"] + W[at + "mlp.b_router"]
             chance = scores.softmax(-1) if cfg.sparsemixer_jitter is None else sparsemixer(scores)
+            chance = 1 / (1 + (-scores).exp()) if cfg.router_scores == "sigmoid" else chance
             chance = edit(at + "mlp.hook_expert_weights", chance)
-            chosen = edit(at + "mlp.hook_expert_indices", chance.topk(cfg.experts_per_token or 0).indices)
+            eligible = corrected(chance, W[at + "mlp.b_correction"]) if cfg.router_correction else chance
+            chosen = edit(at + "mlp.hook_expert_indices", eligible.topk(cfg.experts_per_token or 0).indices)
             weight = chance.gather(-1, chosen)
             if cfg.norm_topk_prob and cfg.sparsemixer_jitter is None:
                 weight = weight / weight.sum(-1, keepdim=True)
+            weight = weight * cfg.routed_scale
             experts = torch.stack(
                 [
                     hidden(x, lambda name, e=e: W[f"{at}mlp.{name}"][e], lambda site, y: y, cfg.gated_limit)  # type: ignore[misc]
@@ -199,6 +222,14 @@ def reference_logits(model: HookedTransformer, tokens: Tensor, edit: Edit = lamb
                     shared = shared / (1 + (-(x @ W[at + "W_shared_gate"] + W[at + "b_shared_gate"])).exp())
                 out = out + shared
         return out
+
+    def corrected(chance: Tensor, correction: Tensor) -> Tensor:
+        """Corrected weights; far below the others in groups whose two best sum to less than those of enough others."""
+        grouped = (chance + correction).unflatten(-1, (cfg.expert_groups or 1, -1))
+        ordered = grouped.sort(-1).values
+        worth = ordered[..., -1] + ordered[..., -2]
+        rank = (worth[..., None, :] > worth[..., None]).sum(-1)
+        return (grouped - 1000 * (rank >= (cfg.expert_groups_per_token or 1))[..., None]).flatten(-2)
 
     def sparsemixer(scores: Tensor) -> Tensor:
         """The best expert's share among those near it, then the second's among those near that one."""

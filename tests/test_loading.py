@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hooked_lm import CheckpointError, HookedTransformer
+from tests.architectures_helpers import LATENT
 from tests.family_rows import ROWS
 from tests.helpers import VOCAB, randomise_, tiny_gpt2, tiny_model, tiny_tokens
 from tests.loading_helpers import ASSORTED, edit_json, row_model, row_tokens, unprocessed
@@ -295,6 +296,7 @@ def test_a_faulty_tensor_is_named_before_any_value_is_read(
 OWN_KINDS: dict[str, dict[str, Any]] = {
     "layer norm": {},
     "tied": {"tie_word_embeddings": True},
+    "latent attention": LATENT,
     "experts": {"num_experts": 3, "experts_per_token": 2, "gated_mlp": True, "normalization_type": "RMS"},
 }
 

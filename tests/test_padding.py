@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hooked_lm import HookedTransformer
+from tests.architectures_helpers import LATENT
 from tests.helpers import CORPUS, VOCAB, randomise_, tiny_config, tiny_model, tiny_tokens
 
 EXACT = {"atol": 1e-10, "rtol": 0.0}
@@ -43,6 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "grouped": {"n_heads": 6, "n_key_value_heads": 2, "d_head": 4},
     "grouped rotary": {"n_heads": 4, "n_key_value_heads": 1, "d_head": 4, "positional_embedding_type": "rotary"},
     "grouped alibi": {"n_heads": 4, "n_key_value_heads": 2, "d_head": 4, "positional_embedding_type": "alibi"},
+    "latent attention": LATENT,
     "experts": {"num_experts": 3, "experts_per_token": 2},
     "attention only": {"attn_only": True},
 }

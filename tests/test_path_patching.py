@@ -21,6 +21,7 @@ from hooked_lm.patching.path import (
     path_patch_heads,
     path_patch_mlps,
 )
+from tests.architectures_helpers import LATENT
 from tests.helpers import tiny_model, tiny_tokens
 
 CLEAN, CORRUPTED = tiny_tokens(seed=1), tiny_tokens(seed=2)
@@ -43,6 +44,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "norms on the stream": {"norm_placement": "residual"},
     "norms after": {"norm_placement": "after"},
     "norms before and after": {"norm_placement": "before_and_after", "attn_scores_soft_cap": 2.0},
+    "latent attention": LATENT,
     "experts": {"num_experts": 3, "experts_per_token": 2, "act_fn": "silu", "gated_mlp": True},
     "sinks, windows": {"attention_sinks": True, "window_size": 3, "attn_types": ["local", "global", "local"]},
 }

@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 
 from hooked_lm import CheckpointError, HookedTransformer
 from hooked_lm.weights import STEPS
+from tests.architectures_helpers import LATENT
 from tests.helpers import VOCAB, tiny_config, tiny_model, tiny_tokens
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "grouped rotary": {"n_key_value_heads": 1, "positional_embedding_type": "rotary", "normalization_type": "RMS"},
+    "latent attention": LATENT,
     "experts": {"num_experts": 3, "experts_per_token": 2, "gated_mlp": True},
     "attention only": {"attn_only": True, "act_fn": None, "normalization_type": None},
     "solu_ln": {"act_fn": "solu_ln"},

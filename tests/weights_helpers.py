@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hooked_lm import HookedTransformer
+from tests.architectures_helpers import LATENT
 from tests.helpers import tiny_model, tiny_tokens
 
 EXACT = 1e-9
@@ -83,6 +84,17 @@ KINDS: dict[str, dict[str, Any]] = {
         "shared_expert_gate": True,
         "moe_layers": [True, False],
     },
+    "corrected choice of experts": {
+        "num_experts": 6,
+        "experts_per_token": 2,
+        "router_scores": "sigmoid",
+        "router_correction": True,
+        "routed_scale": 1.7,
+        "expert_groups": 3,
+        "expert_groups_per_token": 2,
+    },
+    "latent attention": {**LATENT, "normalization_type": "RMS"},
+    "latent attention, LN, plain queries": {**LATENT, "d_latent_q": None},
     "sparsemixer": {"num_experts": 4, "experts_per_token": 2, "sparsemixer_jitter": 0.3},
     "experts with a limit": {
         "num_experts": 4,

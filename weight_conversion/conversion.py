@@ -128,7 +128,8 @@ class Conversion:
             known.update(names)
             if not isinstance(entry, Drop):
                 missing += [name for name in names if name not in self._present]
-        surplus = sorted(set(self._present) - known)
+        dropped = tuple(name.removesuffix("*") for name in known if name.endswith("*"))
+        surplus = sorted(name for name in set(self._present) - known if not name.startswith(dropped))
         if missing or surplus:
             raise CheckpointError(_account(missing, surplus))
 

@@ -20,7 +20,9 @@ class Sites:
         layers: the path of the list of blocks within the language model.
         attn, mlp: the modules of a block whose outputs attention and MLP add to the residual stream; None if no module
             has that output.
-        write_scale: the config field by which the block multiplies those outputs before adding them, if it does.
+        write_scale: the config field, or the block's attribute, by which the block multiplies those outputs before
+            adding them, if it does.
+        read_divisor: the attribute of the config by which the model divides the input of the unembedding, if it does.
         attention: the implementation of attention in transformers that computes what the model was trained with.
     """
 
@@ -28,6 +30,7 @@ class Sites:
     attn: str | None = "self_attn"
     mlp: str | None = "mlp"
     write_scale: str | None = None
+    read_divisor: str | None = None
     attention: str = "eager"
 
 

@@ -173,8 +173,14 @@ def _large_weights(cfg: HookedTransformerConfig) -> dict[str, tuple[int, ...]]:
         shapes["unembed.W_U"] = (cfg.d_model, cfg.d_vocab_out)
     for layer in range(cfg.n_layers):
         attn, mlp = f"blocks.{layer}.attn", f"blocks.{layer}.mlp"
-        shapes[f"{attn}.W_Q"] = (cfg.n_heads, cfg.d_model, cfg.d_head)
-        shapes[f"{attn}.W_K"] = (cfg.n_kv_heads, cfg.d_model, cfg.d_head)
+        if cfg.d_latent_q is None:
+            shapes[f"{attn}.W_Q"] = (cfg.n_heads, cfg.d_model, cfg.d_head)
+        else:
+            shapes[f"{attn}.W_UQ"] = (cfg.n_heads, cfg.d_latent_q, cfg.d_head)
+        if cfg.d_latent_kv is None:
+            shapes[f"{attn}.W_K"] = (cfg.n_kv_heads, cfg.d_model, cfg.d_head)
+        else:
+            shapes[f"{attn}.W_UV"] = (cfg.n_heads, cfg.d_latent_kv, cfg.value_width)
         if cfg.attn_only:
             continue
         if cfg.has_experts(layer):

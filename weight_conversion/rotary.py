@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from weight_conversion.errors import CheckpointError
 from weight_conversion.fields import Arguments, ConfigFields, FieldValue, HFConfig
 
-__all__ = ["LEGACY_FIELDS", "rotary"]
+__all__ = ["LEGACY_FIELDS", "rotary", "yarn_amplitude"]
 
 # Fields from before `rope_parameters`. transformers fills in `rope_parameters` from them.
 LEGACY_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings")
@@ -94,11 +94,11 @@ def _yarn(given: HFConfig, n_ctx: int) -> Arguments:
     attention_factor = given.pop("attention_factor", None)
     mscale, mscale_all = given.pop("mscale", None), given.pop("mscale_all_dim", None)
     if attention_factor is None and mscale and mscale_all:
-        attention_factor = _yarn_amplitude(factor, mscale) / _yarn_amplitude(factor, mscale_all)
+        attention_factor = yarn_amplitude(factor, mscale) / yarn_amplitude(factor, mscale_all)
     return {
         "use_yarn_rope": True,
         "yarn_factor": float(factor),
-        "yarn_attention_factor": _yarn_amplitude(factor, 1.0) if attention_factor is None else float(attention_factor),
+        "yarn_attention_factor": yarn_amplitude(factor, 1.0) if attention_factor is None else float(attention_factor),
         "yarn_beta_fast": float(given.pop("beta_fast", None) or 32),
         "yarn_beta_slow": float(given.pop("beta_slow", None) or 1),
         "yarn_original_max_position_embeddings": original,
@@ -106,8 +106,13 @@ def _yarn(given: HFConfig, n_ctx: int) -> Arguments:
     }
 
 
-def _yarn_amplitude(factor: float, mscale: float) -> float:
-    """The factor on queries and keys under YaRN (Peng et al. 2023, equation 22)."""
+def yarn_amplitude(factor: float, mscale: float) -> float:
+    """Return the factor on queries and keys under YaRN (Peng et al. 2023, equation 22).
+
+    Args:
+        factor: by which the context grows.
+        mscale: a factor on its logarithm.
+    """
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 

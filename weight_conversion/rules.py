@@ -100,6 +100,7 @@ class Rule(Entry):
         again: another rule accounts for the source; this rule reads it a second time.
         scale, add: the values become `values * scale + add`.
         skip: the number of rows at the start that are left out.
+        turn: the entries of the result's last axis are moved on by so many, and the last so many come first.
         sizes: the sizes of axes that only this family has.
     """
 
@@ -110,6 +111,7 @@ class Rule(Entry):
     scale: float = 1.0
     add: float = 0.0
     skip: int = 0
+    turn: int = 0
     sizes: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -130,6 +132,8 @@ class Rule(Entry):
         if self.scale != 1.0 or self.add:
             # In float64, so that the values are rounded once: when they are copied into a model.
             result = result.double() * self.scale + self.add
+        if self.turn:
+            result = result.roll(self.turn, -1)
         names = self.target_names
         return dict(zip(names, result if len(names) > 1 else [result], strict=True))
 
@@ -138,6 +142,8 @@ class Rule(Entry):
         result = torch.stack([weights[name] for name in names]) if len(names) > 1 else weights[names[0]]
         if self.scale != 1.0 or self.add:
             result = ((result.double() - self.add) / self.scale).to(result.dtype)
+        if self.turn:
+            result = result.roll(-self.turn, -1)
         result = rearrange(result, _reversed(self.axes), **_used(self.axes, self._sizes(cfg)))
         if self.skip:
             result = torch.cat((result.new_zeros(self.skip, *result.shape[1:]), result))
@@ -263,7 +269,7 @@ class Drop(Entry):
     """A source tensor that is left out on purpose.
 
     Attributes:
-        source: its name; `{layer}` stands for every block.
+        source: its name; `{layer}` stands for every block. With `*` at its end, every tensor whose name begins so.
         reason: why it is not needed.
         value: the value that every entry has to have, which an export writes again, as a scalar; None for any values.
     """
@@ -373,7 +379,8 @@ def axis_sizes(cfg: HookedTransformerConfig) -> dict[str, int]:
         "head": cfg.n_heads,
         "kv_head": cfg.n_kv_heads,
         "group": cfg.n_heads // cfg.n_kv_heads,
-        "d_head": cfg.d_head,
+        "rotary": cfg.rotary_dim,
+        "d_content": None if cfg.rotary_dim is None else cfg.d_head - cfg.rotary_dim,
         "d_model": cfg.d_model,
         "d_mlp": cfg.d_mlp,
         "vocab": cfg.d_vocab,
@@ -382,6 +389,7 @@ def axis_sizes(cfg: HookedTransformerConfig) -> dict[str, int]:
         "expert": cfg.num_experts,
         "d_expert": cfg.d_mlp if cfg.d_expert is None else cfg.d_expert,
         "d_shared_expert": cfg.d_shared_expert,
+        **cfg.attention_widths(),
         "1": 1,
     }
     return {axis: size for axis, size in sizes.items() if size is not None}

@@ -7,15 +7,20 @@ from weight_conversion.fields import Arguments, ConfigFields
 __all__ = ["d_head", "sizes"]
 
 
-def sizes(fields: ConfigFields) -> Arguments:
-    """Return the sizes, the activation function and whether embeddings are tied, of a config with Llama's names."""
+def sizes(fields: ConfigFields, *, d_mlp: int | None = None) -> Arguments:
+    """Return the sizes, the activation function and whether embeddings are tied, of a config with Llama's names.
+
+    Args:
+        fields: of the config.
+        d_mlp: the hidden width of dense MLPs, where the config does not say it.
+    """
     return {
         "n_layers": fields.take("num_hidden_layers"),
         "d_model": fields.take("hidden_size"),
         "n_heads": fields.take("num_attention_heads"),
         "n_key_value_heads": fields.take("num_key_value_heads"),
         "d_head": d_head(fields),
-        "d_mlp": fields.take("intermediate_size"),
+        "d_mlp": fields.take("intermediate_size") if d_mlp is None else d_mlp,
         "d_vocab": fields.take("vocab_size"),
         "act_fn": fields.take("hidden_act"),
         "tie_word_embeddings": fields.take("tie_word_embeddings"),

@@ -7,6 +7,7 @@ from weight_conversion.rules import Constant, Drop, Entry, Rule
 
 __all__ = [
     "BLOCK",
+    "added_layers",
     "attention",
     "attention_output",
     "biasless_layer_norm",
@@ -23,6 +24,7 @@ __all__ = [
     "qk_norm",
     "qk_norm_across_heads",
     "router",
+    "router_correction",
     "stored_mask",
     "stored_rotary",
 ]
@@ -83,15 +85,18 @@ def attention(
     return (*rows, *attention_output(f"{module}.{names[3]}", bias=out_bias, scale=out_scale))
 
 
-def attention_output(source: str, *, bias: bool = False, scale: float = 1.0) -> tuple[Entry, ...]:
+def attention_output(
+    source: str, *, bias: bool = False, scale: float = 1.0, width: str = "d_head"
+) -> tuple[Entry, ...]:
     """Return the rows of the output projection of attention.
 
     Args:
         source: the module.
         bias: the layer has a bias; without one, ours is zero.
         scale: a factor on its output.
+        width: the axis of a head's z.
     """
-    weight, b_O = "d_model (head d_head) -> head d_head d_model", f"{BLOCK}.attn.b_O"
+    weight, b_O = f"d_model (head {width}) -> head {width} d_model", f"{BLOCK}.attn.b_O"
     out = Rule(f"{source}.bias", "d_model -> d_model", b_O, scale=scale) if bias else Constant(b_O, "d_model")
     return (Rule(f"{source}.weight", weight, f"{BLOCK}.attn.W_O", scale=scale), out)
 
@@ -258,10 +263,35 @@ def router(source: str, *, bias: bool = False, layers: tuple[int, ...] | None = 
     return linear(source, f"{target}.W_router", f"{target}.b_router", ("d_model", "expert"), bias=bias, layers=layers)
 
 
+def router_correction(
+    source: str, *, axes: str = "expert -> expert", layers: tuple[int, ...] | None = None
+) -> tuple[Entry, ...]:
+    """Return the row of the numbers that are added to the experts' weights where experts are chosen.
+
+    Args:
+        source: the tensor.
+        axes: how it is arranged.
+        layers: the blocks that have it; None for all.
+    """
+    return (Rule(source, axes, f"{BLOCK}.mlp.b_correction", layers=layers),)
+
+
+def added_layers(cfg: HookedTransformerConfig, count: int | None) -> tuple[Entry, ...]:
+    """Return the rows of layers after the last, which predict the tokens after the next one and nothing else reads.
+
+    Args:
+        cfg: the config, which does not count them.
+        count: how many there may be in the checkpoint.
+    """
+    numbers = range(cfg.n_layers, cfg.n_layers + (count or 0))
+    return tuple(Drop(f"layers.{number}.*", "it predicts the tokens after the next one") for number in numbers)
+
+
 def experts(
     module: str,
     *,
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    out_scale: float = 1.0,
     layers: tuple[int, ...] | None = None,
 ) -> tuple[Entry, ...]:
     """Return the rows of gated experts without biases that have one tensor each, named by their number.
@@ -269,6 +299,7 @@ def experts(
     Args:
         module: the list of experts, with `{layer}`.
         names: an expert's three layers.
+        out_scale: a factor on the output of the last of them.
         layers: the blocks that have experts; None for all.
     """
     gate, up, down = (f"{module}.{{expert}}.{name}.weight" for name in names)
@@ -277,7 +308,7 @@ def experts(
     return (
         Rule(gate, inward, f"{BLOCK}.mlp.W_gate", layers=layers),
         Rule(up, inward, f"{BLOCK}.mlp.W_in", layers=layers),
-        Rule(down, outward, f"{BLOCK}.mlp.W_out", layers=layers),
+        Rule(down, outward, f"{BLOCK}.mlp.W_out", scale=out_scale, layers=layers),
         *no_expert_biases(layers=layers),
     )
 

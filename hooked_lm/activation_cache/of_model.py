@@ -66,7 +66,9 @@ def differing_shapes(
         "d_model": {cfg.d_model},
         "head": {cfg.n_heads},
         "kv_head": heads,
-        "d_head": {cfg.d_head},
+        "d_head": {cfg.d_head, cfg.value_width},
+        "d_latent_kv": {cfg.d_latent_kv},
+        "d_latent_q": {cfg.d_latent_q},
         "vocab": {cfg.d_vocab_out},
         "expert": {cfg.num_experts},
     }

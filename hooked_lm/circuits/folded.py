@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_lm._support.precision import at_least_single
-from hooked_lm.circuits.stock_only import require_stock_attention
+from hooked_lm.circuits.stock_only import require_own_matrices, require_stock_attention
 from hooked_lm.components import TransformerBlock
 from hooked_lm.components.norm import Norm
 from hooked_lm.config import HookedTransformerConfig
@@ -114,6 +114,7 @@ def require_scores_by_head(model: HookedModel) -> None:
 def _block(model: HookedModel, layer: int, what: str) -> TransformerBlock:
     if not 0 <= layer < model.cfg.n_layers:
         raise ValueError(f"no layer {layer}: this model has layers 0-{model.cfg.n_layers - 1}")
+    require_own_matrices(model, what)
     require_stock_attention(model, layer, what)
     return model.blocks[layer]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooked_lm.circuits.folded import head_norm_linear_part, linear_part, require_additive, require_scores_by_head
-from hooked_lm.circuits.stock_only import require_stock_attention, require_stock_unembedding
+from hooked_lm.circuits.stock_only import require_own_matrices, require_stock_attention, require_stock_unembedding
 from hooked_lm.components.norm import Norm
 from hooked_lm.components.stock import not_stock, require_stock
 from hooked_lm.factored_matrix import FactoredMatrix
@@ -92,6 +92,7 @@ def full_qk_circuit(
     """
     _check_head(model, layer, head)
     require_scores_by_head(model)
+    require_own_matrices(model, "a full QK circuit")
     require_stock_attention(model, layer, "a full QK circuit")
     attn = model.blocks[layer].attn
     source = head // (model.cfg.n_heads // model.cfg.n_kv_heads)
@@ -130,6 +131,7 @@ def full_ov_circuit(
         raise ValueError(f"the heads of a full OV circuit are one or more different ones, got {head!r}")
     for one in heads:
         _check_head(model, layer, one)
+    require_own_matrices(model, "a full OV circuit")
     require_stock_attention(model, layer, "a full OV circuit")
     require_stock_unembedding(model, "a full OV circuit")
     block, group = model.blocks[layer], model.cfg.n_heads // model.cfg.n_kv_heads

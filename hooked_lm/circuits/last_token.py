@@ -192,7 +192,7 @@ def check_means(model: HookedModel, mean_z: Tensor) -> None:
     Raises:
         ValueError: they are not.
     """
-    expected = (model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head)
+    expected = (model.cfg.n_layers, model.cfg.n_heads, model.cfg.value_width)
     if tuple(mean_z.shape) != expected:
         raise ValueError(
             f"mean_z is [layer head d_head] = {expected} for this model, got {tuple(mean_z.shape)}: take it from "

@@ -10,7 +10,24 @@ from __future__ import annotations
 from hooked_lm.components.stock import require_stock
 from hooked_lm.hooked_model import HookedModel
 
-__all__ = ["require_stock", "require_stock_attention", "require_stock_unembedding"]
+__all__ = ["require_own_matrices", "require_stock", "require_stock_attention", "require_stock_unembedding"]
+
+
+def require_own_matrices(model: HookedModel, what: str) -> None:
+    """Raise a ValueError unless heads read the stream by matrices of their own.
+
+    Args:
+        model: a `HookedTransformer`.
+        what: is computed from these matrices; for the message.
+
+    Raises:
+        ValueError: the model has latent attention.
+    """
+    if model.cfg.d_latent_kv is not None:
+        raise ValueError(
+            f"{what} is a product of matrices, and this model's heads read the stream by way of latents, which a norm "
+            "divides by another scale at every position: no product of weights describes them"
+        )
 
 
 def require_stock_attention(model: HookedModel, layer: int, what: str) -> None:

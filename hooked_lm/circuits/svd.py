@@ -17,7 +17,12 @@ from torch import Tensor
 from hooked_lm._support.precision import at_least_single
 from hooked_lm.circuits.folded import folded_ov, folded_qk, read_through
 from hooked_lm.circuits.full_circuits import token_embeddings
-from hooked_lm.circuits.stock_only import require_stock, require_stock_attention, require_stock_unembedding
+from hooked_lm.circuits.stock_only import (
+    require_own_matrices,
+    require_stock,
+    require_stock_attention,
+    require_stock_unembedding,
+)
 from hooked_lm.factored_matrix import FactoredMatrix
 from hooked_lm.hooked_model import HookedModel
 
@@ -145,6 +150,7 @@ class SVDInterpreter:
         if vector_type == "OV":
             if head is None or not 0 <= head < self.cfg.n_heads:
                 raise ValueError(f"'OV' needs head_index in 0-{self.cfg.n_heads - 1}, got {head}")
+            require_own_matrices(self.model, "an OV circuit")
             require_stock_attention(self.model, layer, "an OV circuit")
             group = self.cfg.n_heads // self.cfg.n_kv_heads
             W_V, W_O = (at_least_single(W) for W in (block.attn.W_V[head // group], block.attn.W_O[head]))

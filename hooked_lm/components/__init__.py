@@ -3,6 +3,7 @@
 from hooked_lm.components.attention import Attention
 from hooked_lm.components.block import TransformerBlock
 from hooked_lm.components.embed import Embed, Unembed
+from hooked_lm.components.latent_attention import LatentAttention
 from hooked_lm.components.mlp import MLP, GatedMLP
 from hooked_lm.components.moe import MoE
 from hooked_lm.components.norm import LayerNorm, LayerNormPre, Norm, RMSNorm, RMSNormPre
@@ -20,6 +21,7 @@ __all__ = [
     "Embed",
     "GatedMLP",
     "GroupedQueryAttention",
+    "LatentAttention",
     "LayerNorm",
     "LayerNormPre",
     "MoE",

@@ -40,14 +40,7 @@ class Attention(HookHolder):
         super().__init__()
         self.cfg, self.layer_id = cfg, layer_id
         heads, kv_heads = self.n_heads, self.n_kv_heads = cfg.n_heads, cfg.n_kv_heads
-        self.W_Q = input_projection(heads, cfg.d_model, cfg.d_head)
-        self.W_K = input_projection(kv_heads, cfg.d_model, cfg.d_head)
-        self.W_V = input_projection(kv_heads, cfg.d_model, cfg.d_head)
-        self.W_O = nn.Parameter(torch.empty(heads, cfg.d_head, cfg.d_model))
-        self.b_Q = nn.Parameter(torch.zeros(heads, cfg.d_head))
-        self.b_K = nn.Parameter(torch.zeros(kv_heads, cfg.d_head))
-        self.b_V = nn.Parameter(torch.zeros(kv_heads, cfg.d_head))
-        self.b_O = nn.Parameter(torch.zeros(cfg.d_model))
+        self.make_projections(cfg)
 
         self.window = cfg.window(layer_id)
         self.scale = cfg.score_scale(layer_id)
@@ -69,6 +62,17 @@ class Attention(HookHolder):
         self.hook_pattern = HookPoint("batch head query key")
         self.hook_z = HookPoint("batch pos head d_head")
         self.hook_result = HookPoint("batch pos head d_model", on_demand=True)
+
+    def make_projections(self, cfg: HookedTransformerConfig) -> None:
+        """Make the weights and biases of queries, keys, values and output."""
+        self.W_Q = input_projection(cfg.n_heads, cfg.d_model, cfg.d_head)
+        self.W_K = input_projection(cfg.n_kv_heads, cfg.d_model, cfg.d_head)
+        self.W_V = input_projection(cfg.n_kv_heads, cfg.d_model, cfg.d_head)
+        self.W_O = nn.Parameter(torch.empty(cfg.n_heads, cfg.d_head, cfg.d_model))
+        self.b_Q = nn.Parameter(torch.zeros(cfg.n_heads, cfg.d_head))
+        self.b_K = nn.Parameter(torch.zeros(cfg.n_kv_heads, cfg.d_head))
+        self.b_V = nn.Parameter(torch.zeros(cfg.n_kv_heads, cfg.d_head))
+        self.b_O = nn.Parameter(torch.zeros(cfg.d_model))
 
     @property
     def causal(self) -> bool:
@@ -119,9 +123,9 @@ class Attention(HookHolder):
         self,
         q: Float[Tensor, "batch query head d_head"],
         k: Float[Tensor, "batch key kv_head d_head"],
-        v: Float[Tensor, "batch key kv_head d_head"],
+        v: Float[Tensor, "batch key kv_head d_value"],
         layout: SequenceLayout,
-    ) -> Float[Tensor, "out_batch query head d_head"]:
+    ) -> Float[Tensor, "out_batch query head d_value"]:
         """Return z; by the fused kernel, unless the scores are needed: for hooks, a soft-cap, sinks or `torch.func`."""
         hooked = is_live(self.hook_attn_scores) or is_live(self.hook_pattern)
         eager = hooked or self.score_cap > 0 or self.sinks is not None or transforms_active()
@@ -154,9 +158,9 @@ class Attention(HookHolder):
         self,
         q: Float[Tensor, "batch query head d_head"],
         k: Float[Tensor, "batch key kv_head d_head"],
-        v: Float[Tensor, "batch key kv_head d_head"],
+        v: Float[Tensor, "batch key kv_head d_value"],
         layout: SequenceLayout,
-    ) -> Float[Tensor, "out_batch query head d_head"]:
+    ) -> Float[Tensor, "out_batch query head d_value"]:
         """Return z without forming scores or pattern."""
         plain = self.causal and self.alibi is None and layout.is_plainly_causal(self.window)
         mask = None
@@ -170,9 +174,9 @@ class Attention(HookHolder):
         self,
         q: Float[Tensor, "batch query head d_head"],
         k: Float[Tensor, "batch key kv_head d_head"],
-        v: Float[Tensor, "batch key kv_head d_head"],
+        v: Float[Tensor, "batch key kv_head d_value"],
         layout: SequenceLayout,
-    ) -> Float[Tensor, "out_batch query head d_head"]:
+    ) -> Float[Tensor, "out_batch query head d_value"]:
         """Return z by way of scores and pattern, each passed through its hook point."""
         group = q.shape[2] // k.shape[2]
         if group > 1:
@@ -186,7 +190,7 @@ class Attention(HookHolder):
         if allowed is not None:
             scores = scores.masked_fill(~allowed, float("-inf"))
         pattern = self.hook_pattern(self.softmax(self.hook_attn_scores(scores)))
-        return einsum(pattern, v, "batch head query key, batch key head d_head -> batch query head d_head")
+        return einsum(pattern, v, "batch head query key, batch key head d_value -> batch query head d_value")
 
     def softmax(self, scores: Float[Tensor, "batch head query key"]) -> Float[Tensor, "out_batch head query key"]:
         """Return the pattern; with sinks, a row sums to less than 1 (Xiao et al. 2023, "Attention Sinks")."""
@@ -195,12 +199,12 @@ class Attention(HookHolder):
         sinks = self.sinks[:, None, None].expand(scores.shape[0], -1, scores.shape[2], 1)
         return F.softmax(torch.cat((scores, sinks), -1), dim=-1)[..., :-1]
 
-    def write(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "out_batch pos d_model"]:
+    def write(self, z: Float[Tensor, "batch pos head d_value"]) -> Float[Tensor, "out_batch pos d_model"]:
         """Return the sum of the heads' outputs and `b_O`; from `hook_result` if its hooks may change the run."""
         if is_live(self.hook_result):
             carries = carries_run(self.hook_result, torch.is_grad_enabled())
             result = self.hook_result(
-                einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos head d_model")
+                einsum(z, self.W_O, "batch pos head d_value, head d_value d_model -> batch pos head d_model")
             )
             if carries:
                 return result.sum(-2) + self.b_O

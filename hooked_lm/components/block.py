@@ -7,8 +7,8 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_lm.components.attention import Attention
 from hooked_lm.components.head_inputs import HeadInputs, per_head_inputs
+from hooked_lm.components.latent_attention import make_attention
 from hooked_lm.components.mlp import MLP, GatedMLP
 from hooked_lm.components.moe import MoE
 from hooked_lm.components.norm import make_block_norm
@@ -34,6 +34,7 @@ class TransformerBlock(HookHolder):
         super().__init__()
         self.attn_only, self.parallel = cfg.attn_only, cfg.parallel_attn_mlp
         self.n_heads, self.n_kv_heads = cfg.n_heads, cfg.n_kv_heads
+        self.reads_latents = cfg.d_latent_kv is not None
         self.hook_resid_pre = HookPoint("batch pos d_model")
         self.hook_attn_in = HookPoint("batch pos head d_model", on_demand=True)
         self.hook_q_input = HookPoint("batch pos head d_model", on_demand=True)
@@ -41,7 +42,7 @@ class TransformerBlock(HookHolder):
         self.hook_v_input = HookPoint("batch pos kv_head d_model", on_demand=True)
         self.norms_stream = cfg.norm_placement == "residual"
         self.ln1 = make_block_norm(cfg)
-        self.attn = Attention(cfg, layer_id)
+        self.attn = make_attention(cfg, layer_id)
         self.ln1_post = make_block_norm(cfg, writing=True)
         self.hook_attn_out = HookPoint("batch pos d_model")
         if not cfg.attn_only:
@@ -90,7 +91,8 @@ class TransformerBlock(HookHolder):
         points = (self.hook_attn_in, self.hook_q_input, self.hook_k_input, self.hook_v_input)
         if any_live(points):
             ln1 = None if self.norms_stream else self.ln1
-            q, k, v = per_head_inputs(ln1, points, resid_pre, self.n_heads, self.n_kv_heads)
+            heads = (self.n_heads, self.n_kv_heads)
+            q, k, v = per_head_inputs(ln1, points, resid_pre, *heads, with_shared=self.reads_latents)
         else:
             q = k = v = resid_pre if self.norms_stream else self.ln1(resid_pre)
         if shortformer_pos is not None:

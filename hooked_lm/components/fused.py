@@ -20,11 +20,11 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 def fused_attention(
     q: Float[Tensor, "batch query head d_head"],
     k: Float[Tensor, "batch key kv_head d_head"],
-    v: Float[Tensor, "batch key kv_head d_head"],
+    v: Float[Tensor, "batch key kv_head d_value"],
     mask: Tensor | None,
     causal: bool,
     scale: float,
-) -> Float[Tensor, "batch query head d_head"]:
+) -> Float[Tensor, "batch query head d_value"]:
     """Return `softmax(scale q k^T + mask) v` for every head, without forming the softmax.
 
     Backward uses the kernel's own derivative. That has none itself, so with `create_graph=True` the gradient is
@@ -88,10 +88,10 @@ class _Differentiable(torch.autograd.Function):
 
 
 def _gradients(
-    gradient: Float[Tensor, "batch query head d_head"],
+    gradient: Float[Tensor, "batch query head d_value"],
     q: Float[Tensor, "batch query head d_head"],
     k: Float[Tensor, "batch key kv_head d_head"],
-    v: Float[Tensor, "batch key kv_head d_head"],
+    v: Float[Tensor, "batch key kv_head d_value"],
     mask: Tensor | None,
     causal: bool,
     scale: float,

@@ -9,6 +9,7 @@ and backward hooks, act too.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from hooked_lm.components.norm import is_plain_norm
 from hooked_lm.hooks import HookPoint, any_live, carries_run, is_live, may_edit_forward
 from hooked_lm.hooks.thread import GradientSwitch, editing_hooks_only, switched_gradients
 
-__all__ = ["HeadInputs", "HeadSource", "per_head_inputs"]
+__all__ = ["HeadInputs", "HeadSource", "ReadOfCopies", "per_head_inputs"]
 
 HeadInputs = tuple[Tensor, Tensor, Tensor]
 
@@ -78,6 +79,8 @@ def per_head_inputs(
     resid_pre: Float[Tensor, "batch pos d_model"],
     n_heads: int,
     n_kv_heads: int,
+    *,
+    with_shared: bool = False,
 ) -> HeadInputs:
     """Return the normalised inputs of queries, keys and values, [batch pos d_model] or with a head axis.
 
@@ -86,6 +89,7 @@ def per_head_inputs(
         points: `hook_attn_in`, `hook_q_input`, `hook_k_input`, `hook_v_input`.
         resid_pre: the residual stream at the block's input.
         n_heads, n_kv_heads: the number of copies for queries, and for keys and values.
+        with_shared: where heads have copies, one more follows, the shared stream's, which no hook at the copies edits.
     """
     attn_in, q_input, k_input, v_input = points
     source = HeadSource(resid_pre).through(attn_in, n_heads)
@@ -94,40 +98,53 @@ def per_head_inputs(
         source.through(k_input, n_kv_heads),
         source.through(v_input, n_kv_heads),
     )
+    shared = resid_pre
     if ln1 is None:
-        return sources[0].stream, sources[1].stream, sources[2].stream
-    if all(one.stream is resid_pre for one in sources):
-        shared = ln1(resid_pre)
-        return shared, shared, shared
-    norm = _NormOfCopies(ln1, resid_pre)
-    return norm(sources[0]), norm(sources[1]), norm(sources[2])
+        q, k, v = (one.stream for one in sources)
+    elif all(one.stream is resid_pre for one in sources):
+        q = k = v = ln1(resid_pre)
+    else:
+        points_of_norm = [module for module in ln1.modules() if isinstance(module, HookPoint)]
+        norm = ReadOfCopies(ln1, points_of_norm, resid_pre, plain=is_plain_norm(ln1))
+        q, k, v = (norm(one) for one in sources)
+        shared = norm.of_the_stream() if with_shared else shared
+    if not with_shared:
+        return q, k, v
+    q, k, v = (one if one.ndim == 3 else torch.cat((one, shared[:, :, None]), 2) for one in (q, k, v))
+    return q, k, v
 
 
-class _NormOfCopies:
-    """The norm that attention reads through, of copies of the stream."""
+class ReadOfCopies:
+    """What heads read of their copies of a stream by way of something with hook points, such as a norm.
 
-    def __init__(self, ln1: nn.Module, resid_pre: Tensor) -> None:
-        self.ln1, self.resid_pre = ln1, resid_pre
-        self.points = [module for module in ln1.modules() if isinstance(module, HookPoint)]
-        # A norm of this package without hooks takes all copies at once.
-        self.direct = is_plain_norm(ln1) and not any_live(self.points)
+    Args:
+        read: a function of the stream, position by position.
+        points: the hook points within it.
+        stream: that the heads share, [batch pos d_model].
+        plain: without hooks, `read` takes all copies at once, [batch pos head d_model].
+    """
+
+    def __init__(
+        self, read: Callable[[Tensor], Tensor], points: Sequence[HookPoint], stream: Tensor, *, plain: bool
+    ) -> None:
+        self.read, self.points, self.given = read, points, stream
+        self.direct = plain and not any_live(points)
         self.switch = GradientSwitch()
-        # The stream as this norm's own computation begins with it, and the norm after its hooks.
-        self.stream = resid_pre.view_as(resid_pre)
+        # The stream as this computation begins with it, and what is read of it after the hooks.
+        self.stream = stream.view_as(stream)
         self.shared: Tensor | None = None
         if not self.direct:
-            # Hooks at the norm run once, whether or not a head reads the shared stream.
+            # Hooks run once, whether or not a head reads the shared stream.
             with switched_gradients(self.switch):
-                self.shared = ln1(self.stream)
+                self.shared = read(self.stream)
 
     def __call__(self, source: HeadSource) -> Tensor:
-        """The norm of a source: of the stream itself, or copy by copy."""
+        """What is read of a source: of the stream itself, or copy by copy."""
         copies = source.stream
-        if copies is self.resid_pre:
-            return self._of_the_stream()
+        if copies is self.given:
+            return self.of_the_stream()
         if self.direct:
-            normalized: Tensor = self.ln1(copies)
-            return normalized
+            return self.read(copies)
         # Under torch.func an equal copy may have a tangent of its own, or be one of a batch.
         edited = [True] * copies.shape[2] if transforms_active() else source.edited_heads()
         if all(edited):
@@ -141,35 +158,34 @@ class _NormOfCopies:
         ]
         return torch.stack(heads, 2)
 
-    def _of_the_stream(self) -> Tensor:
-        shared: Tensor = self.ln1(self.stream) if self.shared is None else self.shared
-        self.shared = shared
-        return shared
+    def of_the_stream(self) -> Tensor:
+        """What is read of the shared stream."""
+        self.shared = self.read(self.stream) if self.shared is None else self.shared
+        return self.shared
 
     def _of_an_edited_copy(self, copy: Float[Tensor, "batch pos d_model"]) -> Tensor:
-        """The norm of one head's copy, under the norm's editing hooks; they get activations without a head axis."""
+        """What is read of one head's copy, under the editing hooks; they get activations without a head axis."""
         with editing_hooks_only(self.points):
-            normalized: Tensor = self.ln1(copy)
-        return normalized
+            return self.read(copy)
 
     def _of_unedited_copies(self, copies: Float[Tensor, "batch pos head d_model"]) -> Tensor:
-        shared = self._of_the_stream()
+        shared = self.of_the_stream()
         if torch.is_grad_enabled() and copies.requires_grad:
-            heads: Tensor = _UneditedCopies.apply(copies, self.resid_pre, shared, self)  # type: ignore[no-untyped-call]
+            heads: Tensor = _UneditedCopies.apply(copies, self.given, shared, self)  # type: ignore[no-untyped-call]
             return heads
         return shared[:, :, None].expand(-1, -1, copies.shape[2], -1)
 
     def gradient_at(self, gradient: Float[Tensor, "batch pos d_model"]) -> Tensor:
-        """Return the gradient at the stream for one at the norm, through the edits of hooks and past backward hooks."""
+        """Return the gradient at the stream for one at what is read, through hooks' edits and past backward hooks."""
         assert self.shared is not None
         if not self.shared.requires_grad:
-            return torch.zeros_like(gradient)
+            return torch.zeros_like(self.stream)
         self.switch.on = False
         try:
             (found,) = torch.autograd.grad(self.shared, self.stream, gradient, retain_graph=True, allow_unused=True)
         finally:
             self.switch.on = True
-        return torch.zeros_like(gradient) if found is None else found
+        return torch.zeros_like(self.stream) if found is None else found
 
 
 if TYPE_CHECKING:
@@ -177,7 +193,7 @@ if TYPE_CHECKING:
     class _CopiesContext(FunctionCtx):
         """What `_UneditedCopies` keeps for its backward pass."""
 
-        norm: _NormOfCopies
+        norm: ReadOfCopies
 
 else:
     _CopiesContext = FunctionCtx
@@ -191,7 +207,7 @@ class _UneditedCopies(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: _CopiesContext, copies: Tensor, resid_pre: Tensor, shared: Tensor, norm: _NormOfCopies) -> Tensor:
+    def forward(ctx: _CopiesContext, copies: Tensor, resid_pre: Tensor, shared: Tensor, norm: ReadOfCopies) -> Tensor:
         ctx.norm = norm
         return shared[:, :, None].expand(-1, -1, copies.shape[2], -1).clone()
 

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_lm._support.torch_internals import values_readable
 from hooked_lm.components.activations import make_activation
 from hooked_lm.components.linear import linear
 from hooked_lm.components.mlp import GatedMLP
+from hooked_lm.components.routing import among_best_groups, expert_weights, rescaled
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookHolder, HookPoint
 
 __all__ = ["MoE"]
 
+_LOW = (torch.float16, torch.bfloat16)
+
 
 class MoE(HookHolder):
     """`sum over the chosen experts of weight * expert(x)` (Shazeer et al. 2017), and a shared expert if there is one.
 
-    `hook_expert_weights` [batch pos expert] is the router's weight of every expert, a softmax in float32 at least; an
-    edit there also changes which experts are chosen. `hook_expert_indices` [batch pos chosen] are the chosen experts.
+    `hook_expert_weights` [batch pos expert] is the router's weight of every expert, a softmax or a sigmoid, in float32
+    at least; an edit there also changes which experts are chosen. `hook_expert_indices` [batch pos chosen] are the
+    chosen experts: those with the largest weights, to which `b_correction` is added, if there is one, and among the
+    experts of the chosen groups, if there are groups.
 
     Parameters:
-        W_router [d_model expert], b_router [expert]; W_in, W_gate [expert d_model d_mlp], W_out [expert d_mlp d_model]
+        W_router [d_model expert], b_router [expert]; b_correction [expert] with `router_correction`, in float32 at
+        least; W_in, W_gate [expert d_model d_mlp], W_out [expert d_mlp d_model]
         and the biases b_in, b_gate [expert d_mlp], b_out [expert d_model]; the gate's only where `gated_mlp`.
         The shared expert is an MLP, `shared`; its gate is W_shared_gate [d_model 1], b_shared_gate [1].
     """
@@ -34,10 +41,12 @@ class MoE(HookHolder):
         if cfg.num_experts is None or cfg.experts_per_token is None:
             raise ValueError("a mixture of experts needs num_experts and experts_per_token")
         experts, self.chosen, d_mlp = cfg.num_experts, cfg.experts_per_token, cfg.expert_width
-        self.rescale, self.jitter = cfg.norm_topk_prob and cfg.sparsemixer_jitter is None, cfg.sparsemixer_jitter
+        self.cfg = cfg
         self.gated, self.limit = cfg.gated_mlp, cfg.gated_limit
         self.W_router = nn.Parameter(torch.empty(cfg.d_model, experts))
         self.b_router = nn.Parameter(torch.zeros(experts))
+        # Training sets it without gradients: it acts on the choice alone.
+        self.b_correction = nn.Parameter(torch.zeros(experts), requires_grad=False) if cfg.router_correction else None
         self.W_in = nn.Parameter(torch.empty(experts, cfg.d_model, d_mlp))
         self.b_in = nn.Parameter(torch.zeros(experts, d_mlp))
         if self.gated:
@@ -55,15 +64,9 @@ class MoE(HookHolder):
         self.hook_expert_indices = HookPoint("batch pos chosen", differentiable=False)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "out_batch pos d_model"]:
-        probabilities = self.hook_expert_weights(self.route(linear(x, self.W_router.T, self.b_router)))
-        indices = self.hook_expert_indices(probabilities.topk(self.chosen, dim=-1).indices)
-        weights = probabilities.gather(-1, indices)
-        if self.rescale:
-            # If hooks have made all weights of a token zero, the output is zero rather than 0 / 0. Weights that hooks
-            # have made negative are rescaled as others are.
-            total = weights.sum(-1, keepdim=True)
-            weights = weights / total.masked_fill(total == 0, 1.0)
-        weights = weights.to(x.dtype)
+        weights = self.hook_expert_weights(expert_weights(self.router_scores(x), self.cfg))
+        indices = self.hook_expert_indices(self.choose(weights))
+        weights = rescaled(weights.gather(-1, indices), self.cfg).to(x.dtype)
         out = torch.zeros_like(x) if self.shared is None else self.shared_output(x)
         if not (torch.compiler.is_compiling() or values_readable(indices)):
             return out + self.of_every_expert(x, indices, weights)
@@ -93,24 +96,29 @@ class MoE(HookHolder):
             out = out + contribution.where(chosen.any(-1, keepdim=True), 0.0)
         return out
 
-    def route(self, scores: Float[Tensor, "batch pos expert"]) -> Float[Tensor, "out_batch pos expert"]:
-        """Return the weight of every expert; the experts with the largest weights are chosen.
+    def router_scores(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "out_batch pos expert"]:
+        """Return every expert's score, whose softmax or sigmoid is its weight."""
+        if self.cfg.router_in_float32 and x.dtype in _LOW:
+            return linear(x.float(), self.W_router.float().T, self.b_router.float())
+        return linear(x, self.W_router.T, self.b_router)
 
-        With SparseMixer two weights are not zero, those of the two highest scores: each is the softmax over the experts
-        whose scores are close to it (Liu et al. 2024, "GRIN").
+    def choose(self, weights: Float[Tensor, "batch pos expert"]) -> Int[Tensor, "batch pos chosen"]:
+        """Return the experts that a token goes through, given the weight of every expert."""
+        if self.b_correction is not None:
+            weights = weights + self.b_correction
+        return among_best_groups(weights, self.cfg).topk(self.chosen, dim=-1).indices
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoE:
+        """Apply a function of torch's, such as a change of precision, which `b_correction` follows to float32 at most.
+
+        Experts are chosen by small differences of it, which lower precision would round away.
         """
-        if self.jitter is None:
-            # In float32 as in the reference: in low precision, different weights would round to equal ones.
-            return F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-        weights, rest = torch.zeros_like(scores), scores
-        for _ in range(2):
-            best, winner = rest.max(dim=-1, keepdim=True)
-            with torch.no_grad():
-                far = (best - scores) / scores.abs().clamp(min=best) > 2 * self.jitter
-            share = F.softmax(rest.masked_fill(far, float("-inf")), dim=-1).gather(-1, winner)
-            weights = weights.scatter(-1, winner, share)
-            rest = rest.scatter(-1, winner, float("-inf"))
-        return weights
+        before = None if self.b_correction is None else self.b_correction.detach().float()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = self.b_correction
+        if before is not None and after is not None and after.dtype in _LOW:
+            after.data = torch.empty_like(after, dtype=before.dtype) if before.is_meta else before.to(after.device)
+        return self
 
     def shared_output(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "out_batch pos d_model"]:
         """Return the shared expert's output, weighted by its gate if it has one."""

@@ -23,11 +23,18 @@ def input_projection(heads: int, d_model: int, d_head: int) -> nn.Parameter:
 def project(
     x: Float[Tensor, "batch pos *head d_model"],
     W: Float[Tensor, "head d_model d_head"],
-    b: Float[Tensor, "head d_head"],
+    b: Float[Tensor, "head d_head"] | None,
 ) -> Float[Tensor, "batch pos head d_head"]:
-    """Return `x W + b` for every head: one matrix product on a view of `W` if the heads share their input."""
+    """Return `x W + b` for every head: one matrix product on a view of `W` if the heads share their input.
+
+    Args:
+        x: the input, of all heads together or of each; `d_model` is the latent's width in latent attention.
+        W: the weights of each head.
+        b: the biases; None for none.
+    """
     if x.ndim == 4:
         projected: Tensor = einsum(x, W, "batch pos head d_model, head d_model d_head -> batch pos head d_head")
-        return projected + b
-    heads: Tensor = linear(x, W.mT.flatten(0, 1), b.flatten()).unflatten(-1, b.shape)
+        return projected if b is None else projected + b
+    matrix = W.mT.flatten(0, 1)
+    heads: Tensor = linear(x, matrix, None if b is None else b.flatten()).unflatten(-1, (W.shape[0], W.shape[2]))
     return heads

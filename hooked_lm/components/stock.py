@@ -24,6 +24,7 @@ from hooked_lm.components.activations import XIELU, is_registered_activation
 from hooked_lm.components.attention import Attention
 from hooked_lm.components.block import TransformerBlock
 from hooked_lm.components.embed import Embed, Unembed
+from hooked_lm.components.latent_attention import LatentAttention
 from hooked_lm.components.mlp import MLP, GatedMLP
 from hooked_lm.components.moe import MoE
 from hooked_lm.components.norm import LayerNorm, LayerNormPre, NoNorm, Norm, RMSNorm, RMSNormPre
@@ -55,7 +56,9 @@ def register_stock(*kinds: type) -> None:
 
 
 _MLPS = (MLP, GatedMLP, MoE)
-register_stock(TransformerBlock, Attention, *_MLPS, Norm, LayerNorm, LayerNormPre, RMSNorm, RMSNormPre, NoNorm)
+register_stock(
+    TransformerBlock, Attention, LatentAttention, *_MLPS, Norm, LayerNorm, LayerNormPre, RMSNorm, RMSNormPre, NoNorm
+)
 register_stock(Embed, Unembed, PosEmbed, XIELU, HookPoint, nn.ModuleList)
 
 

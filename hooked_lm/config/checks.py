@@ -14,22 +14,27 @@ import torch
 from hooked_lm.config.activations import activation_names
 from hooked_lm.config.choices import (
     ATTENTION_DIRECTIONS,
+    EXPERT_GROUP_SCORES,
     INIT_MODES,
     NORM_PLACEMENTS,
     NORMALIZATION_TYPES,
     PADDING_SIDES,
     POSITION_TYPES,
     QK_NORM_TYPES,
+    ROUTER_SCORES,
 )
 
 if TYPE_CHECKING:
     from hooked_lm.config.config import HookedTransformerConfig
 
 __all__ = [
+    "attention_parameters",
     "check_choices",
     "check_finite",
+    "check_latents",
     "check_per_layer",
     "check_rotary_scaling",
+    "check_router",
     "check_types",
     "count_parameters",
     "fill_and_check",
@@ -56,6 +61,14 @@ _COMPARED = (
     *("eps", "attn_scale", "initializer_range"),
     *("NTK_by_parts_low_freq_factor", "NTK_by_parts_high_freq_factor"),
 )
+# Fields about experts, each with the value that it has in a config without experts.
+_ABOUT_EXPERTS: dict[str, object] = {
+    **dict.fromkeys(("moe_layers", "d_expert", "d_shared_expert", "sparsemixer_jitter", "gated_limit")),
+    **dict.fromkeys(("expert_groups", "expert_groups_per_token")),
+    **dict.fromkeys(("shared_expert_gate", "router_correction", "router_in_float32"), False),
+    "router_scores": "softmax",
+    "routed_scale": 1.0,
+}
 
 
 def fill_and_check(cfg: HookedTransformerConfig) -> None:
@@ -73,6 +86,7 @@ def fill_and_check(cfg: HookedTransformerConfig) -> None:
     fill_norms(cfg)
     fill_vocab(cfg)
     fill_positions(cfg)
+    check_latents(cfg)
     fill_windows(cfg)
     fill_init(cfg)
     check_choices(cfg)
@@ -155,9 +169,8 @@ def fill_experts(cfg: HookedTransformerConfig) -> None:
     if (cfg.num_experts is None) != (cfg.experts_per_token is None):
         raise ValueError("num_experts and experts_per_token go together")
     if cfg.num_experts is None or cfg.experts_per_token is None:
-        about_experts = ("moe_layers", "d_expert", "d_shared_expert", "sparsemixer_jitter", "gated_limit")
-        for name in (*about_experts, "shared_expert_gate"):
-            if getattr(cfg, name) is not None and getattr(cfg, name) is not False:
+        for name, none in _ABOUT_EXPERTS.items():
+            if getattr(cfg, name) != none:
                 raise ValueError(f"{name} goes with num_experts: this config has no experts")
         return
     require_positive(cfg, "num_experts")
@@ -178,6 +191,43 @@ def fill_experts(cfg: HookedTransformerConfig) -> None:
         if getattr(cfg, name) is not None:
             require_positive(cfg, name)
     check_per_layer(cfg, "moe_layers")
+    check_router(cfg, cfg.num_experts, cfg.experts_per_token)
+
+
+def check_router(cfg: HookedTransformerConfig, n_experts: int, n_chosen: int) -> None:
+    """Check the fields about how experts are chosen and weighted.
+
+    Args:
+        cfg: the config.
+        n_experts, n_chosen: how many experts there are, and how many of them a token uses.
+    """
+    require_choice("router_scores", cfg.router_scores, ROUTER_SCORES)
+    require_choice("expert_group_score", cfg.expert_group_score, EXPERT_GROUP_SCORES)
+    require_above_zero(cfg, "routed_scale")
+    if cfg.norm_topk_min < 0:
+        raise ValueError(f"norm_topk_min is a least sum of weights, so it is not negative; got {cfg.norm_topk_min}")
+    if cfg.sparsemixer_jitter is not None and (cfg.router_scores != "softmax" or cfg.router_correction):
+        raise ValueError(
+            "SparseMixer has weights of its own: router_scores='sigmoid' and router_correction contradict it"
+        )
+    if (cfg.expert_groups is None) != (cfg.expert_groups_per_token is None):
+        raise ValueError("expert_groups and expert_groups_per_token go together")
+    if cfg.expert_groups is None or cfg.expert_groups_per_token is None:
+        return
+    if cfg.sparsemixer_jitter is not None:
+        raise ValueError("SparseMixer chooses among all experts: expert_groups contradicts sparsemixer_jitter")
+    require_positive(cfg, "expert_groups")
+    require_divisible(cfg, "num_experts", "expert_groups", "groups have as many experts each")
+    if not 1 <= cfg.expert_groups_per_token <= cfg.expert_groups:
+        raise ValueError(f"expert_groups_per_token {cfg.expert_groups_per_token} is not in 1-{cfg.expert_groups}")
+    in_group = n_experts // cfg.expert_groups
+    if cfg.expert_group_score == "top2" and in_group < 2:
+        raise ValueError("expert_group_score='top2' is the sum of a group's two best experts, and a group has one")
+    if n_chosen > in_group * cfg.expert_groups_per_token:
+        raise ValueError(
+            f"experts_per_token {n_chosen} is more than the {in_group * cfg.expert_groups_per_token} experts of "
+            f"{cfg.expert_groups_per_token} groups"
+        )
 
 
 def fill_norms(cfg: HookedTransformerConfig) -> None:
@@ -224,6 +274,29 @@ def fill_positions(cfg: HookedTransformerConfig) -> None:
     if cfg.alibi_in_bfloat16 and cfg.attention_dir == "bidirectional":
         raise ValueError("alibi_in_bfloat16 counts from the first key, which only causal attention allows")
     check_per_layer(cfg, "rotary_layers")
+
+
+def check_latents(cfg: HookedTransformerConfig) -> None:
+    """Check the fields about latent attention."""
+    if cfg.d_latent_kv is None:
+        for name in ("d_latent_q", "d_value"):
+            if getattr(cfg, name) is not None:
+                raise ValueError(f"{name} is about latent attention: give d_latent_kv")
+        return
+    for name in ("d_latent_kv", "d_latent_q", "d_value"):
+        if getattr(cfg, name) is not None:
+            require_positive(cfg, name)
+    if cfg.positional_embedding_type != "rotary" or cfg.rotary_dim is None or cfg.rotary_dim >= cfg.d_head:
+        raise ValueError(
+            "in latent attention some of a head's dimensions rotate, and the others come from the latent: give "
+            f"positional_embedding_type='rotary' and a rotary_dim below d_head {cfg.d_head}"
+        )
+    if cfg.n_kv_heads != cfg.n_heads:
+        raise ValueError("in latent attention each head has keys and values of its own: leave out n_key_value_heads")
+    if cfg.use_qk_norm or cfg.clip_qkv is not None:
+        raise ValueError("use_qk_norm and clip_qkv are not defined for latent attention, whose latents are normalised")
+    if cfg.latent_eps < 0:
+        raise ValueError(f"latent_eps is not negative; got {cfg.latent_eps}")
 
 
 def check_rotary_scaling(cfg: HookedTransformerConfig, n_pairs: int) -> None:
@@ -365,13 +438,22 @@ def require_divisible(cfg: HookedTransformerConfig, name: str, by: str, otherwis
 
 def count_parameters(cfg: HookedTransformerConfig) -> int:
     """Return the number of weights of attention and MLPs: no embeddings, biases, norms (Kaplan et al. 2020)."""
-    heads = 2 * cfg.n_heads + 2 * cfg.n_kv_heads
-    count = cfg.n_layers * cfg.d_model * cfg.d_head * heads
+    count = cfg.n_layers * attention_parameters(cfg)
     if cfg.d_mlp is not None and not cfg.attn_only:
         per_width = (3 if cfg.gated_mlp else 2) * cfg.d_model
         for layer in range(cfg.n_layers):
             count += mlp_parameters(cfg, layer, per_width)
     return count
+
+
+def attention_parameters(cfg: HookedTransformerConfig) -> int:
+    """Return the number of weights of one layer's attention."""
+    if cfg.d_latent_kv is None:
+        return cfg.d_model * cfg.d_head * (2 * cfg.n_heads + 2 * cfg.n_kv_heads)
+    rotary, values = cfg.rotary_dim or 0, cfg.n_heads * cfg.value_width
+    count = (cfg.d_latent_q or cfg.d_model) * cfg.n_heads * cfg.d_head + cfg.d_model * (cfg.d_latent_q or 0)
+    count += cfg.d_model * (cfg.d_latent_kv + rotary)
+    return count + cfg.d_latent_kv * (cfg.n_heads * (cfg.d_head - rotary) + values) + values * cfg.d_model
 
 
 def mlp_parameters(cfg: HookedTransformerConfig, layer: int, per_width: int) -> int:

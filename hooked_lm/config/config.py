@@ -87,12 +87,28 @@ class HookedTransformerConfig(Lockable):
         clip_qkv: queries, keys and values are kept within plus and minus this.
         attention_sinks: each head has a learned score, `attn.sinks`, that takes a share of the softmax and gives
             nothing, so that a pattern's rows sum to less than one.
+        d_latent_kv: keys and values are read from a latent of this width, which is compressed from the stream and
+            normalised; a head's first `rotary_dim` dimensions of its keys are read from the stream itself, the same
+            for all heads (multi-head latent attention, DeepSeek-AI 2024, "DeepSeek-V2"). None for no latent.
+        d_latent_q: queries are read from a latent of this width too; None if they are read from the stream.
+        d_value: width of a head's values and of its z in latent attention; `d_head` by default.
+        latent_eps: `eps` of the norms of latents.
         num_experts, experts_per_token: mixture of experts, and how many of them a token uses.
         moe_layers: per layer whether it has experts rather than one dense MLP; all by default.
         d_expert: hidden width of an expert; `d_mlp` by default.
         d_shared_expert: hidden width of the shared expert, which every token uses; None for none.
         shared_expert_gate: the output of the shared expert is multiplied by a sigmoid of `x W_shared_gate`.
         norm_topk_prob: the chosen experts' weights are rescaled to sum to one.
+        norm_topk_min: the least sum that they are divided by.
+        routed_scale: the chosen experts' weights are multiplied by it in the end.
+        router_scores: an expert's weight is the `"softmax"` of the router's scores, or the `"sigmoid"` of its own.
+        router_correction: each expert has a number, `mlp.b_correction`, that is added to its weight where experts are
+            chosen, and not where they are weighted (Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing").
+        expert_groups, expert_groups_per_token: experts stand in so many groups, and a token chooses among the experts
+            of so many of them (DeepSeek-AI 2024, "DeepSeek-V2"); None for no groups.
+        expert_group_score: a group is chosen by the weight of its best expert, `"max"`, or the sum of the best two,
+            `"top2"`.
+        router_in_float32: the router's scores are computed in float32 in a model of lower precision.
         sparsemixer_jitter: experts are weighted as SparseMixer does (Liu et al. 2024, "GRIN"), with this tolerance.
         gated_limit: in experts, `act(min(gate, limit)) * (clamp(linear, -limit, limit) + 1)` instead of
             `act(gate) * linear`.
@@ -180,6 +196,10 @@ class HookedTransformerConfig(Lockable):
     output_logits_soft_cap: float = -1.0
     clip_qkv: float | None = None
     attention_sinks: bool = False
+    d_latent_kv: int | None = None
+    d_latent_q: int | None = None
+    d_value: int | None = None
+    latent_eps: float = 1e-6
     num_experts: int | None = None
     experts_per_token: int | None = None
     moe_layers: list[bool] | None = None
@@ -187,6 +207,14 @@ class HookedTransformerConfig(Lockable):
     d_shared_expert: int | None = None
     shared_expert_gate: bool = False
     norm_topk_prob: bool = True
+    norm_topk_min: float = 0.0
+    routed_scale: float = 1.0
+    router_scores: str = "softmax"
+    router_correction: bool = False
+    expert_groups: int | None = None
+    expert_groups_per_token: int | None = None
+    expert_group_score: str = "top2"
+    router_in_float32: bool = False
     sparsemixer_jitter: float | None = None
     gated_limit: float | None = None
     init_mode: str = "gpt2"
@@ -222,6 +250,21 @@ class HookedTransformerConfig(Lockable):
     def n_kv_heads(self) -> int:
         """Key-value heads: `n_key_value_heads`, or `n_heads` where queries are not grouped."""
         return self.n_heads if self.n_key_value_heads is None else self.n_key_value_heads
+
+    @property
+    def value_width(self) -> int:
+        """The width of a head's values: `d_value`, or `d_head` where that is not given."""
+        return self.d_head if self.d_value is None else self.d_value
+
+    def attention_widths(self, *, of_values: bool = False) -> dict[str, int | None]:
+        """Return the widths of what a head reads, by the names of the axes; None for a latent that there is not.
+
+        Args:
+            of_values: at the hook points of values and z, whose last axis is named `d_head` in every model.
+        """
+        latents = {"d_latent_kv": self.d_latent_kv, "d_latent_q": self.d_latent_q}
+        d_head = self.value_width if of_values else self.d_head
+        return {"d_head": d_head, "d_value": self.value_width, **latents}
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer's MLP is a mixture of experts."""

@@ -490,7 +490,7 @@ def _fixed_size(cfg: HookedTransformerConfig, site: str, axis: str) -> int | Non
         "head": cfg.n_heads,
         "kv_head": cfg.n_kv_heads,
         "d_model": cfg.d_model,
-        "d_head": cfg.d_head,
+        **cfg.attention_widths(of_values=site.endswith((".hook_v", ".hook_z"))),
         "d_mlp": cfg.d_shared_expert if ".mlp.shared." in site else cfg.d_mlp,
         "vocab": cfg.d_vocab_out,
         "expert": cfg.num_experts,

@@ -133,11 +133,11 @@ class SweepWalk:
         return middle if middle.shape[1] == 0 else block.after_mid(block.hook_resid_mid(middle))
 
     def _attention(self, layer: int, stream: Tensor, *, prune: bool) -> tuple[Tensor, Tensor]:
-        """Return the stream and z [1 token head d_head] of the rows there are, at the positions that are read."""
+        """Return the stream and z [1 token head d_value] of the rows there are, at the positions that are read."""
         block, attn = self.model.blocks[layer], self.model.blocks[layer].attn
         if stream.shape[1] == 0:
             self._prune(prune)
-            return stream, stream.new_zeros(1, 0, self.model.cfg.n_heads, self.model.cfg.d_head)
+            return stream, stream.new_zeros(1, 0, self.model.cfg.n_heads, self.model.cfg.value_width)
         resid_pre = block.hook_resid_pre(stream)
         positions = self._packed_positions()
         q, k, v = attn.queries_keys_values(*block.attention_inputs(resid_pre, positions.shortformer), positions)
@@ -149,12 +149,13 @@ class SweepWalk:
         z = []
         for index, group in enumerate(self.groups):
             q_group = queries[index][:, skipped[index] :]
-            if group.cells:
-                self.current = group
-                k_group = self._with_past(key_site(self.model.cfg, layer), group, keys[index])
-                v_group = self._with_past(get_act_name("v", layer), group, values[index])
-                q_group = attn.attend(q_group, k_group, v_group, self._layout(group))
-            z.append(q_group)
+            if not group.cells:
+                z.append(q_group.new_zeros(*q_group.shape[:-1], self.model.cfg.value_width))
+                continue
+            self.current = group
+            k_group = self._with_past(key_site(self.model.cfg, layer), group, keys[index])
+            v_group = self._with_past(get_act_name("v", layer), group, values[index])
+            z.append(attn.attend(q_group, k_group, v_group, self._layout(group)))
         self.current = None
         return resid_pre, self._pack(z)
 
@@ -167,7 +168,7 @@ class SweepWalk:
             group.start = start
         return skipped
 
-    def _with_past(self, name: str, group: WalkGroup, new: Float[Tensor, "row pos kv_head d_head"]) -> Tensor:
+    def _with_past(self, name: str, group: WalkGroup, new: Float[Tensor, "row pos kv_head width"]) -> Tensor:
         """Keys or values of every position: those before the group's rows are the base run's."""
         if group.first == 0:
             return new

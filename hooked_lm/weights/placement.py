@@ -92,13 +92,14 @@ def _usable_in_place(name: str, value: Tensor) -> bool:
     repeats = any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True))
     # BLAS uses a matrix in place only if one of its last two strides is 1; otherwise PyTorch copies it on every call.
     scattered = value.ndim > 1 and 1 not in value.stride()[-2:]
-    return not repeats and not scattered and (".attn.W_" not in name or _heads_are_one_matrix(name, value))
+    by_head = ".attn.W_" in name and value.ndim == 3
+    return not repeats and not scattered and (not by_head or _heads_are_one_matrix(name, value))
 
 
 def _heads_are_one_matrix(name: str, value: Tensor) -> bool:
     """Return whether the heads of a projection can be viewed as one matrix without a copy.
 
-    The view merges the head axis with `d_head`, the last axis of W_Q, W_K and W_V and the middle axis of W_O.
+    The view merges the head axis with `d_head`, the middle axis of W_O and the last axis of every other.
     """
     inner = 1 if name.endswith("W_O") else 2
     return value.shape[0] == 1 or value.stride(0) == value.shape[inner] * value.stride(inner)

@@ -139,7 +139,7 @@ def _fold_norms_(cfg: HookedTransformerConfig, weights: Weights) -> HookedTransf
     mlp_readers = ("W_in", "W_gate", "W_router", "shared.W_in", "shared.W_gate", "W_shared_gate")
     for prefix in _block_prefixes(weights):
         if cfg.norm_placement != "residual":  # the output of a norm on the stream is the stream itself
-            _fold_norm_(weights, f"{prefix}ln1", [f"{prefix}attn.W_{letter}" for letter in "QKV"], centred)
+            _fold_norm_(weights, f"{prefix}ln1", [f"{prefix}attn.W_{name}" for name in _ATTENTION_READERS], centred)
             _fold_norm_(weights, f"{prefix}ln2", [f"{prefix}mlp.{reader}" for reader in mlp_readers], centred)
         _fold_norm_(weights, f"{prefix}mlp.ln", [f"{prefix}mlp.W_out"], centred=True)
     _fold_norm_(weights, "ln_final", ["unembed.W_U"], centred=centred and not cfg.final_rms)
@@ -163,6 +163,8 @@ def _fold_norm_(weights: Weights, norm: str, readers: Iterable[str], centred: bo
             W.sub_(W.mean(-2, keepdim=True))
 
 
+# Of the stream, in either kind of attention.
+_ATTENTION_READERS = ("Q", "K", "V", "DQ", "DKV", "KR")
 _WRITERS = r"embed\.W_E|blocks\.\d+\.(attn\.(W_O|b_O)|mlp\.(shared\.)?(W_out|b_out))"
 
 
@@ -183,6 +185,8 @@ def _center_unembed_(cfg: HookedTransformerConfig, weights: Weights) -> HookedTr
 
 def _fold_value_biases_(cfg: HookedTransformerConfig, weights: Weights) -> HookedTransformerConfig:
     for prefix in _block_prefixes(weights):
+        if f"{prefix}attn.b_V" not in weights:
+            continue  # values of latent attention have no biases
         W_O, b_V = weights[f"{prefix}attn.W_O"], weights[f"{prefix}attn.b_V"]
         per_head = b_V.repeat_interleave(W_O.shape[0] // b_V.shape[0], dim=0)
         weights[f"{prefix}attn.b_O"].add_(einsum(per_head, W_O, "head d_head, head d_head d_model -> d_model"))
@@ -277,7 +281,7 @@ def _readers(cfg: HookedTransformerConfig) -> str:
     """Return a pattern of the weights that read from a norm: unembedding, attention, MLP; W_out after SoLU's."""
     out = r"|blocks\.\d+\.mlp\.[Wb]_out" if cfg.is_layer_norm_activation() else ""
     mlp = r"mlp\.((shared\.)?[Wb]_(in|gate)|[Wb]_(router|shared_gate))"
-    return rf"unembed\.[Wb]_U|blocks\.\d+\.(attn\.[Wb]_[QKV]|{mlp}){out}"
+    return rf"unembed\.[Wb]_U|blocks\.\d+\.(attn\.[Wb]_({'|'.join(_ATTENTION_READERS)})|{mlp}){out}"
 
 
 def _always(pattern: str) -> Callable[[HookedTransformerConfig], str]:

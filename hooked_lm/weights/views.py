@@ -16,6 +16,9 @@ from hooked_lm.factored_matrix import FactoredMatrix, composition_scores
 
 __all__ = ["HeadLabels", "WeightViews"]
 
+# What latent attention does not have, or not in every model.
+_READ_FROM_LATENTS = ("W_Q", "W_K", "W_V", "b_Q", "b_K", "b_V", "QK", "OV")
+
 
 class HeadLabels(list[str]):
     """A list of labels that may also be called: existing code uses both `all_head_labels` and `all_head_labels()`."""
@@ -49,6 +52,11 @@ class WeightViews(nn.Module):
         # A property whose parameter is missing raises AttributeError, on which Python calls this without the message.
         if isinstance(getattr(type(self), name, None), property):
             cfg = self.cfg
+            if cfg.d_latent_kv is not None and name in _READ_FROM_LATENTS:
+                raise AttributeError(
+                    f"this model has no {name}: a norm stands between the stream and what its heads read, the latents "
+                    "of blocks[layer].attn, which has W_DKV, W_KR, W_UK, W_UV and W_Q, or W_DQ and W_UQ, instead"
+                )
             raise AttributeError(
                 f"this model has no {name}: positional_embedding_type={cfg.positional_embedding_type!r}, "
                 f"n_layers={cfg.n_layers}, attn_only={cfg.attn_only}, gated_mlp={cfg.gated_mlp}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.family_rows import alibi, base, experts, gpt, mistral_gemma, qwen_olmo_phi, variants
+from tests.family_rows import alibi, base, experts, gpt, latents, mistral_gemma, qwen_olmo_phi, routers, variants
 from tests.family_rows.row import Row as Row
 
 ROWS: tuple[Row, ...] = (
@@ -12,5 +12,7 @@ ROWS: tuple[Row, ...] = (
     *gpt.ROWS,
     *mistral_gemma.ROWS,
     *qwen_olmo_phi.ROWS,
+    *routers.ROWS,
+    *latents.ROWS,
     *variants.ROWS,
 )

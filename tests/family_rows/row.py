@@ -56,10 +56,14 @@ class Row:
 
 
 def randomise_reference(model: nn.Module, seed: int = 0, std: float = 0.25) -> nn.Module:
-    """Draw every parameter anew: matrices and biases around 0, vectors that were all ones (gains) around 1."""
+    """Draw every parameter anew: matrices and biases around 0, vectors that were all ones (gains) around 1.
+
+    So is what corrects the choice of experts, which is a buffer in most models.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        corrections = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+        for parameter in (*model.parameters(), *corrections):
             is_gain = bool((parameter == 1).all())
             parameter.normal_(1.0 if is_gain else 0.0, std, generator=generator)
     return model

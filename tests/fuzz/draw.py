@@ -47,6 +47,8 @@ def draw_fields(rng: random.Random) -> dict[str, Any]:
         "eps": rng.choice([1e-5, 1e-2]),
     }
     fields |= draw_attention(rng, n_heads, n_layers) | draw_positions(rng, fields["d_head"], n_layers)
+    if rng.random() < 0.2:
+        fields |= draw_latents(rng)
     sometimes = {
         "attn_only": True,
         "gated_mlp": True,
@@ -89,6 +91,25 @@ def draw_attention(rng: random.Random, n_heads: int, n_layers: int) -> dict[str,
     return fields
 
 
+def draw_latents(rng: random.Random) -> dict[str, Any]:
+    """Latent attention, without what does not go with it."""
+    d_head = rng.choice([4, 6])
+    return {
+        "d_head": d_head,
+        "n_key_value_heads": None,
+        "use_qk_norm": False,
+        "qk_norm_across_heads": False,
+        "qk_norm_per_head_gains": False,
+        "qk_norm_after_rotary": False,
+        "clip_qkv": None,
+        "positional_embedding_type": "rotary",
+        "rotary_dim": rng.choice([2, d_head - 2]),
+        "d_latent_kv": rng.choice([3, 5]),
+        "d_latent_q": rng.choice([None, 4]),
+        "d_value": rng.choice([None, 3, 7]),
+    }
+
+
 def draw_positions(rng: random.Random, d_head: int, n_layers: int) -> dict[str, Any]:
     kind = rng.choice(["standard", "standard", "rotary", "rotary", "alibi", "shortformer", "none"])
     fields: dict[str, Any] = {"positional_embedding_type": kind}
@@ -126,8 +147,28 @@ def draw_experts(rng: random.Random, n_layers: int) -> dict[str, Any]:
         "gated_limit": 0.8,
     }
     fields |= {name: value for name, value in sometimes.items() if rng.random() < 0.3}
+    if rng.random() < 0.5:
+        fields |= draw_router(rng)
     if rng.random() < 0.4:
         fields |= {"d_shared_expert": 6, "shared_expert_gate": rng.random() < 0.5}
+    return fields
+
+
+def draw_router(rng: random.Random) -> dict[str, Any]:
+    n_experts, chosen_groups = rng.choice([4, 6]), rng.randint(1, 2)
+    fields: dict[str, Any] = {
+        "num_experts": n_experts,
+        "router_scores": rng.choice(["sigmoid", "softmax"]),
+        "router_correction": rng.random() < 0.7,
+        "routed_scale": rng.choice([1.0, 1.7]),
+        "norm_topk_min": rng.choice([0.0, 0.6]),
+    }
+    if rng.random() < 0.6:
+        fields |= {
+            "expert_groups": n_experts // 2,
+            "expert_groups_per_token": chosen_groups,
+            "expert_group_score": rng.choice(["max", "top2"]),
+        }
     return fields
 
 

@@ -76,14 +76,16 @@ class Reference:
         kind: str | None = self.c["normalization_type"]
         return kind and kind.removesuffix("Pre")
 
-    def norm(self, name: str, x: Tensor, kind: str | None, see: Edit, n_axes: int = 1) -> Tensor:
+    def norm(
+        self, name: str, x: Tensor, kind: str | None, see: Edit, n_axes: int = 1, eps: float | None = None
+    ) -> Tensor:
         """Normalise the last axes together."""
         if kind is None:
             return x
         over = tuple(range(-n_axes, 0))
         if kind == "LN":
             x = x - x.mean(over, keepdim=True)
-        scale = see(f"{name}.hook_scale", (x.pow(2).mean(over, keepdim=True) + self.c["eps"]).sqrt())
+        scale = see(f"{name}.hook_scale", (x.pow(2).mean(over, keepdim=True) + (eps or self.c["eps"])).sqrt())
         x = see(f"{name}.hook_normalized", x / scale)
         return x * self.w.get(f"{name}.w", 1.0) + self.w.get(f"{name}.b", 0.0)
 
@@ -128,7 +130,7 @@ class Block:
         """Return each head's input of queries, keys and values, after the norm."""
         n, m = self.model.n_heads, self.model.n_kv_heads
         before = self.placement in ("before", "before_and_after")
-        shared = self.norm("ln1", stream) if before else stream
+        self.shared = shared = self.norm("ln1", stream) if before else stream
         if not self.head_copies:
             q, k, v = [shared] * n, [shared] * m, [shared] * m
         else:
@@ -147,7 +149,10 @@ class Block:
         return q, k, v
 
     def attention(self, q_in: list[Tensor], k_in: list[Tensor], v_in: list[Tensor]) -> Tensor:
-        q, k, v = self.projected(q_in, "Q"), self.projected(k_in, "K"), self.projected(v_in, "V")
+        if self.c["d_latent_kv"] is None:
+            q, k, v = self.projected(q_in, "Q"), self.projected(k_in, "K"), self.projected(v_in, "V")
+        else:
+            q, k, v = self.from_latents(q_in, k_in, v_in)
         q, k, v = self.see("attn.hook_q", q), self.see("attn.hook_k", k), self.see("attn.hook_v", v)
         layers = self.c["rotary_layers"]
         rotates = self.c["positional_embedding_type"] == "rotary" and (layers is None or layers[self.layer])
@@ -178,6 +183,33 @@ class Block:
         if which != "V" and not self.c["qk_norm_after_rotary"]:
             x = self.head_norm(x, f"{which.lower()}_norm")
         return x if self.c["clip_qkv"] is None else x.clamp(-self.c["clip_qkv"], self.c["clip_qkv"])
+
+    def from_latents(self, q_in: list[Tensor], k_in: list[Tensor], v_in: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values [pos head d_head], read from latents."""
+        if self.c["d_latent_q"] is None:
+            q = self.projected(q_in, "Q")
+        else:
+            (latents,) = self.latents("q", "DQ", q_in)
+            q = torch.stack([x @ W for x, W in zip(latents, self.weight("attn.W_UQ"), strict=True)], 1)
+        of_keys, of_values = self.latents("kv", "DKV", k_in, v_in)
+        rotating = [x @ self.weight("attn.W_KR") + self.weight("attn.b_KR") for x in k_in]
+        content = [x @ W for x, W in zip(of_keys, self.weight("attn.W_UK"), strict=True)]
+        k = torch.stack([torch.cat(parts, -1) for parts in zip(rotating, content, strict=True)], 1)
+        return q, k, torch.stack([x @ W for x, W in zip(of_values, self.weight("attn.W_UV"), strict=True)], 1)
+
+    def latents(self, name: str, down: str, *inputs: list[Tensor]) -> list[list[Tensor]]:
+        """Return each head's latents; what is seen of them is that of the stream, and edits act on every copy."""
+
+        def latent(x: Tensor, see: Edit) -> Tensor:
+            compressed = x @ self.weight(f"attn.W_{down}") + self.weight(f"attn.b_{down}")
+            norm = f"{self.name}.attn.latent_{name}_norm"
+            normed = self.model.norm(norm, compressed, "RMS", see, eps=self.c["latent_eps"])
+            return see(f"{self.name}.attn.hook_latent_{name}", normed)
+
+        shared = latent(self.shared, self.all_see)
+        if not self.head_copies:
+            return [[shared] * len(one) for one in inputs]
+        return [[latent(x, self.edit) for x in one] for one in inputs]
 
     def head_norm(self, x: Tensor, name: str) -> Tensor:
         if not self.c["use_qk_norm"]:
@@ -259,9 +291,10 @@ class Block:
         return post @ self.weight(f"{at}.W_out") + self.weight(f"{at}.b_out")
 
     def experts(self, x: Tensor) -> Tensor:
-        weights = (x @ self.weight("mlp.W_router") + self.weight("mlp.b_router")).softmax(-1)
+        scores = x @ self.weight("mlp.W_router") + self.weight("mlp.b_router")
+        weights = scores.sigmoid() if self.c["router_scores"] == "sigmoid" else scores.softmax(-1)
         weights = self.see("mlp.hook_expert_weights", weights)
-        chosen = weights.argsort(-1, descending=True)[:, : self.c["experts_per_token"]]
+        chosen = torch.stack([self.choice(row) for row in weights])
         chosen = self.see("mlp.hook_expert_indices", chosen)
         out = self.dense("mlp.shared", x) if self.c["d_shared_expert"] is not None else torch.zeros_like(x)
         if self.c["shared_expert_gate"]:
@@ -269,11 +302,25 @@ class Block:
         rows = []
         for pos in range(len(x)):
             total = weights[pos, chosen[pos]].sum() if self.c["norm_topk_prob"] else 1.0
+            if self.c["norm_topk_prob"] and self.c["norm_topk_min"] > 0:
+                total = max(total, weights.new_tensor(self.c["norm_topk_min"]))
             row = out[pos]
             for expert in chosen[pos].tolist():
-                row = row + weights[pos, expert] / total * self.expert(expert, x[pos])
+                row = row + self.c["routed_scale"] * weights[pos, expert] / total * self.expert(expert, x[pos])
             rows.append(row)
         return torch.stack(rows)
+
+    def choice(self, weights: Tensor) -> Tensor:
+        """The experts of one token: those with the largest corrected weights, of the best groups."""
+        if self.c["router_correction"]:
+            weights = weights + self.weight("mlp.b_correction")
+        groups = self.c["expert_groups"] or 1
+        members = torch.arange(len(weights)).chunk(groups)
+        by = {"max": 1, "top2": 2}[self.c["expert_group_score"]]
+        worth = [float(weights[own].detach().sort(descending=True).values[:by].sum()) for own in members]
+        best = sorted(range(groups), key=lambda group: -worth[group])[: self.c["expert_groups_per_token"] or 1]
+        allowed = torch.cat([members[group] for group in best])
+        return allowed[weights[allowed].argsort(descending=True)][: self.c["experts_per_token"]]
 
     def expert(self, expert: int, x: Tensor) -> Tensor:
         hidden = x @ self.weight("mlp.W_in")[expert] + self.weight("mlp.b_in")[expert]

@@ -13,24 +13,27 @@ from weight_conversion.sizes import d_head, sizes
 __all__ = ["FAMILY", "body", "config", "rules"]
 
 
-def config(fields: ConfigFields, *, eps: float | None = None, partial: bool = False) -> Arguments:
+def config(
+    fields: ConfigFields, *, eps: float | None = None, d_mlp: int | None = None, partial: bool = False
+) -> Arguments:
     """Map a `LlamaConfig`, or another that has its fields.
 
     Args:
         fields: of the config.
         eps: of the norms, where the config does not say it.
+        d_mlp: hidden width of dense MLPs, where the config does not say it.
         partial: the family may rotate a part of each head.
     """
-    return {**body(fields, eps=eps), **rotary(fields, d_head(fields), partial=partial)}
+    return {**body(fields, eps=eps, d_mlp=d_mlp), **rotary(fields, d_head(fields), partial=partial)}
 
 
-def body(fields: ConfigFields, *, eps: float | None = None) -> Arguments:
+def body(fields: ConfigFields, *, eps: float | None = None, d_mlp: int | None = None) -> Arguments:
     """Map all but the rotary positions."""
     fields.ignore("attention_dropout", "pretraining_tp", "rope_interleaved")
     # Left in files by training code and other tools; transformers reads none of them.
     fields.ignore("is_llama_config", "max_sequence_length", "transformers.js_config")
     return {
-        **sizes(fields),
+        **sizes(fields, d_mlp=d_mlp),
         "gated_mlp": True,
         "eps": fields.take("rms_norm_eps") if eps is None else eps,
         "normalization_type": "RMS",
