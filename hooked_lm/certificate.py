@@ -284,7 +284,8 @@ class _Pair:
     def activations(self, tokens: Int[Tensor, "batch pos"]) -> Generator[Comparison, None, Tensor]:
         """Compare every site of a plain run; return the reference's logits."""
         with self.watching() as seen:
-            reference = self.reference(tokens, output_attentions=self.sites.attention == "eager")
+            patterned = self.sites.attention == "eager" and self.sites.patterns
+            reference = self.reference(tokens, output_attentions=patterned)
         patterns = reference.attentions or ()
         seen |= {get_act_name("pattern", layer): pattern for layer, pattern in enumerate(patterns)}
         seen["unembed.hook_out"] = reference.logits

@@ -22,6 +22,7 @@ class Sites:
             has that output.
         write_scale: the config field by which the block multiplies those outputs before adding them, if it does.
         attention: the implementation of attention in transformers that computes what the model was trained with.
+        patterns: the weights of attention that transformers returns are those that multiply the values.
     """
 
     layers: str = "model.layers"
@@ -29,6 +30,7 @@ class Sites:
     mlp: str | None = "mlp"
     write_scale: str | None = None
     attention: str = "eager"
+    patterns: bool = True
 
 
 @dataclass(frozen=True)

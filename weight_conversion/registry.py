@@ -13,10 +13,14 @@ from weight_conversion.errors import CheckpointError
 from weight_conversion.families import (
     apertus,
     arcee,
+    aria_text,
+    biogpt,
     bloom,
     codegen,
     cohere,
     cohere2,
+    cwm,
+    dbrx,
     ernie4_5,
     exaone4,
     falcon,
@@ -30,15 +34,22 @@ from weight_conversion.families import (
     gpt_bigcode,
     gpt_neo,
     gpt_neox,
+    gpt_neox_japanese,
     gpt_oss,
     gptj,
     granite,
     granite_moe,
+    granite_moe_hybrid,
     granite_moe_shared,
+    granite_swa,
     helium,
     hunyuan_dense,
+    hunyuan_moe,
+    hyperclovax,
+    jais2,
     llama,
     ministral,
+    ministral3,
     mistral,
     mixtral,
     mpt,
@@ -124,6 +135,17 @@ FAMILIES: tuple[Family, ...] = (
     vaultgemma.FAMILY,
     mistral.FAMILY,
     ministral.FAMILY,
+    ministral3.FAMILY,
+    cwm.FAMILY,
+    jais2.FAMILY,
+    hyperclovax.FAMILY,
+    granite_swa.FAMILY,
+    biogpt.FAMILY,
+    gpt_neox_japanese.FAMILY,
+    aria_text.FAMILY,
+    dbrx.FAMILY,
+    granite_moe_hybrid.FAMILY,
+    hunyuan_moe.FAMILY,
 )
 
 _BY_ARCHITECTURE = {architecture: family for family in FAMILIES for architecture in family.architectures}
@@ -141,7 +163,7 @@ def register_family(family: Family | ModuleType, *, replace: bool = False) -> No
     `hooked_lm.families`; the first unknown architecture loads them. In its `pyproject.toml`:
 
         [project.entry-points."hooked_lm.families"]
-        cwm = "my_package.cwm:FAMILY"
+        my_llama = "my_package.my_llama:FAMILY"
 
     Args:
         family: a `Family`, or a module whose `FAMILY` is one.

@@ -15,23 +15,30 @@ LEGACY_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "origina
 
 
 def rotary(
-    fields: ConfigFields, d_head: int, *, partial: bool = False, parameters: Mapping[str, FieldValue] | None = None
+    fields: ConfigFields,
+    d_head: int,
+    *,
+    partial: bool = False,
+    parameters: Mapping[str, FieldValue] | None = None,
+    context: str = "max_position_embeddings",
 ) -> Arguments:
     """Return the rotary arguments of a `HookedTransformerConfig`, and `n_ctx`.
 
     Args:
-        fields: the fields of a config with `rope_parameters` and `max_position_embeddings`.
+        fields: the fields of a config with `rope_parameters` and the length of the context.
         d_head: width of a head.
         partial: the family uses `partial_rotary_factor`, the part of a head that rotates. For others transformers
             ignores that field and rotates whole heads, so any value but 1 is refused.
-        parameters: the parameters of one layer type, if `rope_parameters` has an entry per layer type.
+        parameters: to be read in place of `rope_parameters`, such as those of one layer type if it has an entry per
+            layer type.
+        context: the field with the length of the context.
 
     Raises:
         CheckpointError: the kind of scaling is not supported, or one of its parameters is not.
     """
     fields.ignore(*LEGACY_FIELDS)
     given = dict(fields.take("rope_parameters") if parameters is None else parameters)
-    n_ctx = fields.take("max_position_embeddings")
+    n_ctx = fields.take(context)
     kind = given.pop("rope_type", "default")
     given.pop("type", None)
     part = given.pop("partial_rotary_factor", 1.0)

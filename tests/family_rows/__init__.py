@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.family_rows import alibi, base, experts, gpt, mistral_gemma, qwen_olmo_phi, variants
+from tests.family_rows import alibi, base, experts, gpt, llamas, mistral_gemma, mixtures, qwen_olmo_phi, variants
 from tests.family_rows.row import Row as Row
 
 ROWS: tuple[Row, ...] = (
@@ -13,4 +13,6 @@ ROWS: tuple[Row, ...] = (
     *mistral_gemma.ROWS,
     *qwen_olmo_phi.ROWS,
     *variants.ROWS,
+    *llamas.ROWS,
+    *mixtures.ROWS,
 )
