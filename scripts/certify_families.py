@@ -62,8 +62,8 @@ Any hub id or local folder of a family above loads. These names stand for hub id
 def certify(row: Row) -> dict[str, Any]:
     """Return the figures of one tiny model's certificate."""
     with tempfile.TemporaryDirectory() as folder:
-        row.build().save_pretrained(folder)
-        certificate = verify(folder, positions=row.pos)
+        row.save(row.build(), Path(folder))
+        certificate = verify(folder, positions=row.pos, reference=row.reference(Path(folder)))
     worst = {
         precision: {check: _worst(certificate.worst(check, precision)) for check in CHECKS}
         for precision in ("float32", "float64")

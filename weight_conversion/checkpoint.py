@@ -158,7 +158,7 @@ def _from_huggingface_folder(
     # transformers knows the defaults of fields that a config.json leaves out; importing it takes seconds.
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    family_of(_architecture(content))
+    family = family_of(_architecture(content))
     if "model_type" not in content:
         raise CheckpointError(f"{folder / 'config.json'} has no model_type, so no defaults for its fields are known")
     if not isinstance(content["model_type"], str):
@@ -167,6 +167,8 @@ def _from_huggingface_folder(
         )
     tensors = open_tensors(folder)
     _check_counts(folder / "config.json", content, len(tensors))
+    if family.defaults is not None:
+        return _convert(content, tensors, tokenizer, first_n_layers)
     # Code that comes with a checkpoint never reads a config that transformers can read.
     foreign = content["model_type"] not in CONFIG_MAPPING and "AutoConfig" in _auto_map(content)
     if foreign and not trust_remote_code:
@@ -227,6 +229,7 @@ def _convert(
 ) -> Loaded:
     architecture = _architecture(fields)
     family = family_of(architecture)
+    fields = {**(family.defaults or {}), **fields}
     cfg, table = read_family(family, fields, architecture)
     tied = fields.get("tie_word_embeddings", cfg.tie_word_embeddings)
     if tied and not _same_embeddings(family, tensors):

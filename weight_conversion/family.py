@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from hooked_lm.config import HookedTransformerConfig
-from weight_conversion.fields import Arguments, ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields, FieldValue
 from weight_conversion.rules import RuleTable
 
 __all__ = ["Family", "Sites"]
@@ -46,6 +46,8 @@ class Family:
         embedding, unembedding: the source tensors; one and the same if embeddings are tied.
         prefix: comes before every tensor name in the checkpoint of a language model, not of a bare model.
         sites: the modules of the transformers model that a certificate compares.
+        defaults: the fields that a config.json may leave out, for a family whose configs transformers has no class for.
+            They are then read as they are in the file, and no code that comes with a checkpoint runs. Otherwise None.
     """
 
     name: str
@@ -56,3 +58,4 @@ class Family:
     unembedding: str = "lm_head.weight"
     prefix: str = "model."
     sites: Sites = Sites()
+    defaults: Mapping[str, FieldValue] | None = None

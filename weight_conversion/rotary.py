@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from weight_conversion.errors import CheckpointError
 from weight_conversion.fields import Arguments, ConfigFields, FieldValue, HFConfig
 
-__all__ = ["LEGACY_FIELDS", "rotary"]
+__all__ = ["LEGACY_FIELDS", "plain_parameters", "rotary"]
 
 # Fields from before `rope_parameters`. transformers fills in `rope_parameters` from them.
 LEGACY_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings")
@@ -59,6 +59,17 @@ def rotary(
             f"the rotary parameters of this {fields.family} config have entries that {kind!r} does not know: {unread}"
         )
     return arguments
+
+
+def plain_parameters(fields: ConfigFields) -> HFConfig:
+    """Return the parameters for `rotary` of a config that transformers has not read: it has none in `rope_parameters`.
+
+    Args:
+        fields: of the config: `rope_theta`, and `rope_scaling`, in which the kind may have its old name "type".
+    """
+    scaling = dict(fields.get("rope_scaling", None) or {})
+    old_name = scaling.pop("type", "default")
+    return {"rope_type": old_name, "rope_theta": fields.get("rope_theta", 10000.0), **scaling}
 
 
 def _default(given: HFConfig, n_ctx: int) -> Arguments:

@@ -293,6 +293,7 @@ def experts(
     module: str,
     *,
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    out_scale: float = 1.0,
     layers: tuple[int, ...] | None = None,
 ) -> tuple[Entry, ...]:
     """Return the rows of gated experts without biases that have one tensor each, named by their number.
@@ -300,6 +301,7 @@ def experts(
     Args:
         module: the list of experts, with `{layer}`.
         names: an expert's three layers.
+        out_scale: a factor on the output of the last.
         layers: the blocks that have experts; None for all.
     """
     gate, up, down = (f"{module}.{{expert}}.{name}.weight" for name in names)
@@ -308,7 +310,7 @@ def experts(
     return (
         Rule(gate, inward, f"{BLOCK}.mlp.W_gate", layers=layers),
         Rule(up, inward, f"{BLOCK}.mlp.W_in", layers=layers),
-        Rule(down, outward, f"{BLOCK}.mlp.W_out", layers=layers),
+        Rule(down, outward, f"{BLOCK}.mlp.W_out", scale=out_scale, layers=layers),
         *no_expert_biases(layers=layers),
     )
 

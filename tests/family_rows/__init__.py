@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from tests.family_rows import alibi, base, experts, gpt, llamas, mistral_gemma, mixtures, qwen_olmo_phi, variants
+from tests.family_rows import (
+    alibi,
+    base,
+    experts,
+    gpt,
+    llamas,
+    mistral_gemma,
+    mixtures,
+    published,
+    qwen_olmo_phi,
+    variants,
+)
 from tests.family_rows.row import Row as Row
 
 ROWS: tuple[Row, ...] = (
@@ -15,4 +26,5 @@ ROWS: tuple[Row, ...] = (
     *variants.ROWS,
     *llamas.ROWS,
     *mixtures.ROWS,
+    *published.ROWS,
 )

@@ -1,4 +1,4 @@
-"""More mixtures of experts: Aria's text model, DBRX and Hunyuan-MoE."""
+"""More mixtures of experts: Aria's text model, DBRX, Hunyuan-MoE and Cohere 2-MoE."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.family_rows.experts import COMMON
 from tests.family_rows.row import Row
-from tests.family_rows.variants import ALPHA, LINEAR, ROTARY, UNSCALED
+from tests.family_rows.variants import ALPHA, GLOBAL_FIRST, LINEAR, ROTARY, UNSCALED
 
 ARIA: dict[str, Any] = {**COMMON, "intermediate_size": 12, "moe_num_experts": 5, "moe_topk": 2}
 
@@ -28,6 +28,19 @@ HUNYUAN: dict[str, Any] = {
     "num_experts": 5,
     "moe_topk": 2,
     "rope_parameters": ROTARY,
+}
+
+COHERE2_MOE: dict[str, Any] = {
+    **COMMON,
+    "num_hidden_layers": 4,
+    "head_dim": 8,
+    "intermediate_size": 12,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "num_shared_experts": 2,
+    "sliding_window": 4,
+    "logit_scale": 0.4,
+    "rope_theta": 100.0,
 }
 
 ROWS = (
@@ -96,5 +109,50 @@ ROWS = (
             "tie_word_embeddings": True,
         },
         features={"alpha": {"rope_parameters": ROTARY}},
+    ),
+    Row(
+        "cohere2-moe",
+        "Cohere2MoeForCausalLM",
+        "Cohere2MoeConfig",
+        {**COHERE2_MOE, "tie_word_embeddings": True},
+        features={
+            "window": {"sliding_window": 40},
+            "mean-with-the-shared-expert": {"shared_expert_combination_strategy": "sum"},
+            "second-expert": {"num_experts_per_tok": 1},
+            "layers": {"layer_types": ["sliding_attention"] * 4},
+        },
+    ),
+    Row(
+        "cohere2-moe-dense-first-rms-sum-biases-untied",
+        "Cohere2MoeForCausalLM",
+        "Cohere2MoeConfig",
+        {
+            **COHERE2_MOE,
+            "layer_types": GLOBAL_FIRST,
+            "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+            "prefix_dense_intermediate_size": 20,
+            "rms_norm_eps": 1e-5,
+            "shared_expert_combination_strategy": "sum",
+            "attention_bias": True,
+        },
+        features={
+            "dense-layers-rotate": {"prefix_dense_sliding_window_pattern": 2},
+            "sum": {"shared_expert_combination_strategy": "average"},
+            "rms": {"rms_norm_eps": None},
+        },
+    ),
+    Row(
+        "cohere2-moe-dense-by-pattern-none-shared-tied",
+        "Cohere2MoeForCausalLM",
+        "Cohere2MoeConfig",
+        {
+            **COHERE2_MOE,
+            "layer_types": GLOBAL_FIRST,
+            "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+            "prefix_dense_sliding_window_pattern": 2,
+            "num_shared_experts": 0,
+            "tie_word_embeddings": True,
+        },
+        features={"dense-layers-do-not-rotate": {"prefix_dense_sliding_window_pattern": 1}},
     ),
 )
