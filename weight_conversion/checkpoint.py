@@ -268,10 +268,12 @@ def read_family(
     reader = ConfigFields(fields, family.name)
     try:
         cfg = HookedTransformerConfig(**family.config(reader), original_architecture=architecture)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"the {family.name} config cannot be used: {error}") from error
+        # Configs that transformers has not checked may lack an entry of a dictionary, or hold something else there.
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"the {family.name} config cannot be used: {reason}") from error
     table = family.rules(cfg, reader)
     reader.finish()
     return cfg, table
