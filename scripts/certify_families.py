@@ -26,7 +26,11 @@ CHECKS = ("activations", "cached decoding", "left padding", "gradients")
 LEFT_OUT = {
     "DeepSeek, Dots, Longcat": "latent attention keeps keys and values in compressed form, which no hook site has yet",
     "Gemma 3n, Gemma 4": "layers share keys and values, and embeddings enter at every layer",
-    "Mamba, RWKV, Jamba, Falcon-H1, Zamba, Bamba, RecurrentGemma, Qwen3-Next": "they are recurrent, in part or whole",
+    "ModernBERT-decoder": "a layer with an activation stands between the final norm and the unembedding, and the first "
+    "block has no norm before attention",
+    "Mamba, RWKV, Jamba, Falcon-H1, Zamba, Bamba, RecurrentGemma, Qwen3-Next, Granite 4 with Mamba layers": (
+        "they are recurrent, in part or whole"
+    ),
     "T5, BART and other encoder-decoders; BERT and other encoders": "this library is about decoders",
     "checkpoints in quantised form (MXFP4, GPTQ, AWQ, bitsandbytes)": "weights would have to be unpacked first",
 }
@@ -51,6 +55,10 @@ each variant switches on is in `tests/family_rows`. To certify a checkpoint of y
 _ENDING = """
 The last column is the largest error in float64. Where it is not below 1e-9, the reference rounds to float32 on its
 way (most RMS norms do, whatever the model's precision); "none" means that it cannot run in float64.
+
+transformers has no class for InternLM, InternLM2, Baichuan and EXAONE 3, whose checkpoints come with code of their own.
+That code is never run: the weights are a Llama's under other names, so the reference is a Llama with the same weights
+(for the Baichuan models with ALiBi, a Llama that is given ALiBi's biases as its mask).
 
 ## Short names
 

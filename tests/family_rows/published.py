@@ -1,4 +1,4 @@
-"""Families whose code comes with their checkpoints: InternLM2, Baichuan and EXAONE 3.
+"""Families whose code comes with their checkpoints: InternLM and InternLM2, Baichuan and EXAONE 3.
 
 transformers has no class for them. The reference is a Llama of transformers with the same weights, and the checkpoint
 is written from it by hand: under the published names, with a published config.
@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM
 from tests.family_rows.base import LLAMA, LLAMA3_SCALING
 from tests.family_rows.row import Row, randomise_reference
 from tests.family_rows.variants import ROTARY
+from weight_conversion.registry import family_of
 
 Tensors = dict[str, Tensor]
 
@@ -63,6 +64,10 @@ class PublishedRow(Row):
         if self.unit_rows:
             model.lm_head.weight.data = F.normalize(model.lm_head.weight.data)
         return model
+
+    def config_fields(self) -> dict[str, Any]:
+        defaults = family_of(self.architecture).defaults or {}
+        return {"architectures": [self.architecture], **defaults, **self.config_json}
 
     def save(self, model: Any, folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps({"architectures": [self.architecture], **self.config_json}))
@@ -230,7 +235,48 @@ BAICHUAN_JSON: dict[str, Any] = {
 BAICHUAN_NAMES = {r"self_attn\.qkv": "self_attn.W_pack"}
 FIRST, SECOND = {"vocab_size": 64000}, {"vocab_size": 125696}
 
+INTERNLM: dict[str, Any] = {
+    **COMMON,
+    "num_key_value_heads": 4,
+    "attention_bias": True,
+    "rope_parameters": {**ROTARY, "rope_theta": 10000.0},
+}
+INTERNLM_JSON: dict[str, Any] = {
+    **{name: ALIKE[name] for name in ALIKE if name not in ("num_key_value_heads", "rope_theta")},
+    "auto_map": {
+        "AutoConfig": "configuration_internlm.InternLMConfig",
+        "AutoModelForCausalLM": "modeling_internlm.InternLMForCausalLM",
+    },
+    "bias": True,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "model_type": "internlm",
+    "pad_token_id": 2,
+}
+
 ROWS = (
+    PublishedRow("internlm", "InternLMForCausalLM", "LlamaConfig", INTERNLM, config_json=INTERNLM_JSON),
+    PublishedRow(
+        "internlm-no-biases-dynamic-tied",
+        "InternLMForCausalLM",
+        "LlamaConfig",
+        {
+            **INTERNLM,
+            "attention_bias": False,
+            "max_position_embeddings": 8,
+            "rope_parameters": DYNAMIC,
+            "tie_word_embeddings": True,
+        },
+        pos=14,
+        features={"scaling": {"rope_parameters": ROTARY}},
+        config_json={
+            **INTERNLM_JSON,
+            "bias": False,
+            "max_position_embeddings": 8,
+            "rotary": {"type": "dynamic", "base": 100.0, "scaling_factor": 3.0},
+            "tie_word_embeddings": True,
+        },
+    ),
     PublishedRow(
         "internlm2",
         "InternLM2ForCausalLM",

@@ -51,6 +51,11 @@ class Row:
         )
         return randomise_reference(model.eval(), seed)
 
+    def config_fields(self) -> dict[str, Any]:
+        """Return the fields that the family reads: those of config.json, with defaults."""
+        fields: dict[str, Any] = self.hf_config().to_dict()
+        return fields
+
     def save(self, model: Any, folder: Path) -> None:
         """Write the transformers model as a checkpoint of the row's architecture."""
         model.save_pretrained(folder)
