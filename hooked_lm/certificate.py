@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from math import isnan
 from pathlib import Path
@@ -160,6 +161,7 @@ def verify(
     batch: int = 2,
     seed: int = 0,
     float64: bool = True,
+    reference: nn.Module | None = None,
 ) -> Certificate:
     """Load a checkpoint here and in `transformers`, run both on random tokens, and compare every site.
 
@@ -175,12 +177,14 @@ def verify(
         batch: how many prompts.
         seed: of the tokens.
         float64: compare in float64 too.
+        reference: the model to compare with, for a checkpoint that transformers cannot load without code that comes
+            with it: a language model in float32 with the modules of a Llama of transformers, and the same weights.
 
     Raises:
         CheckpointError: the checkpoint cannot be loaded, or has the format that only this library reads.
         ValueError: `positions` is not a length that the model reads.
     """
-    import transformers  # imported here, because it takes seconds and only a certificate needs it
+    import transformers
 
     folder = find_folder(bundled.find(str(name_or_path)) or name_or_path, revision)
     content = read_json(folder / "config.json")
@@ -195,16 +199,7 @@ def verify(
         ours = HookedTransformer.from_pretrained_no_processing(folder, dtype=dtype)
         tokens = _random_tokens(ours, batch, positions, seed)
         shape = (tokens.shape[0], tokens.shape[1])
-        try:
-            loaded: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                attn_implementation=sites.attention,
-                experts_implementation="eager",
-                trust_remote_code=False,
-            )
-        except Exception as error:  # transformers raises many kinds
-            raise CheckpointError(f"transformers does not load {name_or_path}: {error}") from error
+        loaded = _load_reference(folder, sites, dtype) if reference is None else deepcopy(reference).to(dtype)
         theirs = cast(_Reference, loaded.eval())
         architecture = type(loaded).__name__
         obstacle = _obstacle(theirs, tokens) if precision == "float64" else None
@@ -225,6 +220,22 @@ def verify(
         comparisons=tuple(comparisons),
         not_compared=not_compared,
     )
+
+
+def _load_reference(folder: Path, sites: Sites, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoModelForCausalLM  # imported here: it takes seconds, and only a certificate needs it
+
+    try:
+        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=sites.attention,
+            experts_implementation="eager",
+            trust_remote_code=False,
+        )
+    except Exception as error:  # transformers raises many kinds
+        raise CheckpointError(f"transformers does not load {folder}: {error}") from error
+    return loaded
 
 
 def _obstacle(reference: _Reference, tokens: Int[Tensor, "batch pos"]) -> str | None:
@@ -284,7 +295,8 @@ class _Pair:
     def activations(self, tokens: Int[Tensor, "batch pos"]) -> Generator[Comparison, None, Tensor]:
         """Compare every site of a plain run; return the reference's logits."""
         with self.watching() as seen:
-            reference = self.reference(tokens, output_attentions=self.sites.attention == "eager")
+            patterned = self.sites.attention == "eager" and self.sites.patterns
+            reference = self.reference(tokens, output_attentions=patterned)
         patterns = reference.attentions or ()
         seen |= {get_act_name("pattern", layer): pattern for layer, pattern in enumerate(patterns)}
         seen["unembed.hook_out"] = reference.logits

@@ -28,7 +28,11 @@ LEFT_OUT = {
     "DeepSeek-V3.2 and V4, GLM-5": "an indexer chooses which keys a query may attend to",
     "AFMoE (Arcee Trinity)": "what heads read is multiplied by a gate, for which there is no hook site yet",
     "Gemma 3n, Gemma 4": "layers share keys and values, and embeddings enter at every layer",
-    "Mamba, RWKV, Jamba, Falcon-H1, Zamba, Bamba, RecurrentGemma, Qwen3-Next": "they are recurrent, in part or whole",
+    "ModernBERT-decoder": "a layer with an activation stands between the final norm and the unembedding, and the first "
+    "block has no norm before attention",
+    "Mamba, RWKV, Jamba, Falcon-H1, Zamba, Bamba, RecurrentGemma, Qwen3-Next, Granite 4 with Mamba layers": (
+        "they are recurrent, in part or whole"
+    ),
     "T5, BART and other encoder-decoders; BERT and other encoders": "this library is about decoders",
     "checkpoints in quantised form (MXFP4, GPTQ, AWQ, bitsandbytes)": "weights would have to be unpacked first",
 }
@@ -54,6 +58,10 @@ _ENDING = """
 The last column is the largest error in float64. Where it is not below 1e-9, the reference rounds to float32 on its
 way (most RMS norms do, whatever the model's precision); "none" means that it cannot run in float64.
 
+transformers has no class for InternLM, InternLM2, Baichuan and EXAONE 3, whose checkpoints come with code of their own.
+That code is never run: the weights are a Llama's under other names, so the reference is a Llama with the same weights
+(for the Baichuan models with ALiBi, a Llama that is given ALiBi's biases as its mask).
+
 ## Short names
 
 Any hub id or local folder of a family above loads. These names stand for hub ids:
@@ -64,8 +72,8 @@ Any hub id or local folder of a family above loads. These names stand for hub id
 def certify(row: Row) -> dict[str, Any]:
     """Return the figures of one tiny model's certificate."""
     with tempfile.TemporaryDirectory() as folder:
-        row.build().save_pretrained(folder)
-        certificate = verify(folder, positions=row.pos)
+        row.save(row.build(), Path(folder))
+        certificate = verify(folder, positions=row.pos, reference=row.reference(Path(folder)))
     worst = {
         precision: {check: _worst(certificate.worst(check, precision)) for check in CHECKS}
         for precision in ("float32", "float64")

@@ -23,7 +23,7 @@ from tests.hook_sites_helpers import ARCHITECTURES
 # One of each kind of positions, masks, norms and MLPs.
 ONE_GRAPH = (
     *("gpt2", "attention only", "parallel", "grouped gated rms rotary", "shortformer", "alibi", "local", "soft caps"),
-    *("folded, bidirectional", "qk LN with a gain per head, some layers rotate, tied, scaled logits"),
+    *("folded, bidirectional", "qk LN with a gain per head, some layers rotate, scaled queries, tied, scaled logits"),
 )
 
 

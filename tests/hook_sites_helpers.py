@@ -57,12 +57,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "final_norm": False,
         "act_fn": "xielu",
     },
-    "qk LN with a gain per head, some layers rotate, tied, scaled logits": {
+    "qk LN with a gain per head, some layers rotate, scaled queries, tied, scaled logits": {
         "use_qk_norm": True,
         "qk_norm_type": "LN",
         "qk_norm_per_head_gains": True,
         "positional_embedding_type": "rotary",
         "rotary_layers": [True, False],
+        "query_scale_beta": 0.8,
+        "query_scale_ctx_len": 2,
         "parallel_attn_mlp": True,
         "tie_word_embeddings": True,
         "logit_scale": 0.3,

@@ -34,6 +34,8 @@ DEEP: dict[str, dict[str, Any]] = {
         "n_key_value_heads": 2,
         "parallel_attn_mlp": True,
         "positional_embedding_type": "rotary",
+        "query_scale_beta": 0.8,
+        "query_scale_ctx_len": 2,
         "attn_scores_soft_cap": 0.5,
     },
     "deep norms on the stream": {"n_layers": 3, "norm_placement": "residual"},

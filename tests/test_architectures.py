@@ -87,6 +87,9 @@ def attention(cfg: Any, weights: Weights, layer: int, normalised: Tensor) -> Ten
             turns = rotations(cfg, positions, local)
             q = torch.stack([turns[i] @ q[i] for i in range(positions)])
             k = torch.stack([turns[i] @ k[i] for i in range(positions)])
+        # In float32, as the angles are.
+        contexts = torch.arange(positions) // cfg.query_scale_ctx_len
+        q = q * (1 + cfg.query_scale_beta * torch.log(1.0 + contexts))[:, None].to(q)
         for query in range(positions):
             keys = [key for key in range(positions) if may_look(cfg, query, key, local)]
             scores = torch.stack([q[query] @ k[key] for key in keys])
@@ -262,6 +265,14 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "another scale": ({"attn_scale": 0.7}, {"attn_scale": 2.0}),
     "head of another width": ({"d_head": 6}, {"attn_scale": 2.0}),
     "grouped": ({"n_heads": 4, "n_key_value_heads": 2}, {"attn_scale": 9.0}),
+    "queries scaled by position": (
+        {**ROTARY, "query_scale_beta": 0.8, "query_scale_ctx_len": 2},
+        {"query_scale_beta": 0.0},
+    ),
+    "queries scaled by position, context": (
+        {"query_scale_beta": 0.8, "query_scale_ctx_len": 2},
+        {"query_scale_ctx_len": 3},
+    ),
     "one key-value head": ({"n_heads": 4, "n_key_value_heads": 1, **ROTARY}, {"rotary_base": 7.0}),
     "query and key norm": ({"use_qk_norm": True}, {"use_qk_norm": False}),
     "query and key norm, grouped": (

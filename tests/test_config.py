@@ -39,6 +39,7 @@ LATER_FIELDS: list[dict[str, Any]] = [
     {**DYNAMIC, "dynamic_rope_original_ctx_len": 9},
     {**LONGROPE, "longrope_attention_factor": 1.2, "longrope_original_ctx_len": 9},
     {"positional_embedding_type": "alibi", "alibi_scale": 0.5, "alibi_in_bfloat16": True},
+    {"query_scale_beta": 0.1, "query_scale_ctx_len": 9},
     {"clip_qkv": 3.0, "attention_sinks": True},
     {**SHARED, "d_expert": 9, "moe_layers": [True, False], "norm_topk_prob": False},
     {**EXPERTS, "sparsemixer_jitter": 0.1},
@@ -219,6 +220,9 @@ def test_is_layer_norm_activation_is_true_for_solu_ln_alone() -> None:
         ({"logit_scale": None}, "logit_scale is positive; got None"),
         ({"logit_scale": math.nan}, "logit_scale is positive; got nan"),
         ({"clip_qkv": -1.0}, "clip_qkv is positive; got -1.0"),
+        ({"query_scale_beta": -0.1}, "query_scale_beta is not negative; got -0.1"),
+        ({"query_scale_beta": math.nan}, "query_scale_beta is a finite number; got nan"),
+        ({"query_scale_ctx_len": 0}, "query_scale_ctx_len is an integer of at least 1; got 0"),
         ({"tie_word_embeddings": True, "d_vocab_out": 7}, "one vocabulary, not 20 in and 7 out"),
         # Positions
         ({"rotary_base_local": -1.0}, "rotary_base_local is positive; got -1.0"),

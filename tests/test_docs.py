@@ -185,7 +185,7 @@ def names_by_row() -> dict[str, set[str]]:
     """Return the hook names, layers left open, that a model of every family has."""
     names = {}
     for row in ROWS:
-        cfg, _ = read_family(family_of(row.architecture), row.hf_config().to_dict(), row.architecture)
+        cfg, _ = read_family(family_of(row.architecture), row.config_fields(), row.architecture)
         with torch.device("meta"):
             model = HookedTransformer(cfg.replace(init_weights=False))
         names[row.id] = {docs_site.general(name) for name in model.hook_dict}

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from hooked_lm import CheckpointError, HookedTransformer, verify
 from tests.family_rows import ROWS, Row
@@ -32,7 +31,7 @@ class Checkpoint:
 
     def __init__(self, row: Row, folder: Path) -> None:
         self.theirs, self.folder = row.build(), folder
-        self.theirs.save_pretrained(folder)
+        row.save(self.theirs, folder)
 
     @cached_property
     def unprocessed(self) -> HookedTransformer:
@@ -60,7 +59,8 @@ def assert_close(ours: Tensor, theirs: Tensor, absolute: float = ABSOLUTE, relat
 # Activations, logits, decoding with a cache, left padding and gradients, in both precisions.
 @rows
 def test_the_certificate_passes(row: Row, checkpoints: Checkpoints) -> None:
-    certificate = verify(checkpoints(row.id).folder, positions=row.pos)
+    folder = checkpoints(row.id).folder
+    certificate = verify(folder, positions=row.pos, reference=row.reference(folder))
     assert certificate.passed, certificate
     assert certificate.exact_in_float64 or not row.float64, certificate
 
@@ -110,8 +110,7 @@ def test_an_edited_model_goes_back_to_the_reference(row: Row, checkpoints: Check
             ours.to_huggingface(tmp_path)
         return
     ours.to_huggingface(tmp_path)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=row.attention).eval()
-    tokens = row.tokens()
+    theirs, tokens = row.load(tmp_path), row.tokens()
     assert_close(ours(tokens), theirs(tokens).logits)
     assert (ours(tokens) - checkpoint.theirs(tokens).logits).abs().max() > 100 * ABSOLUTE
 
@@ -133,11 +132,8 @@ def test_generation_with_a_cache_equals_that_without(row: Row, checkpoints: Chec
 @rows
 @torch.no_grad()
 def test_a_checkpoint_in_bfloat16_gives_the_logits_of_the_reference(row: Row, tmp_path: Path) -> None:
-    row.build().bfloat16().save_pretrained(tmp_path)
-    theirs = AutoModelForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.float32, attn_implementation=row.attention
-    ).eval()
-    tokens = row.tokens()
+    row.save(row.build().bfloat16(), tmp_path)
+    theirs, tokens = row.load(tmp_path, dtype=torch.float32), row.tokens()
     reference = theirs(tokens).logits
     plain = HookedTransformer.from_pretrained_no_processing(tmp_path, dtype=torch.float32)
     assert_close(plain(tokens), reference)

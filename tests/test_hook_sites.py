@@ -138,6 +138,9 @@ def reference_logits(model: HookedTransformer, tokens: Tensor, edit: Edit = lamb
             if letter != "v":
                 made = rotated(made) if turns(model, layer) else made
                 made = qk_norm(made, f"{at}attn.{letter}_norm") if cfg.qk_norm_after_rotary else made
+                if letter == "q":
+                    contexts = torch.arange(made.shape[1]) // cfg.query_scale_ctx_len
+                    made = made * (1 + cfg.query_scale_beta * contexts.float().log1p()).to(made)[:, None, None]
                 made = edit(f"{at}attn.hook_rot_{letter}", made) if turns(model, layer) else made
             inputs[letter] = made
         keys, values = (inputs[letter].repeat_interleave(group, 2) for letter in "kv")

@@ -121,7 +121,7 @@ def test_an_edit_at_ln1_acts_on_the_copies_that_heads_read_too() -> None:
         "mixture",
         "sinks, mixture with a limit",
         "norms on the stream, xielu, no final norm",
-        "qk LN with a gain per head, some layers rotate, tied, scaled logits",
+        "qk LN with a gain per head, some layers rotate, scaled queries, tied, scaled logits",
     ],
 )
 @pytest.mark.parametrize("grad", [False, True])

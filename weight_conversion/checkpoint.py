@@ -158,7 +158,7 @@ def _from_huggingface_folder(
     # transformers knows the defaults of fields that a config.json leaves out; importing it takes seconds.
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    family_of(_architecture(content))
+    family = family_of(_architecture(content))
     if "model_type" not in content:
         raise CheckpointError(f"{folder / 'config.json'} has no model_type, so no defaults for its fields are known")
     if not isinstance(content["model_type"], str):
@@ -167,6 +167,8 @@ def _from_huggingface_folder(
         )
     tensors = open_tensors(folder)
     _check_counts(folder / "config.json", content, len(tensors))
+    if family.defaults is not None:
+        return _convert(content, tensors, tokenizer, first_n_layers)
     # Code that comes with a checkpoint never reads a config that transformers can read.
     foreign = content["model_type"] not in CONFIG_MAPPING and "AutoConfig" in _auto_map(content)
     if foreign and not trust_remote_code:
@@ -227,6 +229,7 @@ def _convert(
 ) -> Loaded:
     architecture = _architecture(fields)
     family = family_of(architecture)
+    fields = {**(family.defaults or {}), **fields}
     cfg, table = read_family(family, fields, architecture)
     tied = fields.get("tie_word_embeddings", cfg.tie_word_embeddings)
     if tied and not _same_embeddings(family, tensors):
@@ -265,10 +268,12 @@ def read_family(
     reader = ConfigFields(fields, family.name)
     try:
         cfg = HookedTransformerConfig(**family.config(reader), original_architecture=architecture)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"the {family.name} config cannot be used: {error}") from error
+        # Configs that transformers has not checked may lack an entry of a dictionary, or hold something else there.
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"the {family.name} config cannot be used: {reason}") from error
     table = family.rules(cfg, reader)
     reader.finish()
     return cfg, table

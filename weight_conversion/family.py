@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from hooked_lm.config import HookedTransformerConfig
-from weight_conversion.fields import Arguments, ConfigFields
+from weight_conversion.fields import Arguments, ConfigFields, FieldValue
 from weight_conversion.rules import RuleTable
 
 __all__ = ["Family", "Sites"]
@@ -24,6 +24,7 @@ class Sites:
             adding them, if it does.
         read_divisor: the attribute of the config by which the model divides the input of the unembedding, if it does.
         attention: the implementation of attention in transformers that computes what the model was trained with.
+        patterns: the weights of attention that transformers returns are those that multiply the values.
     """
 
     layers: str = "model.layers"
@@ -32,6 +33,7 @@ class Sites:
     write_scale: str | None = None
     read_divisor: str | None = None
     attention: str = "eager"
+    patterns: bool = True
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Family:
         embedding, unembedding: the source tensors; one and the same if embeddings are tied.
         prefix: comes before every tensor name in the checkpoint of a language model, not of a bare model.
         sites: the modules of the transformers model that a certificate compares.
+        defaults: the fields that a config.json may leave out, for a family whose configs transformers has no class for.
+            They are then read as they are in the file, and no code that comes with a checkpoint runs. Otherwise None.
     """
 
     name: str
@@ -57,3 +61,4 @@ class Family:
     unembedding: str = "lm_head.weight"
     prefix: str = "model."
     sites: Sites = Sites()
+    defaults: Mapping[str, FieldValue] | None = None

@@ -1,4 +1,4 @@
-"""Weights that a family's checkpoints have no tensors for, after training: folded into others, or left out and named."""
+"""Weights without a place in a family's checkpoints, after training: folded into others, or left out and named."""
 
 from __future__ import annotations
 

@@ -13,15 +13,22 @@ from weight_conversion.errors import CheckpointError
 from weight_conversion.families import (
     apertus,
     arcee,
+    aria_text,
+    baichuan,
+    biogpt,
     bloom,
     codegen,
     cohere,
     cohere2,
+    cohere2_moe,
+    cwm,
+    dbrx,
     deepseek_v2,
     deepseek_v3,
     dots1,
     ernie4_5,
     ernie4_5_moe,
+    exaone,
     exaone4,
     exaone_moe,
     falcon,
@@ -37,18 +44,27 @@ from weight_conversion.families import (
     gpt_bigcode,
     gpt_neo,
     gpt_neox,
+    gpt_neox_japanese,
     gpt_oss,
     gptj,
     granite,
     granite_moe,
+    granite_moe_hybrid,
     granite_moe_shared,
+    granite_swa,
     helium,
     hunyuan_dense,
+    hunyuan_moe,
     hy_v3,
+    hyperclovax,
+    internlm,
+    internlm2,
+    jais2,
     llama,
     minicpm3,
     minimax_m2,
     ministral,
+    ministral3,
     mistral,
     mixtral,
     mpt,
@@ -148,6 +164,22 @@ FAMILIES: tuple[Family, ...] = (
     vaultgemma.FAMILY,
     mistral.FAMILY,
     ministral.FAMILY,
+    ministral3.FAMILY,
+    cwm.FAMILY,
+    jais2.FAMILY,
+    hyperclovax.FAMILY,
+    granite_swa.FAMILY,
+    biogpt.FAMILY,
+    gpt_neox_japanese.FAMILY,
+    aria_text.FAMILY,
+    dbrx.FAMILY,
+    granite_moe_hybrid.FAMILY,
+    hunyuan_moe.FAMILY,
+    cohere2_moe.FAMILY,
+    internlm.FAMILY,
+    internlm2.FAMILY,
+    baichuan.FAMILY,
+    exaone.FAMILY,
 )
 
 _BY_ARCHITECTURE = {architecture: family for family in FAMILIES for architecture in family.architectures}
@@ -165,7 +197,7 @@ def register_family(family: Family | ModuleType, *, replace: bool = False) -> No
     `hooked_lm.families`; the first unknown architecture loads them. In its `pyproject.toml`:
 
         [project.entry-points."hooked_lm.families"]
-        cwm = "my_package.cwm:FAMILY"
+        my_llama = "my_package.my_llama:FAMILY"
 
     Args:
         family: a `Family`, or a module whose `FAMILY` is one.

@@ -8,30 +8,37 @@ from collections.abc import Mapping
 from weight_conversion.errors import CheckpointError
 from weight_conversion.fields import Arguments, ConfigFields, FieldValue, HFConfig
 
-__all__ = ["LEGACY_FIELDS", "rotary", "yarn_amplitude"]
+__all__ = ["LEGACY_FIELDS", "plain_parameters", "rotary", "yarn_amplitude"]
 
 # Fields from before `rope_parameters`. transformers fills in `rope_parameters` from them.
 LEGACY_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings")
 
 
 def rotary(
-    fields: ConfigFields, d_head: int, *, partial: bool = False, parameters: Mapping[str, FieldValue] | None = None
+    fields: ConfigFields,
+    d_head: int,
+    *,
+    partial: bool = False,
+    parameters: Mapping[str, FieldValue] | None = None,
+    context: str = "max_position_embeddings",
 ) -> Arguments:
     """Return the rotary arguments of a `HookedTransformerConfig`, and `n_ctx`.
 
     Args:
-        fields: the fields of a config with `rope_parameters` and `max_position_embeddings`.
+        fields: the fields of a config with `rope_parameters` and the length of the context.
         d_head: width of a head.
         partial: the family uses `partial_rotary_factor`, the part of a head that rotates. For others transformers
             ignores that field and rotates whole heads, so any value but 1 is refused.
-        parameters: the parameters of one layer type, if `rope_parameters` has an entry per layer type.
+        parameters: to be read in place of `rope_parameters`, such as those of one layer type if it has an entry per
+            layer type.
+        context: the field with the length of the context.
 
     Raises:
         CheckpointError: the kind of scaling is not supported, or one of its parameters is not.
     """
     fields.ignore(*LEGACY_FIELDS)
     given = dict(fields.take("rope_parameters") if parameters is None else parameters)
-    n_ctx = fields.take("max_position_embeddings")
+    n_ctx = fields.take(context)
     kind = given.pop("rope_type", "default")
     given.pop("type", None)
     part = given.pop("partial_rotary_factor", 1.0)
@@ -52,6 +59,17 @@ def rotary(
             f"the rotary parameters of this {fields.family} config have entries that {kind!r} does not know: {unread}"
         )
     return arguments
+
+
+def plain_parameters(fields: ConfigFields) -> HFConfig:
+    """Return the parameters for `rotary` of a config that transformers has not read: it has none in `rope_parameters`.
+
+    Args:
+        fields: of the config: `rope_theta`, and `rope_scaling`, in which the kind may have its old name "type".
+    """
+    scaling = dict(fields.get("rope_scaling", None) or {})
+    old_name = scaling.pop("type", "default")
+    return {"rope_type": old_name, "rope_theta": fields.get("rope_theta", 10000.0), **scaling}
 
 
 def _default(given: HFConfig, n_ctx: int) -> Arguments:

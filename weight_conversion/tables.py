@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hooked_lm.config import HookedTransformerConfig
-from weight_conversion.rules import Constant, Drop, Entry, Rule
+from weight_conversion.rules import Constant, Drop, Entry, Piece, Rule, Split
 
 __all__ = [
     "BLOCK",
@@ -25,6 +25,7 @@ __all__ = [
     "qk_norm_across_heads",
     "router",
     "router_correction",
+    "split_qkv",
     "stored_mask",
     "stored_rotary",
 ]
@@ -34,16 +35,19 @@ BLOCK = "blocks.{layer}"
 _ATTENTION_AXES = {"Q": "head", "K": "kv_head", "V": "kv_head"}
 
 
-def norm(source: str, target: str, *, bias: bool = False, add: float = 0.0, again: bool = False) -> tuple[Entry, ...]:
+def norm(
+    source: str, target: str, *, bias: bool = False, add: float = 0.0, scale: float = 1.0, again: bool = False
+) -> tuple[Entry, ...]:
     """Return the rows of a norm over the residual stream: `source.weight` is its gain, `source.bias` its bias.
 
     Args:
         source, target: the module in the checkpoint and ours.
         bias: the norm has a bias, as only LayerNorms do; `biasless_layer_norm` is for a LayerNorm without.
         add: the number that the model adds to the stored gain (Gemma: 1).
+        scale: a factor on the gain, by which the model multiplies the output of a norm without bias.
         again: another norm of ours reads the same tensors.
     """
-    gain = Rule(f"{source}.weight", "d_model -> d_model", f"{target}.w", add=add, again=again)
+    gain = Rule(f"{source}.weight", "d_model -> d_model", f"{target}.w", add=add, scale=scale, again=again)
     if not bias:
         return (gain,)
     return (gain, Rule(f"{source}.bias", "d_model -> d_model", f"{target}.b", again=again))
@@ -119,6 +123,33 @@ def fused_qkv(source: str, *, order: str = "head part d_head", bias: bool = Fals
     if not bias:
         return (weight, *no_qkv_biases())
     return (weight, Rule(f"{source}.bias", f"({order}) -> part head d_head", b))
+
+
+def split_qkv(source: str, *, grouped: bool = False, bias: bool = False) -> tuple[Entry, ...]:
+    """Return the rows of one linear layer that makes queries, and keys and values for fewer heads.
+
+    Args:
+        source: the layer.
+        grouped: the queries of a group come before the one key and value that they share, group by group; otherwise
+            all queries come before all keys, and those before all values.
+        bias: the layer has a bias.
+    """
+    order = "(kv_head part d_head)" if grouped else "(part d_head)"
+    kept = "part kv_head" if grouped else "part"
+    weight = Split(f"{source}.weight", f"{order} d_model -> {kept} d_model d_head", _pieces("W", grouped=grouped))
+    if not bias:
+        return (weight, *no_qkv_biases())
+    return (weight, Split(f"{source}.bias", f"{order} -> {kept} d_head", _pieces("b", grouped=grouped)))
+
+
+def _pieces(kind: str, *, grouped: bool) -> tuple[Piece, ...]:
+    Q, K, V = (f"{BLOCK}.attn.{kind}_{letter}" for letter in "QKV")
+    if not grouped:
+        return (Piece(Q, "head"), Piece(K, "kv_head"), Piece(V, "kv_head"))
+    width = "d_model d_head" if kind == "W" else "d_head"
+    one = f"1 kv_head {width} -> kv_head {width}"
+    queries = f"group kv_head {width} -> (kv_head group) {width}"
+    return (Piece(Q, "group", queries), Piece(K, "1", one), Piece(V, "1", one))
 
 
 def stored_rotary(attention: str) -> tuple[Entry, ...]:

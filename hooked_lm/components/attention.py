@@ -15,7 +15,7 @@ from hooked_lm.components.activations import soft_cap
 from hooked_lm.components.fused import fused_attention
 from hooked_lm.components.linear import linear
 from hooked_lm.components.norm import make_qk_norm
-from hooked_lm.components.positions import AlibiSpec, RotarySpec, rotate
+from hooked_lm.components.positions import AlibiSpec, QueryScaleSpec, RotarySpec, rotate
 from hooked_lm.components.projections import input_projection, project
 from hooked_lm.components.sequence import SequenceLayout
 from hooked_lm.config import HookedTransformerConfig
@@ -47,6 +47,7 @@ class Attention(HookHolder):
         self.clip = cfg.clip_qkv
         self.alibi = _alibi(cfg)
         self.rotary = RotarySpec.of(cfg, layer_id) if cfg.rotates(layer_id) else None
+        self.query_scale = _query_scale(cfg)
         self.sinks = nn.Parameter(torch.zeros(heads)) if cfg.attention_sinks else None
         self.q_norm = make_qk_norm(cfg, heads, axes="batch pos head d_head")
         self.k_norm = make_qk_norm(cfg, kv_heads, axes="batch pos kv_head d_head")
@@ -146,12 +147,14 @@ class Attention(HookHolder):
         k: Float[Tensor, "batch pos kv_head d_head"],
         layout: SequenceLayout,
     ) -> tuple[Float[Tensor, "batch pos head d_head"], Float[Tensor, "batch pos kv_head d_head"]]:
-        """Return queries and keys as the scores use them: rotated, if the layer is rotary."""
+        """Return queries and keys as the scores use them: rotated and scaled by position, if the config has that."""
         if self.rotary is not None:
             cos, sin = layout.rotary(self.rotary, q.dtype)
             q, k = rotate(q, self.rotary, cos, sin), rotate(k, self.rotary, cos, sin)
         if self.norm_after_rotary:
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.query_scale is not None:
+            q = q * layout.query_scales(self.query_scale, q.dtype)
         return (q, k) if self.rotary is None else (self.hook_rot_q(q), self.hook_rot_k(k))
 
     def fused_attention(
@@ -215,3 +218,7 @@ def _alibi(cfg: HookedTransformerConfig) -> AlibiSpec | None:
     if cfg.positional_embedding_type != "alibi":
         return None
     return AlibiSpec(cfg.n_heads, cfg.alibi_scale, cfg.alibi_in_bfloat16)
+
+
+def _query_scale(cfg: HookedTransformerConfig) -> QueryScaleSpec | None:
+    return None if cfg.query_scale_beta == 0 else QueryScaleSpec(cfg.query_scale_beta, cfg.query_scale_ctx_len)

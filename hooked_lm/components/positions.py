@@ -24,9 +24,11 @@ __all__ = [
     "Dynamic",
     "LongRope",
     "PosEmbed",
+    "QueryScaleSpec",
     "RotarySpec",
     "Yarn",
     "alibi_slopes",
+    "query_scales",
     "rotary_frequencies",
     "rotary_tables",
     "rotate",
@@ -239,6 +241,23 @@ def rotate(
         quarter_turn = torch.cat((-second, first), -1)
     turned = turning * cos + quarter_turn * sin
     return turned if still.shape[-1] == 0 else torch.cat((turned, still), -1)
+
+
+@dataclass(frozen=True)
+class QueryScaleSpec:
+    """The factor on queries that grows with their position: it is 1 up to `ctx_len`, and larger with a larger `beta`.
+
+    Llama 4 and Ministral 3 sharpen the softmax of late queries with it, which has more keys to spread over.
+    """
+
+    beta: float
+    ctx_len: int
+
+
+def query_scales(spec: QueryScaleSpec, positions: Int[Tensor, "batch query"]) -> Float[Tensor, "batch query 1 1"]:
+    """Return the factor on the queries at the given positions, in float32 as the checkpoints were trained with."""
+    contexts = positions.div(spec.ctx_len, rounding_mode="floor").float()
+    return (1 + spec.beta * contexts.log1p())[:, :, None, None]
 
 
 @dataclass(frozen=True)

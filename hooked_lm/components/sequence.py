@@ -13,7 +13,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_lm._support.integers import integer, is_integer
-from hooked_lm.components.positions import AlibiSpec, RotarySpec, alibi_slopes, rotary_tables
+from hooked_lm.components.positions import (
+    AlibiSpec,
+    QueryScaleSpec,
+    RotarySpec,
+    alibi_slopes,
+    query_scales,
+    rotary_tables,
+)
 from hooked_lm.hooks import KeptPositions
 
 __all__ = ["Prompt", "SequenceLayout", "kept_index", "kept_positions"]
@@ -138,6 +145,13 @@ class SequenceLayout:
         if key not in self._made:
             cos, sin = rotary_tables(spec, self.position_ids, self._lengths())
             self._made[key] = (cos.to(dtype), sin.to(dtype))
+        return self._made[key]  # type: ignore[return-value]
+
+    def query_scales(self, spec: QueryScaleSpec, dtype: torch.dtype) -> Float[Tensor, "batch_or_1 query 1 1"]:
+        """Return the factor on each query of this pass."""
+        key = (spec, dtype)
+        if key not in self._made:
+            self._made[key] = query_scales(spec, self.position_ids).to(dtype)
         return self._made[key]  # type: ignore[return-value]
 
 

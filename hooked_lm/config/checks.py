@@ -58,7 +58,7 @@ __all__ = [
 
 # Fields that are compared with other numbers before all are checked to be numbers.
 _COMPARED = (
-    *("eps", "attn_scale", "initializer_range"),
+    *("eps", "attn_scale", "initializer_range", "query_scale_beta"),
     *("NTK_by_parts_low_freq_factor", "NTK_by_parts_high_freq_factor"),
 )
 # Fields about experts, each with the value that it has in a config without experts.
@@ -271,6 +271,9 @@ def fill_positions(cfg: HookedTransformerConfig) -> None:
         raise ValueError(f"rotary_layers goes with rotary positions, not {cfg.positional_embedding_type!r}")
     require_above_zero(cfg, "rotary_base", "alibi_scale", "embedding_scale", "logit_scale")
     require_above_zero(cfg, "rotary_base_local", or_none=True)
+    require_positive(cfg, "query_scale_ctx_len")
+    if cfg.query_scale_beta < 0:
+        raise ValueError(f"query_scale_beta is not negative; got {cfg.query_scale_beta}")
     if cfg.alibi_in_bfloat16 and cfg.attention_dir == "bidirectional":
         raise ValueError("alibi_in_bfloat16 counts from the first key, which only causal attention allows")
     check_per_layer(cfg, "rotary_layers")

@@ -84,6 +84,9 @@ class HookedTransformerConfig(Lockable):
         use_attn_scale, attn_scale: divide scores by `attn_scale`, by default the square root of `d_head`.
         scale_attn_by_inverse_layer_idx: also divide by layer + 1.
         attn_scores_soft_cap, output_logits_soft_cap: `cap * tanh(x / cap)`; off when not positive.
+        query_scale_beta, query_scale_ctx_len: queries at position p, once rotated, are multiplied by
+            `1 + query_scale_beta * ln(1 + floor(p / query_scale_ctx_len))`, so that the softmax stays sharp in long
+            contexts (Llama 4, Ministral 3). Off when the first is 0.
         clip_qkv: queries, keys and values are kept within plus and minus this.
         attention_sinks: each head has a learned score, `attn.sinks`, that takes a share of the softmax and gives
             nothing, so that a pattern's rows sum to less than one.
@@ -194,6 +197,8 @@ class HookedTransformerConfig(Lockable):
     scale_attn_by_inverse_layer_idx: bool = False
     attn_scores_soft_cap: float = -1.0
     output_logits_soft_cap: float = -1.0
+    query_scale_beta: float = 0.0
+    query_scale_ctx_len: int = 8192
     clip_qkv: float | None = None
     attention_sinks: bool = False
     d_latent_kv: int | None = None

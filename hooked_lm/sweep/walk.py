@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_lm.components.positions import RotarySpec
+from hooked_lm.components.positions import QueryScaleSpec, RotarySpec
 from hooked_lm.components.sequence import SequenceLayout
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooked_model import HookedModel
@@ -316,7 +316,7 @@ class SweepWalk:
 
 
 class _PackedPositions(SequenceLayout):
-    """The positions of packed rows: they only serve to rotate queries and keys."""
+    """The positions of packed rows: they only serve to rotate queries and keys, and to scale queries."""
 
     def __init__(self, base: BaseRun, groups: Sequence[tuple[int, int]]) -> None:
         super().__init__(0, 0, base.layout.device)
@@ -328,6 +328,10 @@ class _PackedPositions(SequenceLayout):
         """Return cosines and sines, [1 token 1 rotary_dim]."""
         cos, sin = self._base.layout.rotary(spec, dtype)
         return self._packed(cos), self._packed(sin)
+
+    def query_scales(self, spec: QueryScaleSpec, dtype: torch.dtype) -> Tensor:
+        """Return the factor on each query, [1 token 1 1]."""
+        return self._packed(self._base.layout.query_scales(spec, dtype))
 
     def _packed(self, table: Tensor) -> Tensor:
         table = table.expand(self._base.batch, *table.shape[1:])

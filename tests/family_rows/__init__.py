@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from tests.family_rows import alibi, base, experts, gpt, latents, mistral_gemma, qwen_olmo_phi, routers, variants
+from tests.family_rows import (
+    alibi,
+    base,
+    experts,
+    gpt,
+    latents,
+    llamas,
+    mistral_gemma,
+    mixtures,
+    published,
+    qwen_olmo_phi,
+    routers,
+    variants,
+)
 from tests.family_rows.row import Row as Row
 
 ROWS: tuple[Row, ...] = (
@@ -15,4 +28,7 @@ ROWS: tuple[Row, ...] = (
     *routers.ROWS,
     *latents.ROWS,
     *variants.ROWS,
+    *llamas.ROWS,
+    *mixtures.ROWS,
+    *published.ROWS,
 )

@@ -1,4 +1,4 @@
-"""GPT-NeoX, GPT-Neo, GPT-J, CodeGen, GPT-BigCode, the first GPT and OPT."""
+"""GPT-NeoX in English and Japanese, GPT-Neo, GPT-J, CodeGen, GPT-BigCode, the first GPT, OPT and BioGPT."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ NEOX: dict[str, Any] = {
     "max_position_embeddings": 32,
     "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
 }
+
+NEOX_JAPANESE: dict[str, Any] = {name: value for name, value in NEOX.items() if name != "intermediate_size"}
 
 NEO: dict[str, Any] = {
     "hidden_size": 24,
@@ -32,6 +34,14 @@ OPT: dict[str, Any] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "ffn_dim": 40,
+    "max_position_embeddings": 32,
+}
+
+BIOGPT: dict[str, Any] = {
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
     "max_position_embeddings": 32,
 }
 
@@ -65,6 +75,28 @@ ROWS = (
             "sequential": {"use_parallel_residual": True},
             "scaling": {"rope_parameters": NEOX["rope_parameters"]},
         },
+    ),
+    Row(
+        "gpt-neox-japanese",
+        "GPTNeoXJapaneseForCausalLM",
+        "GPTNeoXJapaneseConfig",
+        NEOX_JAPANESE,
+        float64=True,
+        features={"partly-rotary": {"rope_parameters": {**NEOX["rope_parameters"], "partial_rotary_factor": 1.0}}},
+    ),
+    Row(
+        "gpt-neox-japanese-relu-linear-untied",
+        "GPTNeoXJapaneseForCausalLM",
+        "GPTNeoXJapaneseConfig",
+        {
+            **NEOX_JAPANESE,
+            "hidden_act": "relu",
+            "intermediate_multiple_size": 2,
+            "rope_parameters": {**NEOX["rope_parameters"], "rope_type": "linear", "factor": 3.0},
+            "tie_word_embeddings": False,
+        },
+        float64=True,
+        features={"activation": {"hidden_act": "gelu"}, "scaling": {"rope_parameters": NEOX["rope_parameters"]}},
     ),
     Row(
         "gpt-neo",
@@ -181,5 +213,21 @@ ROWS = (
         "OPTConfig",
         {**OPT, "_remove_final_layer_norm": True},
         features={"norms": {"do_layer_norm_before": False}},
+    ),
+    Row(
+        "biogpt",
+        "BioGptForCausalLM",
+        "BioGptConfig",
+        BIOGPT,
+        float64=True,
+        features={"embedding-scale": {"scale_embedding": False}},
+    ),
+    Row(
+        "biogpt-relu-unscaled-untied",
+        "BioGptForCausalLM",
+        "BioGptConfig",
+        {**BIOGPT, "hidden_act": "relu", "scale_embedding": False, "tie_word_embeddings": False},
+        float64=True,
+        features={"activation": {"hidden_act": "gelu"}},
     ),
 )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,23 @@ class Row:
             self.hf_config(**changes), attn_implementation=self.attention
         )
         return randomise_reference(model.eval(), seed)
+
+    def config_fields(self) -> dict[str, Any]:
+        """Return the fields that the family reads: those of config.json, with defaults."""
+        fields: dict[str, Any] = self.hf_config().to_dict()
+        return fields
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write the transformers model as a checkpoint of the row's architecture."""
+        model.save_pretrained(folder)
+
+    def load(self, folder: Path, **options: Any) -> Any:
+        """Return the transformers model of a checkpoint of the row's architecture."""
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=self.attention, **options).eval()
+
+    def reference(self, folder: Path) -> nn.Module | None:
+        """Return the model that a certificate of a checkpoint has to be given; None if transformers loads it."""
+        return None
 
     def tokens(self, batch: int = 2, seed: int = 1) -> torch.Tensor:
         """Return random tokens [batch pos], none of them special."""

@@ -84,6 +84,8 @@ def draw_attention(rng: random.Random, n_heads: int, n_layers: int) -> dict[str,
     if rng.random() < 0.25:
         kinds = [rng.choice(["local", "global"]) for _ in range(n_layers)]
         fields |= {"window_size": rng.randint(1, 4), "use_local_attn": True, "attn_types": kinds}
+    if rng.random() < 0.2:
+        fields |= {"query_scale_beta": 0.8, "query_scale_ctx_len": rng.randint(1, 4)}
     if rng.random() < 0.25:
         fields |= {"use_qk_norm": True, "qk_norm_type": rng.choice(["RMS", "RMSPre", "LN"])}
         for name in ("qk_norm_across_heads", "qk_norm_per_head_gains", "qk_norm_after_rotary"):

@@ -160,6 +160,8 @@ class Block:
             q, k = self.rotated(q), self.rotated(k)
         if self.c["qk_norm_after_rotary"]:
             q, k = self.head_norm(q, "q_norm"), self.head_norm(k, "k_norm")
+        contexts = torch.arange(len(q)) // self.c["query_scale_ctx_len"]
+        q = q * (1 + self.c["query_scale_beta"] * contexts.float().log1p()).to(q)[:, None, None]
         if rotates:
             q, k = self.see("attn.hook_rot_q", q), self.see("attn.hook_rot_k", k)
         group = self.model.n_heads // self.model.n_kv_heads

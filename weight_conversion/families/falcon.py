@@ -10,7 +10,7 @@ from weight_conversion.errors import CheckpointError
 from weight_conversion.family import Family, Sites
 from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rotary import LEGACY_FIELDS, rotary
-from weight_conversion.rules import Entry, Piece, RuleTable, Split
+from weight_conversion.rules import Entry, RuleTable
 
 __all__ = ["FAMILY", "config", "rules"]
 
@@ -92,32 +92,10 @@ def _norms(cfg: HookedTransformerConfig, fields: ConfigFields) -> tuple[Entry, .
 
 def _queries_keys_values(fields: ConfigFields, source: str, bias: bool) -> tuple[Entry, ...]:
     """One layer makes all three: by group in new models, queries first in multi-query ones, else head by head."""
-    if fields.take("new_decoder_architecture"):
-        weight = Split(
-            f"{source}.weight", "(kv_head part d_head) d_model -> part kv_head d_model d_head", _grouped("W")
-        )
-        biases = Split(f"{source}.bias", "(kv_head part d_head) -> part kv_head d_head", _grouped("b"))
-    elif fields.take("multi_query"):
-        weight = Split(f"{source}.weight", "(part d_head) d_model -> part d_model d_head", _one_after_another("W"))
-        biases = Split(f"{source}.bias", "(part d_head) -> part d_head", _one_after_another("b"))
-    else:
-        return tables.fused_qkv(source, bias=bias)
-    return (weight, biases) if bias else (weight, *tables.no_qkv_biases())
-
-
-def _grouped(kind: str) -> tuple[Piece, ...]:
-    attn, width = f"blocks.{{layer}}.attn.{kind}", "d_model d_head" if kind == "W" else "d_head"
-    one = f"1 kv_head {width} -> kv_head {width}"
-    return (
-        Piece(f"{attn}_Q", "group", f"group kv_head {width} -> (kv_head group) {width}"),
-        Piece(f"{attn}_K", "1", one),
-        Piece(f"{attn}_V", "1", one),
-    )
-
-
-def _one_after_another(kind: str) -> tuple[Piece, ...]:
-    attn = f"blocks.{{layer}}.attn.{kind}"
-    return (Piece(f"{attn}_Q", "head"), Piece(f"{attn}_K", "kv_head"), Piece(f"{attn}_V", "kv_head"))
+    grouped, multi_query = fields.take("new_decoder_architecture"), fields.take("multi_query")
+    if grouped or multi_query:
+        return tables.split_qkv(source, grouped=grouped, bias=bias)
+    return tables.fused_qkv(source, bias=bias)
 
 
 FAMILY = Family(

@@ -6,7 +6,7 @@ from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.family import Family, Sites
 from weight_conversion.fields import Arguments, ConfigFields
-from weight_conversion.rules import Entry, Piece, Rule, RuleTable, Split
+from weight_conversion.rules import Rule, RuleTable
 
 __all__ = ["FAMILY", "config", "rules"]
 
@@ -47,26 +47,11 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
         *tables.embeddings(cfg, "wte.weight"),
         Rule("wpe.weight", "n_ctx d_model -> n_ctx d_model", "pos_embed.W_pos"),
         *tables.norm(f"{block}.ln_1", "blocks.{layer}.ln1", bias=True),
-        *(_multi_query(c_attn) if fields.take("multi_query") else tables.fused_qkv(c_attn, bias=True)),
+        *(tables.split_qkv if fields.take("multi_query") else tables.fused_qkv)(c_attn, bias=True),
         *tables.attention_output(f"{block}.attn.c_proj", bias=True),
         *tables.norm(f"{block}.ln_2", "blocks.{layer}.ln2", bias=True),
         *tables.mlp(f"{block}.mlp.c_fc", f"{block}.mlp.c_proj", up_bias=True, down_bias=True),
         *tables.norm("ln_f", "ln_final", bias=True),
-    )
-
-
-def _multi_query(source: str) -> tuple[Entry, ...]:
-    """All queries, then one head's keys, then its values."""
-    W, b = (
-        tuple(
-            Piece(f"{tables.BLOCK}.attn.{kind}_{letter}", heads)
-            for letter, heads in (("Q", "head"), ("K", "kv_head"), ("V", "kv_head"))
-        )
-        for kind in "Wb"
-    )
-    return (
-        Split(f"{source}.weight", "(part d_head) d_model -> part d_model d_head", W),
-        Split(f"{source}.bias", "(part d_head) -> part d_head", b),
     )
 
 

@@ -10,11 +10,16 @@ from weight_conversion.rotary import rotary
 from weight_conversion.rules import Rule, RuleTable
 from weight_conversion.sizes import d_head, sizes
 
-__all__ = ["FAMILY", "config", "rules"]
+__all__ = ["FAMILY", "around", "body", "config", "rules"]
 
 
 def config(fields: ConfigFields) -> Arguments:
     """Map a `GraniteMoeConfig`."""
+    return {**body(fields), **rotary(fields, d_head(fields))}
+
+
+def body(fields: ConfigFields) -> Arguments:
+    """Map all but the positions."""
     fields.ignore("attention_dropout", "output_router_logits", "router_aux_loss_coef")
     return {
         **sizes(fields),
@@ -26,25 +31,32 @@ def config(fields: ConfigFields) -> Arguments:
         "attn_scale": 1 / fields.take("attention_multiplier"),
         "embedding_scale": fields.take("embedding_multiplier"),
         "logit_scale": 1 / fields.take("logits_scaling"),
-        **rotary(fields, d_head(fields)),
     }
 
 
 def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     """Map the tensors of a `GraniteMoeForCausalLM`. The gate comes first in `input_linear`."""
-    block, mlp, bias = "layers.{layer}", "blocks.{layer}.mlp", fields.take("attention_bias")
-    experts, scale = f"{block}.block_sparse_moe", fields.take("residual_multiplier")
+    mlp, experts, scale = "blocks.{layer}.mlp", "layers.{layer}.block_sparse_moe", fields.take("residual_multiplier")
     gate_and_up = "expert (part d_expert) d_model -> part expert d_model d_expert"
     down = "expert d_model d_expert -> expert d_expert d_model"
+    return (
+        *around(cfg, fields),
+        *tables.router(f"{experts}.router.layer"),
+        Rule(f"{experts}.input_linear.weight", gate_and_up, (f"{mlp}.W_gate", f"{mlp}.W_in")),
+        Rule(f"{experts}.output_linear.weight", down, f"{mlp}.W_out", scale=scale),
+        *tables.no_expert_biases(),
+    )
+
+
+def around(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
+    """Return the rows of all but the experts."""
+    block, bias = "layers.{layer}", fields.take("attention_bias")
+    scale = fields.take("residual_multiplier")
     return (
         *tables.embeddings(cfg),
         *tables.norm(f"{block}.input_layernorm", "blocks.{layer}.ln1"),
         *tables.attention(f"{block}.self_attn", qkv_bias=bias, out_bias=bias, out_scale=scale),
         *tables.norm(f"{block}.post_attention_layernorm", "blocks.{layer}.ln2"),
-        *tables.router(f"{experts}.router.layer"),
-        Rule(f"{experts}.input_linear.weight", gate_and_up, (f"{mlp}.W_gate", f"{mlp}.W_in")),
-        Rule(f"{experts}.output_linear.weight", down, f"{mlp}.W_out", scale=scale),
-        *tables.no_expert_biases(),
         *tables.norm("norm", "ln_final"),
     )
 

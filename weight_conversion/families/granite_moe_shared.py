@@ -10,7 +10,7 @@ from weight_conversion.family import Sites
 from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Constant, Rule, RuleTable
 
-__all__ = ["FAMILY", "config", "rules"]
+__all__ = ["FAMILY", "config", "rules", "shared_mlp"]
 
 
 def config(fields: ConfigFields) -> Arguments:
@@ -23,16 +23,25 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     table = granite_moe.rules(cfg, fields)
     if cfg.d_shared_expert is None:
         return table
-    source, shared = "layers.{layer}.shared_mlp", "blocks.{layer}.mlp.shared"
-    gate_and_up = "(part d_shared_expert) d_model -> part d_model d_shared_expert"
-    down = "d_model d_shared_expert -> d_shared_expert d_model"
+    return (*table, *shared_mlp(fields, "blocks.{layer}.mlp.shared", "d_shared_expert"))
+
+
+def shared_mlp(fields: ConfigFields, target: str, width: str) -> RuleTable:
+    """Return the rows of the MLP that every token uses.
+
+    Args:
+        fields: of the config.
+        target: the MLP of ours.
+        width: the axis of its hidden layer.
+    """
+    source, scale = "layers.{layer}.shared_mlp", fields.take("residual_multiplier")
+    gate_and_up, down = f"(part {width}) d_model -> part d_model {width}", f"d_model {width} -> {width} d_model"
     return (
-        *table,
-        Rule(f"{source}.input_linear.weight", gate_and_up, (f"{shared}.W_gate", f"{shared}.W_in")),
-        Rule(f"{source}.output_linear.weight", down, f"{shared}.W_out", scale=fields.take("residual_multiplier")),
-        Constant(f"{shared}.b_gate", "d_shared_expert"),
-        Constant(f"{shared}.b_in", "d_shared_expert"),
-        Constant(f"{shared}.b_out", "d_model"),
+        Rule(f"{source}.input_linear.weight", gate_and_up, (f"{target}.W_gate", f"{target}.W_in")),
+        Rule(f"{source}.output_linear.weight", down, f"{target}.W_out", scale=scale),
+        Constant(f"{target}.b_gate", width),
+        Constant(f"{target}.b_in", width),
+        Constant(f"{target}.b_out", "d_model"),
     )
 
 

@@ -7,10 +7,10 @@ from weight_conversion import tables
 from weight_conversion.family import Family
 from weight_conversion.fields import Arguments, ConfigFields, HFConfig
 from weight_conversion.rotary import rotary
-from weight_conversion.rules import RuleTable
+from weight_conversion.rules import Entry, RuleTable
 from weight_conversion.sizes import d_head, sizes
 
-__all__ = ["FAMILY", "config", "rules"]
+__all__ = ["FAMILY", "around", "config", "rules"]
 
 
 def config(fields: ConfigFields) -> Arguments:
@@ -50,6 +50,11 @@ def _with_alpha(given: HFConfig, d_head: int) -> HFConfig:
 
 def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     """Map the tensors of a `HunYuanDenseV1ForCausalLM`."""
+    return around(cfg, fields, tables.gated_mlp("layers.{layer}.mlp"))
+
+
+def around(cfg: HookedTransformerConfig, fields: ConfigFields, mlp: tuple[Entry, ...]) -> RuleTable:
+    """Return all rows, given those of the MLP."""
     block, bias = "layers.{layer}", fields.take("attention_bias")
     return (
         *tables.embeddings(cfg),
@@ -57,7 +62,7 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
         *tables.attention(f"{block}.self_attn", qkv_bias=bias, out_bias=bias),
         *tables.qk_norm(f"{block}.self_attn", names=("query_layernorm", "key_layernorm")),
         *tables.norm(f"{block}.post_attention_layernorm", "blocks.{layer}.ln2"),
-        *tables.gated_mlp(f"{block}.mlp"),
+        *mlp,
         *tables.norm("norm", "ln_final"),
     )
 

@@ -42,7 +42,8 @@ def body(fields: ConfigFields, *, eps: float | None = None, d_mlp: int | None = 
 
 def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     """Map the tensors of a `LlamaForCausalLM`."""
-    bias = fields.take("attention_bias")
+    # Configs of CWM, whose tensors have these names too, have no such field.
+    bias = fields.get("attention_bias", False)
     return (
         *tables.embeddings(cfg),
         *tables.norm("layers.{layer}.input_layernorm", "blocks.{layer}.ln1"),

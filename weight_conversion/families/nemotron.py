@@ -26,17 +26,22 @@ def config(fields: ConfigFields) -> Arguments:
     }
 
 
-def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
-    """Map the tensors of a `NemotronForCausalLM`. Gains are stored less the 1 that the model adds."""
+def rules(cfg: HookedTransformerConfig, fields: ConfigFields, *, added_gain: float = 1.0) -> RuleTable:
+    """Map the tensors of a `NemotronForCausalLM`, or of another model with its names.
+
+    Args:
+        cfg, fields: the config, ours and theirs.
+        added_gain: the number that the model adds to the stored gains.
+    """
     block, bias, mlp_bias = "layers.{layer}", fields.take("attention_bias"), fields.take("mlp_bias")
     up, down = f"{block}.mlp.up_proj", f"{block}.mlp.down_proj"
     return (
         *tables.embeddings(cfg),
-        *tables.norm(f"{block}.input_layernorm", "blocks.{layer}.ln1", bias=True, add=1.0),
+        *tables.norm(f"{block}.input_layernorm", "blocks.{layer}.ln1", bias=True, add=added_gain),
         *tables.attention(f"{block}.self_attn", qkv_bias=bias, out_bias=bias),
-        *tables.norm(f"{block}.post_attention_layernorm", "blocks.{layer}.ln2", bias=True, add=1.0),
+        *tables.norm(f"{block}.post_attention_layernorm", "blocks.{layer}.ln2", bias=True, add=added_gain),
         *tables.mlp(up, down, up_bias=mlp_bias, down_bias=mlp_bias),
-        *tables.norm("norm", "ln_final", bias=True, add=1.0),
+        *tables.norm("norm", "ln_final", bias=True, add=added_gain),
     )
 
 

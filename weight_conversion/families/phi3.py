@@ -7,7 +7,7 @@ from weight_conversion import tables
 from weight_conversion.families import llama
 from weight_conversion.family import Family
 from weight_conversion.fields import Arguments, ConfigFields
-from weight_conversion.rules import Piece, Rule, RuleTable, Split
+from weight_conversion.rules import Rule, RuleTable
 
 __all__ = ["FAMILY", "config", "rules"]
 
@@ -27,17 +27,11 @@ def config(fields: ConfigFields) -> Arguments:
 def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     """Map the tensors of a `Phi3ForCausalLM`."""
     block, target = "layers.{layer}", "blocks.{layer}"
-    pieces = (
-        Piece(f"{target}.attn.W_Q", "head"),
-        Piece(f"{target}.attn.W_K", "kv_head"),
-        Piece(f"{target}.attn.W_V", "kv_head"),
-    )
     gate_and_in = (f"{target}.mlp.W_gate", f"{target}.mlp.W_in")
     return (
         *tables.embeddings(cfg),
         *tables.norm(f"{block}.input_layernorm", f"{target}.ln1"),
-        Split(f"{block}.self_attn.qkv_proj.weight", "(part d_head) d_model -> part d_model d_head", pieces),
-        *tables.no_qkv_biases(),
+        *tables.split_qkv(f"{block}.self_attn.qkv_proj"),
         *tables.attention_output(f"{block}.self_attn.o_proj"),
         *tables.norm(f"{block}.post_attention_layernorm", f"{target}.ln2"),
         Rule(f"{block}.mlp.gate_up_proj.weight", "(part d_mlp) d_model -> part d_model d_mlp", gate_and_in),
