@@ -44,6 +44,7 @@ class Family:
         embedding, unembedding: the source tensors; one and the same if embeddings are tied.
         prefix: comes before every tensor name in the checkpoint of a language model, not of a bare model.
         sites: the modules of the transformers model that a certificate compares.
+        prepend_bos: whether prompts start with BOS by default; None if as the checkpoint's tokenizer does it.
     """
 
     name: str
@@ -54,3 +55,4 @@ class Family:
     unembedding: str = "lm_head.weight"
     prefix: str = "model."
     sites: Sites = Sites()
+    prepend_bos: bool | None = None

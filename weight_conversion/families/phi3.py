@@ -47,4 +47,4 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     )
 
 
-FAMILY = Family("Phi-3", ("Phi3ForCausalLM",), config, rules)
+FAMILY = Family("Phi-3", ("Phi3ForCausalLM",), config, rules, prepend_bos=True)
