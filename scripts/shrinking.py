@@ -42,7 +42,16 @@ def shrunk(config: HFConfig) -> HFConfig:
     for name in ("num_key_value_heads", "num_kv_heads", "n_head_kv", "kv_n_heads", "multi_query_group_num"):
         if isinstance(config.get(name), int):
             small[name] = _kv_heads(config[name], _heads(config))
+    scaling = small.get("rope_scaling")
+    if isinstance(scaling, dict):
+        pairs = int(D_HEAD * (config.get("partial_rotary_factor") or 1)) // 2
+        small["rope_scaling"] = {key: _factors(value, pairs) for key, value in scaling.items()}
     return small
+
+
+def _factors(value: FieldValue, pairs: int) -> FieldValue:
+    """Of a list of one divisor per rotated pair, as many as a small head has; anything else as it is."""
+    return value[:: max(1, len(value) // pairs)][:pairs] if isinstance(value, list) and len(value) > pairs else value
 
 
 def _shrink(name: str, value: FieldValue) -> FieldValue:
@@ -52,8 +61,6 @@ def _shrink(name: str, value: FieldValue) -> FieldValue:
         return _a_few(value)
     if name in _TOKENS and isinstance(value, int):
         return min(value, VOCABULARY - 1)
-    if name in ("short_factor", "long_factor") and isinstance(value, list):
-        return value[:: max(1, len(value) // (D_HEAD // 2))][: D_HEAD // 2]
     if name in _SIZES and isinstance(value, int) and value > 0:
         return _SIZES[name]
     return value

@@ -59,11 +59,11 @@ def try_config(config: HFConfig, folder: Path) -> Outcome:
         folder: an empty folder for the shrunk checkpoint.
     """
     small = shrunk(config)
-    reference: torch.nn.Module | None
+    reference, failure = None, ""
     try:
         reference = _reference(small, folder)
     except Exception as error:  # a config of anyone's may fail in any way
-        reference, failure = None, f"{type(error).__name__}: {error}"
+        failure = f"{type(error).__name__}: {error}"
     # The config as published: transformers writes it without the fields that it drops.
     (folder / "config.json").write_text(json.dumps(small))
     with warnings.catch_warnings(record=True) as caught:
@@ -71,10 +71,13 @@ def try_config(config: HFConfig, folder: Path) -> Outcome:
         try:
             model = HookedTransformer.from_pretrained_no_processing(folder)
         except CheckpointError as error:
-            return Outcome("refused" if _is_supported(small) else "not supported", str(error))
+            if not _is_supported(small):
+                return Outcome("not supported", str(error))
+            # Without a reference there are no weights, and to find none is then no refusal.
+            failed = reference is None and "has no weights" in str(error)
+            return Outcome("no reference", failure) if failed else Outcome("refused", str(error))
+    assert reference is not None, "the model has been loaded from the weights of its reference"
     warned = tuple(str(warning.message) for warning in caught if warning.category is UserWarning)
-    if reference is None:
-        return Outcome("no reference", failure, warned)
     tokens = torch.randint(3, VOCABULARY, (2, POSITIONS), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected, ours = reference(tokens).logits, model(tokens)

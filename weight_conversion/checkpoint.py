@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -136,7 +137,7 @@ def load(
         revision = step.revision
     how = _Choices(tokenizer, first_n_layers, is_trusted(trust_remote_code), _names(ignore_config_fields))
     if hf_model is not None:
-        loaded = _with_bos(_from_model(str(name_or_path), hf_model, how))
+        loaded = _with_bos(_from_model(str(name_or_path), hf_model, how), hf_model.config.to_dict())
     else:
         loaded = _from_folder(find_folder(name_or_path, revision), how)
     cfg, weights = loaded.cfg, loaded.weights
@@ -191,7 +192,7 @@ def _from_folder(folder: Path, how: _Choices) -> Loaded:
     elif how.tokenizer is None:
         # After the config has been checked: transformers reads it too, to find the tokenizer's class.
         loaded = replace(loaded, tokenizer=tokenizer_in(folder, how.trust_remote_code))
-    return loaded if own else _with_bos(loaded)
+    return loaded if own else _with_bos(loaded, content)
 
 
 def _from_huggingface_folder(folder: Path, content: HFConfig, how: _Choices) -> Loaded:
@@ -206,8 +207,6 @@ def _from_huggingface_folder(folder: Path, content: HFConfig, how: _Choices) -> 
         raise CheckpointError(
             f"{folder / 'config.json'} has model_type {content['model_type']!r}: it is a name, such as 'gpt2'"
         )
-    tensors = open_tensors(folder)
-    _check_counts(folder / "config.json", content, len(tensors))
     # Code that comes with a checkpoint never reads a config that transformers can read.
     foreign = content["model_type"] not in CONFIG_MAPPING and "AutoConfig" in auto_map(content)
     if foreign and not how.trust_remote_code:
@@ -216,6 +215,13 @@ def _from_huggingface_folder(folder: Path, content: HFConfig, how: _Choices) -> 
             "names code of its own to read it (auto_map). Code that comes with a checkpoint runs only if you ask for "
             "it: look at it, then pass trust_remote_code=True to from_pretrained"
         )
+    if not foreign and content["model_type"] not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{folder / 'config.json'} is not accepted by transformers {version('transformers')}: it does not know the "
+            f"model_type {content['model_type']!r}, so that there are no defaults for the fields"
+        )
+    tensors = open_tensors(folder)
+    _check_counts(folder / "config.json", content, len(tensors))
     try:
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=foreign)
     except Exception as error:  # transformers' validation raises errors of many types
@@ -418,10 +424,13 @@ def _names(ignore_config_fields: object) -> tuple[str, ...]:
     return tuple(given)
 
 
-def _with_bos(loaded: Loaded) -> Loaded:
-    """Set whether prompts start with BOS as the family says, or else as the checkpoint's tokenizer does it."""
+def _with_bos(loaded: Loaded, content: HFConfig) -> Loaded:
+    """Set whether prompts start with BOS as the family says, or else as the checkpoint's tokenizer does it.
+
+    The content is that of the file itself: a default of transformers says nothing about this checkpoint's tokens.
+    """
     assert loaded.origin is not None
-    tokenizer = with_bos_of_config(loaded.tokenizer, loaded.origin)
+    tokenizer = with_bos_of_config(loaded.tokenizer, content)
     prepend = family_of(loaded.origin["architectures"][0]).prepend_bos
     if prepend is None:
         # Without a BOS token the model turns it off, with a warning.

@@ -16,18 +16,11 @@ from weight_conversion.fields import FieldValue
 
 __all__ = ["Reference"]
 
-# Modules of transformers that all families share and that read configs, relative to its folder.
-_SHARED = (
-    "cache_utils.py",
-    "configuration_utils.py",
-    "integrations/moe.py",
-    "masking_utils.py",
-    "modeling_layers.py",
-    "modeling_rope_utils.py",
-    "modeling_utils.py",
-)
-# Here the parameters of rotary positions are read, by names that are strings.
-_ROTARY = "modeling_rope_utils.py"
+# Modules of transformers that read the configs of all families.
+_SHARED = ("cache_utils", "configuration_utils", "integrations.moe", "modeling_layers", "modeling_utils")
+# Modules that read those of the families that import them. Where the parameters of rotary positions are read, their
+# names are strings.
+_MASKS, _ROTARY = "masking_utils", "modeling_rope_utils"
 _FOREIGN_PACKAGES = ("torch", "huggingface_hub", "builtins", "abc", "typing", "collections", "dataclasses")
 
 
@@ -89,7 +82,8 @@ class Reference:
             if where is None:
                 return None
             files |= set(_with_siblings(Path(where), module))
-        return functools.reduce(frozenset.union, map(_mentioned, files), _read_by_all())
+        shared = [*_SHARED, *(module for module in (_MASKS, _ROTARY) if any(_imports(file, module) for file in files))]
+        return frozenset().union(*map(_mentioned, files), *map(_read_from_configs, shared))
 
 
 def _with_siblings(file: Path, module: str) -> Iterator[Path]:
@@ -130,21 +124,27 @@ def _mentioned(path: Path) -> frozenset[str]:
     return frozenset(names)
 
 
+def _imports(path: Path, module: str) -> bool:
+    """Whether a file imports from a shared module of transformers."""
+    return any(
+        isinstance(node, ast.ImportFrom) and (node.module or "").rpartition(".")[2] == module
+        for node in ast.walk(_parsed(path))
+    )
+
+
 @functools.cache
-def _read_by_all() -> frozenset[str]:
-    """The names that the shared modules read from a config, and every parameter of rotary positions."""
+def _read_from_configs(module: str) -> frozenset[str]:
+    """The names that a shared module reads from configs; of the module of rotary positions, every string too."""
     import transformers
 
-    folder = Path(transformers.__file__).parent
+    path = Path(transformers.__file__).parent / (module.replace(".", "/") + ".py")
     names: set[str] = set()
-    for path in (folder / name for name in _SHARED):
-        for node in ast.walk(_parsed(path)):
-            if isinstance(node, ast.Attribute) and _is_config(node.value, path.name == "configuration_utils.py"):
-                names.add(node.attr)
-            elif isinstance(node, ast.Call):
-                names.update(_asked_for(node))
-    names.update(_strings(ast.walk(_parsed(folder / _ROTARY))))
-    return frozenset(names)
+    for node in ast.walk(_parsed(path)):
+        if isinstance(node, ast.Attribute) and _is_config(node.value, module == "configuration_utils"):
+            names.add(node.attr)
+        elif isinstance(node, ast.Call):
+            names.update(_asked_for(node))
+    return frozenset(names).union(_strings(ast.walk(_parsed(path))) if module == _ROTARY else ())
 
 
 def _is_config(node: ast.expr, self_is_config: bool) -> bool:

@@ -170,8 +170,8 @@ def is_trusted(trust_remote_code: object) -> bool:
 def with_bos_of_config(tokenizer: Tokenizer, config: Mapping[str, object]) -> Tokenizer:
     """Return a tokenizer that has the BOS token of a checkpoint's config, where it names none itself.
 
-    Qwen's is such a one. The config's token counts only if the tokenizer knows it as a special token: many configs hold
-    a default that was never looked at.
+    Qwen's is such a one. The config's token counts only if the tokenizer knows it as a special token: many files hold a
+    number of another model.
 
     Args:
         tokenizer: it is copied if it has to be changed.
