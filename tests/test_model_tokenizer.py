@@ -223,6 +223,16 @@ def test_the_tokenizer_of_a_model_is_saved_as_it_is_without_the_model(tmp_path: 
     assert model.tokenizer.encode("Mary")[0] == BOS
 
 
+def test_the_tokenizer_of_one_model_can_be_given_to_another() -> None:
+    first = text_model(tiny_tokenizer())
+    assert first.tokenizer.encode("Mary")[0] == BOS
+    second = text_model(first.tokenizer, default_prepend_bos=False)
+    second.tokenizer.padding_side = "left"
+    assert first.cfg.default_padding_side == first.tokenizer.padding_side == "right"
+    assert second.tokenizer.encode("Mary") == ids_of("Mary")
+    assert type(second.tokenizer) is type(first.tokenizer)
+
+
 class PlainTokenizer:
     """A tokenizer of no class of transformers, which cannot be given another class."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.tokenization.functions import Tokenizer
 
-__all__ = ["linked"]
+__all__ = ["linked", "unlinked"]
 
 # A class of tokenizers, of which as little is known to the type checker as of its instances.
 TokenizerClass = Tokenizer
@@ -52,6 +52,24 @@ def linked(tokenizer: Tokenizer, cfg: HookedTransformerConfig) -> Tokenizer:
         return tokenizer
     tokenizer.model_link = _Link(cfg, plain)
     return tokenizer
+
+
+def unlinked(tokenizer: Tokenizer) -> Tokenizer:
+    """Return a tokenizer as it is without a model: a copy if it is linked to one, or else itself.
+
+    Args:
+        tokenizer: any.
+    """
+    if not isinstance(getattr(tokenizer, "model_link", None), _Link):
+        return tokenizer
+    side = tokenizer.padding_side
+    plain = copy.deepcopy(tokenizer)
+    link = plain.__dict__.pop("model_link")
+    plain.__class__ = link.plain
+    if link.state is not None:
+        plain.backend_tokenizer.post_processor = link.own_post_processor
+    plain.padding_side = side
+    return plain
 
 
 def _padding_side(self: Tokenizer) -> str:
@@ -145,19 +163,8 @@ def _with_special_tokens(self: Tokenizer, token_ids_0: list[int], token_ids_1: l
 
 def _save_plain(self: Tokenizer, *args: object, **kwargs: object) -> object:
     """Save the tokenizer as it is without a model."""
-    written: object = _unlinked(self).save_pretrained(*args, **kwargs)
+    written: object = unlinked(self).save_pretrained(*args, **kwargs)
     return written
-
-
-def _unlinked(tokenizer: Tokenizer) -> Tokenizer:
-    side = tokenizer.padding_side
-    plain = copy.deepcopy(tokenizer)
-    link = plain.__dict__.pop("model_link")
-    plain.__class__ = link.plain
-    if link.state is not None:
-        plain.backend_tokenizer.post_processor = link.own_post_processor
-    plain.padding_side = side
-    return plain
 
 
 def _reduced(self: Tokenizer, protocol: int) -> tuple[object, ...]:

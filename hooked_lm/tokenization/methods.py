@@ -18,7 +18,7 @@ from hooked_lm._support.torch_internals import values_readable
 from hooked_lm.components import Embed, Unembed
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.tokenization import LogitTokens, PaddingSide, Prompts, TokenBatch, Tokenizer
-from hooked_lm.tokenization.linked import linked
+from hooked_lm.tokenization.linked import linked, unlinked
 
 __all__ = ["Text", "TextInterface", "check_attention_mask", "describe", "mask_tensor"]
 
@@ -79,7 +79,7 @@ class TextInterface(nn.Module):
                 f"{without_row[0][1]!r} ({without_row[0][0]}): a text with one of them raises",
                 stacklevel=2,
             )
-        prepared = tokenization.prepare_tokenizer(tokenizer, rows)
+        prepared = tokenization.prepare_tokenizer(unlinked(tokenizer), rows)
         if prepared.bos_token_id is None and self.cfg.default_prepend_bos:
             self.cfg.default_prepend_bos = False
             warnings.warn(
