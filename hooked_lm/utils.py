@@ -184,8 +184,8 @@ def get_offset_position_ids(past_kv_pos_offset: int, attention_mask: Tensor) -> 
 
 
 def get_tokenizer_with_bos(tokenizer: Tokenizer) -> Tokenizer:
-    """Return a copy of a tokenizer that has a BOS token; strings get it from the model, not from the tokenizer."""
-    return tokenization.prepare_tokenizer(tokenizer, tokenizer.padding_side)
+    """Return a copy of a tokenizer that has a BOS token: its own, or else its end-of-sequence token."""
+    return tokenization.with_bos(tokenizer)
 
 
 @dataclass(frozen=True)

@@ -88,16 +88,45 @@ OF_INPUT = (
     ),
     Breakage(
         "neither-yes-nor-no-asks-on-the-terminal",
-        "weight_conversion/checkpoint.py",
+        "weight_conversion/tokenizers.py",
         r"return trust_remote_code is True",
         "return trust_remote_code  # type: ignore[return-value]",
         ("test_custom_code.py",),
     ),
     Breakage(
         "tokenizer-of-own-code-becomes-a-general-one",
-        "weight_conversion/checkpoint.py",
+        "weight_conversion/tokenizers.py",
         r"if own and not trust_remote_code and",
         "if False and",
         ("test_custom_code.py",),
+    ),
+    # Tokenizers and config fields
+    Breakage(
+        "text-with-bos-gets-a-second",
+        "hooked_lm/tokenization/functions.py",
+        r"return tokens if start and tokens\[:1\] == start else start \+ tokens",
+        "return start + tokens",
+        ("test_model_tokenizer.py",),
+    ),
+    Breakage(
+        "padding-side-of-the-tokenizer-is-its-own",
+        "hooked_lm/tokenization/linked.py",
+        r'"padding_side": property\(_padding_side, _set_padding_side\),',
+        "",
+        ("test_model_tokenizer.py",),
+    ),
+    Breakage(
+        "token-without-a-row-goes-on",
+        "hooked_lm/tokenization/methods.py",
+        r"if token >= self\.cfg\.d_vocab:",
+        "if False:",
+        ("test_model_tokenizer.py",),
+    ),
+    Breakage(
+        "fields-that-are-read-are-skipped",
+        "weight_conversion/reference.py",
+        r"return self\._names is None or name in self\._names",
+        "return False",
+        ("test_loading_configs.py",),
     ),
 )

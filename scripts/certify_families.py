@@ -16,27 +16,12 @@ from tqdm import tqdm
 
 from hooked_lm import verify
 from tests.family_rows import ROWS, Row
+from weight_conversion.left_out import LEFT_OUT
 from weight_conversion.registry import ALIASES, FAMILIES, family_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 FIGURES, TABLE = DOCS / "certificates.json", DOCS / "families.md"
 CHECKS = ("activations", "cached decoding", "left padding", "gradients")
-
-# Decoder families that transformers has and that this library leaves out, with what they would take.
-LEFT_OUT = {
-    "LongCat-Flash": "a layer has two attentions and three MLPs, one of which starts in the middle of the layer",
-    "DeepSeek-V3.2 and V4, GLM-5": "an indexer chooses which keys a query may attend to",
-    "AFMoE (Arcee Trinity)": "what heads read is multiplied by a gate, for which there is no hook site yet",
-    "Gemma 3n, Gemma 4": "layers share keys and values, and embeddings enter at every layer",
-    "ModernBERT-decoder": "a layer with an activation stands between the final norm and the unembedding, and the first "
-    "block has no norm before attention",
-    "Mamba, RWKV, Jamba, Falcon-H1, Zamba, Bamba, RecurrentGemma, Qwen3-Next, Granite 4 with Mamba layers": (
-        "they are recurrent, in part or whole"
-    ),
-    "T5, BART and other encoder-decoders; BERT and other encoders": "this library is about decoders",
-    "checkpoints in quantised form (MXFP4, GPTQ, AWQ, bitsandbytes)": "weights would have to be unpacked first",
-}
-
 
 _INTRODUCTION = """\
 # Supported families
@@ -103,7 +88,7 @@ def family_table(figures: dict[str, Any]) -> str:
         "",
         "## What is left out, and why",
         "",
-        *(f"- {what}: {why}." for what, why in LEFT_OUT.items()),
+        *(f"- {kind.title}: {kind.reason}." for kind in LEFT_OUT),
         "",
         "[Adding a family](adding_a_family.md) takes one file, one line and one row.",
     ]

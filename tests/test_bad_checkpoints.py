@@ -271,9 +271,15 @@ def test_a_config_with_a_model_type_that_transformers_does_not_know_is_refused(f
 
 
 @pytest.mark.parametrize("architectures", [..., [], None])
-def test_a_config_that_names_no_architecture_is_refused(architectures: Any, folder: Path) -> None:
+def test_a_config_that_names_no_architecture_is_read_by_its_model_type(architectures: Any, folder: Path) -> None:
+    expected = HookedTransformer.from_pretrained(folder)
     edit_config(folder, architectures=architectures)
-    fails(folder, "names 0 architectures")
+    model = HookedTransformer.from_pretrained(folder)
+    assert model.cfg == expected.cfg
+    assert model.origin is not None
+    assert model.origin["architectures"] == ["GPT2LMHeadModel"]
+    edit_config(folder, model_type="vit")
+    fails(folder, r"names no architectures, and transformers has no causal language model of the model_type 'vit'")
 
 
 def test_a_config_that_names_two_architectures_is_refused(folder: Path) -> None:

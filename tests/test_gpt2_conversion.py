@@ -266,17 +266,17 @@ def test_a_config_that_leaves_a_field_out_has_transformers_default_for_it(tmp_pa
     assert_same(HookedTransformer.from_pretrained_no_processing(tmp_path)(tokens()), reference(hf).logits, FLOAT64)
 
 
-def test_a_config_field_that_nobody_knows_raises_and_is_named(gpt2_folder: Path, tmp_path: Path) -> None:
+def test_a_config_field_that_no_conversion_knows_raises_and_is_named(gpt2_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(gpt2_folder, tmp_path, dirs_exist_ok=True)
-    edit_json(tmp_path / "config.json", residual_multiplier=0.5)
-    with pytest.raises(CheckpointError, match=r"GPT-2 config has fields .*'residual_multiplier': 0.5"):
+    edit_json(tmp_path / "config.json", attention_chunk_size=5)
+    with pytest.raises(CheckpointError, match=r"GPT-2 config has fields .*'attention_chunk_size': 5"):
         HookedTransformer.from_pretrained(tmp_path)
 
 
-def test_a_config_field_that_nobody_knows_raises_for_a_model_in_memory_too(tokenizer: Any) -> None:
+def test_a_config_field_that_no_conversion_knows_raises_for_a_model_in_memory_too(tokenizer: Any) -> None:
     hf = tiny_gpt2()
-    hf.config.residual_multiplier = 0.5
-    with pytest.raises(CheckpointError, match=r"GPT-2 config has fields .*'residual_multiplier': 0.5"):
+    hf.config.attention_chunk_size = 5
+    with pytest.raises(CheckpointError, match=r"GPT-2 config has fields .*'attention_chunk_size': 5"):
         convert(hf, tokenizer)
 
 

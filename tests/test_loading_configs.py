@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hooked_lm import CheckpointError, verify
 from tests.helpers import tiny_gpt2
 from tests.loading_helpers import ASSORTED, edit_json, row_model, row_tokens, unprocessed
+from weight_conversion.reference import Reference
 
 # Configs
 
@@ -70,22 +73,127 @@ def test_the_fields_that_old_configs_describe_rotary_positions_with_are_heeded(k
     assert (unprocessed(tmp_path)(tokens) - expected).abs().max().item() > 1e-2
 
 
-def test_an_unknown_rotary_parameter_and_an_unknown_kind_are_refused(tmp_path: Path) -> None:
+def test_an_unknown_kind_of_rotary_scaling_is_refused(tmp_path: Path) -> None:
     row_model("llama").save_pretrained(tmp_path)
-    edit_json(tmp_path / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 9.0, "twist": 2.0})
-    with pytest.raises(CheckpointError, match=r"Llama.*twist"):
-        unprocessed(tmp_path)
     edit_json(tmp_path / "config.json", rope_parameters={"rope_type": "spiral", "rope_theta": 9.0})
     with pytest.raises(CheckpointError, match="spiral"):
         unprocessed(tmp_path)
 
 
-def test_a_config_field_of_no_family_is_refused_by_every_assorted_one(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.*Unrecognized keys.*")
+@torch.no_grad()
+def test_a_rotary_parameter_that_transformers_does_not_read_is_kept_with_a_warning(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 9.0, "factor": 2.0, "original_max_position_embeddings": 16}
+    theirs = row_model("llama", rope_parameters=yarn)
+    theirs.save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", rope_parameters={**yarn, "attn_factor": 2.0})
+    with pytest.warns(UserWarning, match=r"neither defines nor reads.*\{'attn_factor': 2\.0\}"):
+        ours = unprocessed(tmp_path)
+    assert (ours(row_tokens("llama")) - theirs(row_tokens("llama")).logits).abs().max().item() < 1e-4
+
+
+def test_a_rotary_parameter_that_transformers_reads_for_another_scaling_is_refused(tmp_path: Path) -> None:
+    row_model("llama").save_pretrained(tmp_path)
+    parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 9.0, "attention_factor": 2.0}
+    edit_json(tmp_path / "config.json", rope_parameters=parameters)
+    with pytest.raises(CheckpointError, match=r"Llama rotary parameters \(linear\).*'attention_factor'"):
+        unprocessed(tmp_path)
+
+
+# Fields that no conversion handles
+
+
+@torch.no_grad()
+def test_a_field_that_transformers_does_not_read_is_kept_with_one_warning_by_every_assorted_family(
+    tmp_path: Path,
+) -> None:
     for row_id in ASSORTED:
-        row_model(row_id).save_pretrained(tmp_path / row_id)
-        edit_json(tmp_path / row_id / "config.json", residual_twist=0.5)
-        with pytest.raises(CheckpointError, match=r"'residual_twist': 0\.5.*weight_conversion/families"):
-            unprocessed(tmp_path / row_id)
+        theirs = row_model(row_id)
+        theirs.save_pretrained(tmp_path / row_id)
+        edit_json(tmp_path / row_id / "config.json", residual_twist=0.5, neftune_noise_alpha=5, text_config=None)
+        with pytest.warns(UserWarning, match="config has fields") as caught:
+            ours = unprocessed(tmp_path / row_id)
+        (warning,) = caught
+        assert "{'neftune_noise_alpha': 5, 'residual_twist': 0.5" in str(warning.message)
+        assert ours.origin is not None
+        assert ours.origin["residual_twist"] == 0.5
+        tokens = row_tokens(row_id)
+        assert (ours(tokens) - theirs(tokens).logits).abs().max().item() < 1e-4
+
+
+# `is_causal` is read where masks are made for all families, `sliding_window` in the key-value cache.
+@pytest.mark.parametrize(
+    ("row_id", "field", "value"),
+    [
+        ("llama", "is_causal", False),
+        ("llama", "sliding_window", 2),
+        ("llama", "per_layer_config", {"0": {"intermediate_size": 3}}),
+        ("gpt2", "is_causal", None),
+    ],
+)
+def test_a_field_that_transformers_reads_and_no_rule_handles_is_refused(
+    row_id: str, field: str, value: Any, tmp_path: Path
+) -> None:
+    row_model(row_id).save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", **{field: value})
+    with pytest.raises(CheckpointError, match=rf"'{field}': .*ignore_config_fields=\['{field}'\]"):
+        unprocessed(tmp_path)
+
+
+def test_a_field_that_the_user_asks_to_ignore_is_read_as_if_it_were_not_there_and_recorded(tmp_path: Path) -> None:
+    row_model("llama").save_pretrained(tmp_path / "theirs")
+    expected = unprocessed(tmp_path / "theirs")
+    edit_json(tmp_path / "theirs" / "config.json", sliding_window=2)
+    ours = unprocessed(tmp_path / "theirs", ignore_config_fields=["sliding_window"])
+    assert torch.equal(ours(row_tokens("llama")), expected(row_tokens("llama")))
+    assert ours.origin is not None
+    assert (ours.origin["ignore_config_fields"], ours.origin["sliding_window"]) == (["sliding_window"], 2)
+    # The record stays with a saved model, and does not go into a config that transformers reads.
+    ours.save_pretrained(tmp_path / "own")
+    kept = unprocessed(tmp_path / "own").origin
+    assert kept is not None
+    assert kept["ignore_config_fields"] == ["sliding_window"]
+    ours.to_huggingface(tmp_path / "back")
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert written["sliding_window"] == 2
+    assert "ignore_config_fields" not in written
+
+
+def test_ignoring_a_field_that_is_not_there_raises(gpt2_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"ignore_config_fields names \['twist'\], which this config lacks"):
+        unprocessed(gpt2_folder, ignore_config_fields=["twist"])
+    for given in ("twist", [3], 3):
+        with pytest.raises(TypeError, match="ignore_config_fields is a list of names"):
+            unprocessed(gpt2_folder, ignore_config_fields=given)
+    unprocessed(gpt2_folder).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="own format"):
+        unprocessed(tmp_path, ignore_config_fields=["twist"])
+
+
+class TwistedModel(LlamaForCausalLM):
+    """A model of the user's own, under a known name, that reads one more field."""
+
+    def twist(self) -> float:
+        return float(self.config.residual_twist)
+
+
+def test_what_a_model_of_the_users_own_reads_counts_too(tokenizer: Any) -> None:
+    config = row_model("llama").config
+    config.residual_twist = 0.5
+    theirs = type("LlamaForCausalLM", (TwistedModel,), {})(config)
+    with pytest.raises(CheckpointError, match=r"'residual_twist': 0\.5"):
+        unprocessed("tiny", hf_model=theirs, tokenizer=tokenizer)
+
+
+def test_the_fields_of_the_reference_are_told_apart() -> None:
+    reference = Reference(LlamaConfig)
+    assert reference.matters("attention_bias", True)
+    assert not reference.matters("attention_bias", False)
+    assert reference.matters("num_hidden_layers", 3)
+    assert not reference.matters("output_projection", True)
+    assert Reference.of_model_type("none such") is None
+    # A class whose code cannot be read may read anything.
+    assert Reference(type("Own", (LlamaConfig,), {"__module__": "nowhere"})).matters("output_projection", True)
 
 
 def test_an_unknown_architecture_says_where_to_add_it(gpt2_folder: Path, tmp_path: Path) -> None:

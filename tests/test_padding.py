@@ -201,7 +201,7 @@ def test_the_padding_side_of_the_model_is_used(tokenizer: Any, side: str) -> Non
 
 def test_text_that_looks_like_padding_is_text(tokenizer: Any) -> None:
     model = text_model(tokenizer)
-    text = "<|endoftext|><|endoftext|>Paris<|endoftext|>"
+    text = "<|endoftext|><|endoftext|><|endoftext|>Paris<|endoftext|>"
     tokens = model.to_tokens(text)
     assert (tokens[0, :3] == tokenizer.bos_token_id).all()
     for side in ("left", "right"):

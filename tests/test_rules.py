@@ -15,6 +15,7 @@ from weight_conversion.checkpoint import read_family
 from weight_conversion.conversion import Conversion
 from weight_conversion.families import gpt2
 from weight_conversion.fields import ConfigFields
+from weight_conversion.left_out import why_left_out
 from weight_conversion.registry import FAMILIES, family_of
 from weight_conversion.rules import Computed, Constant, Drop, Piece, Product, Rule, RuleTable, Split, axis_sizes
 from weight_conversion.source import TensorsInMemory, TensorSource
@@ -354,9 +355,30 @@ def test_an_unknown_architecture_raises_and_names_the_nearest() -> None:
         family_of("GPT2LMHaedModel")
 
 
-def test_an_architecture_like_no_other_raises_and_names_those_there_are() -> None:
-    with pytest.raises(CheckpointError, match=r"'Xyz' is not among .*those are GPT2LMHeadModel"):
+def test_an_architecture_like_no_other_raises_without_a_list_of_all() -> None:
+    with pytest.raises(CheckpointError, match=r"'Xyz' is not among .*docs/families\.md lists them") as raised:
         family_of("Xyz")
+    assert "GPT2LMHeadModel" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "why"),
+    [
+        ("BertForMaskedLM", "BERT and other encoders: this library is about decoders"),
+        ("T5ForConditionalGeneration", "T5, BART and other encoder-decoders"),
+        ("JambaForCausalLM", "recurrent"),
+        ("Gemma3nForCausalLM", "share keys and values"),
+    ],
+)
+def test_an_architecture_of_a_kind_that_is_left_out_says_why(architecture: str, why: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"'{architecture}' is not supported \(.*{why}") as raised:
+        family_of(architecture)
+    assert "\n" not in str(raised.value)
+
+
+def test_no_supported_architecture_is_of_a_kind_that_is_left_out() -> None:
+    left_out = [name for family in FAMILIES for name in family.architectures if why_left_out(name) is not None]
+    assert left_out == []
 
 
 # The fields of a config

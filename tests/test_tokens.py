@@ -146,25 +146,13 @@ def test_a_tokenizer_that_adds_bos_itself_gives_one_bos() -> None:
     assert torch.equal(tokenize_and_concatenate(CORPUS, that_adds_bos(), max_length=8), chunks(8))
 
 
-def test_the_end_of_sequence_token_stands_in_for_a_missing_bos() -> None:
-    model = text_model(without_bos())
-    assert model.to_tokens("Mary").tolist() == [[TOKENIZER.eos_token_id, *ids_of("Mary")]]
-    assert model.tokenizer.bos_token_id == model.tokenizer.pad_token_id == TOKENIZER.eos_token_id
-
-
-def test_a_tokenizer_with_no_special_tokens_at_all_raises() -> None:
-    tokenizer = without_bos()
-    tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="has no bos_token and no eos_token"):
-        text_model(tokenizer)
-
-
 @pytest.mark.parametrize("make", [tiny_tokenizer, without_bos, that_adds_bos])
 def test_the_callers_tokenizer_is_not_changed(make: Any) -> None:
     tokenizer = make()
     tokenizer.padding_side = "left"
     special, size, plain = dict(tokenizer.special_tokens_map), len(tokenizer), tokenizer("Mary")["input_ids"]
-    model = text_model(tokenizer, default_padding_side="right")
+    default = tokenizer.bos_token is not None
+    model = text_model(tokenizer, default_padding_side="right", default_prepend_bos=default)
     model.to_tokens(TEXTS)
     model(TEXTS, padding_side="right")
     model.generate("Mary", max_new_tokens=2, verbose=False)
@@ -197,11 +185,6 @@ def test_the_tokenizer_attribute_can_be_set_and_unset() -> None:
     model.tokenizer = None
     with pytest.raises(ValueError, match="has no tokenizer"):
         model.to_tokens("Mary")
-
-
-def test_a_tokenizer_larger_than_the_embedding_raises() -> None:
-    with pytest.raises(ValueError, match="tokenizer's tokens go up to"):
-        tiny_model(d_vocab=20).set_tokenizer(TOKENIZER)
 
 
 def test_an_unknown_padding_side_raises() -> None:

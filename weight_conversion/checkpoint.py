@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 
 from hooked_lm.config import HookedTransformerConfig
-from weight_conversion.aliases import ALIASES
 from weight_conversion.conversion import MOST_MISSING, Conversion
 from weight_conversion.errors import CheckpointError
 from weight_conversion.family import Family
@@ -26,12 +26,23 @@ from weight_conversion.own_format import (
     processed_steps,
     read_own_config,
 )
+from weight_conversion.reference import Reference
 from weight_conversion.registry import family_of
 from weight_conversion.rules import RuleTable
-from weight_conversion.source import TensorsInMemory, TensorSource, find_folder, first_line, open_tensors, read_json
+from weight_conversion.source import TensorsInMemory, TensorSource, find_folder, open_tensors, read_json
+from weight_conversion.tokenizers import (
+    Tokenizer,
+    adds_bos,
+    auto_map,
+    is_trusted,
+    load_tokenizer,
+    tokenizer_in,
+    with_bos_of_config,
+)
 from weight_conversion.training_checkpoints import training_checkpoint
 
 __all__ = [
+    "IGNORED",
     "CheckpointError",
     "HFModel",
     "Loaded",
@@ -42,14 +53,14 @@ __all__ = [
     "read_family",
 ]
 
-# A `PreTrainedModel` and a `PreTrainedTokenizerBase`: naming these types would import transformers, in seconds.
+# A `PreTrainedModel`: naming the type would import transformers, in seconds.
 HFModel = Any
-Tokenizer = Any
 
 # What the families call their number of layers. Each layer has at least one tensor.
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _POSITIONS = "pos_embed.W_pos"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "spiece.model")
+# In `origin`, beside the config's own fields: the names of those that the user asked to ignore.
+IGNORED = "ignore_config_fields"
 
 
 class Weights(Protocol):
@@ -103,19 +114,19 @@ def load(
     n_ctx: int | None = None,
     dtype: torch.dtype | str | None = None,
     trust_remote_code: bool = False,
+    ignore_config_fields: Collection[str] = (),
 ) -> Loaded:
     """Read a checkpoint.
 
     Args:
         name_or_path: an alias, a hub id or a folder.
         hf_model, tokenizer, revision, checkpoint_index, checkpoint_value: as for `HookedTransformer.from_pretrained`.
-        first_n_layers, n_ctx, dtype, trust_remote_code: as there.
+        first_n_layers, n_ctx, dtype, trust_remote_code, ignore_config_fields: as there.
 
     Raises:
         CheckpointError: it cannot be found, read or converted, or needs code that comes with it and may not run.
-        TypeError: `trust_remote_code` is no bool.
+        TypeError: `trust_remote_code` is no bool, or `ignore_config_fields` no collection of names.
     """
-    trust_remote_code = _trusted(trust_remote_code)
     asked = {"revision": revision, "checkpoint_index": checkpoint_index, "checkpoint_value": checkpoint_value}
     if hf_model is not None and any(value is not None for value in asked.values()):
         given = ", ".join(f"{name}={value!r}" for name, value in asked.items() if value is not None)
@@ -124,18 +135,11 @@ def load(
     if checkpoint_index is not None or checkpoint_value is not None:
         step = training_checkpoint(str(name_or_path), checkpoint_index, checkpoint_value, revision)
         revision = step.revision
+    how = _Choices(tokenizer, first_n_layers, is_trusted(trust_remote_code), _names(ignore_config_fields))
     if hf_model is not None:
-        loaded = _from_model(str(name_or_path), hf_model, tokenizer, first_n_layers, trust_remote_code)
+        loaded = _with_bos(_from_model(str(name_or_path), hf_model, how), hf_model.config.to_dict())
     else:
-        folder = find_folder(name_or_path, revision)
-        content = read_json(folder / "config.json")
-        if content.get("format") == OWN_FORMAT:
-            loaded = _from_own_folder(folder, content, tokenizer, first_n_layers)
-        else:
-            loaded = _from_huggingface_folder(folder, content, tokenizer, first_n_layers, trust_remote_code)
-        # After the config has been checked: transformers reads it too, to find the tokenizer's class.
-        if tokenizer is None:
-            loaded = replace(loaded, tokenizer=_tokenizer_in(folder, trust_remote_code))
+        loaded = _from_folder(find_folder(name_or_path, revision), how)
     cfg, weights = loaded.cfg, loaded.weights
     if n_ctx is not None:
         weights = _Shortened(weights, cfg.n_ctx, n_ctx)
@@ -152,36 +156,82 @@ def load(
     return replace(loaded, cfg=cfg.replace(model_name=_short_name(name_or_path)), weights=weights)
 
 
-def _from_huggingface_folder(
-    folder: Path, content: HFConfig, tokenizer: Tokenizer, first_n_layers: int | None, trust_remote_code: bool
-) -> Loaded:
+@dataclass(frozen=True)
+class _Choices:
+    """What the caller of `load` chose that reading a config or a tokenizer depends on.
+
+    Attributes:
+        tokenizer: to use instead of the checkpoint's; False for none.
+        first_n_layers: how many blocks to keep; None for all.
+        trust_remote_code: whether code that comes with a checkpoint may run.
+        ignored: config fields to ignore.
+    """
+
+    tokenizer: Tokenizer
+    first_n_layers: int | None
+    trust_remote_code: bool
+    ignored: tuple[str, ...]
+
+    @property
+    def given_tokenizer(self) -> Tokenizer:
+        """The tokenizer that was passed; None if none was, or if there is to be none."""
+        return None if self.tokenizer is False else self.tokenizer
+
+
+def _from_folder(folder: Path, how: _Choices) -> Loaded:
+    content = read_json(folder / "config.json")
+    own = content.get("format") == OWN_FORMAT
+    if own and how.ignored:
+        raise CheckpointError(
+            f"ignore_config_fields={list(how.ignored)} is about HuggingFace configs; {folder} is in hooked_lm's own "
+            "format, whose fields all count"
+        )
+    loaded = (_from_own_folder if own else _from_huggingface_folder)(folder, content, how)
+    if how.tokenizer is False:
+        loaded = replace(loaded, cfg=loaded.cfg.replace(tokenizer_name=None), tokenizer=None)
+    elif how.tokenizer is None:
+        # After the config has been checked: transformers reads it too, to find the tokenizer's class.
+        loaded = replace(loaded, tokenizer=tokenizer_in(folder, how.trust_remote_code))
+    return loaded if own else _with_bos(loaded, content)
+
+
+def _from_huggingface_folder(folder: Path, content: HFConfig, how: _Choices) -> Loaded:
     # transformers knows the defaults of fields that a config.json leaves out; importing it takes seconds.
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    family = family_of(_architecture(content))
+    family = family_of(_architecture(content)) if content.get("architectures") else None
     if "model_type" not in content:
         raise CheckpointError(f"{folder / 'config.json'} has no model_type, so no defaults for its fields are known")
     if not isinstance(content["model_type"], str):
         raise CheckpointError(
             f"{folder / 'config.json'} has model_type {content['model_type']!r}: it is a name, such as 'gpt2'"
         )
-    tensors = open_tensors(folder)
-    _check_counts(folder / "config.json", content, len(tensors))
-    if family.defaults is not None:
-        return _convert(content, tensors, tokenizer, first_n_layers)
+    if family is not None and family.defaults is not None:
+        tensors = open_tensors(folder)
+        _check_counts(folder / "config.json", content, len(tensors))
+        return _convert(content, tensors, None, how)
     # Code that comes with a checkpoint never reads a config that transformers can read.
-    foreign = content["model_type"] not in CONFIG_MAPPING and "AutoConfig" in _auto_map(content)
-    if foreign and not trust_remote_code:
+    foreign = content["model_type"] not in CONFIG_MAPPING and "AutoConfig" in auto_map(content)
+    if foreign and not how.trust_remote_code:
         raise CheckpointError(
             f"{folder / 'config.json'} has model_type {content['model_type']!r}, which transformers does not know, and "
             "names code of its own to read it (auto_map). Code that comes with a checkpoint runs only if you ask for "
             "it: look at it, then pass trust_remote_code=True to from_pretrained"
         )
+    if not foreign and content["model_type"] not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{folder / 'config.json'} is not accepted by transformers {version('transformers')}: it does not know the "
+            f"model_type {content['model_type']!r}, so that there are no defaults for the fields"
+        )
+    tensors = open_tensors(folder)
+    _check_counts(folder / "config.json", content, len(tensors))
     try:
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=foreign)
     except Exception as error:  # transformers' validation raises errors of many types
         raise CheckpointError(f"{folder / 'config.json'} is not accepted by transformers: {error}") from error
-    return _convert({**content, **hf_config.to_dict()}, tensors, tokenizer, first_n_layers)
+    fields = {**content, **hf_config.to_dict()}
+    reference = None if foreign else Reference(type(hf_config))
+    return _convert(fields, tensors, reference, how)
 
 
 def _check_counts(path: Path, content: HFConfig, n_tensors: int) -> None:
@@ -197,19 +247,17 @@ def _check_counts(path: Path, content: HFConfig, n_tensors: int) -> None:
             raise CheckpointError(f"{path} says {name}={count}, and the weights beside it are {n_tensors} tensors")
 
 
-def _from_model(
-    name: str, hf_model: HFModel, tokenizer: Tokenizer, first_n_layers: int | None, trust_remote_code: bool
-) -> Loaded:
-    if tokenizer is None:
+def _from_model(name: str, hf_model: HFModel, how: _Choices) -> Loaded:
+    if how.tokenizer is None:
         try:
-            tokenizer = load_tokenizer(name, trust_remote_code)
+            how = replace(how, tokenizer=load_tokenizer(name, how.trust_remote_code))
         except CheckpointError as error:
             warnings.warn(f"the model will read tokens only: no tokenizer was given, and {error}", stacklevel=4)
     fields = hf_model.config.to_dict()
     fields["architectures"] = [type(hf_model).__name__]
+    reference = Reference(type(hf_model.config), type(hf_model))
     with torch.no_grad():
-        tensors = TensorsInMemory(_as_on_disk(hf_model))
-        return _convert(fields, tensors, tokenizer, first_n_layers)
+        return _convert(fields, TensorsInMemory(_as_on_disk(hf_model)), reference, how)
 
 
 def _as_on_disk(hf_model: HFModel) -> dict[str, Tensor]:
@@ -225,28 +273,51 @@ def _as_on_disk(hf_model: HFModel) -> dict[str, Tensor]:
 
 
 def _convert(
-    fields: Mapping[str, FieldValue], tensors: TensorSource, tokenizer: Tokenizer, first_n_layers: int | None
+    fields: Mapping[str, FieldValue], tensors: TensorSource, reference: Reference | None, how: _Choices
 ) -> Loaded:
     architecture = _architecture(fields)
+    fields = {**fields, "architectures": [architecture]}
+    absent = [name for name in how.ignored if name not in fields]
+    if absent:
+        raise CheckpointError(f"ignore_config_fields names {absent}, which this config lacks; it has {sorted(fields)}")
+    if how.ignored:
+        fields[IGNORED] = list(how.ignored)
     family = family_of(architecture)
     fields = {**(family.defaults or {}), **fields}
-    cfg, table = read_family(family, fields, architecture)
+    cfg, table, idle = _read(family, fields, architecture, reference)
     tied = fields.get("tie_word_embeddings", cfg.tie_word_embeddings)
     if tied and not _same_embeddings(family, tensors):
         fields = {**fields, "tie_word_embeddings": False}
-        cfg, table = read_family(family, fields, architecture)
-    _check_layers(first_n_layers, cfg.n_layers)
+        cfg, table, idle = _read(family, fields, architecture, reference)
+    _check_layers(how.first_n_layers, cfg.n_layers)
     cfg = cfg.replace(dtype=_dtype(family, tensors))
-    weights = Conversion(table, tensors, cfg, family.prefix, first_n_layers)
-    if first_n_layers is not None:
-        cfg = cfg.replace(n_layers=first_n_layers)
-    return Loaded(cfg, weights, tokenizer, origin=dict(fields))
+    weights = Conversion(table, tensors, cfg, family.prefix, how.first_n_layers)
+    if idle:
+        warnings.warn(
+            f"the {family.name} config has fields that transformers neither defines nor reads for this model type, so "
+            f"that they change nothing there and nothing here: {idle}",
+            stacklevel=5,
+        )
+    if how.first_n_layers is not None:
+        cfg = cfg.replace(n_layers=how.first_n_layers)
+    return Loaded(cfg, weights, how.given_tokenizer, origin=fields)
 
 
 def _architecture(fields: Mapping[str, FieldValue]) -> str:
+    """The class name that a config gives; without one, that of transformers' causal language model for its type."""
     architectures = fields.get("architectures") or []
     if not isinstance(architectures, (list, tuple)):
         raise CheckpointError(f"architectures in the config is a list of one name; got {architectures!r}")
+    if not architectures:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        model_type = str(fields.get("model_type"))
+        if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise CheckpointError(
+                f"the config names no architectures, and transformers has no causal language model of the model_type "
+                f"{model_type!r} to take in their place: add architectures, a list of one class name, to config.json"
+            )
+        return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
     if len(architectures) != 1:
         raise CheckpointError(f"the config names {len(architectures)} architectures {architectures}, not one")
     return str(architectures[0])
@@ -259,13 +330,23 @@ def read_family(
 
     Args:
         family: how the config is read.
-        fields: the config, as in `config.json`.
+        fields: the config, as in `config.json`; those that it lists under `ignore_config_fields` are left out.
         architecture: the class name that the config gives.
 
     Raises:
-        CheckpointError: the config has a field that the family does not know, or a value that it does not support.
+        CheckpointError: the config has a field that has an effect and that the family does not know, or a value that
+            it does not support.
     """
-    reader = ConfigFields(fields, family.name)
+    cfg, table, _ = _read(family, fields, architecture, Reference.of_model_type(fields.get("model_type")))
+    return cfg, table
+
+
+def _read(
+    family: Family, fields: Mapping[str, FieldValue], architecture: str, reference: Reference | None
+) -> tuple[HookedTransformerConfig, RuleTable, dict[str, FieldValue]]:
+    """As `read_family`, and the fields that have no effect in the reference."""
+    ignored = (*fields.get(IGNORED, ()), IGNORED)
+    reader = ConfigFields(fields, family.name, reference, ignored)
     try:
         cfg = HookedTransformerConfig(**family.config(reader), original_architecture=architecture)
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
@@ -276,7 +357,7 @@ def read_family(
         raise CheckpointError(f"the {family.name} config cannot be used: {reason}") from error
     table = family.rules(cfg, reader)
     reader.finish()
-    return cfg, table
+    return cfg, table, reader.without_effect
 
 
 def _same_embeddings(family: Family, tensors: TensorSource) -> bool:
@@ -298,14 +379,14 @@ def _dtype(family: Family, tensors: TensorSource) -> torch.dtype:
     return torch.float32 if name is None else tensors.dtype(name)
 
 
-def _from_own_folder(folder: Path, content: HFConfig, tokenizer: Tokenizer, first_n_layers: int | None) -> Loaded:
+def _from_own_folder(folder: Path, content: HFConfig, how: _Choices) -> Loaded:
     path, tensors = folder / "config.json", open_tensors(folder)
     cfg = read_own_config(path, content, tensors)
     processed = processed_steps(path, content)
-    _check_layers(first_n_layers, cfg.n_layers)
-    kept = cfg.n_layers if first_n_layers is None else first_n_layers
+    _check_layers(how.first_n_layers, cfg.n_layers)
+    kept = cfg.n_layers if how.first_n_layers is None else how.first_n_layers
     weights = OwnWeights(tensors, cfg.n_layers, kept, partial(check_saved_together, path, content, tensors))
-    return Loaded(cfg.replace(n_layers=kept), weights, tokenizer, processed, content.get("origin"))
+    return Loaded(cfg.replace(n_layers=kept), weights, how.given_tokenizer, processed, content.get("origin"))
 
 
 class _Shortened:
@@ -342,68 +423,22 @@ def _short_name(name_or_path: str | Path) -> str:
     return str(name_or_path).rstrip("/").rsplit("/", maxsplit=1)[-1]
 
 
-def _tokenizer_in(folder: Path, trust_remote_code: bool) -> Tokenizer:
-    return load_tokenizer(str(folder), trust_remote_code) if _has_tokenizer(folder) else None
+def _names(ignore_config_fields: object) -> tuple[str, ...]:
+    given = () if ignore_config_fields is None else ignore_config_fields
+    if isinstance(given, str) or not isinstance(given, Collection) or not all(isinstance(name, str) for name in given):
+        raise TypeError(f"ignore_config_fields is a list of names of config fields, got {ignore_config_fields!r}")
+    return tuple(given)
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+def _with_bos(loaded: Loaded, content: HFConfig) -> Loaded:
+    """Set whether prompts start with BOS as the family says, or else as the checkpoint's tokenizer does it.
 
-
-def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> Tokenizer:
-    """Return the tokenizer of a folder, an alias or a hub id.
-
-    Args:
-        name_or_path: the folder, alias or hub id.
-        trust_remote_code: whether code that comes with the tokenizer may run. Nobody is asked in between.
-
-    Raises:
-        CheckpointError: the tokenizer cannot be found or read, or it needs code that may not run.
-        TypeError: `trust_remote_code` is no bool.
+    The content is that of the file itself: a default of transformers says nothing about this checkpoint's tokens.
     """
-    trust_remote_code = _trusted(trust_remote_code)
-    # From a folder without a tokenizer, transformers makes an empty one instead of raising.
-    if Path(name_or_path).is_dir() and not _has_tokenizer(Path(name_or_path)):
-        raise CheckpointError(f"no tokenizer: the folder {name_or_path} has none of {', '.join(_TOKENIZER_FILES)}")
-    # Only reading text needs transformers, whose import takes seconds.
-    from transformers import AutoTokenizer
-
-    try:
-        # An explicit False: with None, transformers asks on the terminal.
-        tokenizer = AutoTokenizer.from_pretrained(
-            name_or_path if Path(name_or_path).is_dir() else ALIASES.get(name_or_path, name_or_path),
-            trust_remote_code=trust_remote_code,
-        )
-    except Exception as error:  # transformers raises many kinds for one cause
-        if not trust_remote_code and "trust_remote_code" in str(error):
-            raise CheckpointError(_OWN_CODE.format(name_or_path)) from error
-        raise CheckpointError(
-            f"no tokenizer {name_or_path!r}: {type(error).__name__}: {first_line(error)}. "
-            "Pass tokenizer=, or the path of a folder that has one"
-        ) from error
-    # In place of a class of the checkpoint's own, transformers may take a general one, whose tokens can be others.
-    own = "AutoTokenizer" in _auto_map(getattr(tokenizer, "init_kwargs", {}))
-    if own and not trust_remote_code and type(tokenizer).__name__ in _GENERAL_TOKENIZERS:
-        raise CheckpointError(_OWN_CODE.format(name_or_path))
-    return tokenizer
-
-
-_OWN_CODE = (
-    "the tokenizer {!r} is code that comes with it (auto_map in its tokenizer_config.json). Such code runs only if you "
-    "ask for it: look at it, then pass trust_remote_code=True to from_pretrained, or load the tokenizer yourself and "
-    "pass tokenizer="
-)
-_GENERAL_TOKENIZERS = ("TokenizersBackend", "PythonBackend", "PreTrainedTokenizerFast", "PreTrainedTokenizer")
-
-
-def _auto_map(content: Mapping[str, object]) -> Mapping[str, object]:
-    """The classes of its own that a checkpoint names, by what they stand for; a list is an old form for tokenizers."""
-    found = content.get("auto_map") or {}
-    return found if isinstance(found, Mapping) else {"AutoTokenizer": found}
-
-
-def _trusted(trust_remote_code: object) -> bool:
-    """Whether code may run: only for True itself; None is False."""
-    if trust_remote_code is not None and not isinstance(trust_remote_code, bool):
-        raise TypeError(f"trust_remote_code is True or False, got {trust_remote_code!r}")
-    return trust_remote_code is True
+    assert loaded.origin is not None
+    tokenizer = with_bos_of_config(loaded.tokenizer, content)
+    prepend = family_of(loaded.origin["architectures"][0]).prepend_bos
+    if prepend is None:
+        # Without a BOS token the model turns it off, with a warning.
+        prepend = getattr(tokenizer, "bos_token_id", None) is None or adds_bos(tokenizer)
+    return replace(loaded, cfg=loaded.cfg.replace(default_prepend_bos=prepend), tokenizer=tokenizer)

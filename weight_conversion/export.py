@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hooked_lm._support.files import write_whole
 from hooked_lm.config import HookedTransformerConfig
-from weight_conversion.checkpoint import read_family
+from weight_conversion.checkpoint import IGNORED, read_family
 from weight_conversion.conversion import block_entries, is_per_layer
 from weight_conversion.errors import CheckpointError
 from weight_conversion.family import Family
@@ -77,6 +77,7 @@ def export(
     prefixed = {_with_prefix(name, family, architecture): tensor for name, tensor in tensors.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    fields.pop(IGNORED, None)
     fields["dtype"] = str(cfg.dtype).removeprefix("torch.")
     fields.pop("torch_dtype", None)
     text = json.dumps(fields, indent=2) + "\n"

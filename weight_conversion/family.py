@@ -51,6 +51,7 @@ class Family:
         sites: the modules of the transformers model that a certificate compares.
         defaults: the fields that a config.json may leave out, for a family whose configs transformers has no class for.
             They are then read as they are in the file, and no code that comes with a checkpoint runs. Otherwise None.
+        prepend_bos: whether prompts start with BOS by default; None if as the checkpoint's tokenizer does it.
     """
 
     name: str
@@ -62,3 +63,4 @@ class Family:
     prefix: str = "model."
     sites: Sites = Sites()
     defaults: Mapping[str, FieldValue] | None = None
+    prepend_bos: bool | None = None

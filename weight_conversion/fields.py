@@ -1,13 +1,13 @@
-"""Reading a HuggingFace config: every field is used, ignored by name, or an error."""
+"""Reading a HuggingFace config: a field is used, ignored by name, without effect in the reference, or an error."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol
 
 from weight_conversion.errors import CheckpointError
 
-__all__ = ["GENERIC_FIELDS", "Arguments", "ConfigFields", "FieldValue", "HFConfig"]
+__all__ = ["GENERIC_FIELDS", "Arguments", "ConfigFields", "Effects", "FieldValue", "HFConfig"]
 
 # The value of a field is a number, a string, a list or another dictionary, depending on the field's name. Its type is
 # left open, and `HookedTransformerConfig` checks the arguments that a family makes of it.
@@ -24,6 +24,8 @@ GENERIC_FIELDS = frozenset(
         "_num_labels",
         "_attn_implementation",
         "_attn_implementation_autoset",
+        # Implementations of one function; those that differ from it raise in transformers.
+        "attn_implementation",
         "architectures",
         "auto_map",
         "begin_suppress_tokens",
@@ -98,17 +100,54 @@ GENERIC_FIELDS = frozenset(
 )
 
 
+class Effects(Protocol):
+    """What is known of the reference implementation: `Reference`, or anything that answers as it does."""
+
+    def matters(self, name: str, value: FieldValue) -> bool:
+        """Whether a field that is left out may change what the reference computes."""
+
+    def reads(self, name: str) -> bool:
+        """Whether the reference may read an entry of a dictionary within a config."""
+
+
 class ConfigFields:
     """The fields of one HuggingFace config. Each has to be taken, ignored by name, or required to have one value.
+
+    Fields that the reference implementation neither defines nor reads are exempt: they are kept and reported.
 
     Args:
         fields: the whole config as a dictionary, defaults included.
         family: the name of the family, for messages.
+        reference: says which fields have an effect; without one, every field has.
+        ignored: fields that the user asked to ignore: they are read as if they were not there.
+
+    Attributes:
+        without_effect: the fields that `finish` has found to be without effect, with their values.
     """
 
-    def __init__(self, fields: Mapping[str, FieldValue], family: str) -> None:
-        self._fields, self.family = dict(fields), family
+    def __init__(
+        self,
+        fields: Mapping[str, FieldValue],
+        family: str,
+        reference: Effects | None = None,
+        ignored: Collection[str] = (),
+    ) -> None:
+        self._fields = {name: value for name, value in fields.items() if name not in ignored}
+        self.family, self._reference, self._ignored = family, reference, ignored
         self._unread = set(self._fields) - GENERIC_FIELDS
+        self._is_part = False
+        self.without_effect: dict[str, FieldValue] = {}
+
+    def part(self, fields: Mapping[str, FieldValue], name: str) -> ConfigFields:
+        """Return a reader of a dictionary within this config; what it finds without effect is reported with this one's.
+
+        Args:
+            fields: the dictionary.
+            name: what it is, for messages.
+        """
+        part = ConfigFields(fields, f"{self.family} {name}", self._reference, self._ignored)
+        part._is_part, part.without_effect = True, self.without_effect
+        return part
 
     def take(self, name: str) -> FieldValue:
         """Return a field's value.
@@ -150,14 +189,23 @@ class ConfigFields:
         self._unread.discard(name)
 
     def finish(self) -> None:
-        """Check that every field has been read or ignored.
+        """Check that every field has been read or ignored, or is without effect in the reference.
 
         Raises:
-            CheckpointError: some fields have been neither read nor ignored.
+            CheckpointError: some fields have been neither read nor ignored, and may change what the model computes.
         """
-        if self._unread:
+        unread = {name: self._fields[name] for name in sorted(self._unread)}
+        matter = {name: value for name, value in unread.items() if self._matters(name, value)}
+        self.without_effect |= {name: value for name, value in unread.items() if name not in matter}
+        if matter:
             raise CheckpointError(
-                f"the {self.family} config has fields that its conversion does not know: "
-                f"{ {name: self._fields[name] for name in sorted(self._unread)} }. They may change what the model "
-                f"computes, so they are not skipped: handle them in weight_conversion/families"
+                f"the {self.family} config has fields that its conversion does not know: {matter}. They may change "
+                "what the model computes, so they are not skipped: handle them in weight_conversion/families, or, if "
+                f"you know that they do not matter here, pass ignore_config_fields={sorted(matter)} to from_pretrained"
             )
+
+    def _matters(self, name: str, value: FieldValue) -> bool:
+        if self._reference is None:
+            return True
+        # The defaults of a config are not those of a dictionary within it.
+        return self._reference.reads(name) if self._is_part else self._reference.matters(name, value)

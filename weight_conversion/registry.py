@@ -94,6 +94,7 @@ from weight_conversion.families import (
     youtu,
 )
 from weight_conversion.family import Family
+from weight_conversion.left_out import why_left_out
 
 __all__ = ["ALIASES", "ENTRY_POINTS", "FAMILIES", "family_of", "register_family"]
 
@@ -237,9 +238,17 @@ def family_of(architecture: str) -> Family:
         _load_entry_points()
     if architecture in _BY_ARCHITECTURE:
         return _BY_ARCHITECTURE[architecture]
-    near = difflib.get_close_matches(architecture, _BY_ARCHITECTURE, n=3, cutoff=0.4)
-    nearest = f"the nearest are {', '.join(near)}" if near else f"those are {', '.join(_BY_ARCHITECTURE)}"
-    raise CheckpointError(
+    raise CheckpointError(_unsupported(architecture))
+
+
+def _unsupported(architecture: str) -> str:
+    """The error for an architecture without a family: why there is none, or which are nearest."""
+    why = why_left_out(architecture)
+    if why is not None:
+        return f"the architecture {architecture!r} is not supported ({why}). docs/families.md lists those that are"
+    near = difflib.get_close_matches(architecture, _BY_ARCHITECTURE, n=3, cutoff=0.6)
+    nearest = f"the nearest are {', '.join(near)}" if near else "docs/families.md lists them"
+    return (
         f"the architecture {architecture!r} is not among the supported ones; {nearest}. "
         "To add it, write a family (docs/adding_a_family.md) and call weight_conversion.register_family with it"
     )

@@ -54,10 +54,7 @@ def rotary(
         raise CheckpointError(f"{fields.family} with rope_type={kind!r} is not supported; {sorted(_SCALINGS)} are")
     arguments |= _SCALINGS[kind](given, n_ctx)
     unread = {name: value for name, value in given.items() if value is not None}
-    if unread:
-        raise CheckpointError(
-            f"the rotary parameters of this {fields.family} config have entries that {kind!r} does not know: {unread}"
-        )
+    fields.part(unread, f"rotary parameters ({kind})").finish()
     return arguments
 
 

@@ -47,7 +47,17 @@ def find_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
         return path
     if path.is_file():
         raise CheckpointError(f"{path} is a file: give the folder that holds config.json and the weights")
+    if isinstance(name_or_path, Path) or _is_path(name_or_path):
+        raise CheckpointError(
+            f"no checkpoint {str(name_or_path)!r}: there is no folder {path.absolute()}. Give the folder that holds "
+            "config.json and the weights, or a hub id such as 'openai-community/gpt2'"
+        )
     return _download(str(name_or_path), revision)
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name is a path, since no hub id looks like it: the hub is not asked then."""
+    return name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -57,7 +67,7 @@ def _download(name: str, revision: str | None) -> Path:
 
     hub_id = ALIASES.get(name, name)
     # A repository may hold copies of its weights in other formats, under other names.
-    wanted = ["*.json", "*.txt", "*.model", "model*.safetensors"]
+    wanted = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors"]
     try:
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
         if not any(folder.glob("model*.safetensors")):

@@ -200,10 +200,11 @@ def _tokenizer(model: HookedTransformer) -> PlainData | None:
 def _about_tokenizer(tokenizer: PlainData | None) -> str:
     if tokenizer is None:
         return "none: prompts are token numbers"
+    about = f"{tokenizer['class']}, {tokenizer['n_tokens']:,} tokens"
+    if tokenizer["bos_token"] is None:
+        return f"{about}; no start token"
     start = "put in front of a prompt" if tokenizer["prepends_bos"] else "not put in front of a prompt"
-    return (
-        f"{tokenizer['class']}, {tokenizer['n_tokens']:,} tokens; the start token {tokenizer['bos_token']!r} is {start}"
-    )
+    return f"{about}; the start token {tokenizer['bos_token']!r} is {start}"
 
 
 def _examples(model: HookedTransformer, sites: Sequence[str]) -> list[str]:

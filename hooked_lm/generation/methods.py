@@ -90,7 +90,8 @@ class TextGeneration(TextInterface, Intervening):
         as_text = texts is not None if return_type == "input" else return_type == "str"
         if not as_text:
             return out[0] if isinstance(input, Tensor) and input.ndim == 1 else out
-        strings = self._texts(out, mask, tokens.shape[1], ends, texts is not None and self._prepends_bos(prepend_bos))
+        added = [0] * len(out) if texts is None else [self._n_added(text, prepend_bos) for text in texts]
+        strings = self._texts(out, mask, tokens.shape[1], ends, added)
         return strings[0] if isinstance(input, str) or (isinstance(input, Tensor) and input.ndim == 1) else strings
 
     def generate_stream(
@@ -133,7 +134,7 @@ class TextGeneration(TextInterface, Intervening):
             raise ValueError(f"one prompt at a time can be streamed, got {tokens.shape[0]}")
         self._check_room(tokens, max_new_tokens)
         as_text = texts is not None if return_type == "input" else return_type == "str"
-        skip = 1 if texts is not None and self._prepends_bos(prepend_bos) else 0
+        skip = 0 if texts is None else self._n_added(texts[0], prepend_bos)
         sampling = Sampling(do_sample, top_k, top_p, temperature, freq_penalty)
         ends = self._ends(stop_at_eos, eos_token_id)
         steps = decode_steps(
@@ -206,6 +207,8 @@ class TextGeneration(TextInterface, Intervening):
             ValueError: some prompts, not all, end in padding, as if padded on the right.
         """
         tokenizer = self._require_tokenizer()
+        if tokenizer.pad_token_id is None:
+            return None
         is_pad = tokens == tokenizer.pad_token_id
         # Where padding and BOS are the same token, a row of padding tokens alone is a BOS.
         ends_in_padding = is_pad[:, -1] & ~is_pad.all(1)
@@ -244,16 +247,16 @@ class TextGeneration(TextInterface, Intervening):
         return (self.tokenizer.eos_token_id,)
 
     def _texts(
-        self, tokens: Tensor, mask: Tensor | None, n_prompt: int, ends: tuple[int, ...], skip_bos: bool
+        self, tokens: Tensor, mask: Tensor | None, n_prompt: int, ends: tuple[int, ...], added: list[int]
     ) -> list[str]:
-        """Return each row as text, without padding and the added BOS, up to the first end-of-sequence token."""
+        """Return each row as text, without padding and the tokens added, up to the first end-of-sequence token."""
         strings = []
         for index, row in enumerate(tokens):
             prompt = row[:n_prompt] if mask is None else row[:n_prompt][mask[index].bool()]
             new = row[n_prompt:].tolist()
             stops = [at for at, token in enumerate(new) if token in ends]
             kept = new[: stops[0] + 1] if stops else new
-            strings.append(str(self.to_string(prompt[int(skip_bos) :].tolist() + kept)))
+            strings.append(str(self.to_string(prompt[added[index] :].tolist() + kept)))
         return strings
 
 

@@ -10,6 +10,7 @@ from hooked_lm.tokenization.functions import (
     decode,
     encode,
     infer_attention_mask,
+    n_added,
     prepare_tokenizer,
     single_token,
     str_tokens,
@@ -17,6 +18,7 @@ from hooked_lm.tokenization.functions import (
     token_rows,
     tokenize,
     tokenize_and_concatenate,
+    with_bos,
 )
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "decode",
     "encode",
     "infer_attention_mask",
+    "n_added",
     "prepare_tokenizer",
     "single_token",
     "str_tokens",
@@ -36,4 +39,5 @@ __all__ = [
     "token_rows",
     "tokenize",
     "tokenize_and_concatenate",
+    "with_bos",
 ]

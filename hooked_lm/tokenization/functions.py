@@ -27,6 +27,7 @@ __all__ = [
     "decode",
     "encode",
     "infer_attention_mask",
+    "n_added",
     "prepare_tokenizer",
     "single_token",
     "str_tokens",
@@ -34,6 +35,7 @@ __all__ = [
     "token_rows",
     "tokenize",
     "tokenize_and_concatenate",
+    "with_bos",
 ]
 
 # Any: a transformers PreTrainedTokenizerBase; naming the type would import transformers.
@@ -46,24 +48,45 @@ Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
 LogitTokens = str | int | Sequence[int] | Tensor
 
 
-def prepare_tokenizer(tokenizer: Tokenizer, padding_side: str) -> Tokenizer:
+def prepare_tokenizer(tokenizer: Tokenizer, d_vocab: int | None = None) -> Tokenizer:
+    """Return a copy of a tokenizer that has a padding token, if it has any special token to pad with.
+
+    Padding is masked, so any token does: the tokenizer's own, or else its end-of-sequence token, BOS or `<unk>`. A
+    special token without a row in the embedding counts as none, and BOS is never made up.
+
+    Args:
+        tokenizer: the tokenizer to copy.
+        d_vocab: how many rows the embedding has; None for any number.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+
+    def has_row(role: str) -> bool:
+        token_id = getattr(tokenizer, f"{role}_token_id", None)
+        return token_id is not None and (d_vocab is None or token_id < d_vocab)
+
+    if not has_row("bos"):
+        tokenizer.bos_token = None
+    if not has_row("pad"):
+        stand_in = next((role for role in ("eos", "bos", "unk") if has_row(role)), None)
+        tokenizer.pad_token = None if stand_in is None else getattr(tokenizer, f"{stand_in}_token")
+    return tokenizer
+
+
+def with_bos(tokenizer: Tokenizer) -> Tokenizer:
     """Return a copy of a tokenizer that has BOS and padding tokens: its own, or else its end-of-sequence token.
 
     Args:
         tokenizer: the tokenizer to copy.
-        padding_side: of the copy.
 
     Raises:
-        ValueError: a BOS or padding token is missing, and there is no end-of-sequence token to use instead.
+        ValueError: it has neither BOS nor an end-of-sequence token.
     """
-    tokenizer = copy.deepcopy(tokenizer)
-    for role in ("bos_token", "pad_token"):
-        if getattr(tokenizer, role) is None:
-            if tokenizer.eos_token is None:
-                raise ValueError(f"the tokenizer has no {role} and no eos_token to use instead: set one")
-            setattr(tokenizer, role, tokenizer.eos_token)
-    tokenizer.padding_side = padding_side
-    return tokenizer
+    prepared = prepare_tokenizer(tokenizer)
+    if prepared.bos_token is None:
+        if prepared.eos_token is None:
+            raise ValueError("the tokenizer has no bos_token and no eos_token to use instead: set one")
+        prepared.bos_token = prepared.eos_token
+    return prepared
 
 
 @dataclass(frozen=True)
@@ -96,13 +119,14 @@ def tokenize(
     Args:
         tokenizer: as from `prepare_tokenizer`.
         text: a string or a sequence of strings.
-        prepend_bos: put BOS in front of each.
+        prepend_bos: put BOS in front of each; a text that begins with BOS does not get a second.
         padding_side: `"left"` or `"right"`.
         n_ctx: cut each prompt to this many tokens; None cuts nothing.
 
     Raises:
         TypeError: an entry is no string.
-        ValueError: there are no strings, or a string has no tokens.
+        ValueError: there are no strings, a string has no tokens, or there is no BOS or padding token where one is
+            needed.
     """
     texts = [text] if isinstance(text, str) else list(text)
     if not texts:
@@ -111,14 +135,19 @@ def tokenize(
         if not isinstance(one, str):
             raise TypeError(f"expected strings to tokenize, got {type(one).__name__}: {one!r}")
     check_padding_side(padding_side)
-    start = [tokenizer.bos_token_id] if prepend_bos else []
-    rows = [(start + encode(tokenizer, one))[:n_ctx] for one in texts]
+    start = _start(tokenizer, prepend_bos)
+    rows = [_begun(start, encode(tokenizer, one))[:n_ctx] for one in texts]
     for one, row in zip(texts, rows, strict=True):
         if not row:
             raise ValueError(f"the string {one!r} has no tokens; with prepend_bos=True it would have one")
     longest = max(map(len, rows))
     if all(len(row) == longest for row in rows):
         return TokenBatch(torch.tensor(rows), None)
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            "prompts of several lengths need padding, and this tokenizer has no special token at all to pad with: set "
+            "model.tokenizer.pad_token, or give one prompt at a time"
+        )
     tokens = torch.full((len(rows), longest), tokenizer.pad_token_id)
     mask = torch.zeros(len(rows), longest, dtype=torch.long)
     for index, row in enumerate(rows):
@@ -126,6 +155,30 @@ def tokenize(
         tokens[index, where] = torch.tensor(row)
         mask[index, where] = 1
     return TokenBatch(tokens, mask)
+
+
+def _start(tokenizer: Tokenizer, prepend_bos: bool) -> list[int]:
+    """The tokens that come before a text."""
+    if prepend_bos and tokenizer.bos_token_id is None:
+        raise ValueError(
+            "prepend_bos=True needs a BOS token, and this tokenizer has none: set model.tokenizer.bos_token to the "
+            "token that the model was trained to begin texts with, or leave prepend_bos out"
+        )
+    return [tokenizer.bos_token_id] if prepend_bos else []
+
+
+def _begun(start: list[int], tokens: list[int]) -> list[int]:
+    return tokens if start and tokens[:1] == start else start + tokens
+
+
+def n_added(tokenizer: Tokenizer, text: str, prepend_bos: bool) -> int:
+    """Return how many tokens `tokenize` puts in front of a text: 1 for BOS, or 0.
+
+    Args:
+        tokenizer, text, prepend_bos: as for `tokenize`.
+    """
+    tokens = encode(tokenizer, text)
+    return len(_begun(_start(tokenizer, prepend_bos), tokens)) - len(tokens)
 
 
 def check_padding_side(padding_side: str) -> None:
@@ -150,6 +203,8 @@ def infer_attention_mask(tokenizer: Tokenizer, tokens: Tensor, prepend_bos: bool
         prepend_bos: whether prompts start with BOS.
         padding_side: `"left"` or `"right"`.
     """
+    if tokenizer.pad_token_id is None:
+        return None
     is_pad = tokens == tokenizer.pad_token_id
     if padding_side == "left":
         padded = is_pad.long().cumprod(1).bool()
@@ -204,14 +259,28 @@ def decode(tokenizer: Tokenizer, tokens: Tensor | np.ndarray | Sequence[int] | i
 
 
 def str_tokens(tokenizer: Tokenizer, tokens: Tensor | np.ndarray | Sequence[int]) -> list[str]:
-    """Return each token of one sequence as the string it stands for.
+    """Return each token of one sequence as the string it stands for, with the space that it begins with.
 
     Args:
         tokenizer: any.
         tokens: [pos] or [1 pos].
     """
     ids = token_rows(tokens).reshape(-1).tolist()
-    return [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in ids]
+
+    def decoded(*tokens: int) -> str:
+        return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+
+    # Sentencepiece drops the space at the start of a text, so a token is decoded behind another one.
+    before = encode(tokenizer, "a")[-1:]
+    prefix = decoded(*before)
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+
+    def string(token: int) -> str:
+        behind = decoded(*before, token)
+        return decoded(token) if token in special or not behind.startswith(prefix) else behind[len(prefix) :]
+
+    strings = {token: string(token) for token in set(ids)}
+    return [strings[token] for token in ids]
 
 
 def single_token(tokenizer: Tokenizer, text: str) -> int:
@@ -284,7 +353,7 @@ def tokenize_and_concatenate(
     Raises:
         ValueError: fewer tokens than one row.
     """
-    tokenizer = prepare_tokenizer(tokenizer, tokenizer.padding_side)
+    tokenizer = with_bos(tokenizer)
     is_dataset = hasattr(dataset, "column_names")
     texts: Iterable[str] = dataset[column_name] if is_dataset else dataset
     separator = [tokenizer.eos_token_id]

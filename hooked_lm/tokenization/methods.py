@@ -18,6 +18,7 @@ from hooked_lm._support.torch_internals import values_readable
 from hooked_lm.components import Embed, Unembed
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.tokenization import LogitTokens, PaddingSide, Prompts, TokenBatch, Tokenizer
+from hooked_lm.tokenization.linked import linked, unlinked
 
 __all__ = ["Text", "TextInterface", "check_attention_mask", "describe", "mask_tensor"]
 
@@ -45,16 +46,19 @@ class TextInterface(nn.Module):
             self.set_tokenizer(tokenizer)
 
     def set_tokenizer(self, tokenizer: Tokenizer, default_padding_side: str | None = None) -> None:
-        """Set the model's tokenizer to a copy of this one, with BOS and padding tokens.
+        """Set the model's tokenizer to a copy of this one, which shares its padding side and BOS with the config.
 
-        A missing BOS or padding token becomes the end-of-sequence token.
+        `model.tokenizer.padding_side` and `model.cfg.default_padding_side` are one setting, and
+        `model.tokenizer.encode(text)` has BOS where `model.cfg.default_prepend_bos` says so. A missing padding token is
+        replaced by another special token, which is masked; a missing BOS is not, and turns `default_prepend_bos` off,
+        with a warning. Tokens that have no row in the embedding are warned about here and raise where they are used.
 
         Args:
             tokenizer: a HuggingFace tokenizer, or an object with the same methods.
             default_padding_side: `"left"` or `"right"`, the new default; None keeps the present one.
 
         Raises:
-            ValueError: a token has no row in the embedding, there is no token to pad with, or the side is neither.
+            ValueError: the side is neither.
             TypeError: it is no tokenizer.
         """
         if not callable(getattr(tokenizer, "get_vocab", None)):
@@ -65,10 +69,25 @@ class TextInterface(nn.Module):
         if default_padding_side is not None:
             tokenization.check_padding_side(default_padding_side)
             self.cfg.default_padding_side = default_padding_side
-        largest = max(tokenizer.get_vocab().values())
-        if self.cfg.d_vocab != -1 and largest >= self.cfg.d_vocab:
-            raise ValueError(f"the tokenizer's tokens go up to {largest}, the model's only to {self.cfg.d_vocab - 1}")
-        self._tokenizer = tokenization.prepare_tokenizer(tokenizer, self.cfg.default_padding_side)
+        rows = None if self.cfg.d_vocab == -1 else self.cfg.d_vocab
+        without_row = sorted(
+            (at, token) for token, at in tokenizer.get_vocab().items() if rows is not None and at >= rows
+        )
+        if without_row:
+            warnings.warn(
+                f"the tokenizer has {len(without_row)} tokens more than the embedding has rows ({rows}), such as "
+                f"{without_row[0][1]!r} ({without_row[0][0]}): a text with one of them raises",
+                stacklevel=2,
+            )
+        prepared = tokenization.prepare_tokenizer(unlinked(tokenizer), rows)
+        if prepared.bos_token_id is None and self.cfg.default_prepend_bos:
+            self.cfg.default_prepend_bos = False
+            warnings.warn(
+                "this tokenizer has no BOS token that the model could read, so none is put in front of prompts "
+                "(default_prepend_bos=False)",
+                stacklevel=2,
+            )
+        self._tokenizer = linked(prepared, self.cfg)
 
     def _require_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
@@ -81,10 +100,28 @@ class TextInterface(nn.Module):
     def _padding_side(self, padding_side: PaddingSide | None) -> PaddingSide:
         return cast(PaddingSide, self.cfg.default_padding_side) if padding_side is None else padding_side
 
-    def _tokenize(self, text: Text, prepend_bos: bool | None, padding_side: PaddingSide | None) -> TokenBatch:
-        return tokenization.tokenize(
-            self._require_tokenizer(), text, self._prepends_bos(prepend_bos), self._padding_side(padding_side)
+    def _tokenize(
+        self, text: Text, prepend_bos: bool | None, padding_side: PaddingSide | None, n_ctx: int | None = None
+    ) -> TokenBatch:
+        batch = tokenization.tokenize(
+            self._require_tokenizer(), text, self._prepends_bos(prepend_bos), self._padding_side(padding_side), n_ctx
         )
+        self._check_rows(int(batch.tokens.max()))
+        return batch
+
+    def _check_rows(self, token: int) -> None:
+        """Check that the embedding has a row for a token that a text has."""
+        if token >= self.cfg.d_vocab:
+            string = self._require_tokenizer().convert_ids_to_tokens(token)
+            raise ValueError(
+                f"the text has the token {string!r} ({token}), and this model's tokens are 0-{self.cfg.d_vocab - 1}: "
+                "the tokenizer has more tokens than the embedding has rows. Leave it out, or load the model that was "
+                "trained with it"
+            )
+
+    def _n_added(self, text: str, prepend_bos: bool | None) -> int:
+        """How many tokens are put in front of a text."""
+        return tokenization.n_added(self._require_tokenizer(), text, self._prepends_bos(prepend_bos))
 
     def _check_tokens(self, given: Prompts | int) -> Tensor:
         """Return tokens in any form as [batch pos] on the model's device, checked against its vocabulary."""
@@ -125,13 +162,7 @@ class TextInterface(nn.Module):
         tokens = batch.tokens
         if truncate and tokens.shape[1] > self.cfg.n_ctx:
             warnings.warn(f"a prompt of {tokens.shape[1]} tokens was cut to n_ctx={self.cfg.n_ctx}", stacklevel=2)
-            tokens = tokenization.tokenize(
-                self._require_tokenizer(),
-                input,
-                self._prepends_bos(prepend_bos),
-                self._padding_side(padding_side),
-                self.cfg.n_ctx,
-            ).tokens
+            tokens = self._tokenize(input, prepend_bos, padding_side, self.cfg.n_ctx).tokens
         return tokens.to(self.embed.W_E.device) if move_to_device else tokens
 
     def to_string(self, tokens: Tensor | np.ndarray | Sequence[int] | int) -> str | list[str]:
@@ -187,7 +218,9 @@ class TextInterface(nn.Module):
         Raises:
             ValueError: the string is no token or several, or the model has no tokenizer.
         """
-        return tokenization.single_token(self._require_tokenizer(), string)
+        token = tokenization.single_token(self._require_tokenizer(), string)
+        self._check_rows(token)
+        return token
 
     def to_single_str_token(self, int_token: int) -> str:
         """Return the string of a token.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -48,7 +48,7 @@ class WeightLoading(nn.Module):
         fold_value_biases: bool | None = None,
         refactor_factored_attn_matrices: bool | None = None,
         hf_model: checkpoint.HFModel = None,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: Tokenizer | Literal[False] | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         revision: str | None = None,
@@ -59,6 +59,7 @@ class WeightLoading(nn.Module):
         default_prepend_bos: bool | None = None,
         default_padding_side: Literal["left", "right"] | None = None,
         trust_remote_code: bool = False,
+        ignore_config_fields: Collection[str] = (),
     ) -> Self:
         """Return a trained model, its weights processed so that circuits are easier to read.
 
@@ -78,7 +79,7 @@ class WeightLoading(nn.Module):
             fold_value_biases: move the value biases into attention's output bias.
             refactor_factored_attn_matrices: rotate each head's basis to its singular vectors.
             hf_model: a loaded `transformers` model to take the weights from; then nothing is read from disk.
-            tokenizer: instead of the checkpoint's own.
+            tokenizer: instead of the checkpoint's own; False loads the model without one.
             device, dtype: of the model's parameters; by default the CPU and the checkpoint's dtype.
             revision: branch, tag or commit on the hub.
             checkpoint_index, checkpoint_value: a checkpoint from during training, by its number or training step, for
@@ -88,6 +89,9 @@ class WeightLoading(nn.Module):
             default_prepend_bos, default_padding_side: override the model's defaults.
             trust_remote_code: run code that comes with the checkpoint: of its tokenizer, and of its config where
                 transformers does not know the model type. Without it such a checkpoint raises; nobody is asked.
+            ignore_config_fields: fields of a HuggingFace config to read as if they were not there. A field that
+                transformers defines or reads, with another value than its default, raises if no rule here handles it;
+                this is for those that you know not to matter. `model.origin["ignore_config_fields"]` lists them.
 
         Raises:
             CheckpointError: the checkpoint cannot be found or read; the message lists the places searched.
@@ -103,6 +107,7 @@ class WeightLoading(nn.Module):
             n_ctx=n_ctx,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
+            ignore_config_fields=ignore_config_fields,
         )
         changes = {"default_prepend_bos": default_prepend_bos, "default_padding_side": default_padding_side}
         cfg = loaded.cfg.replace(
@@ -143,7 +148,7 @@ class WeightLoading(nn.Module):
         before = cfg.replace(tie_word_embeddings=cfg.tie_word_embeddings and not untied_by_processing)
         shapes = {key: torch.empty(shape, device="meta") for key, shape in loaded.weights.shapes.items()}
         with torch.device("meta"):
-            model = cls(cfg, loaded.tokenizer, move_to_device=False)
+            model = cls(cfg, move_to_device=False)
         # Before processing: a fold would drop a missing norm gain without an error.
         _check_shapes(name, shapes, model.own_tensors())
         if plan:
@@ -151,7 +156,9 @@ class WeightLoading(nn.Module):
                 shapes["unembed.W_U"] = shapes["embed.W_E"].T
             with torch.device("meta"):
                 after = processing.process_(before, shapes, plan)
-                model = cls(after, loaded.tokenizer, move_to_device=False)
+                model = cls(after, move_to_device=False)
+        if loaded.tokenizer is not None:
+            model.tokenizer = loaded.tokenizer
         placement = ParameterPlacement(model, device or "cpu")
         for chunk in loaded.weights:
             if untied_by_processing and "embed.W_E" in chunk:

@@ -48,4 +48,4 @@ def _activation(source: str) -> tuple[Entry, ...]:
     )
 
 
-FAMILY = Family("Apertus", ("ApertusForCausalLM",), config, rules)
+FAMILY = Family("Apertus", ("ApertusForCausalLM",), config, rules, prepend_bos=True)

@@ -63,4 +63,5 @@ FAMILY = Family(
     prefix="transformer.",
     # The modules around these two add the residual stream.
     sites=Sites(layers="transformer.h", attn="self_attention.dense", mlp="mlp.dense_4h_to_h"),
+    prepend_bos=False,
 )

@@ -75,4 +75,4 @@ def around_the_norms(cfg: HookedTransformerConfig, fields: ConfigFields) -> tupl
     )
 
 
-FAMILY = Family("Gemma", ("GemmaForCausalLM", "GemmaModel"), config, rules)
+FAMILY = Family("Gemma", ("GemmaForCausalLM", "GemmaModel"), config, rules, prepend_bos=True)

@@ -61,4 +61,4 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
 
 SITES = Sites(attn="post_attention_layernorm", mlp="post_feedforward_layernorm")
 
-FAMILY = Family("Gemma 2", ("Gemma2ForCausalLM", "Gemma2Model"), config, rules, sites=SITES)
+FAMILY = Family("Gemma 2", ("Gemma2ForCausalLM", "Gemma2Model"), config, rules, sites=SITES, prepend_bos=True)

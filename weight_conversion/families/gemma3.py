@@ -36,4 +36,6 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     return (*gemma2.rules(cfg, fields), *tables.qk_norm("layers.{layer}.self_attn", add=gemma.GAIN))
 
 
-FAMILY = Family("Gemma 3", ("Gemma3ForCausalLM", "Gemma3TextModel"), config, rules, sites=gemma2.SITES)
+FAMILY = Family(
+    "Gemma 3", ("Gemma3ForCausalLM", "Gemma3TextModel"), config, rules, sites=gemma2.SITES, prepend_bos=True
+)

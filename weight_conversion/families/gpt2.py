@@ -74,4 +74,5 @@ FAMILY = Family(
     embedding="wte.weight",
     prefix="transformer.",
     sites=Sites(layers="transformer.h", attn="attn"),
+    prepend_bos=True,
 )

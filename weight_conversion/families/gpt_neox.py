@@ -60,4 +60,5 @@ FAMILY = Family(
     unembedding="embed_out.weight",
     prefix="gpt_neox.",
     sites=Sites(layers="gpt_neox.layers", attn="attention"),
+    prepend_bos=False,
 )

@@ -72,4 +72,4 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     )
 
 
-FAMILY = Family("GPT-OSS", ("GptOssForCausalLM",), config, rules)
+FAMILY = Family("GPT-OSS", ("GptOssForCausalLM",), config, rules, prepend_bos=True)

@@ -14,6 +14,8 @@ __all__ = ["FAMILY", "around", "config", "rules"]
 def config(fields: ConfigFields) -> Arguments:
     """Map a `GPTJConfig`."""
     fields.ignore("attn_pdrop", "embd_pdrop", "resid_pdrop")
+    # These models rotate by code of their own, which reads `rotary_dim` alone.
+    fields.ignore("rope_parameters", "rope_scaling")
     # Fields of old files, each with the value of the one model that has them.
     fields.require("rotary", True)
     fields.require("scale_attn_weights", True)
@@ -64,4 +66,5 @@ FAMILY = Family(
     embedding="wte.weight",
     prefix="transformer.",
     sites=Sites(layers="transformer.h", attn="attn"),
+    prepend_bos=True,
 )

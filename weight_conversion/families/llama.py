@@ -55,4 +55,4 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     )
 
 
-FAMILY = Family("Llama", ("LlamaForCausalLM", "LlamaModel"), config, rules)
+FAMILY = Family("Llama", ("LlamaForCausalLM", "LlamaModel"), config, rules, prepend_bos=True)

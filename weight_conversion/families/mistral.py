@@ -41,4 +41,4 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     )
 
 
-FAMILY = Family("Mistral", ("MistralForCausalLM",), config, rules)
+FAMILY = Family("Mistral", ("MistralForCausalLM",), config, rules, prepend_bos=True)

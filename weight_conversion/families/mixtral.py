@@ -42,4 +42,4 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     )
 
 
-FAMILY = Family("Mixtral", ("MixtralForCausalLM",), config, rules)
+FAMILY = Family("Mixtral", ("MixtralForCausalLM",), config, rules, prepend_bos=True)

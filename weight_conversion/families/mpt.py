@@ -33,7 +33,7 @@ def config(fields: ConfigFields) -> Arguments:
         "normalization_type": "LN",
         "positional_embedding_type": "alibi",
         "tie_word_embeddings": fields.take("tie_word_embeddings"),
-        **_attention(ConfigFields(fields.take("attn_config"), f"{fields.family} attn_config")),
+        **_attention(fields.part(fields.take("attn_config"), "attn_config")),
     }
 
 

@@ -32,4 +32,4 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     )
 
 
-FAMILY = Family("OLMo", ("OlmoForCausalLM",), config, rules)
+FAMILY = Family("OLMo", ("OlmoForCausalLM",), config, rules, prepend_bos=True)

@@ -38,4 +38,4 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
 
 SITES = Sites(attn="post_attention_layernorm", mlp="post_feedforward_layernorm")
 
-FAMILY = Family("OLMo 2", ("Olmo2ForCausalLM",), config, rules, sites=SITES)
+FAMILY = Family("OLMo 2", ("Olmo2ForCausalLM",), config, rules, sites=SITES, prepend_bos=True)

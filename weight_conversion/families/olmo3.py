@@ -32,11 +32,11 @@ def unscaled_base(fields: ConfigFields, parameters: HFConfig) -> float:
     Raises:
         CheckpointError: something does.
     """
-    given = ConfigFields({"rope_type": "default", **parameters}, fields.family)
+    given = fields.part({"rope_type": "default", **parameters}, "rotary parameters")
     given.require("rope_type", "default")
     base = float(given.take("rope_theta"))
     given.finish()
     return base
 
 
-FAMILY = Family("OLMo 3", ("Olmo3ForCausalLM",), config, olmo2.rules, sites=olmo2.SITES)
+FAMILY = Family("OLMo 3", ("Olmo3ForCausalLM",), config, olmo2.rules, sites=olmo2.SITES, prepend_bos=True)

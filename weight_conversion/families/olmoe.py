@@ -47,4 +47,4 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     )
 
 
-FAMILY = Family("OLMoE", ("OlmoeForCausalLM",), config, rules)
+FAMILY = Family("OLMoE", ("OlmoeForCausalLM",), config, rules, prepend_bos=True)

@@ -83,4 +83,5 @@ FAMILY = Family(
     embedding="decoder.embed_tokens.weight",
     # Names on the hub have this prefix or lack its first part: the first checkpoints begin with "decoder.".
     sites=Sites(layers="model.decoder.layers", mlp="fc2"),
+    prepend_bos=True,
 )

@@ -43,4 +43,4 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     )
 
 
-FAMILY = Family("Phi", ("PhiForCausalLM",), config, rules)
+FAMILY = Family("Phi", ("PhiForCausalLM",), config, rules, prepend_bos=False)

@@ -41,4 +41,4 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     )
 
 
-FAMILY = Family("Phi-3", ("Phi3ForCausalLM",), config, rules)
+FAMILY = Family("Phi-3", ("Phi3ForCausalLM",), config, rules, prepend_bos=True)

@@ -34,4 +34,4 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     )
 
 
-FAMILY = Family("Qwen2", ("Qwen2ForCausalLM", "Qwen2Model"), config, rules)
+FAMILY = Family("Qwen2", ("Qwen2ForCausalLM", "Qwen2Model"), config, rules, prepend_bos=False)

@@ -81,4 +81,4 @@ def _sparse_layers(cfg: HookedTransformerConfig) -> tuple[int, ...]:
     return tuple(layer for layer in range(cfg.n_layers) if cfg.has_experts(layer))
 
 
-FAMILY = Family("Qwen2-MoE", ("Qwen2MoeForCausalLM",), config, rules)
+FAMILY = Family("Qwen2-MoE", ("Qwen2MoeForCausalLM",), config, rules, prepend_bos=False)

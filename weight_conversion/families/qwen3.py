@@ -34,4 +34,4 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     )
 
 
-FAMILY = Family("Qwen3", ("Qwen3ForCausalLM", "Qwen3Model"), config, rules)
+FAMILY = Family("Qwen3", ("Qwen3ForCausalLM", "Qwen3Model"), config, rules, prepend_bos=False)

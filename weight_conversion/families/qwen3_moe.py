@@ -49,4 +49,4 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     )
 
 
-FAMILY = Family("Qwen3-MoE", ("Qwen3MoeForCausalLM",), config, rules)
+FAMILY = Family("Qwen3-MoE", ("Qwen3MoeForCausalLM",), config, rules, prepend_bos=False)
