@@ -8,17 +8,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from hooked_lm.config import HookedTransformerConfig
-from weight_conversion.aliases import ALIASES
+from weight_conversion.adapters import merged, with_adapter
+from weight_conversion.aliases import hub_id
 from weight_conversion.conversion import MOST_MISSING, Conversion
 from weight_conversion.errors import CheckpointError
 from weight_conversion.family import Family
 from weight_conversion.fields import ConfigFields, FieldValue, HFConfig
+from weight_conversion.foreign import find_foreign
+from weight_conversion.hub import Hub
+from weight_conversion.in_transformers import HFModel, Tokenizer, without_quantization
+from weight_conversion.multimodal import is_multimodal, text_part
 from weight_conversion.own_format import (
     OWN_FORMAT,
     OwnWeights,
@@ -42,13 +47,10 @@ __all__ = [
     "read_family",
 ]
 
-# A `PreTrainedModel` and a `PreTrainedTokenizerBase`: naming these types would import transformers, in seconds.
-HFModel = Any
-Tokenizer = Any
-
 # What the families call their number of layers. Each layer has at least one tensor.
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _POSITIONS = "pos_embed.W_pos"
+_HUB = Hub()
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "spiece.model")
 
 
@@ -92,7 +94,7 @@ class Loaded:
 
 
 def load(
-    name_or_path: str | Path,
+    name_or_path: str | Path | None = None,
     *,
     hf_model: HFModel = None,
     tokenizer: Tokenizer = None,
@@ -103,19 +105,23 @@ def load(
     n_ctx: int | None = None,
     dtype: torch.dtype | str | None = None,
     trust_remote_code: bool = False,
+    hub: Hub = _HUB,
 ) -> Loaded:
     """Read a checkpoint.
 
     Args:
-        name_or_path: an alias, a hub id or a folder.
+        name_or_path: an alias, a hub id, a folder or a GGUF file; not needed with `hf_model`.
         hf_model, tokenizer, revision, checkpoint_index, checkpoint_value: as for `HookedTransformer.from_pretrained`.
         first_n_layers, n_ctx, dtype, trust_remote_code: as there.
+        hub: how files are fetched.
 
     Raises:
         CheckpointError: it cannot be found, read or converted, or needs code that comes with it and may not run.
-        TypeError: `trust_remote_code` is no bool.
+        TypeError: neither a name nor a model is given, or `trust_remote_code` is no bool.
     """
     trust_remote_code = _trusted(trust_remote_code)
+    if name_or_path is None and hf_model is None:
+        raise TypeError("from_pretrained takes the name or path of a model, or a model of transformers as hf_model=")
     asked = {"revision": revision, "checkpoint_index": checkpoint_index, "checkpoint_value": checkpoint_value}
     if hf_model is not None and any(value is not None for value in asked.values()):
         given = ", ".join(f"{name}={value!r}" for name, value in asked.items() if value is not None)
@@ -124,18 +130,12 @@ def load(
     if checkpoint_index is not None or checkpoint_value is not None:
         step = training_checkpoint(str(name_or_path), checkpoint_index, checkpoint_value, revision)
         revision = step.revision
+    options = _Options(tokenizer, first_n_layers, dtype, trust_remote_code, hub)
     if hf_model is not None:
-        loaded = _from_model(str(name_or_path), hf_model, tokenizer, first_n_layers, trust_remote_code)
+        loaded = _from_given_model(name_or_path, hf_model, options)
     else:
-        folder = find_folder(name_or_path, revision)
-        content = read_json(folder / "config.json")
-        if content.get("format") == OWN_FORMAT:
-            loaded = _from_own_folder(folder, content, tokenizer, first_n_layers)
-        else:
-            loaded = _from_huggingface_folder(folder, content, tokenizer, first_n_layers, trust_remote_code)
-        # After the config has been checked: transformers reads it too, to find the tokenizer's class.
-        if tokenizer is None:
-            loaded = replace(loaded, tokenizer=_tokenizer_in(folder, trust_remote_code))
+        loaded = _from_place(find_folder(name_or_path or "", revision, hub), options)
+    name_or_path = name_or_path or _name_of(hf_model)
     cfg, weights = loaded.cfg, loaded.weights
     if n_ctx is not None:
         weights = _Shortened(weights, cfg.n_ctx, n_ctx)
@@ -152,13 +152,71 @@ def load(
     return replace(loaded, cfg=cfg.replace(model_name=_short_name(name_or_path)), weights=weights)
 
 
+@dataclass(frozen=True)
+class _Options:
+    """What a caller asks of every kind of checkpoint."""
+
+    tokenizer: Tokenizer
+    first_n_layers: int | None
+    dtype: torch.dtype | str | None
+    trust_remote_code: bool
+    hub: Hub
+
+
+def _from_place(place: Path, options: _Options) -> Loaded:
+    """Read a folder or a GGUF file."""
+    foreign = find_foreign(place, options.hub)
+    if foreign is not None:
+        loaded = _from_model(foreign.load(options.dtype), options)
+        places = foreign.tokenizer_places
+    else:
+        content = read_json(place / "config.json")
+        if content.get("format") == OWN_FORMAT:
+            loaded = _from_own_folder(place, content, options.tokenizer, options.first_n_layers)
+        else:
+            loaded = _from_huggingface_folder(
+                place, content, options.tokenizer, options.first_n_layers, options.trust_remote_code
+            )
+        places = (place,)
+    if options.tokenizer is not None:
+        return loaded
+    # After the config has been checked: transformers reads it too, to find the tokenizer's class.
+    holds = next((one for one in places if _has_tokenizer(one)), None)
+    return loaded if holds is None else replace(loaded, tokenizer=load_tokenizer(holds, options.trust_remote_code))
+
+
+def _from_given_model(name: str | Path | None, hf_model: HFModel, options: _Options) -> Loaded:
+    """Take the weights of a model in memory; a name beside it is that of its tokenizer, or of an adapter for it."""
+    place = None if name is None else Path(name).expanduser()
+    if place is not None and (place / "adapter_config.json").is_file():
+        hf_model = with_adapter(copy.deepcopy(hf_model), place)
+    loaded = _from_model(merged(hf_model), options)
+    if options.tokenizer is not None:
+        return loaded
+    hub = options.hub
+    if name is None:
+        # Nobody has named a place on the hub, so none is asked.
+        name, hub = _name_of(hf_model), replace(hub, local_files_only=True)
+    try:
+        return replace(loaded, tokenizer=load_tokenizer(name, options.trust_remote_code, hub))
+    except CheckpointError as error:
+        warnings.warn(f"the model will read tokens only: no tokenizer was given, and {error}", stacklevel=4)
+        return loaded
+
+
+def _name_of(hf_model: HFModel) -> str:
+    """The name or path that a model in memory was loaded from, or what it is."""
+    return str(getattr(hf_model.config, "_name_or_path", "") or type(hf_model).__name__)
+
+
 def _from_huggingface_folder(
     folder: Path, content: HFConfig, tokenizer: Tokenizer, first_n_layers: int | None, trust_remote_code: bool
 ) -> Loaded:
     # transformers knows the defaults of fields that a config.json leaves out; importing it takes seconds.
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    family_of(_architecture(content))
+    if not is_multimodal(content):
+        family_of(_architecture(content))
     if "model_type" not in content:
         raise CheckpointError(f"{folder / 'config.json'} has no model_type, so no defaults for its fields are known")
     if not isinstance(content["model_type"], str):
@@ -166,7 +224,9 @@ def _from_huggingface_folder(
             f"{folder / 'config.json'} has model_type {content['model_type']!r}: it is a name, such as 'gpt2'"
         )
     tensors = open_tensors(folder)
-    _check_counts(folder / "config.json", content, len(tensors))
+    for fields in (content, content.get("text_config")):
+        if isinstance(fields, Mapping):
+            _check_counts(folder / "config.json", fields, len(tensors))
     # Code that comes with a checkpoint never reads a config that transformers can read.
     foreign = content["model_type"] not in CONFIG_MAPPING and "AutoConfig" in _auto_map(content)
     if foreign and not trust_remote_code:
@@ -182,7 +242,7 @@ def _from_huggingface_folder(
     return _convert({**content, **hf_config.to_dict()}, tensors, tokenizer, first_n_layers)
 
 
-def _check_counts(path: Path, content: HFConfig, n_tensors: int) -> None:
+def _check_counts(path: Path, content: Mapping[str, FieldValue], n_tensors: int) -> None:
     """Check that there are not far more layers than tensors: transformers' config classes make lists of that length."""
     counts = {name: content[name] for name in _LAYER_COUNTS if name in content}
     pending = [content.get("attention_types")]  # GPT-Neo's [[["global", "local"], 6]]
@@ -195,19 +255,12 @@ def _check_counts(path: Path, content: HFConfig, n_tensors: int) -> None:
             raise CheckpointError(f"{path} says {name}={count}, and the weights beside it are {n_tensors} tensors")
 
 
-def _from_model(
-    name: str, hf_model: HFModel, tokenizer: Tokenizer, first_n_layers: int | None, trust_remote_code: bool
-) -> Loaded:
-    if tokenizer is None:
-        try:
-            tokenizer = load_tokenizer(name, trust_remote_code)
-        except CheckpointError as error:
-            warnings.warn(f"the model will read tokens only: no tokenizer was given, and {error}", stacklevel=4)
-    fields = hf_model.config.to_dict()
-    fields["architectures"] = [type(hf_model).__name__]
+def _from_model(hf_model: HFModel, options: _Options) -> Loaded:
+    """Take the weights of a model in memory, without a tokenizer unless one was given."""
     with torch.no_grad():
-        tensors = TensorsInMemory(_as_on_disk(hf_model))
-        return _convert(fields, tensors, tokenizer, first_n_layers)
+        fields = without_quantization(hf_model.config.to_dict(), hf_model.state_dict())
+        fields["architectures"] = [type(hf_model).__name__]
+        return _convert(fields, TensorsInMemory(_as_on_disk(hf_model)), options.tokenizer, options.first_n_layers)
 
 
 def _as_on_disk(hf_model: HFModel) -> dict[str, Tensor]:
@@ -225,6 +278,8 @@ def _as_on_disk(hf_model: HFModel) -> dict[str, Tensor]:
 def _convert(
     fields: Mapping[str, FieldValue], tensors: TensorSource, tokenizer: Tokenizer, first_n_layers: int | None
 ) -> Loaded:
+    if is_multimodal(fields):
+        fields, tensors = text_part(fields, tensors)
     architecture = _architecture(fields)
     family = family_of(architecture)
     cfg, table = read_family(family, fields, architecture)
@@ -337,28 +392,30 @@ def _short_name(name_or_path: str | Path) -> str:
     return str(name_or_path).rstrip("/").rsplit("/", maxsplit=1)[-1]
 
 
-def _tokenizer_in(folder: Path, trust_remote_code: bool) -> Tokenizer:
-    return load_tokenizer(str(folder), trust_remote_code) if _has_tokenizer(folder) else None
-
-
 def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+    return _is_gguf(folder) or any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
-def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> Tokenizer:
-    """Return the tokenizer of a folder, an alias or a hub id.
+def _is_gguf(path: Path) -> bool:
+    return path.is_file() and path.suffix == ".gguf"
+
+
+def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False, hub: Hub = _HUB) -> Tokenizer:
+    """Return the tokenizer of a folder, a GGUF file, an alias or a hub id.
 
     Args:
-        name_or_path: the folder, alias or hub id.
+        name_or_path: the folder, file, alias or hub id.
         trust_remote_code: whether code that comes with the tokenizer may run. Nobody is asked in between.
+        hub: how it is fetched.
 
     Raises:
         CheckpointError: the tokenizer cannot be found or read, or it needs code that may not run.
         TypeError: `trust_remote_code` is no bool.
     """
     trust_remote_code = _trusted(trust_remote_code)
+    path, name_or_path = Path(name_or_path), str(name_or_path)
     # From a folder without a tokenizer, transformers makes an empty one instead of raising.
-    if Path(name_or_path).is_dir() and not _has_tokenizer(Path(name_or_path)):
+    if path.is_dir() and not _has_tokenizer(path):
         raise CheckpointError(f"no tokenizer: the folder {name_or_path} has none of {', '.join(_TOKENIZER_FILES)}")
     # Only reading text needs transformers, whose import takes seconds.
     from transformers import AutoTokenizer
@@ -366,8 +423,9 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> Tokeni
     try:
         # An explicit False: with None, transformers asks on the terminal.
         tokenizer = AutoTokenizer.from_pretrained(
-            name_or_path if Path(name_or_path).is_dir() else ALIASES.get(name_or_path, name_or_path),
+            path.parent if _is_gguf(path) else name_or_path if path.is_dir() else hub_id(name_or_path),
             trust_remote_code=trust_remote_code,
+            **({"gguf_file": path.name} if _is_gguf(path) else hub.keywords()),
         )
     except Exception as error:  # transformers raises many kinds for one cause
         if not trust_remote_code and "trust_remote_code" in str(error):
