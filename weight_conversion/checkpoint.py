@@ -193,15 +193,21 @@ def _from_given_model(name: str | Path | None, hf_model: HFModel, options: _Opti
     loaded = _from_model(merged(hf_model), options)
     if options.tokenizer is not None:
         return loaded
-    hub = options.hub
-    if name is None:
-        # Nobody has named a place on the hub, so none is asked.
-        name, hub = _name_of(hf_model), replace(hub, local_files_only=True)
     try:
-        return replace(loaded, tokenizer=load_tokenizer(name, options.trust_remote_code, hub))
+        # Without a name nobody has named a place on the hub, so that none is asked.
+        found = _local_tokenizer(hf_model, options.hub) if name is None else name
+        return replace(loaded, tokenizer=load_tokenizer(found, options.trust_remote_code, options.hub))
     except CheckpointError as error:
         warnings.warn(f"the model will read tokens only: no tokenizer was given, and {error}", stacklevel=4)
         return loaded
+
+
+def _local_tokenizer(hf_model: HFModel, hub: Hub) -> Path:
+    """Return the folder on this machine that a model in memory was loaded from."""
+    origin = getattr(hf_model.config, "_name_or_path", "")
+    if not origin:
+        raise CheckpointError("hf_model does not say which checkpoint it is of. Pass tokenizer=")
+    return find_folder(origin, hub=replace(hub, local_files_only=True))
 
 
 def _name_of(hf_model: HFModel) -> str:
