@@ -16,6 +16,7 @@ from torch import Tensor
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion.adapters import merged, with_adapter
 from weight_conversion.aliases import hub_id
+from weight_conversion.classic_format import is_classic_format, read_classic_folder
 from weight_conversion.conversion import MOST_MISSING, Conversion
 from weight_conversion.errors import CheckpointError
 from weight_conversion.family import Family
@@ -173,6 +174,8 @@ def _from_place(place: Path, options: _Options) -> Loaded:
         content = read_json(place / "config.json")
         if content.get("format") == OWN_FORMAT:
             loaded = _from_own_folder(place, content, options.tokenizer, options.first_n_layers)
+        elif is_classic_format(content):
+            return _from_classic_folder(place, content, options)
         else:
             loaded = _from_huggingface_folder(
                 place, content, options.tokenizer, options.first_n_layers, options.trust_remote_code
@@ -362,6 +365,22 @@ def _from_own_folder(folder: Path, content: HFConfig, tokenizer: Tokenizer, firs
     kept = cfg.n_layers if first_n_layers is None else first_n_layers
     weights = OwnWeights(tensors, cfg.n_layers, kept, partial(check_saved_together, path, content, tensors))
     return Loaded(cfg.replace(n_layers=kept), weights, tokenizer, processed, content.get("origin"))
+
+
+def _from_classic_folder(folder: Path, content: HFConfig, options: _Options) -> Loaded:
+    cfg, tensors = read_classic_folder(folder, content)
+    _check_layers(options.first_n_layers, cfg.n_layers)
+    kept = cfg.n_layers if options.first_n_layers is None else options.first_n_layers
+    weights = OwnWeights(TensorsInMemory(tensors), cfg.n_layers, kept)
+    # Such folders rarely hold a tokenizer: their config names one.
+    name = folder if _has_tokenizer(folder) else content.get("tokenizer_name")
+    tokenizer = options.tokenizer
+    if tokenizer is None and name is not None:
+        try:
+            tokenizer = load_tokenizer(name, options.trust_remote_code, options.hub)
+        except CheckpointError as error:
+            warnings.warn(f"the model will read tokens only: {error}", stacklevel=4)
+    return Loaded(cfg.replace(n_layers=kept), weights, tokenizer)
 
 
 class _Shortened:

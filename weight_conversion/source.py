@@ -26,6 +26,7 @@ __all__ = [
     "find_folder",
     "first_line",
     "has_weights",
+    "open_pickles",
     "open_tensors",
     "read_json",
 ]
@@ -128,7 +129,7 @@ def open_tensors(folder: Path) -> TensorSource:
     Raises:
         CheckpointError: the folder has no weights, a shard is absent, or a file is damaged.
     """
-    for single, read in ((_SAFETENSORS, SafetensorFiles), (_PICKLE, _open_pickles)):
+    for single, read in ((_SAFETENSORS, SafetensorFiles), (_PICKLE, open_pickles)):
         # A whole file before an index, as in transformers: an index may be left over from older contents of the folder.
         if (folder / single).is_file():
             return read([folder / single])
@@ -292,8 +293,12 @@ class TensorsInMemory(TensorSource):
         return len(self._tensors)
 
 
-def _open_pickles(paths: list[Path]) -> TensorsInMemory:
-    """Return the tensors of PyTorch pickles, memory-mapped if possible; a file that holds anything else is refused."""
+def open_pickles(paths: list[Path]) -> TensorsInMemory:
+    """Return the tensors of PyTorch pickles, memory-mapped if possible; read with `weights_only=True`.
+
+    Raises:
+        CheckpointError: a file is damaged, or holds anything but tensors by name.
+    """
     tensors: dict[str, Tensor] = {}
     came_from: dict[str, Path] = {}
     for path in paths:

@@ -17,10 +17,10 @@ from hooked_lm.components import Norm, Unembed
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.tokenization import Tokenizer
 from hooked_lm.weights import keywords, processing
-from hooked_lm.weights.classic import from_classic
 from hooked_lm.weights.placement import ParameterPlacement
 from hooked_lm.weights.processing import Weights
 from weight_conversion import checkpoint
+from weight_conversion.classic_state import from_classic
 from weight_conversion.hub import Hub
 
 __all__ = ["WeightLoading"]
