@@ -28,7 +28,7 @@ LEFT_OUT = {
     "Gemma 3n, Gemma 4": "layers share keys and values, and embeddings enter at every layer",
     "Mamba, RWKV, Jamba, Falcon-H1, Zamba, Bamba, RecurrentGemma, Qwen3-Next": "they are recurrent, in part or whole",
     "T5, BART and other encoder-decoders; BERT and other encoders": "this library is about decoders",
-    "checkpoints in quantised form (MXFP4, GPTQ, AWQ, bitsandbytes)": "weights would have to be unpacked first",
+    "checkpoints quantised by GPTQ, AWQ and others that transformers cannot undo": "load what they were made from",
 }
 
 
