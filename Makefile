@@ -35,7 +35,7 @@ core: $(VENV)/.installed-dev
 # its own: the package is installed without what it needs to run itself.
 REAL := .venv-real
 test-real: $(REAL)/.installed
-	$(REAL)/bin/python -m pytest -m real tests/real
+	$(REAL)/bin/python -m pytest -m real -s tests/real
 
 $(REAL)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(REAL)
