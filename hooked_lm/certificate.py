@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isnan
 from pathlib import Path
 from typing import Literal, Protocol, cast
@@ -21,6 +21,9 @@ from hooked_lm.names import get_act_name
 from hooked_lm.transformer import HookedTransformer
 from weight_conversion.errors import CheckpointError
 from weight_conversion.family import Sites
+from weight_conversion.foreign import find_foreign
+from weight_conversion.hub import Hub
+from weight_conversion.multimodal import decoder_class, is_multimodal
 from weight_conversion.own_format import OWN_FORMAT
 from weight_conversion.registry import family_of
 from weight_conversion.source import find_folder, read_json
@@ -171,7 +174,8 @@ def verify(
     random sum of logits with respect to the embeddings that enter the first block.
 
     Args:
-        name_or_path: a HuggingFace hub id, an alias or a folder in HuggingFace's format.
+        name_or_path: whatever `from_pretrained` loads and transformers too: a HuggingFace hub id, an alias, a folder in
+            HuggingFace's format or with an adapter, or a GGUF file.
         revision: branch, tag or commit on the hub.
         positions: length of the prompts; by default 64, or the model's context where that is shorter.
         batch: how many prompts.
@@ -186,20 +190,20 @@ def verify(
     """
     import transformers
 
-    folder = find_folder(bundled.find(str(name_or_path)) or name_or_path, revision)
-    content = read_json(folder / "config.json")
-    if content.get("format") == OWN_FORMAT:
+    place = find_folder(bundled.find(str(name_or_path)) or name_or_path, revision)
+    if (place / "config.json").is_file() and read_json(place / "config.json").get("format") == OWN_FORMAT:
         raise CheckpointError(f"{name_or_path} was saved by this library: there is no reference to compare it with")
-    sites = family_of((content.get("architectures") or ["nothing"])[0]).sites
     comparisons: list[Comparison] = []
     not_compared: dict[str, str] = {}
     shape = (0, 0)
     for precision in ("float32", "float64") if float64 else ("float32",):
         dtype = getattr(torch, precision)
-        ours = HookedTransformer.from_pretrained_no_processing(folder, dtype=dtype)
+        ours = HookedTransformer.from_pretrained_no_processing(place, dtype=dtype)
         tokens = _random_tokens(ours, batch, positions, seed)
         shape = (tokens.shape[0], tokens.shape[1])
-        loaded = _load_reference(folder, sites, dtype) if reference is None else deepcopy(reference).to(dtype)
+        loaded, sites = (
+            _load_reference(place, dtype) if reference is None else _given_reference(reference, place, dtype)
+        )
         theirs = cast(_Reference, loaded.eval())
         architecture = type(loaded).__name__
         obstacle = _obstacle(theirs, tokens) if precision == "float64" else None
@@ -222,20 +226,45 @@ def verify(
     )
 
 
-def _load_reference(folder: Path, sites: Sites, dtype: torch.dtype) -> nn.Module:
-    from transformers import AutoModelForCausalLM  # imported here: it takes seconds, and only a certificate needs it
+def _given_reference(reference: nn.Module, place: Path, dtype: torch.dtype) -> tuple[nn.Module, Sites]:
+    """Return a copy of a model that stands for the checkpoint's, and where its sites are."""
+    architecture = (read_json(place / "config.json").get("architectures") or ["nothing"])[0]
+    return deepcopy(reference).to(dtype), family_of(architecture).sites
 
+
+def _load_reference(place: Path, dtype: torch.dtype) -> tuple[nn.Module, Sites]:
+    """Return the checkpoint as a model of transformers, and where its sites are.
+
+    Raises:
+        CheckpointError: transformers does not load it.
+    """
+    foreign = find_foreign(place, Hub())
+    if foreign is not None:
+        loaded: nn.Module = foreign.load(dtype, attn_implementation="eager")
+        return loaded, family_of(type(loaded).__name__).sites
+    import transformers
+
+    content = read_json(place / "config.json")
+    architecture = (content.get("architectures") or ["nothing"])[0]
+    whole = is_multimodal(content)
+    kind = getattr(transformers, architecture) if whole else transformers.AutoModelForCausalLM
     try:
-        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(
-            folder,
+        loaded = kind.from_pretrained(
+            place,
             dtype=dtype,
-            attn_implementation=sites.attention,
+            attn_implementation="eager" if whole else family_of(architecture).sites.attention,
             experts_implementation="eager",
             trust_remote_code=False,
         )
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers raises many kinds
-        raise CheckpointError(f"transformers does not load {folder}: {error}") from error
-    return loaded
+        raise CheckpointError(f"transformers does not load {place}: {error}") from error
+    if not whole:
+        return loaded, family_of(architecture).sites
+    sites = family_of(decoder_class(loaded.config.get_text_config().to_dict())).sites
+    decoder = next(name for name, _ in loaded.model.named_children() if name in ("language_model", "text_model"))
+    return loaded, replace(sites, layers=f"model.{decoder}.layers")
 
 
 def _obstacle(reference: _Reference, tokens: Int[Tensor, "batch pos"]) -> str | None:

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from hooked_lm.config import HookedTransformerConfig
+from weight_conversion.adapters import merged, with_adapter
+from weight_conversion.classic_format import is_classic_format, read_classic_folder
 from weight_conversion.conversion import MOST_MISSING, Conversion
 from weight_conversion.errors import CheckpointError
 from weight_conversion.family import Family
 from weight_conversion.fields import ConfigFields, FieldValue, HFConfig
+from weight_conversion.foreign import find_foreign
+from weight_conversion.hub import Hub
+from weight_conversion.in_transformers import HFModel, Tokenizer, without_quantization
+from weight_conversion.loaded import Loaded, Shortened, Weights
+from weight_conversion.multimodal import is_multimodal, text_part
 from weight_conversion.own_format import (
     OWN_FORMAT,
     OwnWeights,
@@ -31,9 +37,9 @@ from weight_conversion.registry import family_of
 from weight_conversion.rules import RuleTable
 from weight_conversion.source import TensorsInMemory, TensorSource, find_folder, open_tensors, read_json
 from weight_conversion.tokenizers import (
-    Tokenizer,
     adds_bos,
     auto_map,
+    has_tokenizer,
     is_trusted,
     load_tokenizer,
     tokenizer_in,
@@ -53,57 +59,15 @@ __all__ = [
     "read_family",
 ]
 
-# A `PreTrainedModel`: naming the type would import transformers, in seconds.
-HFModel = Any
-
 # What the families call their number of layers. Each layer has at least one tensor.
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_POSITIONS = "pos_embed.W_pos"
+_HUB = Hub()
 # In `origin`, beside the config's own fields: the names of those that the user asked to ignore.
 IGNORED = "ignore_config_fields"
 
 
-class Weights(Protocol):
-    """Our weights, not read yet: iterating reads them chunk by chunk, first the weights outside the blocks.
-
-    Attributes:
-        shapes: every name and its shape.
-    """
-
-    shapes: dict[str, tuple[int, ...]]
-
-    @property
-    def mapped(self) -> bool:
-        """Whether the tensors that are read are private views of a file, so that a model can keep them uncopied."""
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]: ...
-
-    def release(self) -> None:
-        """Free the memory of the tensors that have been read, except those still referenced elsewhere."""
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A checkpoint that has been opened and checked: unbuilt, and unprocessed unless `processed` says otherwise.
-
-    Attributes:
-        cfg: the architecture.
-        weights: our names -> tensors in the checkpoint's own precision, possibly views of a memory-mapped file.
-        tokenizer: a transformers tokenizer, or None if the checkpoint has none.
-        processed: the steps of `hooked_lm.weights` that the weights have been through.
-        origin: the HuggingFace config that the architecture was read from, which an export needs; None if there was
-            none.
-    """
-
-    cfg: HookedTransformerConfig
-    weights: Weights
-    tokenizer: Tokenizer
-    processed: tuple[str, ...] = ()
-    origin: HFConfig | None = None
-
-
 def load(
-    name_or_path: str | Path,
+    name_or_path: str | Path | None = None,
     *,
     hf_model: HFModel = None,
     tokenizer: Tokenizer = None,
@@ -115,18 +79,23 @@ def load(
     dtype: torch.dtype | str | None = None,
     trust_remote_code: bool = False,
     ignore_config_fields: Collection[str] = (),
+    hub: Hub = _HUB,
 ) -> Loaded:
     """Read a checkpoint.
 
     Args:
-        name_or_path: an alias, a hub id or a folder.
+        name_or_path: an alias, a hub id, a folder or a GGUF file; not needed with `hf_model`.
         hf_model, tokenizer, revision, checkpoint_index, checkpoint_value: as for `HookedTransformer.from_pretrained`.
         first_n_layers, n_ctx, dtype, trust_remote_code, ignore_config_fields: as there.
+        hub: how files are fetched.
 
     Raises:
         CheckpointError: it cannot be found, read or converted, or needs code that comes with it and may not run.
-        TypeError: `trust_remote_code` is no bool, or `ignore_config_fields` no collection of names.
+        TypeError: neither a name nor a model is given, `trust_remote_code` is no bool, or `ignore_config_fields` no
+            collection of names.
     """
+    if name_or_path is None and hf_model is None:
+        raise TypeError("from_pretrained takes the name or path of a model, or a model of transformers as hf_model=")
     asked = {"revision": revision, "checkpoint_index": checkpoint_index, "checkpoint_value": checkpoint_value}
     if hf_model is not None and any(value is not None for value in asked.values()):
         given = ", ".join(f"{name}={value!r}" for name, value in asked.items() if value is not None)
@@ -135,14 +104,16 @@ def load(
     if checkpoint_index is not None or checkpoint_value is not None:
         step = training_checkpoint(str(name_or_path), checkpoint_index, checkpoint_value, revision)
         revision = step.revision
-    how = _Choices(tokenizer, first_n_layers, is_trusted(trust_remote_code), _names(ignore_config_fields))
+    trusted, ignored = is_trusted(trust_remote_code), _names(ignore_config_fields)
+    how = _Choices(tokenizer, first_n_layers, dtype, trusted, ignored, hub)
     if hf_model is not None:
-        loaded = _with_bos(_from_model(str(name_or_path), hf_model, how), hf_model.config.to_dict())
+        loaded = _from_given_model(name_or_path, hf_model, how)
     else:
-        loaded = _from_folder(find_folder(name_or_path, revision), how)
+        loaded = _from_place(find_folder(name_or_path or "", revision, hub), how)
+    name_or_path = name_or_path or _name_of(hf_model)
     cfg, weights = loaded.cfg, loaded.weights
     if n_ctx is not None:
-        weights = _Shortened(weights, cfg.n_ctx, n_ctx)
+        weights = Shortened(weights, cfg.n_ctx, n_ctx)
         cfg = cfg.replace(n_ctx=n_ctx)
     if dtype is not None:
         cfg = cfg.replace(dtype=dtype)
@@ -163,14 +134,18 @@ class _Choices:
     Attributes:
         tokenizer: to use instead of the checkpoint's; False for none.
         first_n_layers: how many blocks to keep; None for all.
+        dtype: of the weights; None for the checkpoint's.
         trust_remote_code: whether code that comes with a checkpoint may run.
         ignored: config fields to ignore.
+        hub: how files are fetched.
     """
 
     tokenizer: Tokenizer
     first_n_layers: int | None
+    dtype: torch.dtype | str | None
     trust_remote_code: bool
     ignored: tuple[str, ...]
+    hub: Hub
 
     @property
     def given_tokenizer(self) -> Tokenizer:
@@ -178,28 +153,75 @@ class _Choices:
         return None if self.tokenizer is False else self.tokenizer
 
 
-def _from_folder(folder: Path, how: _Choices) -> Loaded:
-    content = read_json(folder / "config.json")
+def _from_place(place: Path, how: _Choices) -> Loaded:
+    """Read a folder or a GGUF file."""
+    foreign = find_foreign(place, how.hub)
+    if foreign is not None:
+        model = foreign.load(how.dtype)
+        return _with_bos(
+            _with_tokenizer(_from_model(model, how), foreign.tokenizer_places, how), model.config.to_dict()
+        )
+    content = read_json(place / "config.json")
     own = content.get("format") == OWN_FORMAT
     if own and how.ignored:
         raise CheckpointError(
-            f"ignore_config_fields={list(how.ignored)} is about HuggingFace configs; {folder} is in hooked_lm's own "
+            f"ignore_config_fields={list(how.ignored)} is about HuggingFace configs; {place} is in hooked_lm's own "
             "format, whose fields all count"
         )
-    loaded = (_from_own_folder if own else _from_huggingface_folder)(folder, content, how)
-    if how.tokenizer is False:
-        loaded = replace(loaded, cfg=loaded.cfg.replace(tokenizer_name=None), tokenizer=None)
-    elif how.tokenizer is None:
-        # After the config has been checked: transformers reads it too, to find the tokenizer's class.
-        loaded = replace(loaded, tokenizer=tokenizer_in(folder, how.trust_remote_code))
+    if not own and is_classic_format(content):
+        return _from_classic_folder(place, content, how)
+    read = _from_own_folder if own else _from_huggingface_folder
+    loaded = _with_tokenizer(read(place, content, how), (place,), how)
     return loaded if own else _with_bos(loaded, content)
+
+
+def _with_tokenizer(loaded: Loaded, places: Sequence[Path], how: _Choices) -> Loaded:
+    """Add the tokenizer of the first place that has one, unless another was given, or none is wanted."""
+    if how.tokenizer is False:
+        return replace(loaded, cfg=loaded.cfg.replace(tokenizer_name=None), tokenizer=None)
+    if how.tokenizer is not None:
+        return loaded
+    # After the config has been checked: transformers reads it too, to find the tokenizer's class.
+    holds = next((place for place in places if has_tokenizer(place)), None)
+    return loaded if holds is None else replace(loaded, tokenizer=tokenizer_in(holds, how.trust_remote_code))
+
+
+def _from_given_model(name: str | Path | None, hf_model: HFModel, how: _Choices) -> Loaded:
+    """Take the weights of a model in memory; a name beside it is that of its tokenizer, or of an adapter for it."""
+    place = None if name is None else Path(name).expanduser()
+    if place is not None and (place / "adapter_config.json").is_file():
+        hf_model = with_adapter(copy.deepcopy(hf_model), place)
+    hf_model = merged(hf_model)
+    loaded = _from_model(hf_model, how)
+    if how.tokenizer is None:
+        try:
+            # Without a name nobody has named a place on the hub, so that none is asked.
+            found = _local_tokenizer(hf_model, how.hub) if name is None else name
+            loaded = replace(loaded, tokenizer=load_tokenizer(found, how.trust_remote_code, how.hub))
+        except CheckpointError as error:
+            warnings.warn(f"the model will read tokens only: no tokenizer was given, and {error}", stacklevel=4)
+    return _with_bos(loaded, hf_model.config.to_dict())
+
+
+def _local_tokenizer(hf_model: HFModel, hub: Hub) -> Path:
+    """Return the folder on this machine that a model in memory was loaded from."""
+    origin = getattr(hf_model.config, "_name_or_path", "")
+    if not origin:
+        raise CheckpointError("hf_model does not say which checkpoint it is of. Pass tokenizer=")
+    return find_folder(origin, hub=replace(hub, local_files_only=True))
+
+
+def _name_of(hf_model: HFModel) -> str:
+    """The name or path that a model in memory was loaded from, or what it is."""
+    return str(getattr(hf_model.config, "_name_or_path", "") or type(hf_model).__name__)
 
 
 def _from_huggingface_folder(folder: Path, content: HFConfig, how: _Choices) -> Loaded:
     # transformers knows the defaults of fields that a config.json leaves out; importing it takes seconds.
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    family = family_of(_architecture(content)) if content.get("architectures") else None
+    named = content.get("architectures") and not is_multimodal(content)
+    family = family_of(_architecture(content)) if named else None
     if "model_type" not in content:
         raise CheckpointError(f"{folder / 'config.json'} has no model_type, so no defaults for its fields are known")
     if not isinstance(content["model_type"], str):
@@ -224,7 +246,9 @@ def _from_huggingface_folder(folder: Path, content: HFConfig, how: _Choices) -> 
             f"model_type {content['model_type']!r}, so that there are no defaults for the fields"
         )
     tensors = open_tensors(folder)
-    _check_counts(folder / "config.json", content, len(tensors))
+    for part in (content, content.get("text_config")):
+        if isinstance(part, Mapping):
+            _check_counts(folder / "config.json", part, len(tensors))
     try:
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=foreign)
     except Exception as error:  # transformers' validation raises errors of many types
@@ -234,7 +258,7 @@ def _from_huggingface_folder(folder: Path, content: HFConfig, how: _Choices) -> 
     return _convert(fields, tensors, reference, how)
 
 
-def _check_counts(path: Path, content: HFConfig, n_tensors: int) -> None:
+def _check_counts(path: Path, content: Mapping[str, FieldValue], n_tensors: int) -> None:
     """Check that there are not far more layers than tensors: transformers' config classes make lists of that length."""
     counts = {name: content[name] for name in _LAYER_COUNTS if name in content}
     pending = [content.get("attention_types")]  # GPT-Neo's [[["global", "local"], 6]]
@@ -247,16 +271,12 @@ def _check_counts(path: Path, content: HFConfig, n_tensors: int) -> None:
             raise CheckpointError(f"{path} says {name}={count}, and the weights beside it are {n_tensors} tensors")
 
 
-def _from_model(name: str, hf_model: HFModel, how: _Choices) -> Loaded:
-    if how.tokenizer is None:
-        try:
-            how = replace(how, tokenizer=load_tokenizer(name, how.trust_remote_code))
-        except CheckpointError as error:
-            warnings.warn(f"the model will read tokens only: no tokenizer was given, and {error}", stacklevel=4)
-    fields = hf_model.config.to_dict()
-    fields["architectures"] = [type(hf_model).__name__]
+def _from_model(hf_model: HFModel, how: _Choices) -> Loaded:
+    """Take the weights of a model in memory, without a tokenizer unless one was given."""
     reference = Reference(type(hf_model.config), type(hf_model))
     with torch.no_grad():
+        fields = without_quantization(hf_model.config.to_dict(), hf_model.state_dict())
+        fields["architectures"] = [type(hf_model).__name__]
         return _convert(fields, TensorsInMemory(_as_on_disk(hf_model)), reference, how)
 
 
@@ -275,6 +295,9 @@ def _as_on_disk(hf_model: HFModel) -> dict[str, Tensor]:
 def _convert(
     fields: Mapping[str, FieldValue], tensors: TensorSource, reference: Reference | None, how: _Choices
 ) -> Loaded:
+    if is_multimodal(fields):
+        fields, tensors = text_part(fields, tensors)
+        reference = Reference.of_model_type(fields.get("model_type"))
     architecture = _architecture(fields)
     fields = {**fields, "architectures": [architecture]}
     absent = [name for name in how.ignored if name not in fields]
@@ -389,29 +412,20 @@ def _from_own_folder(folder: Path, content: HFConfig, how: _Choices) -> Loaded:
     return Loaded(cfg.replace(n_layers=kept), weights, how.given_tokenizer, processed, content.get("origin"))
 
 
-class _Shortened:
-    """Weights with fewer learned positions."""
-
-    def __init__(self, weights: Weights, had: int, n_ctx: int) -> None:
-        self._weights, self._n_ctx = weights, n_ctx
-        self.shapes = dict(weights.shapes)
-        if _POSITIONS in self.shapes:
-            if n_ctx > had:
-                raise CheckpointError(f"n_ctx={n_ctx} is more than the {had} positions this model has learned")
-            self.shapes[_POSITIONS] = (n_ctx, *self.shapes[_POSITIONS][1:])
-
-    @property
-    def mapped(self) -> bool:
-        return self._weights.mapped
-
-    def release(self) -> None:
-        self._weights.release()
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for chunk in self._weights:
-            if _POSITIONS in chunk:
-                chunk[_POSITIONS] = chunk[_POSITIONS][: self._n_ctx]
-            yield chunk
+def _from_classic_folder(folder: Path, content: HFConfig, how: _Choices) -> Loaded:
+    cfg, tensors = read_classic_folder(folder, content)
+    _check_layers(how.first_n_layers, cfg.n_layers)
+    kept = cfg.n_layers if how.first_n_layers is None else how.first_n_layers
+    weights = OwnWeights(TensorsInMemory(tensors), cfg.n_layers, kept)
+    # Such folders rarely hold a tokenizer: their config names one.
+    name = folder if has_tokenizer(folder) else content.get("tokenizer_name")
+    tokenizer = how.given_tokenizer
+    if how.tokenizer is None and name is not None:
+        try:
+            tokenizer = load_tokenizer(name, how.trust_remote_code, how.hub)
+        except CheckpointError as error:
+            warnings.warn(f"the model will read tokens only: {error}", stacklevel=4)
+    return Loaded(cfg.replace(n_layers=kept), weights, tokenizer)
 
 
 def _check_layers(first_n_layers: int | None, n_layers: int) -> None:

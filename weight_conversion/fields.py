@@ -20,6 +20,8 @@ Arguments = dict[str, FieldValue]
 GENERIC_FIELDS = frozenset(
     [
         "_name_or_path",
+        # Written by the GGUF reader of transformers.
+        "_model_name_or_path",
         "_commit_hash",
         "_num_labels",
         "_attn_implementation",
@@ -96,6 +98,7 @@ GENERIC_FIELDS = frozenset(
         "top_k",
         "top_p",
         "typical_p",
+        "unk_token_id",
     ]
 )
 

@@ -60,9 +60,9 @@ LEFT_OUT = (
         "this library is about decoders",
     ),
     LeftOut(
-        "checkpoints in quantised form (MXFP4, GPTQ, AWQ, bitsandbytes)",
+        "checkpoints quantised by GPTQ, AWQ and others that transformers cannot undo",
         "(?!)",
-        "weights would have to be unpacked first",
+        "load what they were made from",
     ),
 )
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from hooked_lm._support.reading import SafetensorFile, read_json_object
 from hooked_lm._support.tensor_bytes import bytes_of
-from weight_conversion.aliases import ALIASES
+from weight_conversion.aliases import hub_id
 from weight_conversion.errors import CheckpointError
 from weight_conversion.fields import HFConfig
+from weight_conversion.hub import Hub
 
 __all__ = [
     "CONFIG_DIGEST",
@@ -24,6 +25,8 @@ __all__ = [
     "TensorsInMemory",
     "find_folder",
     "first_line",
+    "has_weights",
+    "open_pickles",
     "open_tensors",
     "read_json",
 ]
@@ -31,28 +34,42 @@ __all__ = [
 # In the header of our own weights: the digest of the config that was saved with them.
 CONFIG_DIGEST = "config_digest"
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
+_HUB = Hub()
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def find_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
-    """Return the folder of a checkpoint: the path itself, or a download of the hub id that a name stands for.
+def find_folder(name_or_path: str | Path, revision: str | None = None, hub: Hub = _HUB) -> Path:
+    """Return where a checkpoint is: the path of a folder or GGUF file itself, or a download of a hub id.
+
+    Args:
+        name_or_path: an alias, a hub id or a path.
+        revision: branch, tag or commit on the hub.
+        hub: how it is fetched.
 
     Raises:
-        CheckpointError: it is no folder, and the hub has no such checkpoint; the message lists the places tried.
+        CheckpointError: it is no such path, and the hub has no such checkpoint; the message lists the places tried.
     """
     path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         if revision is not None:
-            raise CheckpointError(f"{path} is a folder, which has one version: there is no revision {revision!r} of it")
+            what = "a folder" if path.is_dir() else "a file"
+            raise CheckpointError(f"{path} is {what}, which has one version: there is no revision {revision!r} of it")
         return path
     if path.is_file():
-        raise CheckpointError(f"{path} is a file: give the folder that holds config.json and the weights")
+        raise CheckpointError(
+            f"{path} is a file: give the folder that holds config.json and the weights, or the path of a .gguf file"
+        )
     if isinstance(name_or_path, Path) or _is_path(name_or_path):
         raise CheckpointError(
             f"no checkpoint {str(name_or_path)!r}: there is no folder {path.absolute()}. Give the folder that holds "
             "config.json and the weights, or a hub id such as 'openai-community/gpt2'"
         )
-    return _download(str(name_or_path), revision)
+    return _download(str(name_or_path), revision, hub)
+
+
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder holds the weights of a whole model, in one file or in shards."""
+    return any((folder / f"{name}{end}").is_file() for name in (_SAFETENSORS, _PICKLE) for end in ("", ".index.json"))
 
 
 def _is_path(name: str) -> bool:
@@ -60,25 +77,37 @@ def _is_path(name: str) -> bool:
     return name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, hub: Hub) -> Path:
     # Only loading from the hub needs the hub's client.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    hub_id = ALIASES.get(name, name)
-    # A repository may hold copies of its weights in other formats, under other names.
-    wanted = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors"]
+    full = hub_id(name)
+
+    def fetch(*patterns: str) -> Path:
+        return Path(
+            snapshot_download(
+                full,
+                revision=revision,
+                allow_patterns=list(patterns),
+                ignore_patterns=["*/*"],
+                # The type of the client's own arguments, which are more than these.
+                **hub.keywords(),  # type: ignore[arg-type]
+            )
+        )
+
     try:
-        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
-        if not any(folder.glob("model*.safetensors")):
-            snapshot_download(hub_id, revision=revision, allow_patterns=["pytorch_model*.bin"], ignore_patterns=["*/*"])
+        # A repository may hold copies of its weights in other formats, under other names.
+        folder = fetch("*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors", "adapter_model.safetensors")
+        if not any(folder.glob("*.safetensors")):
+            fetch("pytorch_model*.bin", "adapter_model.bin", "*final.pth")
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        short = hub_id.rsplit("/", maxsplit=1)[-1]
+        short = full.rsplit("/", maxsplit=1)[-1]
         at = "" if revision is None else f" --revision {revision}"
         raise CheckpointError(
-            f"no checkpoint {name!r}. Tried: the folder {Path(name).absolute()} (there is none); {hub_id!r} in the "
+            f"no checkpoint {name!r}. Tried: the folder {Path(name).absolute()} (there is none); {full!r} in the "
             f"local HuggingFace cache and on the hub ({type(error).__name__}: {first_line(error)}). Without a "
-            f"network, run `hf download {hub_id}{at} --local-dir {short}` where there is one, copy the folder and "
+            f"network, run `hf download {full}{at} --local-dir {short}` where there is one, copy the folder and "
             "load it by its path"
         ) from error
     return folder
@@ -110,7 +139,7 @@ def open_tensors(folder: Path) -> TensorSource:
     Raises:
         CheckpointError: the folder has no weights, a shard is absent, or a file is damaged.
     """
-    for single, read in ((_SAFETENSORS, SafetensorFiles), (_PICKLE, _open_pickles)):
+    for single, read in ((_SAFETENSORS, SafetensorFiles), (_PICKLE, open_pickles)):
         # A whole file before an index, as in transformers: an index may be left over from older contents of the folder.
         if (folder / single).is_file():
             return read([folder / single])
@@ -274,8 +303,12 @@ class TensorsInMemory(TensorSource):
         return len(self._tensors)
 
 
-def _open_pickles(paths: list[Path]) -> TensorsInMemory:
-    """Return the tensors of PyTorch pickles, memory-mapped if possible; a file that holds anything else is refused."""
+def open_pickles(paths: list[Path]) -> TensorsInMemory:
+    """Return the tensors of PyTorch pickles, memory-mapped if possible; read with `weights_only=True`.
+
+    Raises:
+        CheckpointError: a file is damaged, or holds anything but tensors by name.
+    """
     tensors: dict[str, Tensor] = {}
     came_from: dict[str, Path] = {}
     for path in paths:

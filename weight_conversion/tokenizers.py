@@ -8,17 +8,25 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from hooked_lm._support.reading import read_json_object
-from weight_conversion.aliases import ALIASES
+from weight_conversion.aliases import hub_id
 from weight_conversion.errors import CheckpointError
+from weight_conversion.hub import Hub
+from weight_conversion.in_transformers import Tokenizer
 from weight_conversion.source import first_line
 
-__all__ = ["Tokenizer", "adds_bos", "auto_map", "is_trusted", "load_tokenizer", "tokenizer_in", "with_bos_of_config"]
+__all__ = [
+    "adds_bos",
+    "auto_map",
+    "has_tokenizer",
+    "is_trusted",
+    "load_tokenizer",
+    "tokenizer_in",
+    "with_bos_of_config",
+]
 
-# A `PreTrainedTokenizerBase`: naming the type would import transformers, in seconds.
-Tokenizer = Any
+_HUB = Hub()
 
 # Where a vocabulary may be. transformers takes the class of the tokenizer from tokenizer_config.json or config.json.
 _TOKENIZER_FILES = (
@@ -53,43 +61,55 @@ def tokenizer_in(folder: Path, trust_remote_code: bool) -> Tokenizer:
     Raises:
         CheckpointError: one of its files is damaged, or it needs code that may not run.
     """
-    if not _has_tokenizer(folder):
+    if not has_tokenizer(folder):
         return None
     try:
-        return load_tokenizer(str(folder), trust_remote_code)
+        return load_tokenizer(folder, trust_remote_code)
     except _UnreadableTokenizerError as error:
         warnings.warn(f"the model will read tokens only: {error}", stacklevel=4)
         return None
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
-
-
-def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> Tokenizer:
-    """Return the tokenizer of a folder, an alias or a hub id.
+def has_tokenizer(place: Path) -> bool:
+    """Return whether a folder holds a tokenizer; a GGUF file does.
 
     Args:
-        name_or_path: the folder, alias or hub id.
+        place: the folder or file.
+    """
+    return _is_gguf(place) or any((place / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.is_file() and path.suffix == ".gguf"
+
+
+def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False, hub: Hub = _HUB) -> Tokenizer:
+    """Return the tokenizer of a folder, a GGUF file, an alias or a hub id.
+
+    Args:
+        name_or_path: the folder, file, alias or hub id.
         trust_remote_code: whether code that comes with the tokenizer may run. Nobody is asked in between.
+        hub: how it is fetched.
 
     Raises:
         CheckpointError: the tokenizer cannot be found or read, or it needs code that may not run.
         TypeError: `trust_remote_code` is no bool.
     """
     trust_remote_code = is_trusted(trust_remote_code)
+    path, name_or_path = Path(name_or_path), str(name_or_path)
     # From a folder without a tokenizer, transformers makes an empty one instead of raising.
-    if Path(name_or_path).is_dir() and not _has_tokenizer(Path(name_or_path)):
+    if path.is_dir() and not has_tokenizer(path):
         raise CheckpointError(f"no tokenizer: the folder {name_or_path} has none of {', '.join(_TOKENIZER_FILES)}")
-    _check_files(Path(name_or_path))
+    _check_files(path)
     # Only reading text needs transformers, whose import takes seconds.
     from transformers import AutoTokenizer
 
     try:
         # An explicit False: with None, transformers asks on the terminal.
         tokenizer = AutoTokenizer.from_pretrained(
-            name_or_path if Path(name_or_path).is_dir() else ALIASES.get(name_or_path, name_or_path),
+            path.parent if _is_gguf(path) else name_or_path if path.is_dir() else hub_id(name_or_path),
             trust_remote_code=trust_remote_code,
+            **({"gguf_file": path.name} if _is_gguf(path) else hub.keywords()),
         )
     except Exception as error:  # transformers raises many kinds for one cause
         if not trust_remote_code and "trust_remote_code" in str(error):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from weight_conversion.aliases import ALIASES
+from weight_conversion.aliases import hub_id
 from weight_conversion.errors import CheckpointError
 
 __all__ = ["SERIES", "Series", "TrainingCheckpoint", "training_checkpoint"]
@@ -73,8 +73,8 @@ def training_checkpoint(
     named = [argument for argument, it in given.items() if it is not None]
     if len(named) > 1:
         raise CheckpointError(f"{' and '.join(named)} each say which checkpoint: give one of them")
-    hub_id = ALIASES.get(name, name)
-    series = next((series for series in SERIES if fnmatchcase(hub_id, series.models)), None)
+    full = hub_id(name)
+    series = next((series for series in SERIES if fnmatchcase(full, series.models)), None)
     if series is None:
         known = ", ".join(series.models for series in SERIES)
         raise CheckpointError(f"{name} is of no series that publishes training checkpoints; those are {known}")

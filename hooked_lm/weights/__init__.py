@@ -1,6 +1,5 @@
 """A model's weights: processing as pure functions, the classic library's state dicts, initial values, views, files."""
 
-from hooked_lm.weights.classic import from_classic
 from hooked_lm.weights.processing import (
     STEPS,
     Processed,
@@ -17,6 +16,7 @@ from hooked_lm.weights.processing import (
     untie,
     unties,
 )
+from weight_conversion.classic_state import from_classic
 
 __all__ = [
     "STEPS",

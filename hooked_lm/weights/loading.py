@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -15,11 +16,12 @@ from hooked_lm._support.plain_data import PlainData
 from hooked_lm.components import Norm, Unembed
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.tokenization import Tokenizer
-from hooked_lm.weights import processing
-from hooked_lm.weights.classic import from_classic
+from hooked_lm.weights import keywords, processing
 from hooked_lm.weights.placement import ParameterPlacement
 from hooked_lm.weights.processing import Weights
 from weight_conversion import checkpoint
+from weight_conversion.classic_state import from_classic
+from weight_conversion.hub import Hub
 
 __all__ = ["WeightLoading"]
 
@@ -40,7 +42,7 @@ class WeightLoading(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | Path,
+        name_or_path: str | Path | None = None,
         *,
         fold_ln: bool | None = None,
         center_writing_weights: bool | None = None,
@@ -60,6 +62,13 @@ class WeightLoading(nn.Module):
         default_padding_side: Literal["left", "right"] | None = None,
         trust_remote_code: bool = False,
         ignore_config_fields: Collection[str] = (),
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        move_to_device: bool = True,
+        model_name: str | Path | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        **without_effect: object,
     ) -> Self:
         """Return a trained model, its weights processed so that circuits are easier to read.
 
@@ -71,14 +80,17 @@ class WeightLoading(nn.Module):
         by block, and processed in place.
 
         Args:
-            name_or_path: the name of a bundled model, an alias (`"gpt2-small"`), a HuggingFace hub id, or a folder in
-                HuggingFace's format or in that of `save_pretrained`.
+            name_or_path: the name of a bundled model, an alias (`"gpt2-small"`, in upper or lower case), a HuggingFace
+                hub id, a folder in HuggingFace's format, in that of `save_pretrained` or in the classic library's, a
+                folder with a PEFT adapter, or a GGUF file. Of a multimodal model the text part is loaded.
             fold_ln: fold the norms' gains and biases into the weights that read from them.
             center_writing_weights: remove the mean over `d_model` from the weights that write to the residual stream.
             center_unembed: remove the mean over the vocabulary from the unembedding.
             fold_value_biases: move the value biases into attention's output bias.
             refactor_factored_attn_matrices: rotate each head's basis to its singular vectors.
-            hf_model: a loaded `transformers` model to take the weights from; then nothing is read from disk.
+            hf_model: a loaded `transformers` model to take the weights from, or a `PeftModel`, which is merged. It is
+                enough by itself: then the network is not asked. A name beside it says where its tokenizer is, or the
+                folder of an adapter for it.
             tokenizer: instead of the checkpoint's own; False loads the model without one.
             device, dtype: of the model's parameters; by default the CPU and the checkpoint's dtype.
             revision: branch, tag or commit on the hub.
@@ -92,10 +104,20 @@ class WeightLoading(nn.Module):
             ignore_config_fields: fields of a HuggingFace config to read as if they were not there. A field that
                 transformers defines or reads, with another value than its default, raises if no rule here handles it;
                 this is for those that you know not to matter. `model.origin["ignore_config_fields"]` lists them.
+            cache_dir, token, local_files_only: of downloads from the hub, as in `transformers`.
+            move_to_device: False leaves the parameters on the CPU whatever `device` is.
+            model_name, torch_dtype: second names of `name_or_path` and `dtype`.
+            **without_effect: keywords of the classic library that cannot act (`n_devices`, `load_in_4bit` and others);
+                one warning names those that ask for something.
 
         Raises:
             CheckpointError: the checkpoint cannot be found or read; the message lists the places searched.
+            TypeError: no name and no model, one thing under two names, or a keyword that nothing knows.
         """
+        keywords.check_without_effect(without_effect, inspect.signature(cls.from_pretrained).parameters)
+        keywords.check_same("name_or_path", name_or_path, "model_name", model_name)
+        keywords.check_same("dtype", dtype, "torch_dtype", torch_dtype)
+        name_or_path = model_name if name_or_path is None else name_or_path
         loaded = checkpoint.load(
             bundled.find(str(name_or_path)) or name_or_path,
             hf_model=hf_model,
@@ -105,9 +127,10 @@ class WeightLoading(nn.Module):
             checkpoint_value=checkpoint_value,
             first_n_layers=first_n_layers,
             n_ctx=n_ctx,
-            dtype=dtype,
+            dtype=torch_dtype if dtype is None else dtype,
             trust_remote_code=trust_remote_code,
             ignore_config_fields=ignore_config_fields,
+            hub=Hub(cache_dir, token, local_files_only),
         )
         changes = {"default_prepend_bos": default_prepend_bos, "default_padding_side": default_padding_side}
         cfg = loaded.cfg.replace(
@@ -120,14 +143,9 @@ class WeightLoading(nn.Module):
             "fold_value_biases": fold_value_biases,
             "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
         }
-        plan = [step for step in processing.plan_processing(cfg, asked) if step not in loaded.processed]
-        undone = [step for step in loaded.processed if asked.get(step) is False]
-        if undone:
-            warnings.warn(
-                f"{', '.join(undone)} was applied to the weights in {name_or_path} and cannot be undone",
-                stacklevel=2,
-            )
-        return cls._of_checkpoint(str(name_or_path), cfg, loaded, plan, device)
+        name = cfg.model_name if name_or_path is None else str(name_or_path)
+        plan = _planned(name, cfg, asked, loaded.processed)
+        return cls._of_checkpoint(name, cfg, loaded, plan, device if move_to_device else None)
 
     @classmethod
     @torch.no_grad()
@@ -172,7 +190,7 @@ class WeightLoading(nn.Module):
 
     # Any: the keyword arguments are those of from_pretrained, each of its own type.
     @classmethod
-    def from_pretrained_no_processing(cls, name_or_path: str | Path, **kwargs: Any) -> Self:
+    def from_pretrained_no_processing(cls, name_or_path: str | Path | None = None, **kwargs: Any) -> Self:
         """Return a model with its weights as trained, whose logits equal HuggingFace's.
 
         Args:
@@ -312,6 +330,16 @@ class WeightLoading(nn.Module):
 
 def _mismatch(name: str) -> str:
     return f"{name} does not hold the tensors that its config implies"
+
+
+def _planned(
+    name: str, cfg: HookedTransformerConfig, asked: dict[str, bool | None], done: tuple[str, ...]
+) -> list[str]:
+    """Return the processing steps that are still to be done; warn of one that was done and should not have been."""
+    undone = [step for step in done if asked.get(step) is False]
+    if undone:
+        warnings.warn(f"{', '.join(undone)} was applied to the weights in {name} and cannot be undone", stacklevel=3)
+    return [step for step in processing.plan_processing(cfg, asked) if step not in done]
 
 
 def _check_steps(name: str, processed: tuple[str, ...]) -> None:

@@ -7,9 +7,9 @@ import re
 import torch
 from torch import Tensor
 
-from hooked_lm.weights.processing import Weights
-
 __all__ = ["from_classic"]
+
+Weights = dict[str, Tensor]
 
 _CLASSIC_BUFFERS = re.compile(r"blocks\.\d+\.attn\.(mask|IGNORE|rotary_sin|rotary_cos|alibi)")
 _CLASSIC_GROUPED = re.compile(r"(blocks\.\d+\.attn\.)_([Wb]_[KV])")

@@ -1,0 +1,156 @@
+"""Folders in the classic library's format: a config in its words, and a state dict in its names."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from hooked_lm.config import HookedTransformerConfig
+from weight_conversion.classic_state import from_classic
+from weight_conversion.errors import CheckpointError
+from weight_conversion.fields import Arguments, FieldValue
+from weight_conversion.source import has_weights, open_pickles, open_tensors
+
+__all__ = ["is_classic_format", "read_classic_folder"]
+
+# Fields of ours that say how a model was made or where it was, and nothing of what it computes.
+_OF_TRAINING = frozenset(
+    ["seed", "device", "dtype", "init_mode", "init_weights", "initializer_range", "tokenizer_name"]
+)
+# Fields that the published configs name otherwise, or that are read by name here.
+_OTHERWISE = frozenset(["normalization", "shortformer_pos", "architecture"])
+# The first SoLU models: norms are called otherwise, and matrices lie transposed in the smaller ones.
+_EARLY = "neel-solu-old"
+_EARLY_TRANSPOSED, _EARLY_POSITIONS_TRANSPOSED = 6, 8  # in models of so many layers or fewer
+_NORM = re.compile(r"(^|\.)norm(\d?)\.")
+_EMBEDDINGS = ("embed.W_E", "tok_emb.weight")
+# minGPT, in which Othello-GPT was trained: each linear map is stored [out in].
+_LINEAR = {"query": "Q", "key": "K", "value": "V"}
+
+
+def is_classic_format(content: Mapping[str, FieldValue]) -> bool:
+    """Return whether a `config.json` is in the classic library's words: sizes, and no model type of transformers."""
+    return {"d_model", "n_layers", "n_ctx"} <= set(content) and "model_type" not in content
+
+
+def read_classic_folder(
+    folder: Path, content: Mapping[str, FieldValue]
+) -> tuple[HookedTransformerConfig, dict[str, Tensor]]:
+    """Return the config and the weights of a folder, in this library's names. Pickles are read with `weights_only`.
+
+    Fields that neither library's config has describe the training; a warning lists them.
+
+    Args:
+        folder: the folder.
+        content: of its `config.json`.
+
+    Raises:
+        CheckpointError: the config cannot be used, there are no weights, or it is open which file has them.
+    """
+    try:
+        cfg = HookedTransformerConfig.from_dict(_arguments(folder, content))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} does not hold a whole config: {error}") from error
+    source = open_tensors(folder) if has_weights(folder) else open_pickles([_pickle_in(folder)])
+    state = dict(source.items())
+    if "tok_emb.weight" in state:
+        weights = _from_mingpt(state, cfg)
+    elif _is_early(folder, content, state):
+        weights = _from_early(state, cfg.n_layers)
+    else:
+        weights = state
+    weights = _with_zero_biases(from_classic(weights))
+    if "embed.W_E" not in weights:
+        raise CheckpointError(f"{folder} has no embed.W_E: its weights are not in the classic library's names")
+    return cfg.replace(dtype=source.dtype(next(name for name in state if name in _EMBEDDINGS))), weights
+
+
+def _arguments(folder: Path, content: Mapping[str, FieldValue]) -> Arguments:
+    known = {field.name for field in dataclasses.fields(HookedTransformerConfig)}
+    arguments = {name: value for name, value in content.items() if name in known - _OF_TRAINING}
+    if "normalization" in content:
+        arguments["normalization_type"] = content["normalization"]
+    if "positional_embedding_type" not in arguments:
+        arguments["positional_embedding_type"] = "shortformer" if content.get("shortformer_pos") else "standard"
+    if "architecture" in content:
+        arguments["original_architecture"] = content["architecture"]
+    unread = sorted(set(content) - known - _OTHERWISE)
+    if unread:
+        warnings.warn(f"{folder / 'config.json'} has fields that no config reads: {', '.join(unread)}", stacklevel=2)
+    return arguments
+
+
+def _pickle_in(folder: Path) -> Path:
+    """The file with the weights: the only one, or the only one of the end of training."""
+    found = sorted([*folder.glob("*.pth"), *folder.glob("*.pt")])
+    final = [path for path in found if path.stem.endswith("final")]
+    for candidates in (found, final):
+        if len(candidates) == 1:
+            return candidates[0]
+    if not found:
+        raise CheckpointError(f"{folder} has no weights: expected a safetensors file, or one that ends in .pth or .pt")
+    names = ", ".join(path.name for path in final or found)
+    raise CheckpointError(f"{folder} holds several files of weights: {names}. Keep the one you mean")
+
+
+def _is_early(folder: Path, content: Mapping[str, FieldValue], state: Mapping[str, Tensor]) -> bool:
+    # Published under names that end in _old; a download's path holds the name.
+    named = any(part.endswith("_old") for part in folder.parts)
+    return content.get("architecture") == _EARLY or named or any(_NORM.search(name) for name in state)
+
+
+def _from_early(state: Mapping[str, Tensor], n_layers: int) -> dict[str, Tensor]:
+    weights = {}
+    for name, value in state.items():
+        ours = _NORM.sub(lambda found: f"{found[1]}ln{found[2]}." if found[2] or found[1] else "ln_final.", name)
+        if ours == "pos_embed.W_pos":
+            transposed = n_layers <= _EARLY_POSITIONS_TRANSPOSED
+        else:
+            transposed = n_layers <= _EARLY_TRANSPOSED and ".W_" in ours
+        weights[ours] = value.mT if transposed else value
+    return weights
+
+
+def _from_mingpt(state: Mapping[str, Tensor], cfg: HookedTransformerConfig) -> dict[str, Tensor]:
+    """Rename minGPT's tensors. What has no name here goes on as it is, and is then refused as surplus."""
+    outer = {"tok_emb.weight": "embed.W_E", "ln_f.weight": "ln_final.w", "ln_f.bias": "ln_final.b"}
+    weights: dict[str, Tensor] = {}
+    for name, value in state.items():
+        block, _, rest = name.partition(".attn.") if ".attn." in name else name.partition(".mlp.")
+        part, _, kind = rest.rpartition(".")
+        letter = "W" if kind == "weight" else "b"
+        if name in outer:
+            weights[outer[name]] = value
+        elif name == "pos_emb":
+            weights["pos_embed.W_pos"] = value.squeeze(0)
+        elif name == "head.weight":
+            weights["unembed.W_U"] = value.T
+        elif ".attn." in name and part in _LINEAR:
+            split = value.unflatten(0, (cfg.n_heads, cfg.d_head))
+            weights[f"{block}.attn.{letter}_{_LINEAR[part]}"] = split.mT if letter == "W" else split
+        elif ".attn." in name and part == "proj":
+            ours = value.T.unflatten(0, (cfg.n_heads, cfg.d_head)) if letter == "W" else value
+            weights[f"{block}.attn.{letter}_O"] = ours
+        elif ".mlp." in name and part in ("0", "2"):
+            ours = value.T if letter == "W" else value
+            weights[f"{block}.mlp.{letter}_{'in' if part == '0' else 'out'}"] = ours
+        else:
+            weights[re.sub(r"(\.ln\d)\.(w|b)\w+$", r"\1.\2", name)] = value
+    return weights
+
+
+def _with_zero_biases(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add the biases that a model was trained without, as zeros."""
+    added = {}
+    for name, value in weights.items():
+        prefix, _, last = name.rpartition(".")
+        letter = last.removeprefix("W_")
+        if last.startswith("W_") and letter in ("Q", "K", "V", "O", "in", "out", "U"):
+            shape = (value.shape[0], value.shape[2]) if letter in ("Q", "K", "V") else (value.shape[-1],)
+            added[f"{prefix}.b_{letter}"] = value.new_zeros(shape)
+    return {**added, **weights}
