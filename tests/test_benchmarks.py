@@ -503,8 +503,9 @@ def test_the_page_is_not_written_from_a_part(part: list[str], command: CliRunner
 
 
 def test_a_list_of_what_is_measured(command: CliRunner) -> None:
-    done = command.invoke(app, ["--list", "--only", "forward*"])
-    assert done.output.split("\n") == ["forward 1x128", "forward 8x128", "forward 1x1024", ""]
+    done = command.invoke(app, ["--list", "--only", "tiny: forward*"])
+    names = ["tiny: forward 1x128", "tiny: forward 8x128", "tiny: forward 1x32"]
+    assert done.output.split("\n") == [*names, ""]
 
 
 def test_a_quick_run_skips_missing_peers_by_name_and_everybody_computes_the_same(

@@ -37,7 +37,7 @@ def assert_tied(model: HookedTransformer) -> None:
     assert model.cfg.tie_word_embeddings
     assert model.W_U.data_ptr() == model.W_E.data_ptr()
     assert torch.equal(model.W_U, model.W_E.T)
-    assert "unembed.W_U" not in model.state_dict()
+    assert torch.equal(model.state_dict()["unembed.W_U"], model.W_E.T)
     assert "unembed.W_U" not in dict(model.named_parameters())
 
 
@@ -195,14 +195,15 @@ def test_a_state_dict_with_the_equal_unembedding_loads() -> None:
     assert torch.equal(logits_of(other), logits_of(model))
 
 
-def test_a_state_dict_with_another_unembedding_raises_and_changes_nothing() -> None:
-    model, other = tied_model(), tiny_model(seed=1)
-    before = logits_of(model)
-    with pytest.raises(ValueError, match=r"W_U given is not the transpose of embed\.W_E: build.*embeddings=False"):
-        model.load_state_dict(other.state_dict())
-    with pytest.raises(ValueError, match="is not the transpose of embed"):
-        model.load_state_dict({"unembed.W_U": other.W_U}, strict=False)
-    assert torch.equal(logits_of(model), before)
+def test_a_state_dict_with_another_unembedding_unties() -> None:
+    other = tiny_model(seed=1)
+    for state, strict in ((other.state_dict(), True), ({"unembed.W_U": other.W_U.detach()}, False)):
+        model = tied_model()
+        W_E = model.W_E.detach().clone()
+        model.load_state_dict(state, strict=strict)
+        assert not model.cfg.tie_word_embeddings
+        assert torch.equal(model.W_U, other.W_U)
+        assert torch.equal(model.W_E, other.W_E if strict else W_E)
 
 
 def test_a_state_dict_without_the_embedding_says_that_it_is_missing() -> None:
@@ -215,8 +216,60 @@ def test_a_state_dict_without_the_embedding_says_that_it_is_missing() -> None:
 
 
 def test_an_untied_model_needs_an_unembedding_of_its_own() -> None:
+    state = {name: value for name, value in tied_model().state_dict().items() if name != "unembed.W_U"}
     with pytest.raises(RuntimeError, match=r'Missing key.*"unembed\.W_U"'):
-        tiny_model().load_state_dict(tied_model().state_dict())
+        tiny_model().load_state_dict(state)
+    model = tiny_model()
+    model.load_state_dict(tied_model().state_dict())
+    assert torch.equal(logits_of(model), logits_of(tied_model()))
+
+
+# Asking for the parameter
+
+
+def test_an_unembedding_that_is_asked_for_is_a_parameter_of_its_own_and_the_logits_stay() -> None:
+    model = tied_model()
+    before, twin = logits_of(model), copy.deepcopy(model)
+    assert model.W_U.data_ptr() == model.W_E.data_ptr()
+    W_U = model.unembed.W_U
+    assert isinstance(W_U, torch.nn.Parameter)
+    assert not model.cfg.tie_word_embeddings
+    assert torch.equal(logits_of(model), before)
+    with torch.no_grad():
+        W_U[:, 5] = 0.0
+    assert not torch.equal(model.W_E[5], torch.zeros(12))
+    torch.testing.assert_close(logits_of(model)[..., 5], model.b_U[5].expand(2, 7), rtol=0, atol=0)
+    assert_tied(twin)
+
+
+def test_an_unembedding_can_be_assigned() -> None:
+    model = tied_model()
+    W_E, other = model.W_E.detach().clone(), torch.randn(12, 20, dtype=torch.float64)
+    model.unembed.W_U = torch.nn.Parameter(other)
+    assert torch.equal(model.W_U, other)
+    assert torch.equal(model.W_E, W_E)
+    with pytest.raises(TypeError, match="cannot assign"):
+        tied_model().unembed.W_U = other
+
+
+def test_an_optimizer_of_the_unembedding_moves_it_alone() -> None:
+    model = tied_model()
+    W_E = model.W_E.detach().clone()
+    steps = torch.optim.SGD([model.unembed.W_U], lr=0.1)
+    model(TOKENS, return_type="loss").backward()
+    steps.step()
+    assert torch.equal(model.W_E, W_E)
+    assert not torch.equal(model.W_U, W_E.T)
+
+
+def test_reading_the_model_leaves_the_embeddings_tied() -> None:
+    model = tied_model()
+    _, cache = model.run_with_cache(TOKENS)
+    cache.logit_attrs(cache.decompose_resid(return_labels=False), TOKENS[:, -1])
+    model.tokens_to_residual_directions(3)
+    model.generate(TOKENS, 2, stop_at_eos=False, verbose=False)
+    model.state_dict()
+    assert_tied(model)
 
 
 # Parting

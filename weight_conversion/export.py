@@ -16,6 +16,7 @@ from weight_conversion.conversion import block_entries, is_per_layer
 from weight_conversion.errors import CheckpointError
 from weight_conversion.family import Family
 from weight_conversion.fields import FieldValue
+from weight_conversion.fitting import fitted
 from weight_conversion.registry import family_of
 from weight_conversion.rules import Entry, RuleTable, stacked_names
 
@@ -64,6 +65,10 @@ def export(
     Raises:
         CheckpointError: the model has been cut or changed in a way that its family has no place for, or the family's
             rules cannot be inverted.
+
+    Warns:
+        UserWarning: training has moved weights that the family has no tensors for, and they are left out: see
+            `fitting.fitted`.
     """
     # Only an export needs the hub's client, which takes a while to import.
     from huggingface_hub import save_torch_state_dict
@@ -72,8 +77,14 @@ def export(
     family = family_of(architecture)
     fields = dict(origin)
     original, table = read_family(family, fields, architecture)
+    if original.tie_word_embeddings and not cfg.tie_word_embeddings:
+        if torch.equal(weights["unembed.W_U"].T, weights["embed.W_E"]):
+            cfg = cfg.replace(tie_word_embeddings=True)
+        else:
+            fields["tie_word_embeddings"] = False
+            original, table = read_family(family, fields, architecture)
     _check_whole(cfg, original)
-    tensors = inverted(table, cfg, weights)
+    tensors = inverted(table, cfg, fitted(_entries(table, cfg), cfg, weights))
     prefixed = {_with_prefix(name, family, architecture): tensor for name, tensor in tensors.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,11 +109,8 @@ def inverted(table: RuleTable, cfg: HookedTransformerConfig, weights: Mapping[st
     Raises:
         CheckpointError: no such tensors exist; the message gives the reason.
     """
-    entries = [entry for entry in table if not is_per_layer(entry)]
-    for layer in range(cfg.n_layers):
-        entries += block_entries(table, layer)
     tensors: dict[str, Tensor] = {}
-    for entry in entries:
+    for entry in _entries(table, cfg):
         for source, tensor in _one_by_one(entry, cfg, weights).items():
             if source in tensors and not torch.equal(tensors[source], tensor):
                 raise CheckpointError(
@@ -111,6 +119,14 @@ def inverted(table: RuleTable, cfg: HookedTransformerConfig, weights: Mapping[st
                 )
             tensors[source] = _by_itself(tensor)
     return tensors
+
+
+def _entries(table: RuleTable, cfg: HookedTransformerConfig) -> list[Entry]:
+    """The rules, those of blocks once for every block."""
+    entries = [entry for entry in table if not is_per_layer(entry)]
+    for layer in range(cfg.n_layers):
+        entries += block_entries(table, layer)
+    return entries
 
 
 def _by_itself(tensor: Tensor) -> Tensor:

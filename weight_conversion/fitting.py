@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.weights.processing import Weights, value_bias_obstacle
 from weight_conversion.errors import CheckpointError
-from weight_conversion.rules import Constant, Entry
+from weight_conversion.rules import Constant, Entry, Rule
 
 __all__ = ["fitted"]
 
+Weights = dict[str, Tensor]
 
-def fitted(entries: Sequence[Entry], cfg: HookedTransformerConfig, weights: Weights) -> Weights:
+
+def fitted(entries: Sequence[Entry], cfg: HookedTransformerConfig, weights: Mapping[str, Tensor]) -> Weights:
     """Return weights that compute the same and fit a family's checkpoints, as far as there are such weights.
 
     A value bias goes into attention's output bias, a key bias that shifts all scores of a query alike is left out, and
@@ -34,19 +35,19 @@ def fitted(entries: Sequence[Entry], cfg: HookedTransformerConfig, weights: Weig
         UserWarning: other weights without a place are no longer what they are in these checkpoints: they are set to
             that, which changes what the model computes.
     """
-    weights = dict(weights)
+    fitting: Weights = dict(weights)
     constants = {entry.target: entry for entry in entries if isinstance(entry, Constant)}
     for one, other in _shared(entries):
-        if not torch.equal(weights[one], weights[other]):
-            _join_norms(one.rpartition(".")[0], other.rpartition(".")[0], constants, weights)
+        if not torch.equal(fitting[one], fitting[other]):
+            _join_norms(one.rpartition(".")[0], other.rpartition(".")[0], constants, fitting)
     dropped = []
     for name, entry in constants.items():
-        if bool((weights[name] == entry.value).all()):
+        if bool((fitting[name] == entry.value).all()):
             continue
-        if not _folded(name, cfg, constants, weights):
-            moved = float((weights[name] - entry.value).abs().max())
+        if not _folded(name, cfg, constants, fitting):
+            moved = float((fitting[name] - entry.value).abs().max())
             dropped.append(f"{name} (by up to {moved:.2g} from {entry.value:g})")
-        weights[name] = torch.full_like(weights[name], entry.value)
+        fitting[name] = torch.full_like(fitting[name], entry.value)
     if dropped:
         warnings.warn(
             f"this family's checkpoints have no place for {_listed(dropped)}, which training has moved: they are left "
@@ -54,7 +55,7 @@ def fitted(entries: Sequence[Entry], cfg: HookedTransformerConfig, weights: Weig
             "(requires_grad_(False))",
             stacklevel=4,
         )
-    return weights
+    return fitting
 
 
 def _shared(entries: Sequence[Entry]) -> list[tuple[str, str]]:
@@ -62,12 +63,11 @@ def _shared(entries: Sequence[Entry]) -> list[tuple[str, str]]:
     by_source: dict[str, str] = {}
     pairs = []
     for entry in entries:
-        for target in entry.target_names:
-            if ".ln1." in target or ".ln2." in target:
-                (source,) = entry.source_names or ("",)
-                first = by_source.setdefault(source, target) if source else target
-                if first != target:
-                    pairs.append((first, target))
+        if isinstance(entry, Rule) and entry.target_names[0].partition(".ln")[2][:2] in ("1.", "2."):
+            (target,) = entry.target_names
+            first = by_source.setdefault(entry.source, target)
+            if first != target:
+                pairs.append((first, target))
     return pairs
 
 
@@ -88,7 +88,7 @@ def _join_norms(ln1: str, ln2: str, constants: dict[str, Constant], weights: Wei
         if name not in weights:
             continue
         W = weights[name].double()
-        added = shift @ W / 1.0
+        added = shift @ W
         if b in constants and bool((added != 0).any()):
             raise CheckpointError(
                 f"{ln1}.b and {ln2}.b are one tensor in this family's checkpoints, and they now differ, for which "
@@ -104,7 +104,9 @@ def _join_norms(ln1: str, ln2: str, constants: dict[str, Constant], weights: Wei
 def _folded(name: str, cfg: HookedTransformerConfig, constants: dict[str, Constant], weights: Weights) -> bool:
     """Fold a weight into others, or see that it has no effect; return whether that is so."""
     prefix, _, last = name.rpartition(".")
-    if last == "b_V" and value_bias_obstacle(cfg) is None and f"{prefix}.b_O" not in constants:
+    # A pattern's rows sum to one, so that every query gets the whole bias; not with sinks, nor if values are clipped.
+    whole = cfg.clip_qkv is None and not cfg.attention_sinks
+    if last == "b_V" and whole and f"{prefix}.b_O" in weights and f"{prefix}.b_O" not in constants:
         weights[f"{prefix}.b_O"] = weights[f"{prefix}.b_O"] + _written(weights[name], weights[f"{prefix}.W_O"])
         return True
     # A query's scores with all keys change by the same number.

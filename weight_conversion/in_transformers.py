@@ -16,7 +16,7 @@ from weight_conversion.source import first_line
 
 __all__ = ["HFModel", "Tokenizer", "load_in_transformers", "require_packages", "without_quantization"]
 
-# A `PreTrainedModel` and a `PreTrainedTokenizerBase`: naming these types would import transformers, in seconds.
+# Any: a `PreTrainedModel` and a tokenizer; naming the types would import transformers, in seconds.
 HFModel = Any
 Tokenizer = Any
 

@@ -121,11 +121,11 @@ class Unembed(HookHolder):
     # torch calls these two for state dicts.
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._tied_to is not None:
             destination[f"{prefix}W_U"] = self.matrix() if keep_vars else self.matrix().detach()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         W_U = state_dict.get(f"{prefix}W_U")
         if self._tied_to is not None and W_U is not None:
             # The embedding has been loaded: it was registered earlier.
@@ -133,7 +133,7 @@ class Unembed(HookHolder):
                 state_dict = {name: value for name, value in state_dict.items() if name != f"{prefix}W_U"}
             else:
                 self.untie()
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
 
     def _by_token(self) -> Float[Tensor, "vocab d_model"]:
         """Return `W_U` transposed; the embedding itself if tied."""

@@ -177,7 +177,7 @@ class TextGeneration(TextInterface, Intervening):
         attention_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, list[str] | None]:
         """Return tokens [batch pos], their mask, and the strings they came from; None for an input of tokens."""
-        device = self.W_U.device
+        device = self.embed.W_E.device
         if padding_side == "right":
             raise ValueError("new tokens are added at the right, so prompts of unequal length are padded on the left")
         if isinstance(input, str) or (isinstance(input, (list, tuple)) and input and isinstance(input[0], str)):

@@ -136,13 +136,8 @@ class WeightLoading(nn.Module):
         cfg = loaded.cfg.replace(
             init_weights=False, device=None, **{name: value for name, value in changes.items() if value is not None}
         )
-        asked = {
-            "fold_ln": fold_ln,
-            "center_writing_weights": center_writing_weights,
-            "center_unembed": center_unembed,
-            "fold_value_biases": fold_value_biases,
-            "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
-        }
+        steps = (fold_ln, center_writing_weights, center_unembed, fold_value_biases, refactor_factored_attn_matrices)
+        asked = dict(zip(processing.STEPS, steps, strict=True))
         name = cfg.model_name if name_or_path is None else str(name_or_path)
         plan = _planned(name, cfg, asked, loaded.processed)
         return cls._of_checkpoint(name, cfg, loaded, plan, device if move_to_device else None)

@@ -26,7 +26,8 @@ class WeightSaving(WeightLoading):
         """Write the model in HuggingFace's format, so that `transformers` loads it and computes the same logits.
 
         For models that were loaded from HuggingFace's format without processing. Weights changed since, by training for
-        example, are written as they are now.
+        example, are written as they are now. Biases that the family has no tensors for are folded into other weights
+        where that is exact; otherwise they are left out, and a warning names them.
 
         Args:
             folder: where to write; created if missing.
