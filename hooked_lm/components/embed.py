@@ -133,7 +133,7 @@ class Unembed(HookHolder):
                 state_dict = {name: value for name, value in state_dict.items() if name != f"{prefix}W_U"}
             else:
                 self.untie()
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _by_token(self) -> Float[Tensor, "vocab d_model"]:
         """Return `W_U` transposed; the embedding itself if tied."""
