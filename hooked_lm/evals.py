@@ -147,7 +147,7 @@ def induction_loss(
     # Indices into the tokens that may be drawn; the index after the last stands for BOS.
     drawn = repeated_random_tokens(batch_size, subseq_len, len(known) + 1, generator, start_token=len(known))
     tokens = torch.tensor([*known, _bos(tokenizer) if prepend_bos else 0])[drawn.cpu()]
-    tokens = (tokens if prepend_bos else tokens[:, 1:]).to(model.W_E.device)
+    tokens = (tokens if prepend_bos else tokens[:, 1:]).to(model.embed.W_E.device)
     logits = model(tokens, attention_mask=torch.ones_like(tokens), logits_to_keep=subseq_len)
     return lm_cross_entropy_loss(at_least_single(logits), tokens[:, -subseq_len:])
 
@@ -155,7 +155,7 @@ def induction_loss(
 def _check_device(model: HookedModel, device: str | torch.device | None) -> None:
     if device is None:
         return
-    asked, actual = torch.device(device), model.W_E.device
+    asked, actual = torch.device(device), model.embed.W_E.device
     if asked.type != actual.type or asked.index not in (None, actual.index or 0):
         raise ValueError(f"induction_loss runs where the model is, on {actual}, not on {asked}: move it with model.to")
 

@@ -354,7 +354,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
             batch_size: the number of prompts.
             capacity: the number of positions to allocate.
         """
-        return HookedTransformerKeyValueCache.init_cache(self.cfg, self.W_E.device, batch_size, capacity)
+        return HookedTransformerKeyValueCache.init_cache(self.cfg, self.embed.W_E.device, batch_size, capacity)
 
     # Housekeeping
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -413,3 +414,69 @@ def test_a_classic_notebook_runs_from_config_to_patching() -> None:
     restored = trained.run_with_hooks(corrupted, fwd_hooks=[(utils.get_act_name("resid_pre", 1), patch_all)])
     assert torch.equal(restored, clean_logits)
     assert not any(point.has_hooks() for point in trained.hook_points())
+
+
+# State dicts, in part or of other norms
+
+
+def test_classic_names_are_translated_whether_strict_or_not() -> None:
+    source = tiny_model(n_key_value_heads=1)
+    classic = {
+        re.sub(r"attn\.([Wb]_[KV])$", r"attn._\1", name): value.clone() for name, value in source.state_dict().items()
+    }
+    assert "blocks.0.attn._W_K" in classic
+    for strict in (True, False):
+        model = tiny_model(n_key_value_heads=1, seed=3)
+        result = model.load_state_dict({**classic, "blocks.0.attn.mask": torch.ones(16, 16)}, strict=strict)
+        assert not result.missing_keys
+        assert not result.unexpected_keys
+        assert torch.equal(model(tiny_tokens()), source(tiny_tokens()))
+
+
+def test_a_part_of_a_state_dict_changes_what_is_in_it_alone() -> None:
+    model, other = tiny_model(gated_mlp=True), tiny_model(gated_mlp=True, seed=1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    name = "blocks.0.mlp.W_gate"
+    model.load_state_dict({name: 2 * other.state_dict()[name]}, strict=False)
+    changed = [one for one, value in model.state_dict().items() if not torch.equal(value, before[one])]
+    assert changed == [name]
+
+
+def test_positions_that_an_alibi_model_of_the_classic_library_holds_are_dropped() -> None:
+    source = tiny_model(positional_embedding_type="alibi")
+    model = tiny_model(positional_embedding_type="alibi", seed=2)
+    model.load_state_dict({**source.state_dict(), "pos_embed.W_pos": torch.randn(16, 12)})
+    assert torch.equal(model(tiny_tokens()), source(tiny_tokens()))
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        model.load_state_dict({**source.state_dict(), "pos_embed.W_posn": torch.randn(16, 12)})
+
+
+@pytest.mark.parametrize("kind", ["LN", "RMS"])
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"gated_mlp": True}], ids=str)
+def test_weights_with_gains_are_folded_into_a_model_whose_norms_have_none(kind: str, changes: dict[str, Any]) -> None:
+    source = tiny_model(normalization_type=kind, **changes)
+    model = HookedTransformer(tiny_config(normalization_type=f"{kind}Pre", **changes))
+    model.load_and_process_state_dict(source.state_dict())
+    assert "fold_ln" in model.processed
+    expected = source(tiny_tokens()).log_softmax(-1)
+    torch.testing.assert_close(model(tiny_tokens()).log_softmax(-1), expected, rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match=f"have none: they are folded.*normalization_type='{kind}'"):
+        model.load_and_process_state_dict(source.state_dict(), fold_ln=False)
+    # Weights without gains load as before.
+    again = HookedTransformer(
+        tiny_config(
+            normalization_type=f"{kind}Pre",
+            tie_word_embeddings=False,
+            **{name: value for name, value in changes.items() if name != "tie_word_embeddings"},
+        )
+    )
+    again.load_and_process_state_dict(model.state_dict(), center_unembed=False)
+    torch.testing.assert_close(again(tiny_tokens()), model(tiny_tokens()), rtol=0, atol=1e-10)
+
+
+def test_the_embedding_is_what_the_model_looks_up() -> None:
+    model = tiny_model(embedding_scale=3.5, tie_word_embeddings=True)
+    _, cache = model.run_with_cache(tiny_tokens())
+    assert torch.equal(model.W_E[tiny_tokens()], cache["hook_embed"])
+    assert torch.equal(model.W_E, 3.5 * model.embed.W_E)
+    assert torch.equal(model.W_U, model.embed.W_E.T)

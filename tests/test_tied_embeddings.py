@@ -115,7 +115,7 @@ def test_a_tokenizer_may_decide_the_vocabulary(tokenizer: Any) -> None:
 
 def test_scales_act_on_one_use_each() -> None:
     plain, model = tied_model(), tied_model(embedding_scale=2.0, logit_scale=3.0)
-    assert torch.equal(model.W_E, plain.W_E)
+    assert torch.equal(model.embed.W_E, plain.W_E)
     assert torch.equal(model.W_U, plain.W_U)
     _, cache = model.run_with_cache(TOKENS)
     assert torch.equal(cache["embed"], 2 * plain.W_E[TOKENS])

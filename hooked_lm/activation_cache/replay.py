@@ -344,7 +344,7 @@ def record_run(
     edited = [name for name, point in model.hook_dict.items() if _may_change(point)]
     output, seen, edits = _recorded(model, call, list(streams.values()), edited, device, clear_contexts)
     residuals |= {layer: seen[name] for layer, name in streams.items()}
-    kind = model.W_E.device.type
+    kind = model.embed.W_E.device.type
     autocast = is_autocast_available(kind)
     run = ReplayableRun(
         model=model,

@@ -55,7 +55,7 @@ def token_embeddings(
         ValueError: the model has no MLP, or norms on the stream itself; its first block is overridden; or `block` is
             less than 1.
     """
-    rows = torch.arange(model.cfg.d_vocab, device=model.W_E.device)
+    rows = torch.arange(model.cfg.d_vocab, device=model.embed.W_E.device)
     if not effective:
         scaled = model.cfg.embedding_scale != 1.0 or isinstance(model.embed.ln, Norm)
         plain = not scaled and not_stock(model.embed, name="embed") is None

@@ -194,5 +194,5 @@ def _vectors(
                 f"for each layer; got {came}"
             )
         check_finite(vector, name)
-        found.append(at_least_single(vector.detach()).to(model.W_E.device).expand(n_layers, d_model))
+        found.append(at_least_single(vector.detach()).to(model.embed.W_E.device).expand(n_layers, d_model))
     return torch.stack(found)

@@ -100,7 +100,7 @@ def read_prompt(model: HookedTransformer, prompt: str, name: str) -> Tensor:
             )
         for word in words:
             _check_number(int(word), model.cfg.d_vocab, name)
-        tokens = torch.tensor([[int(word) for word in words]], device=model.W_E.device)
+        tokens = torch.tensor([[int(word) for word in words]], device=model.embed.W_E.device)
     if tokens.shape[1] > model.cfg.n_ctx:
         raise ValueError(f"{name} has {tokens.shape[1]} tokens, and this model reads {model.cfg.n_ctx} at most")
     return tokens

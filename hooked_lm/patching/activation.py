@@ -213,7 +213,7 @@ def _one_by_one(
     per_prompt: bool,
 ) -> Float[Tensor, "cell ..."]:
     """Run the model once per cell, with a setter that may do anything."""
-    precise = torch.promote_types(model.W_E.dtype, torch.float32)
+    precise = torch.promote_types(model.embed.W_E.dtype, torch.float32)
     scores = []
     for site, index in places:
 
@@ -225,8 +225,8 @@ def _one_by_one(
         score = metric.per_prompt(logits) if per_prompt and isinstance(metric, Metric) else one_number(metric, logits)
         if bool(score.isnan().any()):
             raise ValueError(f"the metric is not a number where {site!r} is patched at {index}")
-        scores.append(score.to(model.W_E.device, precise))
-    return torch.stack(scores) if scores else torch.zeros(0, dtype=precise, device=model.W_E.device)
+        scores.append(score.to(model.embed.W_E.device, precise))
+    return torch.stack(scores) if scores else torch.zeros(0, dtype=precise, device=model.embed.W_E.device)
 
 
 # Indices of cells

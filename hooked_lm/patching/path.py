@@ -326,7 +326,7 @@ class _PathPatching:
             per_position += 3 * cfg.d_mlp
         if self.routes == "all":
             per_position += cfg.n_heads * (4 * cfg.d_head + 2 * self.tokens.shape[1])
-        row = self.tokens.numel() * per_position * self.model.W_E.element_size()
+        row = self.tokens.numel() * per_position * self.model.embed.W_E.element_size()
         size = max(1, self.memory_budget // row)
         for start in range(0, len(senders), size):
             yield list(senders[start : start + size])

@@ -117,8 +117,8 @@ class _Engine:
         self, plans: Sequence[tuple[Intervention, ...]], *, incremental: bool, advance: Callable[[int], object]
     ) -> Float[Tensor, "cell batch"]:
         n_scores = self.tokens.shape[0] if isinstance(self.metric, Metric) else 1
-        precise = torch.promote_types(self.model.W_E.dtype, torch.float32)
-        results = torch.zeros(len(plans), n_scores, dtype=precise, device=self.model.W_E.device)
+        precise = torch.promote_types(self.model.embed.W_E.dtype, torch.float32)
+        results = torch.zeros(len(plans), n_scores, dtype=precise, device=self.model.embed.W_E.device)
         planned = [
             plan_cell(index, plan, self.cfg, self.tokens.shape[1]) if plan else None for index, plan in enumerate(plans)
         ]
@@ -199,7 +199,7 @@ class _Engine:
             )
         mask = self.attention_mask
         valid = None if mask is None or bool(mask.all()) else mask.bool()
-        layout = SequenceLayout(self.tokens.shape[1], 0, self.model.W_E.device, valid)
+        layout = SequenceLayout(self.tokens.shape[1], 0, self.model.embed.W_E.device, valid)
         shortformer = cache.get("hook_pos_embed") if self.cfg.positional_embedding_type == "shortformer" else None
         return BaseRun(cache, layout, shortformer), out
 
@@ -222,10 +222,10 @@ class _Engine:
         """Yield the cells in chunks whose activations fit the memory budget. Cells of one layer stay together."""
         cfg, (batch, n_positions) = self.cfg, self.tokens.shape
         width = 12 * cfg.d_model + 4 * (cfg.d_mlp or 0) + 3 * cfg.n_heads * n_positions + 6 * cfg.n_heads * cfg.d_head
-        per_position = batch * width * self.model.W_E.element_size()
+        per_position = batch * width * self.model.embed.W_E.element_size()
         # The logits that a metric reads of all cells, and as much again for the metric; a function gets a few cells'.
         all_tokens = isinstance(self.metric, Metric) and self.metric.tokens is None
-        per_cell = 2 * batch * cfg.d_vocab_out * self.model.W_E.element_size() if all_tokens else 0
+        per_cell = 2 * batch * cfg.d_vocab_out * self.model.embed.W_E.element_size() if all_tokens else 0
         chunk: list[SweepCell] = []
         used = 0
         # If one cell needs per-head inputs, all rows of its chunk get them: such cells have chunks of their own.

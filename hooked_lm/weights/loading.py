@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -232,6 +233,9 @@ class WeightLoading(nn.Module):
                 "load_state_dict copies the weights into the model's own memory layout: leave assign=False"
             )
         weights = from_classic(dict(state_dict))
+        if self.cfg.positional_embedding_type not in ("standard", "shortformer"):
+            # The classic library keeps learned positions in ALiBi models too, without reading them.
+            weights.pop("pos_embed.W_pos", None)
         _check_floats(weights, dict(self.named_parameters(remove_duplicate=False)))
         result = super().load_state_dict(weights, strict=strict)
         self.processed = ()
@@ -249,14 +253,28 @@ class WeightLoading(nn.Module):
         """Copy unprocessed weights into the model and process them.
 
         Args:
-            state_dict: of a model of the same config, unprocessed.
+            state_dict: of a model of the same config, unprocessed; with the norms' gains and biases too where the
+                config has norms without (`LNPre`, `RMSPre`), into whose weights they are folded then.
             fold_ln, center_writing_weights, center_unembed, fold_value_biases, refactor_factored_attn_matrices: as for
                 `process_weights_`.
 
         Raises:
             RuntimeError: as `load_state_dict`.
+            ValueError: the state dict has gains, the config's norms have none, and `fold_ln` is False.
         """
-        self.load_state_dict(state_dict)
+        weights = from_classic(dict(state_dict))
+        kind = self.cfg.normalization_type or ""
+        unfolded = kind.endswith("Pre") and any(_FOLDED_AWAY.fullmatch(name) for name in weights)
+        if unfolded:
+            if fold_ln is False:
+                raise ValueError(
+                    f"the state dict has gains of norms, and this config's norms ({kind}) have none: they are folded "
+                    "into the weights, unless the model is built with normalization_type="
+                    f"{kind.removesuffix('Pre')!r}"
+                )
+            _, weights = processing.process(self.cfg.replace(normalization_type=kind[:-3]), weights, ["fold_ln"])
+        self.load_state_dict(weights)
+        self.processed = ("fold_ln",) if unfolded else ()
         self.process_weights_(
             fold_ln, center_writing_weights, center_unembed, fold_value_biases, refactor_factored_attn_matrices
         )
@@ -321,6 +339,10 @@ class WeightLoading(nn.Module):
             if isinstance(module, Norm) and f"{name}.w" not in weights:
                 module.drop_gain_and_bias()
         nn.Module.load_state_dict(self, weights, strict=True)
+
+
+# Gains and biases of the norms that `fold_ln` folds into other weights.
+_FOLDED_AWAY = re.compile(r"(blocks\.\d+\.(ln[12]|mlp\.ln)|ln_final)\.[wb]")
 
 
 def _mismatch(name: str) -> str:

@@ -65,8 +65,13 @@ class WeightViews(nn.Module):
 
     @property
     def W_E(self) -> Float[Tensor, "vocab d_model"]:
-        """Token embeddings, [vocab d_model]."""
-        return self.embed.W_E
+        """Token embeddings, [vocab d_model], as `hook_embed` looks them up.
+
+        The parameter is `embed.W_E`. Where the model multiplies it by an `embedding_scale` (Gemma) this is a copy with
+        the scale, to be read only.
+        """
+        W_E, scale = self.embed.W_E, self.cfg.embedding_scale
+        return W_E if scale == 1.0 else W_E * W_E.new_tensor(scale)
 
     @property
     def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
@@ -222,7 +227,7 @@ class WeightViews(nn.Module):
             raise ValueError("this model normalises biases before they reach the stream, so they do not add up")
         if self.cfg.num_experts is not None and include_mlp_biases:
             raise ValueError("which experts' biases are written depends on the tokens: pass include_mlp_biases=False")
-        total = torch.zeros(self.cfg.d_model, dtype=self.W_E.dtype, device=self.W_E.device)
+        total = torch.zeros(self.cfg.d_model, dtype=self.embed.W_E.dtype, device=self.embed.W_E.device)
         for block in self.blocks[: layer + int(mlp_input)]:
             total = total + block.attn.b_O
         if include_mlp_biases and not self.cfg.attn_only:
