@@ -34,14 +34,10 @@ def linear(
         weight: the matrix.
         bias: added to every row; None for none.
     """
-    if (
-        weight.numel() < _LARGE
-        or weight.device.type != "cpu"
-        or not (_fits(x, weight, bias) and only_plain_operations())
-    ):
+    if weight.numel() < _LARGE or weight.device.type != "cpu" or weight.ndim != 2:
         return F.linear(x, weight, bias)
-    kernel = product_kernel(x.numel() // x.shape[-1], weight)
-    if kernel == "torch":
+    kernel = product_kernel(x.numel() // weight.shape[1], weight)
+    if kernel == "torch" or not (_fits(x, weight, bias) and only_plain_operations()):
         return F.linear(x, weight, bias)
     learned = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if learned and torch.is_grad_enabled():
