@@ -29,9 +29,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "parallel NeoX": {"positional_embedding_type": "rotary", "rotary_dim": 2, "parallel_attn_mlp": True},
     "Bloom": {"positional_embedding_type": "alibi", "post_embedding_ln": True},
-    "mixture": {**ROTARY, "num_experts": 3, "experts_per_token": 2, "act_fn": "silu"},
     "latent attention": {**LATENT, "d_latent_q": 7, "act_fn": "silu"},
-    "latent attention with plain queries, LN": {**LATENT, "normalization_type": "LN"},
     "mixture with groups and a corrected choice": {
         **ROTARY,
         "num_experts": 6,

@@ -131,12 +131,11 @@ def test_fields_that_only_published_files_have_are_known() -> None:
 
 
 @torch.no_grad()
-def test_a_quantised_gpt_oss_loads_once_transformers_has_dequantised_it(tmp_path: Path) -> None:
+def test_a_quantised_gpt_oss_loads_from_its_folder_and_from_memory_dequantised_by_transformers(tmp_path: Path) -> None:
     # Blocks of MXFP4 have 32 entries, so the widths are 32.
     row = row_named("gpt-oss")
     quantise(row.build(hidden_size=32, intermediate_size=32), tmp_path)
-    with pytest.raises(CheckpointError, match="quantised"):
-        HookedTransformer.from_pretrained(tmp_path)
+    read = HookedTransformer.from_pretrained_no_processing(tmp_path, dtype=torch.float32)
     theirs = GptOssForCausalLM.from_pretrained(
         tmp_path,
         quantization_config=Mxfp4Config(dequantize=True),
@@ -147,6 +146,7 @@ def test_a_quantised_gpt_oss_loads_once_transformers_has_dequantised_it(tmp_path
         ours = HookedTransformer.from_pretrained_no_processing(str(tmp_path), hf_model=theirs)
     reference = theirs(row.tokens()).logits
     assert (ours(row.tokens()) - reference).abs().max() < 1e-4
+    assert (read(row.tokens()) - reference).abs().max() < 1e-4
 
 
 def quantise(model: GptOssForCausalLM, folder: Path) -> None:

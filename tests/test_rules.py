@@ -205,6 +205,7 @@ def test_axis_sizes_are_those_of_the_glossary() -> None:
         "kv_head": 2,
         "group": 2,
         "d_head": 5,
+        "d_value": 5,
         "d_model": 12,
         "d_mlp": 7,
         "vocab": 20,

@@ -60,8 +60,10 @@ def test_strings_are_swept_as_they_are_run(text: Any, side: str, tokenizer: Any)
         Intervention("blocks.0.hook_resid_pre", "scale", 1.5, pos=4),
         Intervention("blocks.1.attn.hook_z", "zero", head=0),
     ]
-    expected = torch.stack([logit(3)(model.run(text, interventions=[cell]).detach()) for cell in cells])
-    torch.testing.assert_close(sweep(model, text, cells, logit(3), verbose=False), expected, rtol=0, atol=1e-10)
+    # Padding on the right stands at the last position.
+    metric = logit(3, pos=-1 if side == "left" else 1)
+    expected = torch.stack([metric(model.run(text, interventions=[cell]).detach()) for cell in cells])
+    torch.testing.assert_close(sweep(model, text, cells, metric, verbose=False), expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("changes", [{}, {"normalization_type": None}])

@@ -107,10 +107,19 @@ class Effects(Protocol):
     """What is known of the reference implementation: `Reference`, or anything that answers as it does."""
 
     def matters(self, name: str, value: FieldValue) -> bool:
-        """Whether a field that is left out may change what the reference computes."""
+        """Whether a field that is left out may change what the reference computes.
+
+        Args:
+            name: the field.
+            value: its value.
+        """
 
     def reads(self, name: str) -> bool:
-        """Whether the reference may read an entry of a dictionary within a config."""
+        """Whether the reference may read an entry of a dictionary within a config.
+
+        Args:
+            name: the entry.
+        """
 
 
 class ConfigFields:

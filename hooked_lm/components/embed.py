@@ -100,6 +100,11 @@ class Unembed(HookHolder):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "W_U" and vars(self).get("_tied_to") is not None:
             self.untie()
+        if name == "W_U" and isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            raise TypeError(
+                "W_U is a parameter: assign torch.nn.Parameter(...). To give it to torch.func.functional_call where "
+                "the embeddings are tied, call unembed.untie() first"
+            )
         super().__setattr__(name, value)
 
     def untie(self, memory_format: torch.memory_format = torch.preserve_format) -> None:
