@@ -114,3 +114,36 @@ def test_adapters_that_transformers_loaded_itself_are_refused(peft: Any) -> None
     model.add_adapter(peft.LoraConfig(target_modules=TARGETS))
     with pytest.raises(CheckpointError, match="pass the PeftModel of peft instead"):
         unprocessed(hf_model=model)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer is part:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+@pytest.mark.parametrize("row_id", ["llama-biases-tied", "gpt2"])
+@pytest.mark.parametrize("end", ["embedding", "unembedding"])
+def test_an_adapter_of_one_of_two_tied_ends_leaves_the_other_as_it_was(
+    peft: Any, row_id: str, end: str, tmp_path: Path
+) -> None:
+    row_model(row_id).save_pretrained(tmp_path / "base")
+    base = type(row_model(row_id)).from_pretrained(tmp_path / "base").eval()
+    target = {"embedding": ["wte", "embed_tokens"], "unembedding": ["lm_head"]}[end]
+    names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
+    config = peft.LoraConfig(r=3, target_modules=[name for name in target if name in names], init_lora_weights=False)
+    model = peft.get_peft_model(base, config).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    for ours in (unprocessed(hf_model=model), unprocessed(tmp_path / "adapter")):
+        assert close(ours, model)
+        assert not ours.cfg.tie_word_embeddings
+    assert not close(ours, row_model(row_id))
+
+
+def test_adapters_that_are_switched_off_are_refused(adapted: Any) -> None:
+    with adapted.disable_adapter(), pytest.raises(CheckpointError, match=r"are disabled: enable them, or.*unload\(\)"):
+        unprocessed(hf_model=adapted)
+    assert close(unprocessed(hf_model=adapted), adapted)
+
+
+def test_the_model_inside_a_peft_model_is_refused_until_it_is_merged(adapted: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"is the model inside a PeftModel.*pass the PeftModel"):
+        unprocessed(hf_model=adapted.get_base_model())
+    assert close(unprocessed(hf_model=copy.deepcopy(adapted).merge_and_unload()), adapted)
+    assert close(unprocessed(hf_model=copy.deepcopy(adapted).unload()), row_model("llama"))

@@ -114,6 +114,17 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "no heads": ("internlm2", {"num_attention_heads": 0}, "the InternLM2 config cannot be used: .*zero"),
     "a scaling that is a name": ("exaone3", {"rope_scaling": "llama3"}, "the EXAONE 3 config cannot be used"),
     "a size that is text": ("exaone3", {"hidden_size": "24"}, "the EXAONE 3 config cannot be used"),
+    "as many rotary frequencies as another width has": (
+        "deepseek-v3",
+        {"head_dim": 3},
+        "DeepSeek-V3 with head_dim=3 is not supported; only 4 is",
+    ),
+    "experts from none of the groups": (
+        "glm4-moe-biases-one-group-tied",
+        {"topk_group": 0},
+        "with n_group=1 and topk_group=0: both are 1 at least",
+    ),
+    "no shared expert in Aria": ("aria-text", {"moe_num_shared_experts": 0}, "moe_num_shared_experts=0 is not supp"),
     "a field that is left out and has no default": (
         "internlm2",
         {"hidden_size": ...},

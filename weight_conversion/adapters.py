@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from weight_conversion.errors import CheckpointError
 from weight_conversion.fields import FieldValue
@@ -108,16 +109,48 @@ def merged(hf_model: HFModel) -> HFModel:
     """Return a model in memory with its adapters merged into a copy of its weights; one without adapters as it is.
 
     Raises:
-        CheckpointError: the adapters cannot be merged.
+        CheckpointError: the adapters cannot be merged, or are switched off.
     """
     if getattr(hf_model, "_hf_peft_config_loaded", False):
         raise CheckpointError(
             "hf_model has PEFT adapters that transformers loaded into it: pass the PeftModel of peft instead "
             "(peft.PeftModel.from_pretrained(base, adapter)), which is merged here"
         )
-    if not hasattr(hf_model, "peft_config"):
+    layers = _adapted_layers(hf_model)
+    if layers and not hasattr(hf_model, "get_base_model"):
+        raise CheckpointError(
+            "hf_model is the model inside a PeftModel, its adapters still in it: pass the PeftModel, which is merged "
+            "here, or what its merge_and_unload() (with the adapters) or unload() (without) returns"
+        )
+    if any(getattr(layer, "disable_adapters", False) for layer in layers):
+        raise CheckpointError(
+            "the adapters of hf_model are disabled: enable them, or pass hf_model.unload() to go without them"
+        )
+    if not hasattr(hf_model, "get_base_model"):
         return hf_model
     return _merge_in_place(copy.deepcopy(hf_model), "hf_model")
+
+
+def _adapted_layers(model: HFModel) -> list[nn.Module]:
+    """The layers that peft has put in place of a model's own."""
+    return [module for module in model.modules() if hasattr(module, "base_layer")]
+
+
+def _untie_adapted(adapted: HFModel) -> None:
+    """Give the unembedding weights of its own, where it shares them with the embedding and one of the two is adapted.
+
+    Merged into weights that both use, what is learnt for one would change the other too.
+    """
+    model = adapted.get_base_model()
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    if not any(isinstance(getattr(end, "base_layer", None), nn.Module) for end in ends):
+        return
+    embedding, unembedding = (getattr(end, "base_layer", end) for end in ends)
+    weight: object = getattr(unembedding, "weight", None)
+    shared = weight is getattr(embedding, "weight", None)
+    if shared and isinstance(weight, Tensor):
+        unembedding.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        model.config.tie_word_embeddings = False
 
 
 def _merge_in_place(adapted: HFModel, what: str) -> HFModel:
@@ -127,6 +160,7 @@ def _merge_in_place(adapted: HFModel, what: str) -> HFModel:
             f"the adapter of {what} ({', '.join(kinds)}) changes the input and not the weights: it cannot be merged"
         )
     try:
+        _untie_adapted(adapted)
         return adapted.merge_and_unload(safe_merge=True).eval()
     except Exception as error:  # peft raises errors of many types
         raise CheckpointError(

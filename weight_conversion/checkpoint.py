@@ -372,13 +372,13 @@ def _read(
     reader = ConfigFields(fields, family.name, reference, ignored)
     try:
         cfg = HookedTransformerConfig(**family.config(reader), original_architecture=architecture)
+        table = family.rules(cfg, reader)
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         if isinstance(error, CheckpointError):
             raise
         # Configs that transformers has not checked may lack an entry of a dictionary, or hold something else there.
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise CheckpointError(f"the {family.name} config cannot be used: {reason}") from error
-    table = family.rules(cfg, reader)
     reader.finish()
     return cfg, table, reader.without_effect
 

@@ -21,10 +21,15 @@ def latent_config(fields: ConfigFields, *, adjacent: bool) -> Arguments:
     Args:
         fields: of the config.
         adjacent: dimensions rotate with their neighbours.
+
+    Raises:
+        CheckpointError: `head_dim` is not the number of dimensions that rotate.
     """
     # They are sums of other fields, or the number of query heads.
-    fields.ignore("head_dim", "qk_head_dim", "num_key_value_heads")
+    fields.ignore("qk_head_dim", "num_key_value_heads")
     rotating = fields.take("qk_rope_head_dim")
+    # transformers takes the number of rotary frequencies from it.
+    fields.require("head_dim", rotating)
     d_head = fields.take("qk_nope_head_dim") + rotating
     return {
         "n_key_value_heads": None,

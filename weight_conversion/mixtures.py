@@ -49,8 +49,14 @@ def ignore_training(fields: ConfigFields) -> None:
 
 
 def groups(fields: ConfigFields) -> Arguments:
-    """Return the arguments about groups of experts; none where a token may choose from every group."""
-    count, chosen = fields.take("n_group") or 1, fields.take("topk_group") or 1
+    """Return the arguments about groups of experts; none where a token may choose from every group.
+
+    Raises:
+        CheckpointError: there are no groups, or a token may choose from none.
+    """
+    count, chosen = (1 if number is None else number for number in map(fields.take, ("n_group", "topk_group")))
+    if min(count, chosen) < 1:
+        raise CheckpointError(f"{fields.family} with n_group={count} and topk_group={chosen}: both are 1 at least")
     if chosen >= count:
         return {}
     return {"expert_groups": count, "expert_groups_per_token": chosen}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
+from weight_conversion.errors import CheckpointError
 from weight_conversion.families import llama
 from weight_conversion.family import Family
 from weight_conversion.fields import Arguments, ConfigFields
@@ -17,12 +18,14 @@ def config(fields: ConfigFields) -> Arguments:
     # The experts have this activation whatever the field says, which is about the shared one only.
     fields.require("hidden_act", "silu")
     shared = fields.take("moe_num_shared_experts")
+    if shared < 1:
+        raise CheckpointError(f"Aria with moe_num_shared_experts={shared} is not supported; 1 and more are")
     return {
         **llama.config(fields),
         "num_experts": fields.take("moe_num_experts"),
         "experts_per_token": fields.take("moe_topk"),
         # One expert, as wide as so many.
-        "d_shared_expert": fields.take("intermediate_size") * shared or None,
+        "d_shared_expert": fields.take("intermediate_size") * shared,
     }
 
 
