@@ -63,4 +63,6 @@ def test_it_finds_a_fault_once_its_mend_is_undone(
 ) -> None:
     undo(monkeypatch)
     torch.manual_seed(0)
-    assert any(run_case(UNDONE[undo], seed) is not None for seed in range(800))
+    assert any(
+        run_case(UNDONE[undo], seed) is not None for seed in range(900, 2000)
+    )  # one of some two hundred finds the rarest

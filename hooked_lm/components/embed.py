@@ -19,6 +19,8 @@ from hooked_lm.hooks import HookHolder, HookPoint
 
 __all__ = ["Embed", "Unembed"]
 
+_UNTIE_FIRST = "may give W_U beside tied embeddings if they are untied before: call unembed.untie() first"
+
 
 class Embed(nn.Module):
     """Token embedding, `W_E` [d_vocab d_model] times `embedding_scale`, with a norm after it if `post_embedding_ln`."""
@@ -101,10 +103,7 @@ class Unembed(HookHolder):
         if name == "W_U" and vars(self).get("_tied_to") is not None:
             self.untie()
         if name == "W_U" and isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-            raise TypeError(
-                "W_U is a parameter: assign torch.nn.Parameter(...). To give it to torch.func.functional_call where "
-                "the embeddings are tied, call unembed.untie() first"
-            )
+            raise TypeError(f"W_U is a parameter: assign torch.nn.Parameter(...). A functional_call {_UNTIE_FIRST}")
         super().__setattr__(name, value)
 
     def untie(self, memory_format: torch.memory_format = torch.preserve_format) -> None:
@@ -116,6 +115,8 @@ class Unembed(HookHolder):
         if self._tied_to is None:
             return
         W_E = self._tied_to[0].W_E
+        if not isinstance(W_E, nn.Parameter):
+            raise TypeError(f"the weights are those of a torch.func.functional_call, which {_UNTIE_FIRST}")
         W_U = W_E.detach().T.clone(memory_format=memory_format)
         # Not by assignment, for which torch looks whether there is such an attribute: that would come back here. And
         # before the tie is cut, so that no other thread finds neither.
