@@ -173,6 +173,15 @@ def test_a_text_that_begins_with_bos_gets_no_second() -> None:
     assert "".join(model.generate_stream(text, **options)) == own
 
 
+def test_texts_with_and_without_bos_in_one_list_have_one_each() -> None:
+    model = text_model(tiny_tokenizer())
+    both = ["<|endoftext|>Mary", "Mary"]
+    assert model.tokenizer(both)["input_ids"] == [[BOS, *ids_of("Mary")]] * 2
+    assert model.tokenizer(text=both, add_special_tokens=False)["input_ids"] == [[BOS, *ids_of("Mary")], ids_of("Mary")]
+    model.cfg.default_prepend_bos = False
+    assert model.tokenizer(both)["input_ids"] == [[BOS, *ids_of("Mary")], ids_of("Mary")]
+
+
 def test_a_chat_template_that_writes_bos_gives_one_bos() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"

@@ -15,6 +15,8 @@ from tests.family_rows import ROWS, Row
 from tests.family_rows.published import PublishedRow
 from tests.loading_helpers import edit_json, unprocessed
 from tests.test_families import assert_close
+from weight_conversion.checkpoint import read_family
+from weight_conversion.registry import family_of
 
 ROW = {row.id: row for row in ROWS}
 
@@ -203,3 +205,18 @@ def test_a_misshapen_unembedding_of_baichuan_2_is_named(tmp_path: Path) -> None:
     save_file({**tensors, "lm_head.weight": tensors["lm_head.weight"][:-1].clone()}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"lm_head\.weight has shape \(125695, 24\)"):
         unprocessed(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row_id", "name"),
+    [
+        ("gemma2", "attn_logit_softcapping"),
+        ("gemma2", "final_logit_softcapping"),
+        ("nanochat", "final_logit_softcapping"),
+    ],
+)
+def test_a_soft_cap_of_zero_by_which_transformers_divides_is_refused(row_id: str, name: str) -> None:
+    row = next(row for row in ROWS if row.id == row_id)
+    fields = {**row.build().config.to_dict(), "architectures": [row.architecture], name: 0.0}
+    with pytest.raises(CheckpointError, match=rf"{name}=0\.0: a soft-cap is positive"):
+        read_family(family_of(row.architecture), fields, row.architecture)

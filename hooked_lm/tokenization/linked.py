@@ -105,10 +105,13 @@ def _with_bos(name: str, plain: TokenizerClass) -> Callable[..., object]:
     @functools.wraps(encoding)
     def encode(self: Tokenizer, *args: object, **kwargs: object) -> object:
         _follow(self)
-        text = args[0] if args else kwargs.get("text")
+        text = args[0] if args else kwargs.pop("text", None)
         if _begins_with_bos(text, self.bos_token):
             kwargs["add_special_tokens"] = False
-        return encoding(self, *args, **kwargs)
+        elif isinstance(text, (list, tuple)) and _prepends_now(self) and kwargs.get("add_special_tokens", True):
+            # Some begin with BOS: without it, they get it as the others do.
+            text = [one.removeprefix(self.bos_token) if isinstance(one, str) else one for one in text]
+        return encoding(self, text, *args[1:], **kwargs)
 
     return encode
 

@@ -6,6 +6,7 @@ import math
 
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
+from weight_conversion.errors import CheckpointError
 from weight_conversion.families import gemma
 from weight_conversion.family import Family, Sites
 from weight_conversion.fields import Arguments, ConfigFields
@@ -40,8 +41,14 @@ def body(fields: ConfigFields) -> Arguments:
 
 
 def soft_cap(fields: ConfigFields, name: str) -> float:
-    """Return a soft-cap, -1 for none, as `HookedTransformerConfig` has it."""
+    """Return a soft-cap, -1 for none, as `HookedTransformerConfig` has it.
+
+    Raises:
+        CheckpointError: it is not positive: transformers divides by it, and a config here has no such cap.
+    """
     cap = fields.take(name)
+    if cap is not None and not cap > 0:
+        raise CheckpointError(f"{fields.family} has {name}={cap!r}: a soft-cap is positive, and null for none")
     return -1.0 if cap is None else float(cap)
 
 

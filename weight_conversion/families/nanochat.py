@@ -5,6 +5,7 @@ from __future__ import annotations
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
 from weight_conversion.families import llama
+from weight_conversion.families.gemma2 import soft_cap
 from weight_conversion.family import Family
 from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Constant, RuleTable
@@ -15,7 +16,6 @@ __all__ = ["FAMILY", "config", "rules"]
 def config(fields: ConfigFields) -> Arguments:
     """Map a `NanoChatConfig`."""
     arguments = llama.config(fields)
-    cap = fields.take("final_logit_softcapping")
     return {
         **arguments,
         "gated_mlp": False,
@@ -24,7 +24,7 @@ def config(fields: ConfigFields) -> Arguments:
         "use_qk_norm": True,
         "qk_norm_type": "RMSPre",
         "qk_norm_after_rotary": True,
-        "output_logits_soft_cap": -1.0 if cap is None else cap,
+        "output_logits_soft_cap": soft_cap(fields, "final_logit_softcapping"),
         # It rotates backwards, as if positions were negative.
         "rotary_scaling_factor": -arguments.get("rotary_scaling_factor", 1.0),
     }
