@@ -34,7 +34,7 @@ def linear(
         weight: the matrix.
         bias: added to every row; None for none.
     """
-    if weight.numel() < _LARGE or weight.device.type != "cpu" or weight.ndim != 2:
+    if weight.numel() < _LARGE or weight.device.type != "cpu" or weight.ndim != 2 or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     kernel = product_kernel(x.numel() // weight.shape[1], weight)
     if kernel == "torch" or not (_fits(x, weight, bias) and only_plain_operations()):
