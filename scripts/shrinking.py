@@ -30,6 +30,8 @@ _SIZES: dict[str, int] = {
     "max_window_layers": LAYERS // 2,
     "first_k_dense_replace": 1,
 }
+# Groups of experts, of which there are more than one: fewer, with as many experts each.
+_GROUPS = {"n_group": 2, "topk_group": 1}
 # Fields of parts, or lists of such.
 _NESTED = ("rope_scaling", "rope_parameters", "text_config", "attn_config", "ffn_config", "llm_config")
 _PER_LAYER = ("layer_types", "attn_type_list", "mlp_layer_types", "no_rope_layers", "layers_block_type")
@@ -61,6 +63,8 @@ def _shrink(name: str, value: FieldValue) -> FieldValue:
         return _a_few(value)
     if name in _TOKENS and isinstance(value, int):
         return min(value, VOCABULARY - 1)
+    if name in _GROUPS and isinstance(value, int) and value > 1:
+        return _GROUPS[name]
     if name in _SIZES and isinstance(value, int) and value > 0:
         return _SIZES[name]
     return value

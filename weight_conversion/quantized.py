@@ -83,4 +83,4 @@ def find_quantized(folder: Path, content: Mapping[str, FieldValue]) -> Quantized
     said = quantization if isinstance(quantization, Mapping) else {"quant_method": quantization}
     # Files of bitsandbytes from before methods had names say how many bits.
     old = _BITSANDBYTES if said.get("load_in_4bit") or said.get("load_in_8bit") else None
-    return QuantizedFolder(folder, str(said.get("quant_method") or old))
+    return QuantizedFolder(folder, str(said.get("quant_method") or old or "by a method that its config does not name"))
