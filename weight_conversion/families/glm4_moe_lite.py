@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from hooked_lm.config import HookedTransformerConfig
-from weight_conversion import tables
-from weight_conversion.families import llama
+from weight_conversion.families import deepseek_v3, llama
 from weight_conversion.family import Family
 from weight_conversion.fields import Arguments, ConfigFields
-from weight_conversion.latents import latent_attention, latent_config
-from weight_conversion.mixtures import mixture, mixture_rules, where_sparse
-from weight_conversion.rules import RuleTable
+from weight_conversion.latents import latent_config
+from weight_conversion.mixtures import mixture, where_sparse
 
-__all__ = ["FAMILY", "config", "rules"]
+__all__ = ["FAMILY", "config"]
 
 
 def config(fields: ConfigFields) -> Arguments:
@@ -24,18 +21,4 @@ def config(fields: ConfigFields) -> Arguments:
     }
 
 
-def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
-    """Map the tensors of a `Glm4MoeLiteForCausalLM`."""
-    block = "layers.{layer}"
-    return (
-        *tables.embeddings(cfg),
-        *tables.norm(f"{block}.input_layernorm", "blocks.{layer}.ln1"),
-        *latent_attention(cfg, f"{block}.self_attn", bias=fields.take("attention_bias")),
-        *tables.norm(f"{block}.post_attention_layernorm", "blocks.{layer}.ln2"),
-        *mixture_rules(cfg, f"{block}.mlp"),
-        *tables.norm("norm", "ln_final"),
-        *tables.added_layers(cfg, fields.get("num_nextn_predict_layers", 0)),
-    )
-
-
-FAMILY = Family("GLM 4 MoE Lite", ("Glm4MoeLiteForCausalLM",), config, rules)
+FAMILY = Family("GLM 4 MoE Lite", ("Glm4MoeLiteForCausalLM",), config, deepseek_v3.rules)
