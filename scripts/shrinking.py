@@ -30,7 +30,7 @@ _SIZES: dict[str, int] = {
     "max_window_layers": LAYERS // 2,
     "first_k_dense_replace": 1,
 }
-# Groups of experts, of which there are more than one: fewer, with as many experts each.
+# Numbers of groups of experts, where a config has more than one group.
 _GROUPS = {"n_group": 2, "topk_group": 1}
 # Fields of parts, or lists of such.
 _NESTED = ("rope_scaling", "rope_parameters", "text_config", "attn_config", "ffn_config", "llm_config")

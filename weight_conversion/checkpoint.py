@@ -195,7 +195,7 @@ def _from_given_model(name: str | Path | None, hf_model: HFModel, how: _Choices)
     loaded = _from_model(hf_model, how)
     if how.tokenizer is None:
         try:
-            # Without a name nobody has named a place on the hub, so that none is asked.
+            # Without a name the network is never asked: only this machine is searched.
             found = _local_tokenizer(hf_model, how.hub) if name is None else name
             loaded = replace(loaded, tokenizer=load_tokenizer(found, how.trust_remote_code, how.hub))
         except CheckpointError as error:

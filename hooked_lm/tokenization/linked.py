@@ -12,7 +12,7 @@ from hooked_lm.tokenization.functions import Tokenizer
 
 __all__ = ["linked", "unlinked"]
 
-# A class of tokenizers, of which as little is known to the type checker as of its instances.
+# A class of tokenizers; the type checker knows neither it nor its instances.
 TokenizerClass = Tokenizer
 
 
@@ -144,7 +144,7 @@ def _follow(tokenizer: Tokenizer) -> None:
 
 def _post_processor(tokenizer: Tokenizer, prepend: bool) -> object:
     """A post-processor of the `tokenizers` package that adds BOS, or nothing."""
-    # Comes with transformers, and whoever has such a tokenizer has imported it.
+    # Comes with transformers, which has been imported to make the tokenizer.
     from tokenizers import processors
 
     bos = tokenizer.bos_token
