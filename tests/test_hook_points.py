@@ -48,7 +48,6 @@ def test_hooks_leave_the_state_dict_alone(subject: Subject) -> None:
         "set_use_split_qkv_input",
         "set_use_attn_in",
         "set_use_hook_mlp_in",
-        "set_ungroup_grouped_query_attention",
     ],
 )
 def test_the_classic_gates_change_nothing(setter: str) -> None:
