@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.classic import store
 from tests.classic.known import KNOWN, LOOSE, Known, compared
@@ -47,6 +49,17 @@ def test_what_is_left_out_of_the_comparison_does_differ(one: Known) -> None:
         if any(one.covers(name, found.path) for found in store.differences(there(name), here(name))):
             return
     pytest.fail(f"nothing differs at {one.path} of {one.scenario}: compare it")
+
+
+def test_every_config_acts() -> None:
+    """No two configs give the same logits, so that none of their fields could be ignored unseen."""
+    found = {name: there(f"models/logits[{name}]")["two prompts"] for name in CONFIGS}
+    # To ungroup queries changes what is hooked, not what is computed.
+    pairs = [pair for pair in itertools.combinations(found, 2) if set(pair) != {"grouped", "ungrouped"}]
+    same = [
+        pair for pair in pairs if found[pair[0]].shape == found[pair[1]].shape and torch.allclose(*map(found.get, pair))
+    ]
+    assert same == []
 
 
 def test_a_difference_is_found() -> None:

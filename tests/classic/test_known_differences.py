@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.classic.outcomes import HERE, classic_shapes, here, there
+from tests.classic.outcomes import HERE, classic_shapes, here, stored, there
 from tests.classic.rules import parameter, tokens
+from tests.classic.rules import state as state_of
 
 
 def model_of(config: str) -> Any:
@@ -21,7 +23,8 @@ def close(found: Tensor, expected: Tensor) -> bool:
     return found.shape == expected.shape and torch.allclose(found, expected, atol=2e-5, rtol=1e-5)
 
 
-def tensors(outcome: dict[str, Any], pattern: str) -> dict[str, Tensor]:
+def tensors(outcome: dict[str, Any], pattern: str) -> dict[str, Any]:
+    """Return the part of an outcome whose paths fit a pattern."""
     return {path: value for path, value in outcome.items() if re.fullmatch(pattern, path)}
 
 
@@ -140,6 +143,29 @@ def test_n_params_counts_the_keys_and_values_that_exist(config: str) -> None:
 def test_the_scale_of_attention_is_the_number_that_scores_are_divided_by() -> None:
     assert model_of("no_scale").cfg.attn_scale == 1.0
     assert there("properties/config_values[no_scale]")["attn_scale"] == -1.0
+
+
+# What was saved there
+
+
+SAVED = ("plain", "rotary", "grouped", "attn_only", "experts", "shortformer", "gemma", "no_scale", "solu_ln", "clipped")
+
+
+@pytest.mark.parametrize("config", SAVED)
+def test_a_saved_config_and_state_dict_are_read(config: str) -> None:
+    stored_there = stored("uses")[f"uses/saved_configs[{config}]"]
+    fields = json.loads(str(stored_there["config"]))
+    model = HERE.HookedTransformer(HERE.HookedTransformerConfig.from_dict({**fields, "dtype": torch.float32}))
+    assert model.cfg.n_layers == fields["n_layers"]
+    shapes = {
+        path.removeprefix("state/"): json.loads(str(shape)) for path, shape in tensors(stored_there, "state/.*").items()
+    }
+    buffers = [name for name in shapes if name.endswith(("mask", "IGNORE", "rotary_sin", "rotary_cos"))]
+    assert buffers
+    state = state_of({name: shape for name, shape in shapes.items() if name not in buffers}, model.cfg.gated_mlp)
+    state |= {name: torch.zeros(shapes[name]) for name in buffers}
+    model.load_state_dict(state)
+    assert close(model(tokens(2, 5)), stored_there["logits"])
 
 
 # Processing keeps what the model computes
