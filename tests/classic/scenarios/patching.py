@@ -35,15 +35,20 @@ def residual_stream(lib: Library, model: Any) -> Outcome:
     return out
 
 
+def _by_query_head(model: Any) -> bool:
+    """Return whether keys and values have the queries' heads: there the grids are for these alone."""
+    return model.cfg.n_key_value_heads is None or model.cfg.ungroup_grouped_query_attention
+
+
 @scenario(*MODELS)
 def heads_by_position(lib: Library, model: Any) -> Outcome:
-    names = OF_HEADS if model.cfg.n_key_value_heads is None else ("out", "q")
+    names = OF_HEADS if _by_query_head(model) else ("out", "q")
     return {name: _run(lib, model, f"get_act_patch_attn_head_{name}_by_pos") for name in names}
 
 
 @scenario(*MODELS)
 def heads_at_all_positions(lib: Library, model: Any) -> Outcome:
-    names = OF_HEADS if model.cfg.n_key_value_heads is None else ("out", "q")
+    names = OF_HEADS if _by_query_head(model) else ("out", "q")
     return {name: _run(lib, model, f"get_act_patch_attn_head_{name}_all_pos") for name in names}
 
 

@@ -196,6 +196,19 @@ def changed_weights(lib: Library, model: Any) -> Outcome:
     return out
 
 
+@scenario("plain", "llama")
+def changed_configs(lib: Library, model: Any) -> Outcome:
+    """The fields of a built model's config that act when they are assigned."""
+    out: Outcome = {}
+    model.cfg.output_logits_soft_cap = 1.5
+    out["logits capped"] = model(tokens(1, 5))
+    model.cfg.attn_scores_soft_cap = 0.5
+    out["scores capped"] = model(tokens(1, 5))
+    model.cfg.output_logits_soft_cap = model.cfg.attn_scores_soft_cap = -1.0
+    out["neither"] = model(tokens(1, 5))
+    return out
+
+
 @scenario("text_plain", "text_rotary")
 def steered_generation(lib: Library, model: Any) -> Outcome:
     direction = 4 * numbers("steering", (8,))
