@@ -50,6 +50,8 @@ KNOWN = (
         r".*\.experts\.\d\.hook_.*",
         "experts run together, without hooks of their own",
     ),
+    Known(r"models/activations\[experts\]", r".*\.hook_expert_weights", "[batch pos expert], not [token expert]"),
+    Known(r"models/activations\[experts\]", r".*\.hook_expert_indices", "integers are cached when they are named"),
     Known(r"models/activations\[(soft_caps|gemma)\]", r"values/unembed\.hook_out", "the logits that are returned"),
     Known(r"models/activations\[qk_norm\]", r"values/.*\.hook_[qk]", "hook_q and hook_k stand after the norm"),
     Known(r"models/activations\[qk_norm\]", r".*\.[qk]_norm\..*", "the norm of queries and keys: shapes by head"),

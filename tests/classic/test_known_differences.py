@@ -94,6 +94,15 @@ def test_padding_has_no_part_in_the_loss_of_texts() -> None:
         assert close(ours["loss of padded texts"], theirs["loss under a mask"])
 
 
+def test_routing_keeps_the_axes_of_prompts() -> None:
+    theirs = there("models/activations[experts]")
+    names = [f"blocks.{layer}.mlp.hook_expert_{kind}" for layer in (0, 1) for kind in ("weights", "indices")]
+    _, cache = model_of("experts").run_with_cache(tokens(2, 5), names_filter=names)
+    for name in names:
+        assert cache[name].shape[:2] == (2, 5)
+        assert close(cache[name].flatten(0, 1).float(), theirs[f"values/{name}"].float())
+
+
 def test_a_gradient_reaches_a_gates_bias() -> None:
     found = here("models/weight_gradients[gated]")
     assert all(found[f"gradients/blocks.{layer}.mlp.b_gate"].any() for layer in (0, 1))
