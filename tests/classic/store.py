@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 FOLDER = Path(__file__).parent / "reference"
-# In float32 the two libraries sum in other orders.
-TOLERANCE = 1e-5
+# Of the largest value, or of 1. In float32 the two libraries sum in other orders, and gradients differ by up to 5e-6.
+TOLERANCE = 2e-5
 
 Leaf = Tensor | str | float | int | bool | None
 Flat = dict[str, Leaf]
