@@ -167,3 +167,33 @@ def concatenated(lib: Library) -> Outcome:
 def _rows(chunks: Any) -> Any:
     """Return the tokens [row pos] of a data set, or of a tensor."""
     return chunks if isinstance(chunks, torch.Tensor) else torch.stack([row["tokens"] for row in chunks])
+
+
+@scenario("text_plain", "text_rotary", "text_alibi")
+def one_special_token(lib: Library, model: Any) -> Outcome:
+    """BOS, EOS and padding are the same token, as GPT-2's are."""
+    model.set_tokenizer(word_tokenizer(bos_token="<eos>", pad_token="<eos>"))
+    out: Outcome = {}
+    for side in ("left", "right"):
+        model.tokenizer.padding_side = side
+        given = model.to_tokens(PROMPTS)
+        out[side] = given
+        mask = lib.utils.get_attention_mask(model.tokenizer, given, True)
+        out[f"{side} mask"] = mask
+        out[f"{side} logits"] = model(PROMPTS)[mask.bool()]
+        out[f"{side} as tokens"] = model(given)[mask.bool()]
+    out["alone"] = model(PROMPTS[1])
+    out["generated"] = model.generate(
+        PROMPTS, max_new_tokens=3, padding_side="left", do_sample=False, verbose=False, return_type="tokens"
+    )[:, -3:]
+    return out
+
+
+@scenario("text_plain")
+def masks_of_either_side(lib: Library, model: Any) -> Outcome:
+    out: Outcome = {}
+    for side in ("left", "right"):
+        given = model.to_tokens(PROMPTS, padding_side=side)
+        out[side] = lib.utils.get_attention_mask(model.tokenizer, given, True, padding_side=side)
+        out[f"{side}, no BOS"] = lib.utils.get_attention_mask(model.tokenizer, given[:, 1:], False, padding_side=side)
+    return out
