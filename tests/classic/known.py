@@ -36,7 +36,11 @@ class Known:
 
 KNOWN = (
     Known(r"models/(parameters|weight_gradients).*", r".*\.mlp\.b_gate", "a gated MLP has a bias on its gate"),
-    Known(r"processing/loading.*\[llama\]", r".*\.mlp\.b_gate", "a gated MLP has a bias on its gate"),
+    Known(
+        r"processing/(loading.*|steps_on_state_dicts)\[llama\]",
+        r".*\.mlp\.b_gate",
+        "a gated MLP has a bias on its gate",
+    ),
     Known(r"models/weight_gradients.*", r".*\.mlp\.b_in", "a gated MLP adds b_in before the product"),
     Known(r"models/(parameters|weight_gradients)\[experts\]", r".*\.mlp\.b_(in|out|router)", "experts have biases"),
     Known(r"models/parameters\[(text_)?(alibi|embedding_norm)\]", r".*W_pos", "no parameter that nothing reads"),
@@ -53,6 +57,7 @@ KNOWN = (
     Known(r"models/activations\[experts\]", r".*\.hook_expert_weights", "[batch pos expert], not [token expert]"),
     Known(r"models/activations\[experts\]", r".*\.hook_expert_indices", "integers are cached when they are named"),
     Known(r"models/activations\[(soft_caps|gemma)\]", r"values/unembed\.hook_out", "the logits that are returned"),
+    Known(r"hooks/every_site_edited\[soft_caps\]", r"unembed\.hook_out", "the logits that are returned"),
     Known(r"models/activations\[qk_norm\]", r"values/.*\.hook_[qk]", "hook_q and hook_k stand after the norm"),
     Known(r"models/activations\[qk_norm\]", r".*\.[qk]_norm\..*", "the norm of queries and keys: shapes by head"),
     Known(r"models/activations\[clipped\]", r"values/.*\.hook_[qkv]", "hook_q, hook_k, hook_v stand after the clip"),
