@@ -97,7 +97,10 @@ def all_steps_on_unfolded_weights(lib: Library, model: Any) -> Outcome:
 @scenario("plain", "attn_only", "rms", "llama")
 def steps_on_state_dicts(lib: Library, model: Any) -> Outcome:
     out: Outcome = {}
-    out["folded"] = _values(model.fold_layer_norm(_raw(model)))
+    if model.cfg.normalization_type == "RMS":
+        out["folded"] = _values(model.fold_layer_norm(_raw(model), fold_biases=False, center_weights=False))
+    else:
+        out["folded"] = _values(model.fold_layer_norm(_raw(model)))
     out["centred"] = _values(model.center_writing_weights(_raw(model)))
     out["unembedding"] = model.center_unembed(_raw(model))["unembed.W_U"]
     out["value biases"] = _values(model.fold_value_biases(_raw(model)))
