@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Generator, Iterable, MutableMapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -12,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from hooked_lm.config.defaults import defaults
 from hooked_lm.hooks.handle import Direction, HookFunction, HookHandle
 from hooked_lm.hooks.holder import HookHolder
 from hooked_lm.hooks.point import HookPoint
@@ -298,7 +300,7 @@ class HookedRootModule(HookHolder):
             handles: the hooks.
 
         Raises:
-            RuntimeError: a hook did not run.
+            RuntimeError: a hook did not run; only a warning with the classic library's defaults.
         """
         entries = [names_filter] if names_filter is None or callable(names_filter) else names_filter
         for entry in [entries] if isinstance(entries, str) else entries:
@@ -309,10 +311,13 @@ class HookedRootModule(HookHolder):
                 matched = [handle for handle in handles if handle.point.name in names]
             silent = [handle for handle in matched if not handle.fired]
             if silent and (not is_pattern(entry) or len(silent) == len(matched)):
-                raise RuntimeError(
+                message = (
                     f"the hook at {silent[0].point.name!r} never ran: the model did not compute that activation in "
                     "this run (start_at_layer and stop_at_layer leave layers out)"
                 )
+                if defaults().silent_hook == "raise":
+                    raise RuntimeError(message)
+                warnings.warn(message, stacklevel=3)
 
     # Caching
 
