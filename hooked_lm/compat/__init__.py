@@ -33,8 +33,8 @@ def install() -> None:
         return
     if there is not None:
         raise RuntimeError(
-            f"hooked_lm.compat.install() came after the import of transformer_lens from {there.__file__}: call it in a "
-            "new process, before anything imports transformer_lens"
+            f"hooked_lm.compat.install() came after the import of {there!r}: call it in a new process, before anything "
+            "imports transformer_lens"
         )
     register_modules(_CLASSIC)
     distributions, unknown = _finders

@@ -36,7 +36,8 @@ T = TypeVar("T")
 
 class _IsAnMLP(type(nn.Module)):  # type: ignore[misc]
     def __instancecheck__(cls, instance: object) -> bool:
-        return super().__instancecheck__(instance) or isinstance(instance, (MLP, GatedMLP, MoE))
+        ours = cls is CanBeUsedAsMLP and isinstance(instance, (MLP, GatedMLP, MoE))
+        return ours or super().__instancecheck__(instance)
 
 
 class CanBeUsedAsMLP(nn.Module, metaclass=_IsAnMLP):
@@ -125,7 +126,7 @@ def is_library_available(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-# The hub ids that have aliases. Any other id of a supported family loads too.
+# The hub ids that have aliases. Other ids of supported families load too.
 OFFICIAL_MODEL_NAMES = sorted(set(ALIASES.values()))
 
 

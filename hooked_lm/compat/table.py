@@ -133,7 +133,7 @@ _NAME_HINTS: dict[str, str] = {
     "ActivationFunctionFactory ArchitectureAdapter ArchitectureAdapterFactory BaseTensorConversion MLPFactory": (
         "TransformerBlock(cfg, layer) builds a block's parts; weight_conversion.register_family adds a family"
     ),
-    "het_safe_view quantization_method unreadable_weight_reason": "loading raises where it cannot read, with the reason",
+    "het_safe_view quantization_method unreadable_weight_reason": "loading raises with the reason if it cannot read",
     "gelu_pytorch_tanh xielu": "config.ACTIVATIONS has the activation functions by name",
     "HookedTransformerTrainConfig": "training.TrainingConfig, for training.train(model, batches, config, folder)",
     "TypedModuleList": "torch.nn.ModuleList",
