@@ -20,7 +20,7 @@ import hooked_lm
 from hooked_lm import HookedTransformer, HookedTransformerConfig, compat, components, hooks
 from hooked_lm.compat.table import MISSING, MISSING_MODULES, MODULES
 from hooked_lm.config.defaults import CLASSIC, STANDARD, defaults
-from tests.helpers import tiny_config, tiny_model, tiny_tokens
+from tests.helpers import tiny_config, tiny_model, tiny_tokenizer, tiny_tokens
 
 ROOT = Path(hooked_lm.__file__).parents[1]
 # The public names that each module of the classic library 3.9.0 defines.
@@ -365,6 +365,25 @@ def test_names_of_models_are_read_from_the_aliases() -> None:
     assert len(DEFAULT_MODEL_ALIASES) == len(OFFICIAL_MODEL_NAMES) == len(MODEL_ALIASES)
     with pytest.raises(ValueError, match="'gpt7' has no alias here"):
         get_official_model_name("gpt7")
+
+
+@pytest.mark.parametrize("pad_token", ["<pad>", "<bos>"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_bos_is_removed_wherever_padding_puts_it(side: str, pad_token: str) -> None:
+    from hooked_lm.compat.utils import get_input_with_manually_prepended_bos, get_tokens_with_bos_removed
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<bos>", "pad_token": pad_token})
+    tokenizer.padding_side = side
+    bos, pad = tokenizer.convert_tokens_to_ids(["<bos>", pad_token])
+    full, short = [bos, 3, 4, 5], [bos, 3]
+    padded, cut = ([pad, pad, *short], [pad, pad, 3]) if side == "left" else ([*short, pad, pad], [3, pad, pad])
+    removed = get_tokens_with_bos_removed(tokenizer, torch.tensor([full, padded]))
+    assert removed.tolist() == [[3, 4, 5], cut]
+    assert get_tokens_with_bos_removed(tokenizer, torch.tensor([full]), "right").tolist() == [[3, 4, 5]]
+    assert get_input_with_manually_prepended_bos("<bos>", ["a", "b"]) == ["<bos>a", "<bos>b"]
+    with pytest.raises(ValueError, match="the tokenizer has no BOS token"):
+        get_input_with_manually_prepended_bos(None, "a")
 
 
 def test_devices_and_libraries_are_found() -> None:

@@ -8,9 +8,11 @@ from functools import reduce
 from typing import TypeVar
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from hooked_lm.components import MLP, GatedMLP, MoE
+from hooked_lm.tokenization import Tokenizer, infer_attention_mask
 from weight_conversion.aliases import ALIASES, hub_id
 
 __all__ = [
@@ -23,8 +25,10 @@ __all__ = [
     "filter_dict_by_prefix",
     "get_device",
     "get_device_for_block_index",
+    "get_input_with_manually_prepended_bos",
     "get_nested_attr",
     "get_official_model_name",
+    "get_tokens_with_bos_removed",
     "is_library_available",
     "make_model_alias_map",
     "set_nested_attr",
@@ -115,6 +119,39 @@ def filter_dict_by_prefix(dictionary: Mapping[str, T], prefix: str) -> dict[str,
     """
     prefix = prefix.removesuffix(".") + "."
     return {name.removeprefix(prefix): value for name, value in dictionary.items() if name.startswith(prefix)}
+
+
+def get_input_with_manually_prepended_bos(bos_token: str | None, input: str | list[str]) -> str | list[str]:
+    """Return texts with the BOS token's text in front of each.
+
+    Args:
+        bos_token: its text.
+        input: a text or several.
+
+    Raises:
+        ValueError: there is no BOS token.
+    """
+    if bos_token is None:
+        raise ValueError("get_input_with_manually_prepended_bos got bos_token=None: the tokenizer has no BOS token")
+    return bos_token + input if isinstance(input, str) else [bos_token + text for text in input]
+
+
+def get_tokens_with_bos_removed(
+    tokenizer: Tokenizer, tokens: Int[Tensor, "*batch pos"], padding_side: str | None = None
+) -> Int[Tensor, "*batch shorter_pos"]:
+    """Return tokens without the BOS token of each prompt, one position shorter.
+
+    Args:
+        tokenizer: its padding token and side tell where a padded prompt begins.
+        tokens: prompts that begin with BOS.
+        padding_side: overrides the tokenizer's.
+    """
+    if (padding_side or tokenizer.padding_side) == "right" or tokens.ndim == 1:
+        return tokens[..., 1:]
+    mask = infer_attention_mask(tokenizer, tokens, prepend_bos=True, padding_side="left")
+    first = torch.zeros_like(tokens[:, :1]) if mask is None else mask.argmax(-1, keepdim=True)
+    kept = torch.arange(tokens.shape[1], device=tokens.device) != first
+    return tokens[kept].view(len(tokens), -1)
 
 
 def is_library_available(name: str) -> bool:

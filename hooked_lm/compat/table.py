@@ -27,7 +27,7 @@ _GROUPS: dict[str, str] = {
     "patching": "hooked_lm.patching",
     "loading loading_from_pretrained supported_models": "hooked_lm.compat.helpers",
     "train": "hooked_lm.training",
-    "weight_processing": "hooked_lm.weights",
+    "weight_processing": "hooked_lm.weight_processing",
     (
         "utils utilities utilities.activation_functions utilities.addmm utilities.aliases utilities.attention "
         "utilities.attribute_utils utilities.cache utilities.components_utils utilities.defaults_utils "
@@ -136,6 +136,9 @@ _NAME_HINTS: dict[str, str] = {
     "het_safe_view quantization_method unreadable_weight_reason": "loading raises with the reason if it cannot read",
     "gelu_pytorch_tanh xielu": "config.ACTIVATIONS has the activation functions by name",
     "HookedTransformerTrainConfig": "training.TrainingConfig, for training.train(model, batches, config, folder)",
+    "LocallyOverridenDefaults": "prepend_bos= and padding_side= of the call, or model.cfg.default_prepend_bos",
+    "keep_single_column": "dataset.select_columns([name])",
+    "fill_missing_keys": "model.fill_missing_keys(state_dict)",
     "TypedModuleList": "torch.nn.ModuleList",
     "print_gpu_mem": "torch.cuda.memory_allocated()",
     "temporarily_swap_parameter": "torch.func.functional_call runs a model with other parameters",
