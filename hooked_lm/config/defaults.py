@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-__all__ = ["CLASSIC", "STANDARD", "Defaults", "defaults", "set_defaults"]
+__all__ = ["CLASSIC", "STANDARD", "Defaults", "defaults", "report_silent_hook", "set_defaults"]
 
 
 @dataclass(frozen=True)
@@ -49,3 +50,17 @@ def set_defaults(new: Defaults) -> None:
     """
     global _current  # noqa: PLW0603 - one setting of the process, changed by this function only
     _current = new
+
+
+def report_silent_hook(message: str) -> None:
+    """Do what the defaults say with a hook that was given by its name and never ran.
+
+    Args:
+        message: what is said of it.
+
+    Raises:
+        RuntimeError: with the message, unless it is a warning.
+    """
+    if _current.silent_hook == "raise":
+        raise RuntimeError(message)
+    warnings.warn(message, stacklevel=4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Generator, Iterable, MutableMapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -13,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from hooked_lm.config.defaults import defaults
+from hooked_lm.config.defaults import report_silent_hook
 from hooked_lm.hooks.handle import Direction, HookFunction, HookHandle
 from hooked_lm.hooks.holder import HookHolder
 from hooked_lm.hooks.point import HookPoint
@@ -311,13 +310,10 @@ class HookedRootModule(HookHolder):
                 matched = [handle for handle in handles if handle.point.name in names]
             silent = [handle for handle in matched if not handle.fired]
             if silent and (not is_pattern(entry) or len(silent) == len(matched)):
-                message = (
+                report_silent_hook(
                     f"the hook at {silent[0].point.name!r} never ran: the model did not compute that activation in "
                     "this run (start_at_layer and stop_at_layer leave layers out)"
                 )
-                if defaults().silent_hook == "raise":
-                    raise RuntimeError(message)
-                warnings.warn(message, stacklevel=3)
 
     # Caching
 
