@@ -47,7 +47,8 @@ GEMMA_LIKE: dict[str, Any] = {
 
 BRACKET_CLASSIFIER: dict[str, Any] = {
     **_SIZES,
-    "d_mlp": 16,
+    # Where d_mlp is d_model, the classic library takes one for the other when it folds.
+    "d_mlp": 20,
     "act_fn": "relu",
     "normalization_type": "LN",
     "attention_dir": "bidirectional",
