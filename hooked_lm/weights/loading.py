@@ -94,7 +94,8 @@ class WeightLoading(nn.Module):
                 enough by itself: then the network is not asked. A name beside it says where its tokenizer is, or the
                 folder of an adapter for it.
             tokenizer: instead of the checkpoint's own; False loads the model without one.
-            device, dtype: of the model's parameters; by default the CPU and the checkpoint's dtype.
+            device, dtype: of the model's parameters; by default the CPU and the checkpoint's dtype, or what
+                `hooked_lm.compat.install` sets in their place.
             revision: branch, tag or commit on the hub.
             checkpoint_index, checkpoint_value: a checkpoint from during training, by its number or training step, for
                 families that publish them.
