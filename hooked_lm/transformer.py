@@ -22,6 +22,7 @@ from hooked_lm.components.norm import NoNorm, make_norm
 from hooked_lm.components.sequence import Prompt, kept_index, kept_positions
 from hooked_lm.components.stock import register_stock
 from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.config.defaults import defaults
 from hooked_lm.generation.methods import TextGeneration
 from hooked_lm.hooks import HookPoint, any_live, current_pass, in_pass, is_live, new_pass
 from hooked_lm.kv_cache import HookedTransformerKeyValueCache
@@ -80,7 +81,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.ln_final = make_norm(cfg, kind=_final_norm_kind(cfg)) if cfg.final_norm else NoNorm()
         self.unembed = Unembed(cfg, tied_to=self.embed if cfg.tie_word_embeddings else None)
-        device = cfg.device  # read first: `self.to` sets cfg.device to the parameters' device
+        device = cfg.device or defaults().device()  # read first: `self.to` sets cfg.device to the parameters' device
         self.to(cfg.dtype)
         if cfg.init_weights:
             initialize_weights(self, cfg)

@@ -17,5 +17,5 @@ ORDER = (
         "generation",
     ),
     *("transformer", "certificate", "sweep", "patching", "circuits", "utils", "head_detector"),
-    *("training", "tasks", "evals", "experiments", "plotting", "demo", "__init__", "cli"),
+    *("training", "tasks", "evals", "experiments", "plotting", "demo", "__init__", "cli", "compat"),
 )

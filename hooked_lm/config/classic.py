@@ -23,6 +23,14 @@ RETIRED: dict[str, tuple[object, ...]] = {
     "decoder_start_token_id": (None,),
     "trust_remote_code": (False, None),
     "layer_norm_folding": (False, None),
+    # Version 3.9 added these. The first three only describe a model.
+    "quantization_method": (...,),
+    "train_seq_length": (...,),
+    "uses_rms_norm": (...,),
+    "use_attention_sinks": (False,),
+    "use_dynamic_ntk_rope": (False,),
+    "use_logn_attn": (False,),
+    "yarn_global_attn_only": (False,),
 }
 
 

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from hooked_lm.config.defaults import report_silent_hook
 from hooked_lm.hooks.handle import Direction, HookFunction, HookHandle
 from hooked_lm.hooks.holder import HookHolder
 from hooked_lm.hooks.point import HookPoint
@@ -298,7 +299,7 @@ class HookedRootModule(HookHolder):
             handles: the hooks.
 
         Raises:
-            RuntimeError: a hook did not run.
+            RuntimeError: a hook did not run; only a warning with the classic library's defaults.
         """
         entries = [names_filter] if names_filter is None or callable(names_filter) else names_filter
         for entry in [entries] if isinstance(entries, str) else entries:
@@ -309,7 +310,7 @@ class HookedRootModule(HookHolder):
                 matched = [handle for handle in handles if handle.point.name in names]
             silent = [handle for handle in matched if not handle.fired]
             if silent and (not is_pattern(entry) or len(silent) == len(matched)):
-                raise RuntimeError(
+                report_silent_hook(
                     f"the hook at {silent[0].point.name!r} never ran: the model did not compute that activation in "
                     "this run (start_at_layer and stop_at_layer leave layers out)"
                 )
