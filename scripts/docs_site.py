@@ -166,6 +166,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "shared_expert_gate": True,
     },
     "MiniCPM3": {**_LLAMA, "n_key_value_heads": None, "d_latent_kv": 7, "d_latent_q": 6},
+    "AFMoE": {**_LLAMA, "attention_gate": True},
     "SoLU": {"act_fn": "solu_ln"},
 }
 
@@ -200,7 +201,8 @@ MEANINGS: dict[str, str] = {
     "attn.hook_rot_k": "keys, rotated",
     "attn.hook_attn_scores": "scores, scaled and masked (minus infinity), before softmax",
     "attn.hook_pattern": "the attention pattern: each query's row sums to 1 (less with attention sinks)",
-    "attn.hook_z": "the values, mixed by the pattern",
+    "attn.hook_gate": "what the mixed values are multiplied by, between 0 and 1 (gated attention)",
+    "attn.hook_z": "the values, mixed by the pattern, and multiplied by the gate where there is one",
     "attn.hook_result": "what each head writes; with `b_O` they sum to `hook_attn_out`",
     "ln1_post": "norm of what attention writes",
     "hook_attn_out": "what attention adds to the stream",

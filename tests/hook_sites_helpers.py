@@ -134,6 +134,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "norm_placement": "after",
         "latent_eps": 0.1,
     },
+    "gated attention, norms before and after": {
+        "attention_gate": True,
+        "n_heads": 4,
+        "d_head": 6,
+        "n_key_value_heads": 2,
+        "normalization_type": "RMS",
+        "norm_placement": "before_and_after",
+        "positional_embedding_type": "rotary",
+        "rotary_layers": [True, False],
+    },
     "sparsemixer": {"n_layers": 1, "num_experts": 5, "experts_per_token": 2, "sparsemixer_jitter": 0.3},
     "alibi scaled, in bfloat16": {
         "n_layers": 1,
@@ -188,6 +198,8 @@ def sites_of(model: HookedTransformer) -> dict[str, tuple[int, ...]]:
         }
         if turns(model, layer):
             block |= {"attn.hook_rot_q": (b, p, h, dh), "attn.hook_rot_k": (b, p, kv, dh)}
+        if cfg.attention_gate:
+            block["attn.hook_gate"] = (b, p, h, dh)
         for name, width in (("latent_kv", cfg.d_latent_kv), ("latent_q", cfg.d_latent_q)):
             if width is not None:
                 latent = (b, p, width)

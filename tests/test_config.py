@@ -40,7 +40,7 @@ LATER_FIELDS: list[dict[str, Any]] = [
     {**LONGROPE, "longrope_attention_factor": 1.2, "longrope_original_ctx_len": 9},
     {"positional_embedding_type": "alibi", "alibi_scale": 0.5, "alibi_in_bfloat16": True},
     {"query_scale_beta": 0.1, "query_scale_ctx_len": 9},
-    {"clip_qkv": 3.0, "attention_sinks": True},
+    {"clip_qkv": 3.0, "attention_sinks": True, "attention_gate": True},
     {**SHARED, "d_expert": 9, "moe_layers": [True, False], "norm_topk_prob": False},
     {**EXPERTS, "sparsemixer_jitter": 0.1},
     {**ROUTER, "routed_scale": 2.5, "norm_topk_min": 0.1, "router_in_float32": True},
@@ -266,6 +266,8 @@ def test_is_layer_norm_activation_is_true_for_solu_ln_alone() -> None:
         ({**LATENT, "use_qk_norm": True}, "are not defined for latent attention"),
         ({**LATENT, "clip_qkv": 1.0}, "are not defined for latent attention"),
         ({**LATENT, "latent_eps": -1.0}, "latent_eps is not negative; got -1.0"),
+        ({**LATENT, "attention_gate": True}, "attention_gate is not defined for latent attention"),
+        ({"attention_gate": True, "positional_embedding_type": "shortformer"}, "not defined for shortformer"),
         # Experts
         ({"moe_layers": [True, False]}, "moe_layers goes with num_experts"),
         ({"d_expert": 3}, "d_expert goes with num_experts"),

@@ -129,6 +129,9 @@ def reference_logits(model: HookedTransformer, tokens: Tensor, edit: Edit = lamb
             name = next((name for name in compressed if letter in name), "")
             latents = per_head(tapped[name], cfg.n_heads) if name and untouched else None
             latents = latent(x, layer, name, False) if name and not untouched else latents
+            if letter == "q" and cfg.attention_gate:
+                opened = torch.stack([x[:, :, i] @ W[f"{at}attn.W_G"][i] for i in range(cfg.n_heads)], 2)
+                inputs["gate"] = edit(f"{at}attn.hook_gate", 1 / (1 + (-(opened + W[f"{at}attn.b_G"])).exp()))
             made = projected(x, latents, layer, letter)
             if letter != "v" and not cfg.qk_norm_after_rotary:
                 made = qk_norm(made, f"{at}attn.{letter}_norm")
@@ -163,7 +166,8 @@ def reference_logits(model: HookedTransformer, tokens: Tensor, edit: Edit = lamb
             sinks = W[at + "attn.sinks"][:, None, None]
             total = total + (sinks - scores.detach().amax(-1, keepdim=True)).exp()
         pattern = edit(at + "attn.hook_pattern", likelihood / total)
-        z = edit(at + "attn.hook_z", torch.einsum("bhqk,bkhd->bqhd", pattern, values))
+        mixed = torch.einsum("bhqk,bkhd->bqhd", pattern, values)
+        z = edit(at + "attn.hook_z", mixed * inputs["gate"] if cfg.attention_gate else mixed)
         result = torch.einsum("bphe,hed->bphd", z, W[at + "attn.W_O"])
         return edit(at + "attn.hook_result", result).sum(2) + W[at + "attn.b_O"]
 

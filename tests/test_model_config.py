@@ -51,6 +51,7 @@ OTHER: dict[str, Any] = {
     "scale_attn_by_inverse_layer_idx": True,
     "clip_qkv": 0.1,
     "attention_sinks": True,
+    "attention_gate": True,
     "num_experts": 2,
     "experts_per_token": 1,
 }

@@ -50,6 +50,7 @@ PROCESSED_KINDS = [
     "tied, scaled",
     "norms on the stream",
     "attention sinks",
+    "gated attention",
     "shared expert",
 ]
 

@@ -59,6 +59,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "no final rms": {"final_norm": False, "normalization_type": "RMS"},
     "clipped": {"clip_qkv": 0.5},
     "attention sinks": {"attention_sinks": True, "n_heads": 4, "n_key_value_heads": 2},
+    "gated attention": {"attention_gate": True, "n_heads": 4, "n_key_value_heads": 2},
+    "gated attention, plain heads": {"attention_gate": True},
     "tied": {"tie_word_embeddings": True},
     "tied, scaled": {"tie_word_embeddings": True, "embedding_scale": 3.0, "logit_scale": 0.3},
     "tied, rms after the embedding": {

@@ -37,11 +37,6 @@ LEFT_OUT = (
     ),
     LeftOut("Kimi Linear", "KimiLinear", "it is recurrent in part"),
     LeftOut(
-        "AFMoE (Arcee Trinity)",
-        "Afmoe",
-        "what heads read is multiplied by a gate, for which there is no hook site yet",
-    ),
-    LeftOut(
         "ModernBERT-decoder",
         "ModernBertDecoder",
         "a layer with an activation stands between the final norm and the unembedding, and the first block has no norm "

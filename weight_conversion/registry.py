@@ -11,6 +11,7 @@ from types import ModuleType
 from weight_conversion.aliases import ALIASES
 from weight_conversion.errors import CheckpointError
 from weight_conversion.families import (
+    afmoe,
     apertus,
     arcee,
     aria_text,
@@ -133,6 +134,7 @@ FAMILIES: tuple[Family, ...] = (
     ernie4_5_moe.FAMILY,
     exaone_moe.FAMILY,
     hy_v3.FAMILY,
+    afmoe.FAMILY,
     deepseek_v2.FAMILY,
     deepseek_v3.FAMILY,
     glm4_moe_lite.FAMILY,

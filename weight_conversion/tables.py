@@ -9,6 +9,7 @@ __all__ = [
     "BLOCK",
     "added_layers",
     "attention",
+    "attention_gate",
     "attention_output",
     "biasless_layer_norm",
     "embeddings",
@@ -103,6 +104,16 @@ def attention_output(
     weight, b_O = f"d_model (head {width}) -> head {width} d_model", f"{BLOCK}.attn.b_O"
     out = Rule(f"{source}.bias", "d_model -> d_model", b_O, scale=scale) if bias else Constant(b_O, "d_model")
     return (Rule(f"{source}.weight", weight, f"{BLOCK}.attn.W_O", scale=scale), out)
+
+
+def attention_gate(source: str) -> tuple[Entry, ...]:
+    """Return the rows of the linear layer without bias whose sigmoid multiplies each head's z.
+
+    Args:
+        source: the layer.
+    """
+    weight = Rule(f"{source}.weight", "(head d_head) d_model -> head d_model d_head", f"{BLOCK}.attn.W_G")
+    return (weight, Constant(f"{BLOCK}.attn.b_G", "head d_head"))
 
 
 def no_qkv_biases() -> tuple[Entry, ...]:

@@ -44,7 +44,8 @@ def hooks_for_attribution(
     names = ["hook_embed", *(["hook_pos_embed"] if cfg.positional_embedding_type == "standard" else [])]
     for layer in range(cfg.n_layers):
         names += [get_act_name(site, layer) for site in ("attn_out", "mlp_out")[: 1 if cfg.attn_only else 2]]
-    inside = {"component": (), "head": ("z",), "neuron": ("post",), "source": ("v", "pattern")}[split]
+    by_source = ("v", "pattern", "gate") if cfg.attention_gate else ("v", "pattern")
+    inside = {"component": (), "head": ("z",), "neuron": ("post",), "source": by_source}[split]
     names += [get_act_name(site, layer) for layer in chosen for site in inside]
     after = "ln2_post" if split == "neuron" else "ln1_post"
     norms = [(f"blocks.{layer}.{after}", getattr(model.blocks[layer], after)) for layer in chosen]
@@ -77,7 +78,8 @@ def logit_attribution(
 
     - `"component"`: embeddings, and what attention and MLP of each layer add (their biases included).
     - `"head"`: attention into its heads and `b_O`.
-    - `"source"`: each head further, into the positions that it attends to: pattern times value, `b_V` included.
+    - `"source"`: each head further, into the positions that it attends to: pattern times value, `b_V` included,
+      and times the head's gate where it has one.
     - `"neuron"`: MLPs into their neurons and `b_out`.
 
     Norms on what is written, or on the stream, have their scales held fixed like the final one, and their biases are

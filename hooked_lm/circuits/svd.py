@@ -150,7 +150,7 @@ class SVDInterpreter:
         if vector_type == "OV":
             if head is None or not 0 <= head < self.cfg.n_heads:
                 raise ValueError(f"'OV' needs head_index in 0-{self.cfg.n_heads - 1}, got {head}")
-            require_own_matrices(self.model, "an OV circuit")
+            require_own_matrices(self.model, "an OV circuit", by_values=True)
             require_stock_attention(self.model, layer, "an OV circuit")
             group = self.cfg.n_heads // self.cfg.n_kv_heads
             W_V, W_O = (at_least_single(W) for W in (block.attn.W_V[head // group], block.attn.W_O[head]))

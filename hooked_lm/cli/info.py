@@ -177,6 +177,7 @@ def _attention(cfg: HookedTransformerConfig) -> str:
     if n_local:
         said += f", a window of {cfg.window_size} in {n_local} layers of {cfg.n_layers}"
     said += ", sinks" if cfg.attention_sinks else ""
+    said += ", gated" if cfg.attention_gate else ""
     return f"{said}, scores capped at {cfg.attn_scores_soft_cap:g}" if cfg.attn_scores_soft_cap > 0 else said
 
 

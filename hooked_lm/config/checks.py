@@ -145,6 +145,8 @@ def fill_heads(cfg: HookedTransformerConfig) -> None:
     elif cfg.attn_scale == -1.0:
         cfg.attn_scale = math.sqrt(cfg.d_head)
     require_above_zero(cfg, "clip_qkv", or_none=True)
+    if cfg.attention_gate and cfg.positional_embedding_type == "shortformer":
+        raise ValueError("attention_gate is not defined for shortformer, whose positions are added to queries and keys")
     if not cfg.attn_scale > 0:
         raise ValueError(f"attn_scale divides the attention scores, so it is positive; got {cfg.attn_scale}")
 
@@ -298,6 +300,8 @@ def check_latents(cfg: HookedTransformerConfig) -> None:
         raise ValueError("in latent attention each head has keys and values of its own: leave out n_key_value_heads")
     if cfg.use_qk_norm or cfg.clip_qkv is not None:
         raise ValueError("use_qk_norm and clip_qkv are not defined for latent attention, whose latents are normalised")
+    if cfg.attention_gate:
+        raise ValueError("attention_gate is not defined for latent attention: leave one of the two out")
     if cfg.latent_eps < 0:
         raise ValueError(f"latent_eps is not negative; got {cfg.latent_eps}")
 
@@ -452,7 +456,7 @@ def count_parameters(cfg: HookedTransformerConfig) -> int:
 def attention_parameters(cfg: HookedTransformerConfig) -> int:
     """Return the number of weights of one layer's attention."""
     if cfg.d_latent_kv is None:
-        return cfg.d_model * cfg.d_head * (2 * cfg.n_heads + 2 * cfg.n_kv_heads)
+        return cfg.d_model * cfg.d_head * ((3 if cfg.attention_gate else 2) * cfg.n_heads + 2 * cfg.n_kv_heads)
     rotary, values = cfg.rotary_dim or 0, cfg.n_heads * cfg.value_width
     count = (cfg.d_latent_q or cfg.d_model) * cfg.n_heads * cfg.d_head + cfg.d_model * (cfg.d_latent_q or 0)
     count += cfg.d_model * (cfg.d_latent_kv + rotary)

@@ -90,6 +90,8 @@ class HookedTransformerConfig(Lockable):
         clip_qkv: queries, keys and values are kept within plus and minus this.
         attention_sinks: each head has a learned score, `attn.sinks`, that takes a share of the softmax and gives
             nothing, so that a pattern's rows sum to less than one.
+        attention_gate: z is multiplied by `attn.hook_gate`, the sigmoid of `x W_G + b_G`, where `x` is what attention
+            reads (Qiu et al. 2025, "Gated Attention for Large Language Models").
         d_latent_kv: keys and values are read from a latent of this width, which is compressed from the stream and
             normalised; a head's first `rotary_dim` dimensions of its keys are read from the stream itself, the same
             for all heads (multi-head latent attention, DeepSeek-AI 2024, "DeepSeek-V2"). None for no latent.
@@ -201,6 +203,7 @@ class HookedTransformerConfig(Lockable):
     query_scale_ctx_len: int = 8192
     clip_qkv: float | None = None
     attention_sinks: bool = False
+    attention_gate: bool = False
     d_latent_kv: int | None = None
     d_latent_q: int | None = None
     d_value: int | None = None

@@ -163,8 +163,8 @@ def _fold_norm_(weights: Weights, norm: str, readers: Iterable[str], centred: bo
             W.sub_(W.mean(-2, keepdim=True))
 
 
-# Of the stream, in either kind of attention.
-_ATTENTION_READERS = ("Q", "K", "V", "DQ", "DKV", "KR")
+# Of the stream, in any kind of attention.
+_ATTENTION_READERS = ("Q", "K", "V", "G", "DQ", "DKV", "KR")
 _WRITERS = r"embed\.W_E|blocks\.\d+\.(attn\.(W_O|b_O)|mlp\.(shared\.)?(W_out|b_out))"
 
 
@@ -225,6 +225,8 @@ def _refactoring_obstacle(cfg: HookedTransformerConfig) -> str | None:
         return "the query-key norm acts on a head's dimensions, which therefore cannot be rotated freely"
     if cfg.n_kv_heads != cfg.n_heads:
         return "with grouped queries several heads share one key-value basis"
+    if cfg.attention_gate:
+        return "the gate acts on a head's dimensions, which therefore cannot be rotated freely"
     if cfg.d_head > cfg.d_model:
         return f"d_head {cfg.d_head} exceeds d_model {cfg.d_model}: the singular vectors would not fill a head"
     return _value_bias_obstacle(cfg)
@@ -235,6 +237,8 @@ def _value_bias_obstacle(cfg: HookedTransformerConfig) -> str | None:
         return "values are clipped with their bias, which therefore cannot be added later"
     if cfg.attention_sinks:
         return "with attention sinks a pattern's rows do not sum to one, so less than the whole bias is passed on"
+    if cfg.attention_gate:
+        return "values are multiplied by a gate with their bias, which therefore cannot be added later"
     return None
 
 

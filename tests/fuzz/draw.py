@@ -78,6 +78,7 @@ def draw_attention(rng: random.Random, n_heads: int, n_layers: int) -> dict[str,
         "attn_scores_soft_cap": 1.5,
         "clip_qkv": 0.7,
         "attention_sinks": True,
+        "attention_gate": True,
         "attention_dir": "bidirectional",
     }
     fields = {name: value for name, value in sometimes.items() if rng.random() < 0.2}
@@ -104,6 +105,7 @@ def draw_latents(rng: random.Random) -> dict[str, Any]:
         "qk_norm_per_head_gains": False,
         "qk_norm_after_rotary": False,
         "clip_qkv": None,
+        "attention_gate": False,
         "positional_embedding_type": "rotary",
         "rotary_dim": rng.choice([2, d_head - 2]),
         "d_latent_kv": rng.choice([3, 5]),

@@ -173,7 +173,12 @@ class Block:
         else:
             pattern = scores.softmax(-1)
         pattern = self.see("attn.hook_pattern", pattern)
-        z = self.see("attn.hook_z", torch.stack([pattern[h] @ v[:, h // group] for h in range(len(pattern))], 1))
+        z = torch.stack([pattern[h] @ v[:, h // group] for h in range(len(pattern))], 1)
+        if self.c["attention_gate"]:
+            W_G, b_G = self.weight("attn.W_G"), self.weight("attn.b_G")
+            opened = torch.stack([(q_in[h] @ W_G[h] + b_G[h]).sigmoid() for h in range(len(W_G))], 1)
+            z = z * self.see("attn.hook_gate", opened)
+        z = self.see("attn.hook_z", z)
         W_O = self.weight("attn.W_O")
         result = self.see("attn.hook_result", torch.stack([z[:, h] @ W_O[h] for h in range(len(W_O))], 1))
         return result.sum(1) + self.weight("attn.b_O")
