@@ -18,12 +18,13 @@ from hooked_lm._support.integers import integer
 from hooked_lm._support.plain_data import PlainData
 from hooked_lm.activation_cache.recording import Caching
 from hooked_lm.components import Embed, PosEmbed, SequenceLayout, TransformerBlock, Unembed
+from hooked_lm.components.embed import unembedding_is_live
 from hooked_lm.components.norm import NoNorm, make_norm
 from hooked_lm.components.sequence import Prompt, kept_index, kept_positions
 from hooked_lm.components.stock import register_stock
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.generation.methods import TextGeneration
-from hooked_lm.hooks import HookPoint, any_live, current_pass, in_pass, is_live, new_pass
+from hooked_lm.hooks import HookPoint, current_pass, in_pass, is_live, new_pass
 from hooked_lm.kv_cache import HookedTransformerKeyValueCache
 from hooked_lm.losses import lm_cross_entropy_loss
 from hooked_lm.tokenization import Prompts, Tokenizer
@@ -196,7 +197,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         if stop_at_layer is not None:
             return residual
         normalized = self.ln_final(residual)
-        if return_type is None and not any_live(self.unembed.children()):
+        if return_type is None and not unembedding_is_live(self.unembed):
             return None
         logits = self._unembedded(normalized, logits_to_keep)
         return self._output(logits, prompt.tokens, prompt.mask, return_type, loss_per_token)
@@ -215,7 +216,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         index = None if logits_to_keep is None else kept_index(logits_to_keep, normalized.shape[1])
         kept = normalized if index is None else normalized[:, index]
         logits: Tensor
-        if kept is normalized or not any_live(self.unembed.children()):
+        if kept is normalized or not unembedding_is_live(self.unembed):
             logits = self.unembed(kept)
         else:
             # Positions of hooks there count in the text, not among those kept.

@@ -167,6 +167,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "MiniCPM3": {**_LLAMA, "n_key_value_heads": None, "d_latent_kv": 7, "d_latent_q": 6},
     "AFMoE": {**_LLAMA, "attention_gate": True},
+    "ModernBERT decoder": {"act_fn": "gelu", "gated_mlp": True, "unembed_act_fn": "gelu", "first_norm": False},
     "SoLU": {"act_fn": "solu_ln"},
 }
 
@@ -223,6 +224,9 @@ MEANINGS: dict[str, str] = {
     "hook_mlp_out": "what the MLP adds to the stream",
     "hook_resid_post": "the residual stream that leaves the block",
     "ln_final": "the final norm",
+    "unembed.transform.hook_pre": "the layer before the unembedding, before its activation function",
+    "unembed.transform.hook_post": "the layer before the unembedding, after its activation function",
+    "unembed.transform.ln": "norm of what the unembedding reads",
     "unembed.hook_in": "what the unembedding reads",
     "unembed.hook_out": "the logits",
 }

@@ -144,6 +144,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "positional_embedding_type": "rotary",
         "rotary_layers": [True, False],
     },
+    "a layer before the unembedding, no first norm": {
+        "unembed_act_fn": "silu",
+        "first_norm": False,
+        "post_embedding_ln": True,
+        "positional_embedding_type": "rotary",
+        "logit_scale": 0.6,
+    },
     "sparsemixer": {"n_layers": 1, "num_experts": 5, "experts_per_token": 2, "sparsemixer_jitter": 0.3},
     "alibi scaled, in bfloat16": {
         "n_layers": 1,
@@ -185,7 +192,7 @@ def sites_of(model: HookedTransformer) -> dict[str, tuple[int, ...]]:
             "hook_q_input": (b, p, h, d),
             "hook_k_input": (b, p, kv, d),
             "hook_v_input": (b, p, kv, d),
-            **(norm("ln1") if cfg.norm_placement != "after" else {}),
+            **(norm("ln1") if cfg.norm_placement != "after" and (layer or cfg.first_norm) else {}),
             "attn.hook_q": (b, p, h, dh),
             "attn.hook_k": (b, p, kv, dh),
             "attn.hook_v": (b, p, kv, dv),
@@ -231,6 +238,9 @@ def sites_of(model: HookedTransformer) -> dict[str, tuple[int, ...]]:
         sites |= {at + site: shape for site, shape in block.items()}
     logits = (b, p, cfg.d_vocab)
     final = norm("ln_final") if cfg.final_norm else {}
+    if cfg.unembed_act_fn is not None:
+        final |= {"unembed.transform.hook_pre": stream, "unembed.transform.hook_post": stream}
+        final |= norm("unembed.transform.ln")
     return {**sites, **final, "unembed.hook_in": stream, "unembed.hook_out": logits}
 
 

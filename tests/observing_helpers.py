@@ -30,6 +30,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "parallel NeoX": {"positional_embedding_type": "rotary", "rotary_dim": 2, "parallel_attn_mlp": True},
     "Bloom": {"positional_embedding_type": "alibi", "post_embedding_ln": True},
     "gated attention": {**ROTARY, "n_heads": 4, "d_head": 4, "n_key_value_heads": 2, "attention_gate": True},
+    "a layer before the unembedding, no first norm": {"unembed_act_fn": "gelu", "first_norm": False},
     "latent attention": {**LATENT, "d_latent_q": 7, "act_fn": "silu"},
     "mixture with groups and a corrected choice": {
         **ROTARY,

@@ -47,6 +47,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "sinks, windows": {"attention_sinks": True, "window_size": 3, "attn_types": ["local", "global"]},
     "attention only": {"attn_only": True, "positional_embedding_type": "shortformer"},
     "latent attention": LATENT,
+    "a layer before the unembedding, no first norm": {"unembed_act_fn": "silu", "first_norm": False},
     "gated attention": {"attention_gate": True, "n_key_value_heads": 1},
     "experts": {"num_experts": 3, "experts_per_token": 3, "act_fn": "silu", "gated_mlp": True},
 }

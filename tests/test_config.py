@@ -29,6 +29,7 @@ LONGROPE: dict[str, Any] = {
 # The fields that came later, each in a config that it goes with.
 LATER_FIELDS: list[dict[str, Any]] = [
     {"norm_placement": "after", "final_norm": False},
+    {"first_norm": False, "unembed_act_fn": "gelu"},
     {"norm_placement": "residual"},
     {"use_qk_norm": True, "qk_norm_type": "LN", "qk_norm_per_head_gains": True},
     {"use_qk_norm": True, "qk_norm_type": "RMSPre", "qk_norm_across_heads": True, "qk_norm_after_rotary": True},
@@ -85,6 +86,7 @@ def test_the_parameter_count_is_that_of_the_weights_of_blocks() -> None:
         {"num_experts": 3, "experts_per_token": 2, "gated_mlp": True},
         {**SHARED, "moe_layers": [False, True], "d_expert": 5},
         {"tie_word_embeddings": True, "attention_sinks": True, "act_fn": "xielu"},
+        {"attention_gate": True, "n_key_value_heads": 1, "unembed_act_fn": "relu"},
         LATENT,
         {**LATENT, "d_latent_q": None, "d_value": None},
     ):
@@ -211,6 +213,8 @@ def test_is_layer_norm_activation_is_true_for_solu_ln_alone() -> None:
         ),
         ({"norm_placement": "residual", "parallel_attn_mlp": True}, "norms on the residual stream .*not in parallel"),
         ({"final_norm": False, "final_rms": True}, "final_rms is about the final norm"),
+        ({"first_norm": False, "norm_placement": "after"}, "a norm that norm_placement='after' does not have"),
+        ({"unembed_act_fn": "xielu"}, "unembed_act_fn='xielu' is none of"),
         ({"use_qk_norm": True, "qk_norm_type": "LNPre"}, "qk_norm_type='LNPre' is none of"),
         ({"qk_norm_across_heads": True}, "qk_norm_across_heads .* needs use_qk_norm=True"),
         ({"qk_norm_per_head_gains": True}, "qk_norm_per_head_gains .* needs use_qk_norm=True"),

@@ -66,7 +66,8 @@ def reference_logits(model: HookedTransformer, tokens: Tensor, edit: Edit = lamb
         return x * W.get(f"{module}.w", torch.ones(())) + W.get(f"{module}.b", torch.zeros(()))
 
     def read(stream: Tensor, module: str, tapped: bool = True) -> Tensor:
-        return norm(stream, module, tapped) if cfg.norm_placement.startswith("before") else stream
+        absent = module == "blocks.0.ln1" and not cfg.first_norm
+        return norm(stream, module, tapped) if cfg.norm_placement.startswith("before") and not absent else stream
 
     def written(out: Tensor, module: str) -> Tensor:
         return norm(out, module) if cfg.norm_placement.endswith("after") else out
@@ -272,7 +273,12 @@ def reference_logits(model: HookedTransformer, tokens: Tensor, edit: Edit = lamb
             mlp_out = written(mlp(layer, pre if cfg.parallel_attn_mlp else stream), at + "ln2_post")
             stream = joined(stream + edit(at + "hook_mlp_out", mlp_out), at + "ln2")
         stream = edit(at + "hook_resid_post", stream)
-    stream = edit("unembed.hook_in", norm(stream, "ln_final") if cfg.final_norm else stream)
+    stream = norm(stream, "ln_final") if cfg.final_norm else stream
+    if cfg.unembed_act_fn is not None:
+        at = "unembed.transform."
+        hidden = edit(at + "hook_pre", stream @ W[at + "W_dense"] + W[at + "b_dense"])
+        stream = norm(edit(at + "hook_post", hidden / (1 + (-hidden).exp())), at + "ln")
+    stream = edit("unembed.hook_in", stream)
     W_U = W["embed.W_E"].T if cfg.tie_word_embeddings else W["unembed.W_U"]
     logits = (stream @ W_U + W["unembed.b_U"]) * cfg.logit_scale
     if cfg.output_logits_soft_cap > 0:

@@ -32,6 +32,8 @@ OTHER: dict[str, Any] = {
     "eps": 0.5,
     "final_rms": True,
     "final_norm": False,
+    "first_norm": False,
+    "unembed_act_fn": "relu",
     "norm_placement": "after",
     "use_qk_norm": True,
     "post_embedding_ln": True,

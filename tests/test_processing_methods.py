@@ -51,6 +51,7 @@ PROCESSED_KINDS = [
     "norms on the stream",
     "attention sinks",
     "gated attention",
+    "a layer before the unembedding",
     "shared expert",
 ]
 

@@ -53,6 +53,8 @@ def test_the_obstacles_are_those_that_there_are() -> None:
         "norms on the stream",
         "norms on the stream, none at the end",
         "no final norm",
+        "no first norm",
+        "no first norm, positions after the norm of the embeddings",
     }
     expected = {("shortformer", "fold_ln"), ("soft-caps", "center_unembed")}
     expected |= {("clipped", "fold_value_biases"), ("attention sinks", "fold_value_biases")}

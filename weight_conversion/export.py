@@ -161,6 +161,6 @@ def _check_whole(cfg: HookedTransformerConfig, original: HookedTransformerConfig
 
 def _with_prefix(name: str, family: Family, architecture: str) -> str:
     """A tensor's full name: no prefix in a bare model (`GPT2Model`), and never one for the unembedding."""
-    head = family.unembedding.removesuffix("weight")
+    beside = (family.unembedding.removesuffix("weight"), *(f"{module}." for module in family.beside))
     bare = not architecture.endswith(("ForCausalLM", "LMHeadModel"))
-    return name if bare or name.startswith(head) else family.prefix + name
+    return name if bare or name.startswith(beside) else family.prefix + name

@@ -48,6 +48,7 @@ class Family:
             is read or ignored in `config` or in `rules`.
         embedding, unembedding: the source tensors; one and the same if embeddings are tied.
         prefix: comes before every tensor name in the checkpoint of a language model, not of a bare model.
+        beside: the modules of a language model, besides the unembedding, whose names do not begin with the prefix.
         sites: the modules of the transformers model that a certificate compares.
         defaults: the fields that a config.json may leave out, for a family whose configs transformers has no class for.
             They are then read as they are in the file, and no code that comes with a checkpoint runs. Otherwise None.
@@ -61,6 +62,7 @@ class Family:
     embedding: str = "embed_tokens.weight"
     unembedding: str = "lm_head.weight"
     prefix: str = "model."
+    beside: tuple[str, ...] = ()
     sites: Sites = Sites()
     defaults: Mapping[str, FieldValue] | None = None
     prepend_bos: bool | None = None

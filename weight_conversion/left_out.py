@@ -36,12 +36,6 @@ LEFT_OUT = (
         "an indexer chooses which keys a query may attend to",
     ),
     LeftOut("Kimi Linear", "KimiLinear", "it is recurrent in part"),
-    LeftOut(
-        "ModernBERT-decoder",
-        "ModernBertDecoder",
-        "a layer with an activation stands between the final norm and the unembedding, and the first block has no norm "
-        "before attention",
-    ),
     LeftOut("Gemma 3n, Gemma 4", "Gemma3n|Gemma4", "layers share keys and values, and embeddings enter at every layer"),
     LeftOut(
         "Mamba, RWKV, Jamba, Falcon-H1, Zamba, Bamba, RecurrentGemma, Qwen3-Next, Granite 4 with Mamba layers",

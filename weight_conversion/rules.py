@@ -382,6 +382,7 @@ def axis_sizes(cfg: HookedTransformerConfig) -> dict[str, int]:
         "rotary": cfg.rotary_dim,
         "d_content": None if cfg.rotary_dim is None else cfg.d_head - cfg.rotary_dim,
         "d_model": cfg.d_model,
+        "d_dense": None if cfg.unembed_act_fn is None else cfg.d_model,
         "d_mlp": cfg.d_mlp,
         "vocab": cfg.d_vocab,
         "vocab_out": cfg.d_vocab_out,

@@ -37,7 +37,14 @@ _ATTENTION_AXES = {"Q": "head", "K": "kv_head", "V": "kv_head"}
 
 
 def norm(
-    source: str, target: str, *, bias: bool = False, add: float = 0.0, scale: float = 1.0, again: bool = False
+    source: str,
+    target: str,
+    *,
+    bias: bool = False,
+    add: float = 0.0,
+    scale: float = 1.0,
+    again: bool = False,
+    layers: tuple[int, ...] | None = None,
 ) -> tuple[Entry, ...]:
     """Return the rows of a norm over the residual stream: `source.weight` is its gain, `source.bias` its bias.
 
@@ -47,21 +54,27 @@ def norm(
         add: the number that the model adds to the stored gain (Gemma: 1).
         scale: a factor on the gain, by which the model multiplies the output of a norm without bias.
         again: another norm of ours reads the same tensors.
+        layers: the blocks that have it, where the names hold `{layer}`; None for all.
     """
-    gain = Rule(f"{source}.weight", "d_model -> d_model", f"{target}.w", add=add, scale=scale, again=again)
+    gain = Rule(
+        f"{source}.weight", "d_model -> d_model", f"{target}.w", add=add, scale=scale, again=again, layers=layers
+    )
     if not bias:
         return (gain,)
-    return (gain, Rule(f"{source}.bias", "d_model -> d_model", f"{target}.b", again=again))
+    return (gain, Rule(f"{source}.bias", "d_model -> d_model", f"{target}.b", again=again, layers=layers))
 
 
-def biasless_layer_norm(source: str, target: str, *, again: bool = False) -> tuple[Entry, ...]:
+def biasless_layer_norm(
+    source: str, target: str, *, again: bool = False, layers: tuple[int, ...] | None = None
+) -> tuple[Entry, ...]:
     """Return the rows of a LayerNorm that has a gain and no bias.
 
     Args:
         source, target: the module in the checkpoint and ours.
         again: another norm of ours reads the same tensors.
+        layers: the blocks that have it, where the names hold `{layer}`; None for all.
     """
-    return (*norm(source, target, again=again), Constant(f"{target}.b", "d_model"))
+    return (*norm(source, target, again=again, layers=layers), Constant(f"{target}.b", "d_model", layers=layers))
 
 
 def attention(

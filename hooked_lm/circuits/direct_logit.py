@@ -101,8 +101,9 @@ def logit_attribution(
     Raises:
         ValueError: logits are soft-capped, so that no sum of parts equals them (pass `before_soft_cap=True`); neurons
             of a mixture of experts or of a model without MLPs; a token, position or layer out of range; a position
-            that is padding in some prompt; an overridden unembedding; or parts that do not sum to the logit, because a
-            hook changed the run or another component is overridden.
+            that is padding in some prompt; an overridden unembedding, or one with a layer before it
+            (`unembed_act_fn`); or parts that do not sum to the logit, because a hook changed the run or another
+            component is overridden.
         UnknownHookError: the cache lacks an activation.
     """
     model = cast("HookedModel", cache.model)
@@ -118,6 +119,7 @@ def logit_attribution(
         raise ValueError(
             f"logit attribution takes the stock unembedding: a component computes something else ({reason})"
         )
+    model.unembed.require_linear("logit attribution")
     run = RecordedRun(cache, pos, precision)
     right = _tokens(model, tokens, run.batch)
     wrong = None if incorrect_tokens is None else _tokens(model, incorrect_tokens, run.batch)

@@ -54,14 +54,15 @@ def require_stock_attention(model: HookedModel, layer: int, what: str) -> None:
 
 
 def require_stock_unembedding(model: HookedModel, what: str) -> None:
-    """Raise a ValueError unless the final norm and the unembedding are stock components.
+    """Raise a ValueError unless the final norm and the unembedding are stock components, and the latter is a matrix.
 
     Args:
         model: a `HookedTransformer`.
         what: is computed from their weights; for the message.
 
     Raises:
-        ValueError: one of them is overridden.
+        ValueError: one of them is overridden, or a layer with an activation function stands before `W_U`.
     """
     for name, part in (("ln_final", model.ln_final), ("unembed", model.unembed)):
         require_stock(what, name, part)
+    model.unembed.require_linear(what)

@@ -102,7 +102,7 @@ def report(data: PlainData) -> str:
         "norm": data["norm"],
         "vocabulary": vocabulary,
         "context": f"{data['n_ctx']:,} tokens",
-        "embeddings": "tied to the unembedding" if data["tied_embeddings"] else "not tied to the unembedding",
+        "embeddings": f"{'tied' if data['tied_embeddings'] else 'not tied'} to the unembedding",
         "parameters": f"{data['n_parameters']:,}, of which {data['n_parameters_of_attention_and_mlps']:,} are weights "
         "of attention and MLPs",
         "precision": data["dtype"],
@@ -164,9 +164,11 @@ def _norm(cfg: HookedTransformerConfig) -> str:
     else:
         kind = _NORMS[cfg.normalization_type]
         final = ("a final RMSNorm" if cfg.final_rms else "a final one") if cfg.final_norm else "no final one"
+        final += "" if cfg.unembed_act_fn is None else f", a {cfg.unembed_act_fn} layer and one more"
         place = _PLACES[cfg.norm_placement].replace(" and MLP", "" if cfg.attn_only else " and MLP")
         said = f"{kind}, {place}; {final}; eps {cfg.eps:g}"
     said += "; after the embedding" if cfg.post_embedding_ln else ""
+    said += "; none before the first attention" if not cfg.first_norm else ""
     return f"{said}; {_NORMS[cfg.qk_norm_type]} on queries and keys" if cfg.use_qk_norm else said
 
 

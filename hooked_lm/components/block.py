@@ -11,7 +11,7 @@ from hooked_lm.components.head_inputs import HeadInputs, per_head_inputs
 from hooked_lm.components.latent_attention import make_attention
 from hooked_lm.components.mlp import MLP, GatedMLP
 from hooked_lm.components.moe import MoE
-from hooked_lm.components.norm import make_block_norm
+from hooked_lm.components.norm import NoNorm, make_block_norm
 from hooked_lm.components.sequence import SequenceLayout
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookHolder, HookPoint, Pass, any_live, in_pass, is_live
@@ -41,7 +41,7 @@ class TransformerBlock(HookHolder):
         self.hook_k_input = HookPoint("batch pos kv_head d_model", on_demand=True)
         self.hook_v_input = HookPoint("batch pos kv_head d_model", on_demand=True)
         self.norms_stream = cfg.norm_placement == "residual"
-        self.ln1 = make_block_norm(cfg)
+        self.ln1 = make_block_norm(cfg) if layer_id > 0 or cfg.first_norm else NoNorm()
         self.attn = make_attention(cfg, layer_id)
         self.ln1_post = make_block_norm(cfg, writing=True)
         self.hook_attn_out = HookPoint("batch pos d_model")

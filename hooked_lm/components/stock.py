@@ -23,7 +23,7 @@ from hooked_lm._support.torch_internals import has_global_module_hooks, has_modu
 from hooked_lm.components.activations import XIELU, is_registered_activation
 from hooked_lm.components.attention import Attention
 from hooked_lm.components.block import TransformerBlock
-from hooked_lm.components.embed import Embed, Unembed
+from hooked_lm.components.embed import Embed, Unembed, UnembedTransform
 from hooked_lm.components.latent_attention import LatentAttention
 from hooked_lm.components.mlp import MLP, GatedMLP
 from hooked_lm.components.moe import MoE
@@ -59,7 +59,7 @@ _MLPS = (MLP, GatedMLP, MoE)
 register_stock(
     TransformerBlock, Attention, LatentAttention, *_MLPS, Norm, LayerNorm, LayerNormPre, RMSNorm, RMSNormPre, NoNorm
 )
-register_stock(Embed, Unembed, PosEmbed, XIELU, HookPoint, nn.ModuleList)
+register_stock(Embed, Unembed, UnembedTransform, PosEmbed, XIELU, HookPoint, nn.ModuleList)
 
 
 def not_stock(root: nn.Module, *, name: str = "", alone: bool = False) -> str | None:
@@ -132,7 +132,7 @@ def _own_override(module: nn.Module, classes: dict[type, str | None]) -> str | N
     patched = [one for one in own.keys() & methods if not getattr(own[one], "keeps_stages", False)]
     if patched:
         return f"has a {min(patched)} of its own"
-    if isinstance(module, _MLPS) and not is_registered_activation(module.act_fn):
+    if isinstance(module, (*_MLPS, UnembedTransform)) and not is_registered_activation(module.act_fn):
         return "has an act_fn that is not registered"
     return None
 

@@ -241,6 +241,8 @@ def fill_norms(cfg: HookedTransformerConfig) -> None:
     cfg.use_normalization_before_and_after = cfg.norm_placement == "before_and_after"
     if cfg.final_rms and not cfg.final_norm:
         raise ValueError("final_rms is about the final norm, and with final_norm=False there is none")
+    if not cfg.first_norm and cfg.norm_placement not in ("before", "before_and_after"):
+        raise ValueError(f"first_norm=False leaves out a norm that norm_placement={cfg.norm_placement!r} does not have")
     for name in ("qk_norm_across_heads", "qk_norm_per_head_gains", "qk_norm_after_rotary"):
         if getattr(cfg, name) and not cfg.use_qk_norm:
             raise ValueError(f"{name} is about the norm of queries and keys: it needs use_qk_norm=True")
@@ -390,6 +392,8 @@ def check_choices(cfg: HookedTransformerConfig) -> None:
         require_choice(name, getattr(cfg, name), choices)
     own = "a function of your own is registered first: hooked_lm.config.register_activation"
     require_choice("act_fn", cfg.act_fn, (*activation_names(), None), otherwise=own)
+    without_weights = [name for name in activation_names() if name not in ("solu_ln", "xielu")]
+    require_choice("unembed_act_fn", cfg.unembed_act_fn, (*without_weights, None), otherwise=own)
     if cfg.final_rms and cfg.normalization_type is None:
         raise ValueError("final_rms goes with norms: with normalization_type=None there is no final norm")
     if not cfg.eps >= 0:

@@ -42,6 +42,7 @@ class HookedTransformerConfig(Lockable):
         eps: added to the variance (or mean square) under the root.
         final_rms: the final norm is an RMS norm whatever the others are.
         final_norm: there is a norm before the unembedding.
+        first_norm: there is a norm before attention in the first block too.
         norm_placement: where the norms of a block stand. `"before"` attention and MLP, on their input;
             `"before_and_after"`, also on their output; `"after"`, only on their output; or on the `"residual"` stream
             itself, after each addition to it (post-norm, Vaswani et al. 2017).
@@ -54,6 +55,8 @@ class HookedTransformerConfig(Lockable):
         post_embedding_ln: a norm right after the embedding.
         embedding_scale: token embeddings are multiplied by it.
         logit_scale: logits are multiplied by it, before the soft-cap.
+        unembed_act_fn: a linear layer from `d_model` to `d_model`, this activation function and a norm stand between
+            the final norm and the unembedding; None for no such layer.
         tie_word_embeddings: `W_U` is the transpose of `W_E`, one tensor. Processing that changes either unties them.
         positional_embedding_type: `"standard"` (learned, added to the stream), `"shortformer"` (learned, added to
             queries and keys only), `"rotary"`, `"alibi"` or `"none"`.
@@ -150,6 +153,7 @@ class HookedTransformerConfig(Lockable):
     eps: float = 1e-5
     final_rms: bool = False
     final_norm: bool = True
+    first_norm: bool = True
     norm_placement: str = "before"
     use_normalization_before_and_after: bool = False
     use_qk_norm: bool = False
@@ -160,6 +164,7 @@ class HookedTransformerConfig(Lockable):
     post_embedding_ln: bool = False
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
+    unembed_act_fn: str | None = None
     tie_word_embeddings: bool = False
     positional_embedding_type: str = "standard"
     rotary_dim: int | None = None

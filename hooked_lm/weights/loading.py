@@ -342,7 +342,7 @@ class WeightLoading(nn.Module):
 
 
 # Gains and biases of the norms that `fold_ln` folds into other weights.
-_FOLDED_AWAY = re.compile(r"(blocks\.\d+\.(ln[12]|mlp\.ln)|ln_final)\.[wb]")
+_FOLDED_AWAY = re.compile(r"(blocks\.\d+\.(ln[12]|mlp\.ln)|ln_final|unembed\.transform\.ln)\.[wb]")
 
 
 def _mismatch(name: str) -> str:

@@ -55,6 +55,8 @@ def draw_fields(rng: random.Random) -> dict[str, Any]:
         "parallel_attn_mlp": True,
         "final_rms": True,
         "final_norm": False,
+        "first_norm": False,
+        "unembed_act_fn": rng.choice(["relu", "silu"]),
         "norm_placement": rng.choice(["before_and_after", "after", "residual"]),
         "post_embedding_ln": True,
         "embedding_scale": 2.5,

@@ -61,9 +61,18 @@ class Reference:
         if self.c["final_norm"]:
             kind = self.kind()
             stream = self.norm("ln_final", stream, "RMS" if kind and self.c["final_rms"] else kind, see)
+        if self.c["unembed_act_fn"] is not None:
+            stream = self.transformed(stream, see)
         logits = see("unembed.hook_in", stream) @ self.w["unembed.W_U"] + self.w["unembed.b_U"]
         see("unembed.hook_out", capped(logits * self.c["logit_scale"], self.c["output_logits_soft_cap"]))
         return seen
+
+    def transformed(self, x: Tensor, see: Edit) -> Tensor:
+        """Return what the unembedding reads, where a layer with an activation function comes first."""
+        at = "unembed.transform"
+        x = see(f"{at}.hook_pre", x @ self.w[f"{at}.W_dense"] + self.w[f"{at}.b_dense"])
+        x = see(f"{at}.hook_post", ACTIVATIONS[self.c["unembed_act_fn"]](x))
+        return self.norm(f"{at}.ln", x, self.kind(), see)
 
     def embedded(self, tokens: Tensor, see: Edit) -> Tensor:
         x = self.w["embed.W_E"][tokens] * self.c["embedding_scale"]
@@ -129,7 +138,7 @@ class Block:
     def head_inputs(self, stream: Tensor, extra: Tensor | None) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return each head's input of queries, keys and values, after the norm."""
         n, m = self.model.n_heads, self.model.n_kv_heads
-        before = self.placement in ("before", "before_and_after")
+        before = self.placement in ("before", "before_and_after") and (self.layer > 0 or self.c["first_norm"])
         self.shared = shared = self.norm("ln1", stream) if before else stream
         if not self.head_copies:
             q, k, v = [shared] * n, [shared] * m, [shared] * m
