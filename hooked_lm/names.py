@@ -107,6 +107,7 @@ _BLOCK_SITES = [
     "mlp_in",
     "attn_out",
     "mlp_out",
+    "shortcut_out",
 ]
 _ATTN_SITES = [
     *("q", "k", "v", "z", "rot_q", "rot_k", "attn_scores", "pattern", "gate", "result"),

@@ -168,6 +168,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "MiniCPM3": {**_LLAMA, "n_key_value_heads": None, "d_latent_kv": 7, "d_latent_q": 6},
     "AFMoE": {**_LLAMA, "attention_gate": True},
     "ModernBERT decoder": {"act_fn": "gelu", "gated_mlp": True, "unembed_act_fn": "gelu", "first_norm": False},
+    "LongCat-Flash": {**_LLAMA, "num_experts": 9, "experts_per_token": 3, "shortcut_experts": True},
     "SoLU": {"act_fn": "solu_ln"},
 }
 
@@ -217,6 +218,9 @@ MEANINGS: dict[str, str] = {
     "mlp.hook_post": "the hidden layer that `W_out` reads",
     "mlp.hook_expert_weights": "the router's weight of every expert; an edit changes who is chosen too",
     "mlp.hook_expert_indices": "which experts were chosen, as integers",
+    "shortcut.hook_expert_weights": "the router's weight of every expert whose output the next block adds",
+    "shortcut.hook_expert_indices": "which of those experts were chosen, as integers",
+    "hook_shortcut_out": "what the experts beside the MLP write, which the next block adds",
     "mlp.shared.hook_pre": "the shared expert's gate, before its activation function",
     "mlp.shared.hook_pre_linear": "the other factor of the shared expert",
     "mlp.shared.hook_post": "the hidden layer of the shared expert",

@@ -28,6 +28,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "experts": {**GATED, **ROTARY, "num_experts": 3, "experts_per_token": 2, "norm_topk_prob": True},
     "soft caps": {**GATED, "attn_scores_soft_cap": 2.0, "output_logits_soft_cap": 3.0},
     "sinks": {"attention_sinks": True},
+    "experts from block to block": {
+        "shortcut_experts": True,
+        "num_experts": 3,
+        "identity_experts": 1,
+        "experts_per_token": 2,
+    },
     "a layer before the unembedding, no first norm": {"unembed_act_fn": "silu", "first_norm": False},
     "gated attention": {**ROTARY, "attention_gate": True, "n_key_value_heads": 2},
     "norm of queries and keys": {**GATED, **ROTARY, "use_qk_norm": True},

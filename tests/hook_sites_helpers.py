@@ -151,6 +151,18 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "positional_embedding_type": "rotary",
         "logit_scale": 0.6,
     },
+    "experts from block to block, some of them identities": {
+        "shortcut_experts": True,
+        "num_experts": 5,
+        "identity_experts": 2,
+        "experts_per_token": 3,
+        "d_expert": 10,
+        "norm_topk_prob": False,
+        "routed_scale": 1.7,
+        "normalization_type": "RMS",
+        "gated_mlp": True,
+        "act_fn": "silu",
+    },
     "sparsemixer": {"n_layers": 1, "num_experts": 5, "experts_per_token": 2, "sparsemixer_jitter": 0.3},
     "alibi scaled, in bfloat16": {
         "n_layers": 1,
@@ -229,6 +241,10 @@ def sites_of(model: HookedTransformer) -> dict[str, tuple[int, ...]]:
                     for site in ("hook_pre", "hook_pre_linear", "hook_post"):
                         block[f"mlp.shared.{site}"] = (b, p, cfg.d_shared_expert)
             else:
+                if cfg.shortcut_experts and layer % 2 == 0:
+                    block["shortcut.hook_expert_weights"] = (b, p, cfg.num_experts or 0)
+                    block["shortcut.hook_expert_indices"] = (b, p, cfg.experts_per_token or 0)
+                    block["hook_shortcut_out"] = stream
                 hidden = (b, p, cfg.d_mlp or 0)
                 block |= {"mlp.hook_pre": hidden, "mlp.hook_post": hidden}
                 if cfg.gated_mlp:
@@ -246,7 +262,13 @@ def sites_of(model: HookedTransformer) -> dict[str, tuple[int, ...]]:
 
 def is_mixture(model: HookedTransformer, layer: int) -> bool:
     moe_layers = model.cfg.moe_layers or [True] * model.cfg.n_layers
-    return model.cfg.num_experts is not None and moe_layers[layer]
+    return model.cfg.num_experts is not None and moe_layers[layer] and not model.cfg.shortcut_experts
+
+
+def carried_beside(model: HookedTransformer, layer: int, site: str) -> list[str]:
+    """What goes on from a site beside the stream."""
+    first = layer if site == "resid_post" else layer - 1
+    return [f"blocks.{first}.hook_shortcut_out"] if model.cfg.shortcut_experts and first % 2 == 0 else []
 
 
 def turns(model: HookedTransformer, layer: int) -> bool:

@@ -48,6 +48,7 @@ LATER_FIELDS: list[dict[str, Any]] = [
     {**GROUPS, "expert_group_score": "max"},
     {**LATENT, "latent_eps": 1e-5},
     {**EXPERTS, "gated_mlp": True, "gated_limit": 7.0},
+    {**EXPERTS, "identity_experts": 1, "shortcut_experts": True},
     {"act_fn": "xielu"},
 ]
 
@@ -87,6 +88,8 @@ def test_the_parameter_count_is_that_of_the_weights_of_blocks() -> None:
         {**SHARED, "moe_layers": [False, True], "d_expert": 5},
         {"tie_word_embeddings": True, "attention_sinks": True, "act_fn": "xielu"},
         {"attention_gate": True, "n_key_value_heads": 1, "unembed_act_fn": "relu"},
+        {"num_experts": 4, "experts_per_token": 2, "identity_experts": 1, "gated_mlp": True},
+        {"num_experts": 4, "experts_per_token": 2, "identity_experts": 1, "shortcut_experts": True, "d_expert": 5},
         LATENT,
         {**LATENT, "d_latent_q": None, "d_value": None},
     ):
@@ -298,6 +301,18 @@ def test_is_layer_norm_activation_is_true_for_solu_ln_alone() -> None:
         ({"router_in_float32": True}, "router_in_float32 goes with num_experts"),
         ({"routed_scale": 2.0}, "routed_scale goes with num_experts"),
         ({"expert_groups": 2}, "expert_groups goes with num_experts"),
+        ({"identity_experts": 1}, "identity_experts goes with num_experts"),
+        ({"shortcut_experts": True}, "shortcut_experts goes with num_experts"),
+        ({**EXPERTS, "identity_experts": -1}, "identity_experts is an integer of at least 0; got -1"),
+        ({**EXPERTS, "identity_experts": 4}, "identity_experts 4 leaves none of 4 experts with weights"),
+        ({**EXPERTS, "shortcut_experts": True, "n_layers": 3}, "blocks in pairs, so n_layers is even; got 3"),
+        ({**EXPERTS, "shortcut_experts": True, "moe_layers": [True, False]}, "needs moe_layers=None; got"),
+        (
+            {**EXPERTS, "shortcut_experts": True, "norm_placement": "after"},
+            "needs norm_placement='before'; got 'after'",
+        ),
+        ({**EXPERTS, "shortcut_experts": True, "use_normalization_before_and_after": True}, "got 'before_and_after'"),
+        ({**EXPERTS, "shortcut_experts": True, "parallel_attn_mlp": True}, "needs parallel_attn_mlp=False; got True"),
         ({**EXPERTS, "router_scores": "tanh"}, "router_scores='tanh' is none of"),
         ({**EXPERTS, "routed_scale": 0}, "routed_scale is positive; got 0"),
         ({**EXPERTS, "norm_topk_min": -1.0}, "norm_topk_min is a least sum of weights"),

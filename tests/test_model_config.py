@@ -164,7 +164,7 @@ def test_the_table_of_this_file_has_every_field_that_describes_an_architecture()
         *("use_normalization_before_and_after", "ungroup_grouped_query_attention"),
         *("query_scale_beta", "query_scale_ctx_len", "d_latent_kv", "d_latent_q", "d_value", "latent_eps"),
         *("norm_topk_min", "routed_scale", "router_scores", "router_correction", "router_in_float32"),
-        *("expert_groups", "expert_groups_per_token", "expert_group_score"),
+        *("expert_groups", "expert_groups_per_token", "expert_group_score", "identity_experts", "shortcut_experts"),
     }
     free = {"init_mode", "initializer_range", "init_weights", "seed", "from_checkpoint", "original_architecture"}
     for field in dataclasses.fields(HookedTransformerConfig):

@@ -44,6 +44,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "norms on the stream": {"norm_placement": "residual"},
     "norms after": {"norm_placement": "after"},
     "norms before and after": {"norm_placement": "before_and_after", "attn_scores_soft_cap": 2.0},
+    "experts from block to block": {
+        "n_layers": 4,
+        "shortcut_experts": True,
+        "num_experts": 3,
+        "identity_experts": 1,
+        "experts_per_token": 2,
+    },
     "latent attention": LATENT,
     "a layer before the unembedding, no first norm": {"unembed_act_fn": "silu", "first_norm": False},
     "gated attention": {"attention_gate": True, "n_key_value_heads": 1},

@@ -51,6 +51,9 @@ PROCESSED_KINDS = [
     "norms on the stream",
     "attention sinks",
     "gated attention",
+    "experts from block to block",
+    "experts from block to block, rms, identities",
+    "identities among the experts",
     "a layer before the unembedding",
     "shared expert",
 ]

@@ -18,8 +18,9 @@ class Sites:
 
     Attributes:
         layers: the path of the list of blocks within the language model.
+        blocks_per_layer: how many of our blocks a layer of theirs is.
         attn, mlp: the modules of a block whose outputs attention and MLP add to the residual stream; None if no module
-            has that output.
+            has that output. `{half}` stands for the number of our block in a layer of theirs.
         write_scale: the config field, or the block's attribute, by which the block multiplies those outputs before
             adding them, if it does.
         read_divisor: the attribute of the config by which the model divides the input of the unembedding, if it does.
@@ -28,6 +29,7 @@ class Sites:
     """
 
     layers: str = "model.layers"
+    blocks_per_layer: int = 1
     attn: str | None = "self_attn"
     mlp: str | None = "mlp"
     write_scale: str | None = None

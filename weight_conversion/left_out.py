@@ -26,11 +26,6 @@ class LeftOut:
 # Decoder families that transformers has and that this library leaves out, and the other kinds of model.
 LEFT_OUT = (
     LeftOut(
-        "LongCat-Flash",
-        "Longcat",
-        "a layer has two attentions and three MLPs, one of which starts in the middle of the layer",
-    ),
-    LeftOut(
         "DeepSeek-V3.2 and V4, GLM-5",
         "DeepseekV32|DeepseekV4|GlmMoeDsa",
         "an indexer chooses which keys a query may attend to",

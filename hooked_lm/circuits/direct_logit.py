@@ -151,10 +151,10 @@ def _split_layers(model: HookedModel, split: str, layers: Sequence[int] | None) 
     if split == "neuron":
         if model.cfg.attn_only:
             raise ValueError("this model is attention-only: it has no neurons")
-        experts = [layer for layer in chosen if model.cfg.has_experts(layer)]
+        experts = [layer for layer in chosen if model.cfg.adds_experts(layer)]
         if experts:
             raise ValueError(
-                f"layers {experts} are mixtures of experts, whose neurons are not recorded: split by component, or "
+                f"layers {experts} add the output of experts, whose neurons are not recorded: split by component, or "
                 "give the layers with plain MLPs as layers="
             )
     return chosen

@@ -125,12 +125,15 @@ def _mlp(cfg: HookedTransformerConfig) -> str:
     beside = ", in parallel with attention" if cfg.parallel_attn_mlp else ""
     if cfg.num_experts is None:
         return f"{cfg.d_mlp} wide, {kind}{beside}"
+    experts = f"{cfg.num_experts} experts {cfg.expert_width} wide, {cfg.experts_per_token} for a token"
+    experts += f", {cfg.identity_experts} of them identities" if cfg.identity_experts else ""
+    if cfg.shortcut_experts:
+        return f"{cfg.d_mlp} wide, {kind}; beside it in every second layer {experts}, whose output the next layer adds"
     n_sparse = sum(map(cfg.has_experts, range(cfg.n_layers)))
     layers = (
         "" if n_sparse == cfg.n_layers else f" in {n_sparse} layers of {cfg.n_layers}, one of {cfg.d_mlp} elsewhere"
     )
     shared = f", and one of {cfg.d_shared_expert} for every token" if cfg.d_shared_expert else ""
-    experts = f"{cfg.num_experts} experts {cfg.expert_width} wide, {cfg.experts_per_token} for a token"
     return f"{experts}{shared}{layers}, {kind}{beside}"
 
 

@@ -49,7 +49,7 @@ class TransformerBlock(HookHolder):
             if not cfg.parallel_attn_mlp:
                 self.hook_resid_mid = HookPoint("batch pos d_model")
             self.hook_mlp_in = HookPoint("batch pos d_model")
-            self.ln2 = make_block_norm(cfg)
+            self.ln2 = make_block_norm(cfg, folds=not cfg.writes_normalized(layer_id))
             self.mlp = MoE(cfg) if cfg.has_experts(layer_id) else GatedMLP(cfg) if cfg.gated_mlp else MLP(cfg)
             self.ln2_post = make_block_norm(cfg, writing=True)
             self.hook_mlp_out = HookPoint("batch pos d_model")
@@ -126,9 +126,14 @@ class TransformerBlock(HookHolder):
         return norm(stream + written) if self.norms_stream else stream + written
 
     def mlp_output(self, stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "out_batch pos d_model"]:
-        """Return the MLP's contribution; an edit at `hook_mlp_in` changes its input but not the stream."""
+        """Return the MLP's contribution to the stream."""
+        return self.hook_mlp_out(self.ln2_post(self.mlp(self.mlp_input(stream))))
+
+    def mlp_input(self, stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "out_batch pos d_model"]:
+        """Return the normalised input of the MLP; an edit at `hook_mlp_in` changes it but not the stream."""
         mlp_in = stream
         if is_live(self.hook_mlp_in):
             # A separate view, so that the gradient at the hook point is that through the MLP alone.
             mlp_in = self.hook_mlp_in(stream.view_as(stream))
-        return self.hook_mlp_out(self.ln2_post(self.mlp(mlp_in if self.norms_stream else self.ln2(mlp_in))))
+        normalized: Tensor = mlp_in if self.norms_stream else self.ln2(mlp_in)
+        return normalized

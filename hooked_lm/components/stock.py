@@ -29,9 +29,10 @@ from hooked_lm.components.mlp import MLP, GatedMLP
 from hooked_lm.components.moe import MoE
 from hooked_lm.components.norm import LayerNorm, LayerNormPre, NoNorm, Norm, RMSNorm, RMSNormPre
 from hooked_lm.components.positions import PosEmbed
+from hooked_lm.components.shortcut import ShortcutBlock
 from hooked_lm.hooks import HookPoint
 
-__all__ = ["not_stock", "register_stock", "require_stock"]
+__all__ = ["not_stock", "register_stock", "require_stock", "stages_obstacle"]
 
 # What a class may define without changing what its modules compute.
 _HARMLESS = frozenset(
@@ -57,7 +58,17 @@ def register_stock(*kinds: type) -> None:
 
 _MLPS = (MLP, GatedMLP, MoE)
 register_stock(
-    TransformerBlock, Attention, LatentAttention, *_MLPS, Norm, LayerNorm, LayerNormPre, RMSNorm, RMSNormPre, NoNorm
+    TransformerBlock,
+    ShortcutBlock,
+    Attention,
+    LatentAttention,
+    *_MLPS,
+    Norm,
+    LayerNorm,
+    LayerNormPre,
+    RMSNorm,
+    RMSNormPre,
+    NoNorm,
 )
 register_stock(Embed, Unembed, UnembedTransform, PosEmbed, XIELU, HookPoint, nn.ModuleList)
 
@@ -92,6 +103,17 @@ def not_stock(root: nn.Module, *, name: str = "", alone: bool = False) -> str | 
             return f"{place or 'the model'} {reason}"
         seen.add(module)
     return None
+
+
+def stages_obstacle(model: nn.Module) -> str | None:
+    """Return why the stages of a model's blocks cannot be run one by one, as a clause; None if they can.
+
+    Args:
+        model: a `HookedTransformer`.
+    """
+    if any(isinstance(block, ShortcutBlock) for block in model.modules()):
+        return "the output of experts goes from one block to the next beside the stream"
+    return not_stock(model)
 
 
 def require_stock(what: str, name: str, component: nn.Module, *, alone: bool = False) -> None:

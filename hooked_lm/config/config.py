@@ -102,6 +102,10 @@ class HookedTransformerConfig(Lockable):
         d_value: width of a head's values and of its z in latent attention; `d_head` by default.
         latent_eps: `eps` of the norms of latents.
         num_experts, experts_per_token: mixture of experts, and how many of them a token uses.
+        identity_experts: the last so many of the experts have no weights and give back what they read.
+        shortcut_experts: blocks are joined in pairs. The first of a pair has experts beside its dense MLP,
+            `shortcut`, and the second adds what they write to what its own MLP writes (shortcut-connected experts,
+            Meituan 2025, "LongCat-Flash Technical Report").
         moe_layers: per layer whether it has experts rather than one dense MLP; all by default.
         d_expert: hidden width of an expert; `d_mlp` by default.
         d_shared_expert: hidden width of the shared expert, which every token uses; None for none.
@@ -215,6 +219,8 @@ class HookedTransformerConfig(Lockable):
     latent_eps: float = 1e-6
     num_experts: int | None = None
     experts_per_token: int | None = None
+    identity_experts: int = 0
+    shortcut_experts: bool = False
     moe_layers: list[bool] | None = None
     d_expert: int | None = None
     d_shared_expert: int | None = None
@@ -281,7 +287,39 @@ class HookedTransformerConfig(Lockable):
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer's MLP is a mixture of experts."""
-        return self.num_experts is not None and (self.moe_layers is None or self.moe_layers[layer])
+        if self.num_experts is None or self.shortcut_experts:
+            return False
+        return self.moe_layers is None or self.moe_layers[layer]
+
+    def has_shortcut(self, layer: int) -> bool:
+        """Whether a layer has experts beside its MLP, whose output the next layer adds."""
+        return self.shortcut_experts and layer % 2 == 0
+
+    def adds_experts(self, layer: int) -> bool:
+        """Whether what a layer's MLP adds to the stream holds the output of experts."""
+        return self.has_experts(layer) or (self.shortcut_experts and layer % 2 == 1)
+
+    def writes_normalized(self, layer: int) -> bool:
+        """Whether a layer has experts that write what `ln2` gives them, so that its gain cannot be folded."""
+        return self.identity_experts > 0 and (self.has_experts(layer) or self.has_shortcut(layer))
+
+    def within_pair(self, layer: int) -> bool:
+        """Whether the stream at the input of a layer is not all that the layer needs of those before it."""
+        return self.shortcut_experts and layer % 2 == 1
+
+    def pair_of(self, layer: int) -> range:
+        """Return the layers that run whenever a layer runs, itself included."""
+        first = layer - 1 if self.within_pair(layer) else layer
+        return range(first, self.stop_after(first))
+
+    def stop_after(self, layer: int) -> int:
+        """Return the first `stop_at_layer` of a run that a layer is part of."""
+        return layer + 2 if self.within_pair(layer + 1) else layer + 1
+
+    @property
+    def weighted_experts(self) -> int:
+        """How many of the experts have weights."""
+        return (self.num_experts or 0) - self.identity_experts
 
     @property
     def expert_width(self) -> int:

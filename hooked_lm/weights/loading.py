@@ -264,7 +264,8 @@ class WeightLoading(nn.Module):
         """
         weights = from_classic(dict(state_dict))
         kind = self.cfg.normalization_type or ""
-        unfolded = kind.endswith("Pre") and any(_FOLDED_AWAY.fullmatch(name) for name in weights)
+        own = dict(self.named_parameters())
+        unfolded = kind.endswith("Pre") and any(_FOLDED_AWAY.fullmatch(name) for name in weights.keys() - own.keys())
         if unfolded:
             if fold_ln is False:
                 raise ValueError(

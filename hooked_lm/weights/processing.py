@@ -140,7 +140,10 @@ def _fold_norms_(cfg: HookedTransformerConfig, weights: Weights) -> HookedTransf
     for prefix in _block_prefixes(weights):
         if cfg.norm_placement != "residual":  # the output of a norm on the stream is the stream itself
             _fold_norm_(weights, f"{prefix}ln1", [f"{prefix}attn.W_{name}" for name in _ATTENTION_READERS], centred)
-            _fold_norm_(weights, f"{prefix}ln2", [f"{prefix}mlp.{reader}" for reader in mlp_readers], centred)
+            # Folded, the gain would be missing in what experts without weights write.
+            if not cfg.writes_normalized(int(prefix.split(".")[1])):
+                readers = [f"{prefix}{mlp}.{reader}" for mlp in ("mlp", "shortcut") for reader in mlp_readers]
+                _fold_norm_(weights, f"{prefix}ln2", readers, centred)
         _fold_norm_(weights, f"{prefix}mlp.ln", [f"{prefix}mlp.W_out"], centred=True)
     reader = "unembed.W_U" if cfg.unembed_act_fn is None else "unembed.transform.W_dense"
     _fold_norm_(weights, "ln_final", [reader], centred=centred and not cfg.final_rms)
@@ -167,7 +170,7 @@ def _fold_norm_(weights: Weights, norm: str, readers: Iterable[str], centred: bo
 
 # Of the stream, in any kind of attention.
 _ATTENTION_READERS = ("Q", "K", "V", "G", "DQ", "DKV", "KR")
-_WRITERS = r"embed\.W_E|blocks\.\d+\.(attn\.(W_O|b_O)|mlp\.(shared\.)?(W_out|b_out))"
+_WRITERS = r"embed\.W_E|blocks\.\d+\.(attn\.(W_O|b_O)|(mlp|shortcut)\.(shared\.)?(W_out|b_out))"
 
 
 def _center_writing_(cfg: HookedTransformerConfig, weights: Weights) -> HookedTransformerConfig:
@@ -289,7 +292,7 @@ class Step:
 def _readers(cfg: HookedTransformerConfig) -> str:
     """Return a pattern of the weights that read from a norm: unembedding, attention, MLP; W_out after SoLU's."""
     out = r"|blocks\.\d+\.mlp\.[Wb]_out" if cfg.is_layer_norm_activation() else ""
-    mlp = r"mlp\.((shared\.)?[Wb]_(in|gate)|[Wb]_(router|shared_gate))"
+    mlp = r"(mlp|shortcut)\.((shared\.)?[Wb]_(in|gate)|[Wb]_(router|shared_gate))"
     attn = rf"attn\.[Wb]_({'|'.join(_ATTENTION_READERS)})"
     return rf"unembed\.([Wb]_U|transform\.[Wb]_dense)|blocks\.\d+\.({attn}|{mlp}){out}"
 

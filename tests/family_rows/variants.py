@@ -1,4 +1,4 @@
-"""Other relatives of Llama: from Cohere, Granite and GLM to EXAONE, ERNIE, Hunyuan and nanochat."""
+"""Other relatives of Llama, from Cohere, Granite and GLM to nanochat, and the decoders of ModernBERT."""
 
 from __future__ import annotations
 

@@ -151,6 +151,8 @@ def draw_experts(rng: random.Random, n_layers: int) -> dict[str, Any]:
         "norm_topk_prob": False,
         "moe_layers": [rng.random() < 0.6 for _ in range(n_layers)],
         "gated_limit": 0.8,
+        "identity_experts": 1,
+        "shortcut_experts": True,
     }
     fields |= {name: value for name, value in sometimes.items() if rng.random() < 0.3}
     if rng.random() < 0.5:
