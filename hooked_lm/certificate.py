@@ -361,16 +361,18 @@ class _Pair:
             return keep
 
         handles = []
+        halves = self.sites.blocks_per_layer
         for layer, block in enumerate(self.layers):
-            before = keep_input(get_act_name("resid_pre", layer))
+            before = keep_input(get_act_name("resid_pre", layer * halves))
             handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
-            for name, path in (("attn_out", self.sites.attn), ("mlp_out", self.sites.mlp)):
-                if path is not None:
-                    module = block.get_submodule(path)
-                    keep = keep_output(get_act_name(name, layer), self.write_scale(block))
-                    handles.append(module.register_forward_hook(keep))
+            for half in range(halves):
+                for name, path in (("attn_out", self.sites.attn), ("mlp_out", self.sites.mlp)):
+                    if path is not None:
+                        module = block.get_submodule(path.replace("{half}", str(half)))
+                        keep = keep_output(get_act_name(name, layer * halves + half), self.write_scale(block))
+                        handles.append(module.register_forward_hook(keep))
         if len(self.layers):
-            last = keep_output(get_act_name("resid_post", len(self.layers) - 1))
+            last = keep_output(get_act_name("resid_post", len(self.layers) * halves - 1))
             handles.append(self.layers[-1].register_forward_hook(last))
         head = self.theirs.get_output_embeddings()
         divisor = 1.0 if self.sites.read_divisor is None else getattr(self.theirs.config, self.sites.read_divisor)

@@ -17,14 +17,16 @@ from hooked_lm import tokenization
 from hooked_lm._support.integers import integer
 from hooked_lm._support.plain_data import PlainData
 from hooked_lm.activation_cache.recording import Caching
-from hooked_lm.components import Embed, PosEmbed, SequenceLayout, TransformerBlock, Unembed
+from hooked_lm.components import Embed, PosEmbed, SequenceLayout, Unembed
+from hooked_lm.components.embed import unembedding_is_live
 from hooked_lm.components.norm import NoNorm, make_norm
 from hooked_lm.components.sequence import Prompt, kept_index, kept_positions
+from hooked_lm.components.shortcut import make_block
 from hooked_lm.components.stock import register_stock
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.config.defaults import defaults
 from hooked_lm.generation.methods import TextGeneration
-from hooked_lm.hooks import HookPoint, any_live, current_pass, in_pass, is_live, new_pass
+from hooked_lm.hooks import HookPoint, current_pass, in_pass, is_live, new_pass
 from hooked_lm.kv_cache import HookedTransformerKeyValueCache
 from hooked_lm.losses import lm_cross_entropy_loss
 from hooked_lm.tokenization import Prompts, Tokenizer
@@ -77,7 +79,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         if cfg.positional_embedding_type in ("standard", "shortformer"):
             self.pos_embed = PosEmbed(cfg)
             self.hook_pos_embed = HookPoint("batch pos d_model")
-        blocks = [TransformerBlock(cfg, layer) for layer in range(cfg.n_layers)]
+        blocks = [make_block(cfg, layer) for layer in range(cfg.n_layers)]
         self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.ln_final = make_norm(cfg, kind=_final_norm_kind(cfg)) if cfg.final_norm else NoNorm()
         self.unembed = Unembed(cfg, tied_to=self.embed if cfg.tie_word_embeddings else None)
@@ -197,7 +199,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         if stop_at_layer is not None:
             return residual
         normalized = self.ln_final(residual)
-        if return_type is None and not any_live(self.unembed.children()):
+        if return_type is None and not unembedding_is_live(self.unembed):
             return None
         logits = self._unembedded(normalized, logits_to_keep)
         return self._output(logits, prompt.tokens, prompt.mask, return_type, loss_per_token)
@@ -216,7 +218,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         index = None if logits_to_keep is None else kept_index(logits_to_keep, normalized.shape[1])
         kept = normalized if index is None else normalized[:, index]
         logits: Tensor
-        if kept is normalized or not any_live(self.unembed.children()):
+        if kept is normalized or not unembedding_is_live(self.unembed):
             logits = self.unembed(kept)
         else:
             # Positions of hooks there count in the text, not among those kept.
@@ -256,7 +258,8 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
 
         Raises:
             TypeError: one is no integer.
-            ValueError: one is out of range, or they are in the wrong order.
+            ValueError: one is out of range or between two blocks that run together (`shortcut_experts`), or they are in
+                the wrong order.
         """
         n_layers = self.cfg.n_layers
         start = None if start is None else integer(start, "start_at_layer")
@@ -269,6 +272,12 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         last = n_layers if stop is None else stop + n_layers if stop < 0 else stop
         if start is not None and last < first:
             raise ValueError(f"stop_at_layer {stop} comes before start_at_layer {start}")
+        for name, layer in (("start_at_layer", first), ("stop_at_layer", last)):
+            if self.cfg.within_pair(layer):
+                raise ValueError(
+                    f"{name} {layer} is between blocks {layer - 1} and {layer}, which run together: the output of "
+                    f"experts goes from one to the other beside the stream. Give {layer - 1} or {layer + 1}"
+                )
         return first, last
 
     def _entered(self, prompt: Prompt) -> tuple[Prompt, Tensor, Tensor | None]:

@@ -104,8 +104,9 @@ def _join_norms(ln1: str, ln2: str, constants: dict[str, Constant], weights: Wei
 def _folded(name: str, cfg: HookedTransformerConfig, constants: dict[str, Constant], weights: Weights) -> bool:
     """Fold a weight into others, or see that it has no effect; return whether that is so."""
     prefix, _, last = name.rpartition(".")
-    # A pattern's rows sum to one, so that every query gets the whole bias; not with sinks, nor if values are clipped.
-    whole = cfg.clip_qkv is None and not cfg.attention_sinks
+    # A pattern's rows sum to one, so that every query gets the whole bias; not with sinks, nor if values are clipped or
+    # multiplied by a gate.
+    whole = cfg.clip_qkv is None and not cfg.attention_sinks and not cfg.attention_gate
     if last == "b_V" and whole and f"{prefix}.b_O" in weights and f"{prefix}.b_O" not in constants:
         weights[f"{prefix}.b_O"] = weights[f"{prefix}.b_O"] + _written(weights[name], weights[f"{prefix}.W_O"])
         return True

@@ -11,6 +11,7 @@ from types import ModuleType
 from weight_conversion.aliases import ALIASES
 from weight_conversion.errors import CheckpointError
 from weight_conversion.families import (
+    afmoe,
     apertus,
     arcee,
     aria_text,
@@ -61,12 +62,14 @@ from weight_conversion.families import (
     internlm2,
     jais2,
     llama,
+    longcat_flash,
     minicpm3,
     minimax_m2,
     ministral,
     ministral3,
     mistral,
     mixtral,
+    modernbert_decoder,
     mpt,
     nanochat,
     nemotron,
@@ -133,6 +136,9 @@ FAMILIES: tuple[Family, ...] = (
     ernie4_5_moe.FAMILY,
     exaone_moe.FAMILY,
     hy_v3.FAMILY,
+    afmoe.FAMILY,
+    modernbert_decoder.FAMILY,
+    longcat_flash.FAMILY,
     deepseek_v2.FAMILY,
     deepseek_v3.FAMILY,
     glm4_moe_lite.FAMILY,

@@ -102,7 +102,7 @@ def report(data: PlainData) -> str:
         "norm": data["norm"],
         "vocabulary": vocabulary,
         "context": f"{data['n_ctx']:,} tokens",
-        "embeddings": "tied to the unembedding" if data["tied_embeddings"] else "not tied to the unembedding",
+        "embeddings": f"{'tied' if data['tied_embeddings'] else 'not tied'} to the unembedding",
         "parameters": f"{data['n_parameters']:,}, of which {data['n_parameters_of_attention_and_mlps']:,} are weights "
         "of attention and MLPs",
         "precision": data["dtype"],
@@ -125,12 +125,15 @@ def _mlp(cfg: HookedTransformerConfig) -> str:
     beside = ", in parallel with attention" if cfg.parallel_attn_mlp else ""
     if cfg.num_experts is None:
         return f"{cfg.d_mlp} wide, {kind}{beside}"
+    experts = f"{cfg.num_experts} experts {cfg.expert_width} wide, {cfg.experts_per_token} for a token"
+    experts += f", {cfg.identity_experts} of them identities" if cfg.identity_experts else ""
+    if cfg.shortcut_experts:
+        return f"{cfg.d_mlp} wide, {kind}; beside it in every second layer {experts}, whose output the next layer adds"
     n_sparse = sum(map(cfg.has_experts, range(cfg.n_layers)))
     layers = (
         "" if n_sparse == cfg.n_layers else f" in {n_sparse} layers of {cfg.n_layers}, one of {cfg.d_mlp} elsewhere"
     )
     shared = f", and one of {cfg.d_shared_expert} for every token" if cfg.d_shared_expert else ""
-    experts = f"{cfg.num_experts} experts {cfg.expert_width} wide, {cfg.experts_per_token} for a token"
     return f"{experts}{shared}{layers}, {kind}{beside}"
 
 
@@ -164,9 +167,11 @@ def _norm(cfg: HookedTransformerConfig) -> str:
     else:
         kind = _NORMS[cfg.normalization_type]
         final = ("a final RMSNorm" if cfg.final_rms else "a final one") if cfg.final_norm else "no final one"
+        final += "" if cfg.unembed_act_fn is None else f", a {cfg.unembed_act_fn} layer and one more"
         place = _PLACES[cfg.norm_placement].replace(" and MLP", "" if cfg.attn_only else " and MLP")
         said = f"{kind}, {place}; {final}; eps {cfg.eps:g}"
     said += "; after the embedding" if cfg.post_embedding_ln else ""
+    said += "; none before the first attention" if not cfg.first_norm else ""
     return f"{said}; {_NORMS[cfg.qk_norm_type]} on queries and keys" if cfg.use_qk_norm else said
 
 
@@ -177,6 +182,7 @@ def _attention(cfg: HookedTransformerConfig) -> str:
     if n_local:
         said += f", a window of {cfg.window_size} in {n_local} layers of {cfg.n_layers}"
     said += ", sinks" if cfg.attention_sinks else ""
+    said += ", gated" if cfg.attention_gate else ""
     return f"{said}, scores capped at {cfg.attn_scores_soft_cap:g}" if cfg.attn_scores_soft_cap > 0 else said
 
 

@@ -267,7 +267,8 @@ class WeightLoading(nn.Module):
         """
         weights = from_classic(dict(state_dict))
         kind = self.cfg.normalization_type or ""
-        unfolded = kind.endswith("Pre") and any(_FOLDED_AWAY.fullmatch(name) for name in weights)
+        own = dict(self.named_parameters())
+        unfolded = kind.endswith("Pre") and any(_FOLDED_AWAY.fullmatch(name) for name in weights.keys() - own.keys())
         if unfolded:
             if fold_ln is False:
                 raise ValueError(
@@ -345,7 +346,7 @@ class WeightLoading(nn.Module):
 
 
 # Gains and biases of the norms that `fold_ln` folds into other weights.
-_FOLDED_AWAY = re.compile(r"(blocks\.\d+\.(ln[12]|mlp\.ln)|ln_final)\.[wb]")
+_FOLDED_AWAY = re.compile(r"(blocks\.\d+\.(ln[12]|mlp\.ln)|ln_final|unembed\.transform\.ln)\.[wb]")
 
 
 def _mismatch(name: str) -> str:
