@@ -8,6 +8,7 @@ from hooked_lm.interventions.intervention import (
     Recorded,
     Selection,
     Selections,
+    axis_size,
     draw_prompts,
 )
 
@@ -18,6 +19,7 @@ __all__ = [
     "Recorded",
     "Selection",
     "Selections",
+    "axis_size",
     "draw_prompts",
     "load_interventions",
     "save_interventions",

@@ -39,6 +39,7 @@ __all__ = [
     "Recorded",
     "Selection",
     "Selections",
+    "axis_size",
     "draw_prompts",
 ]
 
@@ -278,7 +279,7 @@ class Intervention:
         axes = axes_by_site[self.site]
         for name, selection in self.selections().items():
             axis = axes[_find_axis(self.site, axes, name)]
-            size = _fixed_size(cfg, self.site, axis)
+            size = axis_size(cfg, self.site, axis)
             for one in selection if isinstance(selection, tuple) else (selection,):
                 if size is not None and not -size <= one < size:
                     raise ValueError(
@@ -306,7 +307,7 @@ class Intervention:
         """
         axes = axes_by_site[self.site]
         lengths = {"batch": batch, **dict.fromkeys(POSITION_AXES, n_positions), "1": 1}
-        sizes = [lengths.get(axis) or _fixed_size(cfg, self.site, axis) for axis in axes]
+        sizes = [lengths.get(axis) or axis_size(cfg, self.site, axis) for axis in axes]
         shape: list[int | None] = list(sizes)
         for name, selection in self.selections().items():
             axis = _find_axis(self.site, axes, name)
@@ -482,8 +483,14 @@ def _axes(site: str, cache: Recorded) -> Sequence[str]:
     return cache.model.hook_dict[site].axes
 
 
-def _fixed_size(cfg: HookedTransformerConfig, site: str, axis: str) -> int | None:
-    """Return the length of an axis, or None if it depends on the prompts."""
+def axis_size(cfg: HookedTransformerConfig, site: str, axis: str) -> int | None:
+    """Return the length of an axis of an activation, or None if it depends on the prompts.
+
+    Args:
+        cfg: the model's config.
+        site: full hook name.
+        axis: the axis's name; position axes have the context's length.
+    """
     # A generation reads positions up to the context's length, also where a pass has fewer.
     positions = dict.fromkeys(SELECTED_AXES["pos"], cfg.n_ctx)
     return {

@@ -1,0 +1,266 @@
+"""Plan a trace: what has to be computed, and in which passes of the model.
+
+A value that goes from place p of run A to place q of run B needs A's pass to come before B's if p lies behind q, and no
+later than B's otherwise. Places are those of the hook points, in the order in which they run.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.tracing.errors import TraceError
+from hooked_lm.tracing.graph import Gradient, Graph, Read, Write
+from hooked_lm.tracing.target import Target
+
+__all__ = ["DEFAULT_MEMORY_BUDGET", "PlannedPass", "TracePlan", "plan_trace"]
+
+DEFAULT_MEMORY_BUDGET = 2**29  # bytes: 512 MiB
+
+# Sites at which a layer computes attention's pattern in full, for its whole batch.
+_EAGER_SITES = ("hook_attn_scores", "hook_pattern")
+
+
+@dataclass
+class PlannedPass:
+    """One forward pass.
+
+    Attributes:
+        runs: the runs that it makes, whose prompts are its rows.
+        events: full hook name -> the reads and writes there, as nodes in order.
+        gradients: whether a graph is recorded.
+    """
+
+    runs: list[int]
+    events: dict[str, list[int]] = field(default_factory=dict)
+    gradients: bool = False
+
+
+@dataclass
+class TracePlan:
+    """How a trace is run.
+
+    Attributes:
+        passes: in order.
+        live: the nodes that are computed.
+    """
+
+    passes: list[PlannedPass]
+    live: set[int]
+
+
+@dataclass(frozen=True)
+class _Edge:
+    """A value that goes from one run into another."""
+
+    source: int
+    target: int
+    strict: bool  # the source's pass comes before the target's
+    read: int
+    write: int
+
+
+def plan_trace(
+    graph: Graph, target: Target, *, memory_budget: int = DEFAULT_MEMORY_BUDGET, together: bool = True
+) -> TracePlan:
+    """Return the passes of a trace.
+
+    Args:
+        graph: the trace.
+        target: what is known of the model.
+        memory_budget: approximate memory, in bytes, for the activations of one pass.
+        together: make several runs in one pass. False gives each a pass of its own, where values allow it.
+
+    Raises:
+        TraceError: values go around in a circle that no order of passes serves.
+    """
+    live = live_nodes(graph, target)
+    runs = sorted({node.run for index in live if isinstance(node := graph.nodes[index], Read)})
+    edges = _edges(graph, target, live)
+    groups = _grouped(graph, runs, edges)
+    differentiated = _differentiated(graph, live, edges)
+    passes: list[PlannedPass] = []
+    placed: dict[int, int] = {}
+    sizes: list[tuple[bool, int, int]] = []  # of each pass: attention in full, rows, length
+    limit = max(1, memory_budget // bytes_per_position(target.cfg))
+    by_target: dict[int, list[_Edge]] = defaultdict(list)
+    for edge in edges:
+        by_target[edge.target].append(edge)
+    eager_runs = {
+        node.run
+        for index in live
+        if isinstance(node := graph.nodes[index], (Read, Write)) and node.site.endswith(_EAGER_SITES)
+    }
+    for group in groups:
+        earliest = 0
+        for edge in (edge for run in group for edge in by_target[run] if edge.source not in group):
+            earliest = max(earliest, placed[edge.source] + edge.strict)
+        eager = any(run in eager_runs for run in group)
+        rows = sum(graph.runs[run].n_prompts for run in group)
+        longest = max(max(graph.runs[run].lengths) for run in group)
+        chosen = len(passes)
+        for index in range(earliest, len(passes)) if together else ():
+            its_eager, its_rows, its_length = sizes[index]
+            if its_eager == eager and (its_rows + rows) * max(its_length, longest) <= limit:
+                chosen = index
+                break
+        if chosen == len(passes):
+            passes.append(PlannedPass([]))
+            sizes.append((eager, 0, 0))
+        sizes[chosen] = (eager, sizes[chosen][1] + rows, max(sizes[chosen][2], longest))
+        passes[chosen].runs += group
+        placed.update(dict.fromkeys(group, chosen))
+    for one in passes:
+        one.gradients = any(run in differentiated for run in one.runs)
+    for index in sorted(live):
+        node = graph.nodes[index]
+        if isinstance(node, (Read, Write)):
+            passes[placed[node.run]].events.setdefault(node.site, []).append(index)
+    return TracePlan(passes, live)
+
+
+def bytes_per_position(cfg: HookedTransformerConfig) -> int:
+    """Return roughly how many bytes a pass takes for each position of each prompt.
+
+    Args:
+        cfg: the model's config.
+    """
+    width = 6 * cfg.d_model + 3 * cfg.n_heads * cfg.d_head + 2 * (cfg.d_mlp or 0) + cfg.n_heads * 64
+    return width * cfg.dtype.itemsize
+
+
+def live_nodes(graph: Graph, target: Target) -> set[int]:
+    """Return the nodes that a saved value depends on.
+
+    A write counts if its run is read at its place or behind it.
+
+    Args:
+        graph: the trace.
+        target: what is known of the model.
+    """
+    writes: dict[int, list[tuple[tuple[int, int], int]]] = defaultdict(list)
+    for index, node in enumerate(graph.nodes):
+        if isinstance(node, Write):
+            writes[node.run].append(((target.places[node.site], node.ordinal), index))
+    live: set[int] = set()
+    stack = list(graph.saves.values())
+    while stack:
+        index = stack.pop()
+        if index in live:
+            continue
+        live.add(index)
+        node = graph.nodes[index]
+        stack += node.inputs
+        if isinstance(node, Read):
+            reached = (target.places[node.site], node.version)
+            stack += [write for place, write in writes[node.run] if place < reached]
+    return live
+
+
+def _edges(graph: Graph, target: Target, live: set[int]) -> list[_Edge]:
+    """The values that go from run to run, each with the read furthest on in its run."""
+    sources: dict[int, dict[int, tuple[int, int]]] = {}  # node -> run -> (place, read)
+    edges = []
+    for index in sorted(live):
+        node = graph.nodes[index]
+        if isinstance(node, Read):
+            sources[index] = {node.run: (target.places[node.site], index)}
+            continue
+        found: dict[int, tuple[int, int]] = {}
+        for one in node.inputs:
+            for run, place in sources[one].items():
+                found[run] = max(found.get(run, place), place)
+        sources[index] = found
+        if not isinstance(node, Write):
+            continue
+        written_at = target.places[node.site]
+        for run, (read_at, read) in found.items():
+            if run == node.run and read_at > written_at:
+                raise TraceError(_backwards(graph, read, index), graph.lines.get(index))
+            if run != node.run:
+                edges.append(_Edge(run, node.run, read_at > written_at, read, index))
+    return edges
+
+
+def _backwards(graph: Graph, read: int, write: int) -> str:
+    source, edit = graph.nodes[read], graph.nodes[write]
+    assert isinstance(source, Read) and isinstance(edit, Write)
+    if source.run == edit.run:
+        return (
+            f"the edit at {edit.site!r} uses {source.site!r} of the same run, which comes later in the model: "
+            "take the value from another t.prompts(...) of the same text"
+        )
+    line = graph.lines.get(read)
+    return (
+        f"the edit at {edit.site!r} of one run uses {source.site!r} of another{f' ({line})' if line else ''}, which "
+        "itself depends on the first, and no order of passes serves both: take one of the two from another t.prompts(...)"
+    )
+
+
+def _grouped(graph: Graph, runs: Sequence[int], edges: Sequence[_Edge]) -> list[list[int]]:
+    """Groups of runs that need one pass, since values go between them in both directions, sources first.
+
+    Raises:
+        TraceError: one of those values goes back to an earlier place.
+    """
+    after: dict[int, list[int]] = {run: [] for run in runs}
+    for edge in edges:
+        after[edge.source].append(edge.target)
+    groups = _strong_components(after)
+    group_of = {run: number for number, group in enumerate(groups) for run in group}
+    for edge in edges:
+        if edge.strict and group_of[edge.source] == group_of[edge.target]:
+            raise TraceError(_backwards(graph, edge.read, edge.write), graph.lines.get(edge.write))
+    return groups
+
+
+def _strong_components(after: Mapping[int, Iterable[int]]) -> list[list[int]]:
+    """The strongly connected components of a graph, each before those that it leads to (Tarjan 1972), in order."""
+    number: dict[int, int] = {}
+    low: dict[int, int] = {}
+    open_nodes: list[int] = []
+    found: list[list[int]] = []
+    for root in reversed(sorted(after)):
+        if root in number:
+            continue
+        stack = [(root, iter(sorted(after[root], reverse=True)))]
+        number[root] = low[root] = len(number)
+        open_nodes.append(root)
+        while stack:
+            node, rest = stack[-1]
+            for other in rest:
+                if other not in number:
+                    number[other] = low[other] = len(number)
+                    open_nodes.append(other)
+                    stack.append((other, iter(sorted(after[other], reverse=True))))
+                    break
+                if other in open_nodes:
+                    low[node] = min(low[node], number[other])
+            else:
+                stack.pop()
+                if stack:
+                    low[stack[-1][0]] = min(low[stack[-1][0]], low[node])
+                if low[node] == number[node]:
+                    at = open_nodes.index(node)
+                    found.append(sorted(open_nodes[at:]))
+                    del open_nodes[at:]
+    return found[::-1]
+
+
+def _differentiated(graph: Graph, live: set[int], edges: Sequence[_Edge]) -> set[int]:
+    """The runs whose graph is recorded: those with respect to which a gradient is taken, and those behind them."""
+    found: set[int] = set()
+    for index in live:
+        node = graph.nodes[index]
+        if isinstance(node, Gradient):
+            read = graph.nodes[node.of]
+            assert isinstance(read, Read)
+            found.add(read.run)
+    growing = True
+    while growing:
+        grown = {edge.target for edge in edges if edge.source in found} - found
+        found |= grown
+        growing = bool(grown)
+    return found

@@ -1,0 +1,92 @@
+"""Target: what a trace must know of a model before anything runs. It holds no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.hooked_model import HookedModel
+from hooked_lm.interventions import axis_size
+from hooked_lm.names import POSITION_AXES, ActivationKey, UnknownHookError, describe_unknown, get_act_name
+from hooked_lm.tracing.graph import RunSpec
+from hooked_lm.tracing.types import TensorType
+
+__all__ = ["Target"]
+
+_INTEGER_SITES = ("hook_tokens", "hook_expert_indices")
+
+
+@dataclass(frozen=True)
+class Target:
+    """The sites and sizes of a model.
+
+    Attributes:
+        cfg: its config.
+        axes: full hook name -> the names of the activation's axes, in the order in which the hooks run.
+        weights: parameter name -> its shape.
+        read: prompts, as the model takes them -> the tokens of each.
+    """
+
+    cfg: HookedTransformerConfig
+    axes: Mapping[str, tuple[str, ...]]
+    weights: Mapping[str, tuple[int, ...]]
+    read: Callable[..., list[list[int]]]
+    places: Mapping[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "places", {name: index for index, name in enumerate(self.axes)})
+
+    @classmethod
+    def of(cls, model: HookedModel) -> Target:
+        """Return the target that a model is.
+
+        Args:
+            model: a `HookedTransformer`.
+        """
+
+        def read(prompts: object, prepend_bos: bool | None, attention_mask: object) -> list[list[int]]:
+            options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
+            tokens, mask = model.tokens_and_mask(prompts, attention_mask, **options)  # type: ignore[arg-type]
+            if mask is None:
+                return tokens.tolist()  # type: ignore[no-any-return]
+            return [row[keep.bool()].tolist() for row, keep in zip(tokens, mask, strict=True)]
+
+        axes = {name: point.axes for name, point in model.hook_dict.items() if point.axes}
+        weights = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+        return cls(model.cfg, axes, weights, read)
+
+    def site(self, key: ActivationKey) -> str:
+        """Return the full hook name of a site.
+
+        Args:
+            key: the name, a short name, or the arguments of `get_act_name`; a negative layer counts from the last.
+
+        Raises:
+            UnknownHookError: the model has no such site.
+        """
+        parts = list(key) if isinstance(key, tuple) else [key]
+        if len(parts) > 1 and isinstance(parts[1], int) and -self.cfg.n_layers <= parts[1] < 0:
+            parts[1] += self.cfg.n_layers
+        if parts == ["logits"]:
+            return "unembed.hook_out"
+        name = get_act_name(*parts)  # type: ignore[arg-type]
+        if name not in self.axes:
+            raise UnknownHookError(describe_unknown(name, list(self.axes)))
+        return name
+
+    def type_of(self, site: str, run: RunSpec) -> TensorType:
+        """Return the type of a whole activation of a run; positions have size 0 where prompts differ in length.
+
+        Args:
+            site: full hook name.
+            run: the run.
+        """
+        length = run.length or 0
+        known = {"batch": run.n_prompts, "1": 1, **dict.fromkeys(POSITION_AXES, length)}
+        axes = self.axes[site]
+        sizes = [known[axis] if axis in known else axis_size(self.cfg, site, axis) for axis in axes]
+        if None in sizes:
+            raise ValueError(f"{site!r} has the axis {axes[sizes.index(None)]!r}, whose size the config does not tell")
+        kind = "int" if site.endswith(_INTEGER_SITES) else "float"
+        return TensorType(axes, tuple(size or 0 for size in sizes), kind)  # type: ignore[arg-type]
