@@ -13,6 +13,7 @@ from hooked_lm.hooks import HookHandle, HookPoint, current_pass
 from hooked_lm.names import layer_of
 from hooked_lm.tracing.errors import TraceError
 from hooked_lm.tracing.graph import Graph, Read, Write
+from hooked_lm.tracing.ops import Operand
 from hooked_lm.tracing.placing import Part, RunRows
 from hooked_lm.tracing.planner import DEFAULT_MEMORY_BUDGET, PlannedPass, plan_trace
 from hooked_lm.tracing.store import ValueStore
@@ -140,33 +141,60 @@ class _Executor:
 
 
 class _SiteHook:
-    """The reads and writes at one site, as a hook."""
+    """The reads and writes at one site, as a hook.
+
+    The hooks of a norm run again on the copies of its input that edits of single heads' inputs make: what writes acts
+    there too, and the reads have been made.
+    """
 
     edits_in_place = False
 
     def __init__(self, executor: _Executor, events: Sequence[int], rows: dict[int, RunRows], gradients: bool) -> None:
         self.executor, self.store, self.events, self.rows = executor, executor.store, events, rows
-        nodes = [executor.graph.nodes[index] for index in events]
-        watched = gradients and any(index in self.store.watched_reads for index in events)
-        self.reads_only = not watched and not any(isinstance(node, Write) for node in nodes)
+        nodes = [(index, executor.graph.nodes[index]) for index in events]
+        # The activations with respect to which gradients are taken, as (run, version).
+        self.watched = {
+            (node.run, node.version)
+            for index, node in nodes
+            if gradients and isinstance(node, Read) and index in self.store.watched_reads
+        }
+        self.reads_only = not self.watched and not any(isinstance(node, Write) for _, node in nodes)
+        self.written: dict[int, Operand | None] = {}
+        self.has_run = False
 
     def __call__(self, x: Tensor, point: HookPoint) -> Tensor:
         if self.executor.paused:
             return x
+        if self.has_run and self.watched:
+            raise TraceError(
+                f"a gradient at {point.name!r} in a pass that edits single heads' inputs: the norm runs on several "
+                "copies there; take the gradient at the residual stream, or in a run without those edits"
+            )
         kept = current_pass().kept
         columns = None if kept is None or not point.name.startswith("unembed.") else kept.positions
+        seen: dict[tuple[int, int], Tensor] = {}
         for index in self.events:
             node = self.executor.graph.nodes[index]
             assert isinstance(node, (Read, Write))
             part = Part(self.rows[node.run], point.axes, node.select, columns)
-            if isinstance(node, Read):
-                if index in self.store.watched_reads and not x.requires_grad:
-                    x = x.detach().requires_grad_()
-                self.store.put_read(index, part.read(x), x, part.read)
-                continue
-            try:
-                x = part.write(x, node.how, self.store.for_write(index))
-            except (RuntimeError, IndexError) as error:
-                line = self.executor.graph.lines.get(index)
-                raise TraceError(f"{node.how} at {node.site!r} failed: {error}", line) from error
+            if isinstance(node, Write):
+                x = self._written(x, index, node, part)
+            elif not self.has_run:
+                key = (node.run, node.version)
+                if key not in seen:
+                    if key in self.watched:
+                        # A tensor of this site alone: neighbouring sites may have the same one.
+                        x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+                    seen[key] = x
+                self.store.put_read(index, part.read(seen[key]), seen[key], part.read)
+        self.has_run = True
         return x
+
+    def _written(self, x: Tensor, index: int, node: Write, part: Part) -> Tensor:
+        if index not in self.written:
+            self.written[index] = self.store.for_write(index)
+        try:
+            return part.write(x, node.how, self.written[index])
+        except (RuntimeError, IndexError) as error:
+            line = self.executor.graph.lines.get(index)
+            raise TraceError(f"{node.how} at {node.site!r} failed: {error}", line) from error

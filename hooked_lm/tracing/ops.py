@@ -310,7 +310,8 @@ def _einsum(operands: Sequence[Operand], params: Params) -> Tensor:
     flat: list[object] = []
     for operand, term in zip(operands, terms, strict=True):
         flat += [_tensor(operand), [letters[name] for name in term]]
-    return torch.einsum(*flat, [letters[name] for name in result])  # type: ignore[no-any-return]
+    made: Tensor = torch.einsum(*flat, [letters[name] for name in result])
+    return made
 
 
 def _gather_type(types: Sequence[TensorType], params: Params) -> TensorType:
@@ -455,7 +456,8 @@ def _sum(x: Tensor, axes: list[int], keep: bool) -> Tensor:
 
 
 def _norm(x: Tensor, axes: list[int], keep: bool) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=axes, keepdim=keep)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=axes, keepdim=keep)
+    return norm
 
 
 OPS: dict[str, TraceOp] = {

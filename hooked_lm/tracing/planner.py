@@ -186,7 +186,8 @@ def _edges(graph: Graph, target: Target, live: set[int]) -> list[_Edge]:
 
 def _backwards(graph: Graph, read: int, write: int) -> str:
     source, edit = graph.nodes[read], graph.nodes[write]
-    assert isinstance(source, Read) and isinstance(edit, Write)
+    assert isinstance(source, Read)
+    assert isinstance(edit, Write)
     if source.run == edit.run:
         return (
             f"the edit at {edit.site!r} uses {source.site!r} of the same run, which comes later in the model: "
@@ -195,7 +196,8 @@ def _backwards(graph: Graph, read: int, write: int) -> str:
     line = graph.lines.get(read)
     return (
         f"the edit at {edit.site!r} of one run uses {source.site!r} of another{f' ({line})' if line else ''}, which "
-        "itself depends on the first, and no order of passes serves both: take one of the two from another t.prompts(...)"
+        "itself depends on the first, and no order of passes serves both: take one of the two from another "
+        "t.prompts(...)"
     )
 
 
@@ -222,7 +224,7 @@ def _strong_components(after: Mapping[int, Iterable[int]]) -> list[list[int]]:
     low: dict[int, int] = {}
     open_nodes: list[int] = []
     found: list[list[int]] = []
-    for root in reversed(sorted(after)):
+    for root in sorted(after, reverse=True):
         if root in number:
             continue
         stack = [(root, iter(sorted(after[root], reverse=True)))]

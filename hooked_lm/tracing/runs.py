@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hooked_lm.interventions import Intervention, Operation
+from hooked_lm.interventions import OPERATIONS, Intervention, Operation
 from hooked_lm.metrics import Metric
 from hooked_lm.names import ActivationKey, UnknownHookError
 from hooked_lm.tracing.errors import TraceError, calling_line
@@ -73,6 +73,15 @@ class Run:
         Args:
             metric: one of `hooked_lm.metrics`. Its position counts each prompt's own tokens.
         """
+        return self.scores(metric, self.logits.at(pos=metric.pos) if isinstance(metric, Metric) else self.logits)
+
+    def scores(self, metric: Metric, logits: Site) -> Value:
+        """Return the scores of a metric [batch], given the logits that it reads.
+
+        Args:
+            metric: one of `hooked_lm.metrics`.
+            logits: those of the run at the metric's position.
+        """
         if not isinstance(metric, Metric):
             raise TraceError(
                 f"a run takes a metric of hooked_lm.metrics, not {metric!r}: compute any other score from run.logits",
@@ -83,9 +92,10 @@ class Run:
             metric.check(spec.n_prompts, min(spec.lengths), self.trace.target.cfg.d_vocab_out)
         except ValueError as error:
             raise TraceError(str(error), calling_line()) from error
-        read = self.logits.at(pos=metric.pos)
-        type = TensorType(("batch",), (spec.n_prompts,))
-        return Value(self.trace, self.trace.record(Score(type, self.index, metric, read.node)), type)
+        if logits.run is not self or (logits.name, logits.part) != ("unembed.hook_out", self.logits.at(pos=metric.pos).part):
+            raise TraceError(f"{metric.name} reads the logits at position {metric.pos} of its run, got {logits!r}")
+        made = TensorType(("batch",), (spec.n_prompts,))
+        return Value(self.trace, self.trace.record(Score(made, self.index, metric, logits.node)), made)
 
     def intervene(self, interventions: Intervention | Sequence[Intervention]) -> Run:
         """Make interventions in this run, in the order given, and return the run.
@@ -158,7 +168,7 @@ class Site(Value):
             raise TraceError(str(error), calling_line()) from error
         return Site(self.run, self.name, part, self.version)
 
-    def __getitem__(self, index: object) -> Site:  # type: ignore[override]
+    def __getitem__(self, index: object) -> Site:
         if self.part.chosen():
             raise TraceError(f"{self!r} is a part already: make all selections in one .at(...)", calling_line())
         try:
@@ -220,15 +230,26 @@ class Site(Value):
             how: `"replace"`, `"add"`, `"scale"` or `"zero"`.
             value: as for `replace`; None to zero.
         """
-        given = None if value is None else self.trace.as_value(value)
-        part = selected_type(self.name, self._whole, self.run.spec, self.part, reading=False)
-        if given is not None:
-            _check_fit(f"{how} at {self.name!r}", given.type, part)
         ordinal = self.run.n_writes.get(self.name, 0)
-        node = Write(part, self.run.index, self.name, self.part, ordinal, how, None if given is None else given.node)
-        self.trace.record(node)
+        self.write_as(ordinal, how, None if value is None else self.trace.as_value(value))
         self.run.n_writes[self.name] = ordinal + 1
         return Site(self.run, self.name, self.part, ordinal + 1, was_written=True)
+
+    def write_as(self, ordinal: int, how: Operation, value: Value | None) -> int:
+        """Record an edit of this part of the activation; return its node.
+
+        Args:
+            ordinal: how many writes at this site come before it.
+            how: `"replace"`, `"add"`, `"scale"` or `"zero"`.
+            value: its value; None to zero.
+        """
+        if how not in OPERATIONS or (how == "zero") != (value is None):
+            raise TraceError(f"{how!r} at {self.name!r} with value {value!r}: an edit is one of {', '.join(OPERATIONS)}")
+        part = selected_type(self.name, self._whole, self.run.spec, self.part, reading=False)
+        if value is not None:
+            _check_fit(f"{how} at {self.name!r}", value.type, part)
+        node = None if value is None else value.node
+        return self.trace.record(Write(part, self.run.index, self.name, self.part, ordinal, how, node))
 
     def __iadd__(self, value: ValueLike) -> Site:
         return self.write("add", value)

@@ -1,4 +1,4 @@
-"""ValueStore: the values of a trace while it runs. A node is computed when its inputs are there, and freed after use."""
+"""ValueStore: the values of a trace while it runs. A node is computed once its inputs are, and freed after use."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class ValueStore:
         self._watched: dict[int, tuple[Tensor, Callable[[Tensor], Tensor]]] = {}
         self._of_scalar: dict[int, list[int]] = defaultdict(list)
         self._gradients: dict[int, Tensor] = {}
-        for name, node in graph.saves.items():
-            self._names[node].append(name)
+        for name, saved in graph.saves.items():
+            self._names[saved].append(name)
         for index in sorted(live):
             node = graph.nodes[index]
             inputs = set(node.inputs)

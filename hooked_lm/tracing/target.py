@@ -49,7 +49,7 @@ class Target:
             options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
             tokens, mask = model.tokens_and_mask(prompts, attention_mask, **options)  # type: ignore[arg-type]
             if mask is None:
-                return tokens.tolist()  # type: ignore[no-any-return]
+                return tokens.tolist()
             return [row[keep.bool()].tolist() for row, keep in zip(tokens, mask, strict=True)]
 
         axes = {name: point.axes for name, point in model.hook_dict.items() if point.axes}
@@ -70,7 +70,7 @@ class Target:
             parts[1] += self.cfg.n_layers
         if parts == ["logits"]:
             return "unembed.hook_out"
-        name = get_act_name(*parts)  # type: ignore[arg-type]
+        name = get_act_name(*parts)
         if name not in self.axes:
             raise UnknownHookError(describe_unknown(name, list(self.axes)))
         return name

@@ -1,8 +1,8 @@
 """Trace: record an experiment on a model, then run it whole.
 
-Within `with model.trace() as t:` nothing runs. Runs are named (`t.prompts`), their activations read, edited and computed
-with; at the end of the block the library plans the passes and runs them. A read sees its run with all the edits that
-the run has upstream of it, wherever they stand in the block; at one site, lines keep their order.
+Within `with model.trace() as t:` nothing runs. Runs are named (`t.prompts`); their activations are read, edited and
+computed with; at the end of the block the library plans the passes and makes them. A read sees its run with all edits
+that the run has upstream of it, wherever they stand in the block; at one site, lines keep their order.
 """
 
 from __future__ import annotations
@@ -83,7 +83,22 @@ class Trace:
             tokens = self._read(input, prepend_bos, attention_mask)
         except (ValueError, TypeError) as error:
             raise TraceError(str(error), calling_line()) from error
-        spec = RunSpec(tuple(tuple(row) for row in tokens))
+        return self.run_of(RunSpec(tuple(tuple(row) for row in tokens)))
+
+    def run_of(self, spec: RunSpec) -> Run:
+        """Return a run of the model on tokens.
+
+        Args:
+            spec: the tokens.
+        """
+        cfg = self.target.cfg
+        if not spec.tokens or min(spec.lengths) < 1 or max(spec.lengths) > cfg.n_ctx:
+            raise TraceError(
+                f"a run has one prompt or more, of 1 to {cfg.n_ctx} tokens (n_ctx); got lengths {list(spec.lengths)}",
+                calling_line(),
+            )
+        if not all(0 <= token < cfg.d_vocab for row in spec.tokens for token in row):
+            raise TraceError(f"tokens are 0 to {cfg.d_vocab - 1}", calling_line())
         self.graph.runs.append(spec)
         return Run(self, len(self.graph.runs) - 1)
 

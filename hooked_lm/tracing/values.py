@@ -132,28 +132,30 @@ class Value:
     def _reversed(self, name: str, other: ValueLike) -> Value:
         return self.trace.op(name, other, self)
 
+    # misc: torch and NumPy annotate their operators as taking anything, so mypy cannot tell whose runs.
+
     def __add__(self, other: ValueLike) -> Value:
         return self._op("add", other)
 
-    def __radd__(self, other: ValueLike) -> Value:
+    def __radd__(self, other: ValueLike) -> Value:  # type: ignore[misc]
         return self._reversed("add", other)
 
     def __sub__(self, other: ValueLike) -> Value:
         return self._op("sub", other)
 
-    def __rsub__(self, other: ValueLike) -> Value:
+    def __rsub__(self, other: ValueLike) -> Value:  # type: ignore[misc]
         return self._reversed("sub", other)
 
     def __mul__(self, other: ValueLike) -> Value:
         return self._op("mul", other)
 
-    def __rmul__(self, other: ValueLike) -> Value:
+    def __rmul__(self, other: ValueLike) -> Value:  # type: ignore[misc]
         return self._reversed("mul", other)
 
     def __truediv__(self, other: ValueLike) -> Value:
         return self._op("div", other)
 
-    def __rtruediv__(self, other: ValueLike) -> Value:
+    def __rtruediv__(self, other: ValueLike) -> Value:  # type: ignore[misc]
         return self._reversed("div", other)
 
     def __pow__(self, other: ValueLike) -> Value:
@@ -177,16 +179,16 @@ class Value:
     def __ne__(self, other: ValueLike) -> Value:  # type: ignore[override]
         return self._op("ne", other)
 
-    def __lt__(self, other: ValueLike) -> Value:
+    def __lt__(self, other: ValueLike) -> Value:  # type: ignore[misc]
         return self._op("lt", other)
 
-    def __le__(self, other: ValueLike) -> Value:
+    def __le__(self, other: ValueLike) -> Value:  # type: ignore[misc]
         return self._op("le", other)
 
-    def __gt__(self, other: ValueLike) -> Value:
+    def __gt__(self, other: ValueLike) -> Value:  # type: ignore[misc]
         return self._op("gt", other)
 
-    def __ge__(self, other: ValueLike) -> Value:
+    def __ge__(self, other: ValueLike) -> Value:  # type: ignore[misc]
         return self._op("ge", other)
 
     def __getitem__(self, index: object) -> Value:

@@ -1,0 +1,216 @@
+"""Rebuilding: record a trace anew from plain data that somebody else may have made, checking every part of it."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from hooked_lm._support.plain_data import PlainData
+from hooked_lm.metrics import get_metric
+from hooked_lm.tracing.errors import TraceError
+from hooked_lm.tracing.graph import Graph, Read, RunSpec, Select
+from hooked_lm.tracing.runs import Run, Site
+from hooked_lm.tracing.target import Target
+from hooked_lm.tracing.trace import Trace
+from hooked_lm.tracing.values import Value
+
+__all__ = ["Rebuilding"]
+
+_WORDS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+
+
+class Rebuilding:
+    """A trace that is recorded anew, part by part.
+
+    Args:
+        target: what is known of the model.
+        tensors: name -> constant.
+    """
+
+    def __init__(self, target: Target, tensors: Mapping[str, Tensor]) -> None:
+        self.trace, self.tensors = Trace(target, _never), tensors
+        self.runs: list[Run] = []
+        self.values: list[Value | None] = []  # None for a write
+        self.used: set[str] = set()
+        self.ordinals: dict[tuple[int, str], list[int]] = defaultdict(list)
+        self.versions: dict[tuple[int, str], int] = defaultdict(int)
+
+    def add_run(self, entry: object) -> None:
+        """Add a run.
+
+        Args:
+            entry: its description.
+
+        Raises:
+            TraceError: it is none.
+        """
+        tokens = _with_keys(entry, {"tokens"})["tokens"]
+        rows = tokens if isinstance(tokens, list) else [None]
+        if not all(isinstance(row, list) and all(_is_index(one) for one in row) for row in rows):
+            raise TraceError("the tokens of a run are lists of integers, one for each prompt")
+        self.runs.append(self.trace.run_of(RunSpec(tuple(tuple(row) for row in rows))))
+
+    def add_node(self, entry: object) -> None:
+        """Add a node, which refers to earlier ones.
+
+        Args:
+            entry: its description.
+
+        Raises:
+            TraceError: it is none, or does not fit.
+        """
+        kinds: dict[object, tuple[set[str], Callable[[PlainData], Value | None]]] = {
+            "read": ({"run", "site", "select", "version"}, self._read),
+            "write": ({"run", "site", "select", "ordinal", "how", "value"}, self._write),
+            "op": ({"name", "operands", "params"}, self._op),
+            "constant": ({"value"}, self._constant),
+            "apply": ({"piece", "operand"}, self._apply),
+            "weight": ({"name"}, self._weight),
+            "score": ({"metric", "arguments", "logits"}, self._score),
+            "gradient": ({"scalar", "of"}, self._gradient),
+        }
+        kind = entry.get("kind") if isinstance(entry, dict) else None
+        if not isinstance(kind, str) or kind not in kinds:
+            raise TraceError(f"{kind!r} is no kind of node; there are {', '.join(map(str, kinds))}")
+        keys, build = kinds[kind]
+        fields = _with_keys(entry, keys | {"kind"})
+        value = build(fields)
+        if value is not None and value.node != len(self.values):
+            raise TraceError("a trace has every node once")
+        self.values.append(value)
+
+    def finished(self, saves: PlainData) -> Graph:
+        """Return the graph.
+
+        Args:
+            saves: name -> node.
+
+        Raises:
+            TraceError: a save, a version or an edit's number that does not fit, or a tensor that nothing uses.
+        """
+        for place, ordinals in self.ordinals.items():
+            if sorted(ordinals) != list(range(len(ordinals))):
+                raise TraceError(f"the edits at {place[1]!r} of run {place[0]} are not numbered from 0 on")
+        for place, version in self.versions.items():
+            if version > len(self.ordinals.get(place, ())):
+                raise TraceError(f"a read at {place[1]!r} of run {place[0]} comes after edits that are not there")
+        for name, index in saves.items():
+            self.trace.save_node(self._value(index).node, name)
+        unused = set(self.tensors) - self.used
+        if unused:
+            raise TraceError(f"{len(unused)} tensors of the trace are used by no node")
+        return self.trace.graph
+
+    # Nodes
+
+    def _read(self, fields: PlainData) -> Value:
+        version = fields["version"]
+        if not _is_index(version):
+            raise TraceError(f"a read's version counts from 0, got {version!r}")
+        site = self._site(fields, version)
+        place = (site.run.index, site.name)
+        self.versions[place] = max(self.versions[place], version)
+        _ = site.node  # records the read
+        return site
+
+    def _write(self, fields: PlainData) -> None:
+        ordinal, value = fields["ordinal"], fields["value"]
+        if not _is_index(ordinal):
+            raise TraceError(f"edits are numbered from 0 on, got {ordinal!r}")
+        site = self._site(fields, 0)
+        self.ordinals[(site.run.index, site.name)].append(ordinal)
+        node = site.write_as(ordinal, fields["how"], None if value is None else self._value(value))
+        if node != len(self.values):
+            raise TraceError("a trace has every node once")
+
+    def _site(self, fields: PlainData, version: int) -> Site:
+        run, name, select = fields["run"], fields["site"], fields["select"]
+        if not _is_index(run) or run >= len(self.runs):
+            raise TraceError(f"there is no run {run!r}")
+        if not isinstance(name, str) or name not in self.trace.target.axes:
+            raise TraceError(f"the model has no site {name!r}")
+        if not isinstance(select, dict) or not set(select) <= set(Select.__dataclass_fields__):
+            raise TraceError(f"a selection has the fields {', '.join(Select.__dataclass_fields__)}, got {select!r}")
+        part = Site(self.runs[run], name, Select(), version).at(**select).part
+        return Site(self.runs[run], name, part, version)
+
+    def _op(self, fields: PlainData) -> Value:
+        operands, params = fields["operands"], fields["params"]
+        if not isinstance(operands, list) or not isinstance(params, dict):
+            raise TraceError("an operation has a list of operands and an object of parameters")
+        given = {name: self._plain(value) for name, value in params.items()}
+        if not isinstance(fields["name"], str):
+            raise TraceError(f"an operation has a name, got {fields['name']!r}")
+        return self.trace.op(fields["name"], *map(self._value, operands), **given)
+
+    def _constant(self, fields: PlainData) -> Value:
+        value = self._plain(fields["value"])
+        if not isinstance(value, (Tensor, bool, int, float)):
+            raise TraceError(f"a constant is a tensor or a number, got {value!r}")
+        return self.trace.as_value(value)
+
+    def _apply(self, fields: PlainData) -> Value:
+        return self.trace.apply(fields["piece"], self._value(fields["operand"]))
+
+    def _weight(self, fields: PlainData) -> Value:
+        if not isinstance(fields["name"], str):
+            raise TraceError(f"a parameter has a name, got {fields['name']!r}")
+        return self.trace.weight(fields["name"])
+
+    def _score(self, fields: PlainData) -> Value:
+        arguments, logits = fields["arguments"], self._value(fields["logits"])
+        if not isinstance(arguments, dict) or not isinstance(logits, Site):
+            raise TraceError("a score has its metric's arguments and the node that reads the logits")
+        given = {name: self._plain(value) for name, value in arguments.items()}
+        try:
+            metric = get_metric(fields["metric"])(**given)
+        except (TypeError, RuntimeError) as error:
+            raise TraceError(f"the metric {fields['metric']!r} does not take these arguments: {error}") from error
+        return logits.run.scores(metric, logits)
+
+    def _gradient(self, fields: PlainData) -> Value:
+        of = self._value(fields["of"])
+        if not isinstance(self.trace.graph.nodes[of.node], Read):
+            raise TraceError("a gradient is with respect to an activation that is read")
+        made = self.trace.gradient(self._value(fields["scalar"]), of=of)
+        assert isinstance(made, Value)
+        return made
+
+    # Parts of nodes
+
+    def _value(self, index: object) -> Value:
+        value = self.values[index] if _is_index(index) and index < len(self.values) else None  # type: ignore[index, operator]
+        if value is None:
+            raise TraceError(f"{index!r} is no earlier node with a value")
+        return value
+
+    def _plain(self, value: object) -> object:
+        """Plain data as it is; a tensor or a number that JSON has no word for, by its description."""
+        if not isinstance(value, dict):
+            if isinstance(value, list) and not all(isinstance(one, (int, str)) for one in value):
+                raise TraceError(f"a list in a trace holds integers or names, got {value!r}")
+            return value
+        if set(value) == {"tensor"} and isinstance(value["tensor"], str) and value["tensor"] in self.tensors:
+            self.used.add(value["tensor"])
+            return self.tensors[value["tensor"]]
+        if set(value) == {"number"} and isinstance(value["number"], str) and value["number"] in _WORDS:
+            return _WORDS[value["number"]]
+        raise TraceError(f"{value!r} is no tensor of the trace, and no number")
+
+
+def _with_keys(entry: object, keys: set[str]) -> PlainData:
+    if not isinstance(entry, dict) or set(entry) != keys:
+        found = sorted(entry) if isinstance(entry, dict) else entry
+        raise TraceError(f"expected the keys {', '.join(sorted(keys))}, got {found!r}")
+    return entry
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _never(graph: Graph) -> dict[str, Tensor]:
+    raise TraceError("a trace that is read is run by its model")
