@@ -275,8 +275,9 @@ def kl_to(reference: Float[Tensor, "batch pos vocab"], pos: int = -1) -> Metric:
         terms = wanted.exp() * (wanted - read.log_softmax(-1))
         return terms.masked_fill(wanted == -torch.inf, 0.0).sum(-1)  # a token with probability 0 adds nothing
 
-    fits = {"n_prompts": reference.shape[0], "d_vocab": reference.shape[2]}
-    return Metric("KL divergence", pos, None, score, **fits, **_made_by("kl_to", reference=reference, pos=pos))
+    made = _made_by("kl_to", reference=reference, pos=pos)
+    n_prompts, _, d_vocab = reference.shape
+    return Metric("KL divergence", pos, None, score, n_prompts=n_prompts, d_vocab=d_vocab, **made)
 
 
 class _MadeBy(TypedDict):

@@ -10,7 +10,7 @@ import heapq
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 
 from torch import Tensor
 
@@ -21,15 +21,17 @@ from hooked_lm.tracing.graph import (
     Apply,
     Compute,
     Constant,
+    Generated,
     Gradient,
     Graph,
     Node,
     Read,
+    RunSpec,
     Score,
     Select,
     Write,
 )
-from hooked_lm.tracing.planner import live_nodes
+from hooked_lm.tracing.planner import first_moment, last_moment, live_nodes
 from hooked_lm.tracing.target import Target
 
 __all__ = ["canonical", "tensor_hash"]
@@ -66,8 +68,8 @@ def canonical(graph: Graph, target: Target) -> Graph:
         node = graph.nodes[index]
         if isinstance(node, Write):
             written[node.run].append(alone[index])
-    used = {node.run for index in live if isinstance(node := graph.nodes[index], (Read, Write))}
-    runs = {run: _digest([graph.runs[run].tokens, sorted(written[run])]) for run in used}
+    used = {node.run for index in live if isinstance(node := graph.nodes[index], (Read, Generated, Write))}
+    runs = {run: _digest([graph.runs[run], sorted(written[run])]) for run in used}
     final = _hashes(graph, order, needs, runs)
     return _renumbered(graph, live, needs, runs, final)
 
@@ -76,10 +78,10 @@ def _needs(graph: Graph, target: Target, index: int, live: set[int]) -> set[int]
     """The nodes that come before a node: its inputs, and the edits upstream of what it reads."""
     node = graph.nodes[index]
     needs = set(node.inputs)
-    if isinstance(node, Read):
-        reached = (target.places[node.site], node.version)
+    if isinstance(node, (Read, Generated)):
+        reached = last_moment(graph, target, node)
         for other, write in graph.writes(node.run):
-            if other in live and (target.places[write.site], write.ordinal) < reached:
+            if other in live and first_moment(graph, target, write) < reached:
                 needs.add(other)
     return needs
 
@@ -116,7 +118,7 @@ def _hashes(
         for one in fields(node):
             value = getattr(node, one.name)
             if one.name == "run":
-                value = [graph.runs[value].tokens, runs.get(value)]
+                value = [graph.runs[value], runs.get(value)]
             elif one.name == "type":
                 continue
             elif one.name in ("value", "operand", "scalar", "of", "logits") and not isinstance(node, Constant):
@@ -124,7 +126,7 @@ def _hashes(
             elif one.name == "operands":
                 value = [found[operand] for operand in value]
             content.append(value)
-        if isinstance(node, Read):
+        if isinstance(node, (Read, Generated)):
             content.append(sorted(found[other] for other in needs[index]))
         found[index] = _digest(content)
     return found
@@ -144,6 +146,8 @@ def _plain(content: object) -> object:
         return [content.maker, content.arguments] if content.maker else ["metric", content.name, id(content)]
     if isinstance(content, Select):
         return content.chosen()
+    if isinstance(content, RunSpec):
+        return asdict(content)
     if isinstance(content, Mapping):
         return dict(content)
     raise TypeError(f"{type(content).__name__} has no canonical form")
@@ -193,7 +197,7 @@ def _with_numbers(
     def number(index: int) -> int:
         return numbers[final[index]]
 
-    if isinstance(node, (Read, Score, Write)):
+    if isinstance(node, (Read, Generated, Score, Write)):
         node = replace(node, run=run_numbers[runs[node.run]])
     if isinstance(node, Write):
         return replace(node, value=None if node.value is None else number(node.value))

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
+from hooked_lm.generation.decoding import decode_steps
 from hooked_lm.hooked_model import HookedModel
-from hooked_lm.hooks import HookHandle, HookPoint, current_pass
+from hooked_lm.hooks import HookHandle
 from hooked_lm.names import layer_of
-from hooked_lm.tracing.errors import TraceError
-from hooked_lm.tracing.graph import Graph, Read, Write
-from hooked_lm.tracing.ops import Operand
-from hooked_lm.tracing.placing import Part, RunRows
+from hooked_lm.tracing.graph import Decoding, Graph, Read, RunSpec, Write
+from hooked_lm.tracing.placing import RunRows
 from hooked_lm.tracing.planner import DEFAULT_MEMORY_BUDGET, PlannedPass, plan_trace
+from hooked_lm.tracing.site_hooks import SiteHook, StepCount, StepHook
 from hooked_lm.tracing.store import ValueStore
 from hooked_lm.tracing.target import Target
 
@@ -62,29 +62,63 @@ class _Executor:
         self.paused = False
 
     def run(self, planned: PlannedPass) -> None:
-        """Make one pass."""
+        """Make one pass, or one generation."""
+        spec = self.graph.runs[planned.runs[0]]
+        if spec.decoding is None:
+            self._read_prompts(planned)
+        else:
+            self._generate(planned, spec, spec.decoding)
+
+    def _generate(self, planned: PlannedPass, spec: RunSpec, decoding: Decoding) -> None:
+        tokens, mask = self._padded(spec.tokens)
+        steps = StepCount(max(spec.lengths))
+        handles = []
+        for name, events in planned.events.items():
+            hook = StepHook(self, events, spec, steps)
+            point = self.model.hook_dict[name]
+            handles.append(HookHandle(point, hook, reads_only=hook.reads_only, by_keyword=False, this_thread=True))
+        new = []
+        with drawing_from(decoding.seed, tokens.device), self.model.attached(handles):
+            for token in decode_steps(
+                self.model,  # type: ignore[arg-type]
+                tokens,
+                mask,
+                decoding.max_new_tokens,
+                decoding.sampling,
+                decoding.eos_token_ids,
+                decoding.use_past_kv_cache,
+                all_steps=True,
+            ):
+                new.append(token)
+                steps.now += 1
+        for index in planned.generated:
+            self.store.put(index, torch.stack(new, 1))
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Prompts as tokens [batch pos] padded on the left, and their mask."""
+        device, longest = self.model.embed.W_E.device, max(map(len, prompts))
+        tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        return tokens, (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
+
+    def _read_prompts(self, planned: PlannedPass) -> None:
         specs = [self.graph.runs[run] for run in planned.runs]
         longest = max(max(spec.lengths) for spec in specs)
         prompts = [prompt for spec in specs for prompt in spec.tokens]
         rows: dict[int, RunRows] = {}
         start = 0
         for run, spec in zip(planned.runs, specs, strict=True):
-            rows[run] = RunRows(start, spec.lengths, len(prompts), longest)
+            rows[run] = RunRows.of_prompts(start, spec.lengths, len(prompts), longest)
             start += spec.n_prompts
-        device = self.model.embed.W_E.device
-        padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        tokens = torch.tensor(padded, device=device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        mask = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
-        handles = [self._handle(name, events, rows, planned.gradients) for name, events in planned.events.items()]
+        tokens, mask = self._padded(prompts)
+        handles = []
+        for name, events in planned.events.items():
+            hook = SiteHook(self, events, rows, planned.gradients)
+            point = self.model.hook_dict[name]
+            handles.append(HookHandle(point, hook, reads_only=hook.reads_only, by_keyword=False, this_thread=True))
         grad = torch.enable_grad() if planned.gradients else nullcontext()
         with grad, self.model.attached(handles):
             self.model(tokens, attention_mask=mask, padding_side="left", **self._extent(planned, rows, longest))
-
-    def _handle(self, name: str, events: Sequence[int], rows: dict[int, RunRows], gradients: bool) -> HookHandle:
-        hook = _SiteHook(self, events, rows, gradients)
-        point = self.model.hook_dict[name]
-        return HookHandle(point, hook, "fwd", reads_only=hook.reads_only, by_keyword=False, this_thread=True)
 
     def _extent(self, planned: PlannedPass, rows: dict[int, RunRows], longest: int) -> dict[str, object]:
         """The options of the model that leave out layers and logits which nothing reads."""
@@ -140,61 +174,14 @@ class _Executor:
         return made.reshape(*shape, made.shape[-1])
 
 
-class _SiteHook:
-    """The reads and writes at one site, as a hook.
+@contextmanager
+def drawing_from(seed: int, device: torch.device) -> Generator[None, None, None]:
+    """Within a `with` block, random numbers follow from a seed; the generators' states are restored afterwards.
 
-    The hooks of a norm run again on the copies of its input that edits of single heads' inputs make: what writes acts
-    there too, and the reads have been made.
+    Args:
+        seed: of the draws.
+        device: on which they are made, besides the CPU.
     """
-
-    edits_in_place = False
-
-    def __init__(self, executor: _Executor, events: Sequence[int], rows: dict[int, RunRows], gradients: bool) -> None:
-        self.executor, self.store, self.events, self.rows = executor, executor.store, events, rows
-        nodes = [(index, executor.graph.nodes[index]) for index in events]
-        # The activations with respect to which gradients are taken, as (run, version).
-        self.watched = {
-            (node.run, node.version)
-            for index, node in nodes
-            if gradients and isinstance(node, Read) and index in self.store.watched_reads
-        }
-        self.reads_only = not self.watched and not any(isinstance(node, Write) for _, node in nodes)
-        self.written: dict[int, Operand | None] = {}
-        self.has_run = False
-
-    def __call__(self, x: Tensor, point: HookPoint) -> Tensor:
-        if self.executor.paused:
-            return x
-        if self.has_run and self.watched:
-            raise TraceError(
-                f"a gradient at {point.name!r} in a pass that edits single heads' inputs: the norm runs on several "
-                "copies there; take the gradient at the residual stream, or in a run without those edits"
-            )
-        kept = current_pass().kept
-        columns = None if kept is None or not point.name.startswith("unembed.") else kept.positions
-        seen: dict[tuple[int, int], Tensor] = {}
-        for index in self.events:
-            node = self.executor.graph.nodes[index]
-            assert isinstance(node, (Read, Write))
-            part = Part(self.rows[node.run], point.axes, node.select, columns)
-            if isinstance(node, Write):
-                x = self._written(x, index, node, part)
-            elif not self.has_run:
-                key = (node.run, node.version)
-                if key not in seen:
-                    if key in self.watched:
-                        # A tensor of this site alone: neighbouring sites may have the same one.
-                        x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-                    seen[key] = x
-                self.store.put_read(index, part.read(seen[key]), seen[key], part.read)
-        self.has_run = True
-        return x
-
-    def _written(self, x: Tensor, index: int, node: Write, part: Part) -> Tensor:
-        if index not in self.written:
-            self.written[index] = self.store.for_write(index)
-        try:
-            return part.write(x, node.how, self.written[index])
-        except (RuntimeError, IndexError) as error:
-            line = self.executor.graph.lines.get(index)
-            raise TraceError(f"{node.how} at {node.site!r} failed: {error}", line) from error
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(seed)
+        yield

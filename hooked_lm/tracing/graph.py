@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from hooked_lm.generation.decoding import Sampling
 from hooked_lm.interventions import Operation
 from hooked_lm.metrics import Metric
 from hooked_lm.tracing.types import TensorType
@@ -18,6 +19,8 @@ __all__ = [
     "Apply",
     "Compute",
     "Constant",
+    "Decoding",
+    "Generated",
     "Gradient",
     "Graph",
     "Node",
@@ -41,17 +44,44 @@ class Select:
     Attributes:
         pos: positions of each prompt's own tokens; negative counts from its end.
         head, feature, batch: heads, entries of the last axis, prompts of the run.
+        step: steps of a generation; 0 reads the prompt, each later one the token before it.
     """
 
     pos: Entries = None
     head: Entries = None
     feature: Entries = None
     batch: Entries = None
+    step: Entries = None
 
     def chosen(self) -> dict[str, int | tuple[int, ...]]:
         """Return the selections that are not None, by the name of their field."""
-        fields = {"pos": self.pos, "head": self.head, "feature": self.feature, "batch": self.batch}
+        fields = {
+            "pos": self.pos,
+            "head": self.head,
+            "feature": self.feature,
+            "batch": self.batch,
+            "step": self.step,
+        }
         return {name: entries for name, entries in fields.items() if entries is not None}
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a run continues its prompts.
+
+    Attributes:
+        max_new_tokens: how many steps it has.
+        sampling: how tokens are drawn.
+        seed: of the draws.
+        eos_token_ids: tokens that end a prompt, which goes on with the first of them.
+        use_past_kv_cache: read only the newest token at each step.
+    """
+
+    max_new_tokens: int
+    sampling: Sampling
+    seed: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    use_past_kv_cache: bool = True
 
 
 @dataclass(frozen=True)
@@ -60,9 +90,11 @@ class RunSpec:
 
     Attributes:
         tokens: of each prompt, without padding.
+        decoding: for a generation, how it goes on; None for one pass over the prompts.
     """
 
     tokens: tuple[tuple[int, ...], ...]
+    decoding: Decoding | None = None
 
     @property
     def n_prompts(self) -> int:
@@ -74,11 +106,37 @@ class RunSpec:
         """How many tokens each prompt has."""
         return tuple(map(len, self.tokens))
 
-    @property
-    def length(self) -> int | None:
-        """The number of tokens of every prompt; None if they differ."""
-        lengths = set(self.lengths)
-        return lengths.pop() if len(lengths) == 1 else None
+    def steps(self, step: Entries) -> list[int]:
+        """Return the steps of a selection; without a generation there is one, 0.
+
+        Args:
+            step: the selection.
+        """
+        if self.decoding is None:
+            return [0]
+        if step is None:
+            return list(range(self.decoding.max_new_tokens))
+        return list(step) if isinstance(step, tuple) else [step]
+
+    def spans(self, axis: str, step: Entries) -> tuple[int, ...]:
+        """Return the lengths along an axis of positions: of every prompt, at every step.
+
+        Args:
+            axis: `"pos"`, `"query"` or `"key"`.
+            step: the steps.
+        """
+        return tuple(length for one in self.steps(step) for length in self.spans_at(axis, one))
+
+    def spans_at(self, axis: str, step: int) -> tuple[int, ...]:
+        """Return the lengths along an axis of positions, of every prompt, at one step.
+
+        Args:
+            axis: `"pos"`, `"query"` or `"key"`.
+            step: the step; each after the first reads one position, and attends to all before it.
+        """
+        if step == 0:
+            return self.lengths
+        return tuple(length + step for length in self.lengths) if axis == "key" else (1,) * self.n_prompts
 
 
 @dataclass(frozen=True)
@@ -112,6 +170,17 @@ class Read(Node):
     site: str
     select: Select
     version: int
+
+
+@dataclass(frozen=True)
+class Generated(Node):
+    """The new tokens of a generation [batch, step].
+
+    Attributes:
+        run: index of the run.
+    """
+
+    run: int
 
 
 @dataclass(frozen=True)

@@ -23,20 +23,30 @@ class RunRows:
 
     Attributes:
         start: the first row.
-        lengths: of the prompts.
-        n_rows: of the pass.
-        n_positions: of the pass.
+        lengths: how many positions of each prompt are meant: all of them, or the one that a step reads.
+        stop: the column behind the last of them.
+        n_rows, n_columns: of the pass.
+        key_lengths, key_stop: the same as `lengths` and `stop`, for the keys of scores and patterns.
     """
 
     start: int
     lengths: tuple[int, ...]
+    stop: int
     n_rows: int
-    n_positions: int
+    n_columns: int
+    key_lengths: tuple[int, ...]
+    key_stop: int
 
-    @property
-    def starts(self) -> list[int]:
-        """Where each prompt begins."""
-        return [self.n_positions - length for length in self.lengths]
+    @classmethod
+    def of_prompts(cls, start: int, lengths: tuple[int, ...], n_rows: int, n_columns: int) -> RunRows:
+        """Return the rows of prompts that are read in one pass.
+
+        Args:
+            start: the first row.
+            lengths: of the prompts.
+            n_rows, n_columns: of the pass.
+        """
+        return cls(start, lengths, n_columns, n_rows, n_columns, lengths, n_columns)
 
 
 class Part:
@@ -56,6 +66,8 @@ class Part:
         self.chosen: dict[int, Entries] = {}
         self.dropped: list[int] = []
         for name, entries in select.chosen().items():
+            if name == "step":
+                continue
             axis = selected_axis(axes, name)
             assert axis is not None
             self.chosen[axis] = entries
@@ -70,7 +82,8 @@ class Part:
 
     def _fills_pass(self) -> bool:
         rows = self.rows
-        return len(rows.lengths) == rows.n_rows and set(rows.lengths) == {rows.n_positions}
+        whole = len(rows.lengths) == rows.n_rows and set(rows.lengths) == {rows.n_columns}
+        return whole and set(rows.key_lengths) == {rows.key_stop}
 
     def read(self, x: Tensor) -> Tensor:
         """Return the part: a view where slices select it.
@@ -158,21 +171,17 @@ class Part:
 
     def _columns(self, axis: int, name: str, prompts: Sequence[int]) -> list[int] | list[list[int]]:
         """The columns of each prompt's positions: one list if they are the same for all prompts."""
-        entries, n_positions = self.chosen.get(axis), self.rows.n_positions
-        lengths = [self.rows.lengths[prompt] for prompt in prompts]
+        entries, rows = self.chosen.get(axis), self.rows
+        own_lengths, stop = (rows.key_lengths, rows.key_stop) if name == "key" else (rows.lengths, rows.stop)
+        lengths = [own_lengths[prompt] for prompt in prompts]
         if entries is None and len(set(lengths)) > 1:
-            own = torch.arange(n_positions) >= n_positions - torch.tensor(lengths)[:, None]
-            own = own.reshape(
-                [len(lengths) if i == 0 else n_positions if i == axis else 1 for i in range(len(self.axes))]
-            )
+            own = torch.arange(stop) >= stop - torch.tensor(lengths)[:, None]
+            own = own.reshape([len(lengths) if i == 0 else stop if i == axis else 1 for i in range(len(self.axes))])
             self.own = own if self.own is None else self.own & own
-            found = [list(range(n_positions))]
+            found = [list(range(stop))]
         else:
             found = [
-                [
-                    n_positions - length + one % length
-                    for one in (range(length) if entries is None else _several(entries))
-                ]
+                [stop - length + one % length for one in (range(length) if entries is None else _several(entries))]
                 for length in lengths
             ]
         if self.places is not None and name != "key":

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.tracing.errors import TraceError
-from hooked_lm.tracing.graph import Gradient, Graph, Read, Write
+from hooked_lm.tracing.graph import Generated, Gradient, Graph, Read, Write
 from hooked_lm.tracing.target import Target
 
 __all__ = ["DEFAULT_MEMORY_BUDGET", "PlannedPass", "TracePlan", "plan_trace"]
@@ -31,11 +31,13 @@ class PlannedPass:
         runs: the runs that it makes, whose prompts are its rows.
         events: full hook name -> the reads and writes there, as nodes in order.
         gradients: whether a graph is recorded.
+        generated: the nodes of its new tokens, for a generation.
     """
 
     runs: list[int]
     events: dict[str, list[int]] = field(default_factory=dict)
     gradients: bool = False
+    generated: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -77,10 +79,11 @@ def plan_trace(
         TraceError: values go around in a circle that no order of passes serves.
     """
     live = live_nodes(graph, target)
-    runs = sorted({node.run for index in live if isinstance(node := graph.nodes[index], Read)})
+    runs = sorted({node.run for index in live if isinstance(node := graph.nodes[index], (Read, Generated))})
     edges = _edges(graph, target, live)
     groups = _grouped(graph, runs, edges)
     differentiated = _differentiated(graph, live, edges)
+    generations = {run for run in runs if graph.runs[run].decoding is not None}
     passes: list[PlannedPass] = []
     placed: dict[int, int] = {}
     sizes: list[tuple[bool, int, int]] = []  # of each pass: attention in full, rows, length
@@ -101,6 +104,8 @@ def plan_trace(
         rows = sum(graph.runs[run].n_prompts for run in group)
         longest = max(max(graph.runs[run].lengths) for run in group)
         chosen = len(passes)
+        if generations.intersection(group):
+            eager, rows = True, limit  # a generation is made by itself
         for index in range(earliest, len(passes)) if together else ():
             its_eager, its_rows, its_length = sizes[index]
             if its_eager == eager and (its_rows + rows) * max(its_length, longest) <= limit:
@@ -116,7 +121,9 @@ def plan_trace(
         one.gradients = any(run in differentiated for run in one.runs)
     for index in sorted(live):
         node = graph.nodes[index]
-        if isinstance(node, (Read, Write)):
+        if isinstance(node, Generated):
+            passes[placed[node.run]].generated.append(index)
+        elif isinstance(node, (Read, Write)):
             passes[placed[node.run]].events.setdefault(node.site, []).append(index)
     return TracePlan(passes, live)
 
@@ -140,10 +147,10 @@ def live_nodes(graph: Graph, target: Target) -> set[int]:
         graph: the trace.
         target: what is known of the model.
     """
-    writes: dict[int, list[tuple[tuple[int, int], int]]] = defaultdict(list)
+    writes: dict[int, list[tuple[Moment, int]]] = defaultdict(list)
     for index, node in enumerate(graph.nodes):
         if isinstance(node, Write):
-            writes[node.run].append(((target.places[node.site], node.ordinal), index))
+            writes[node.run].append((first_moment(graph, target, node), index))
     live: set[int] = set()
     stack = list(graph.saves.values())
     while stack:
@@ -153,49 +160,80 @@ def live_nodes(graph: Graph, target: Target) -> set[int]:
         live.add(index)
         node = graph.nodes[index]
         stack += node.inputs
-        if isinstance(node, Read):
-            reached = (target.places[node.site], node.version)
-            stack += [write for place, write in writes[node.run] if place < reached]
+        if isinstance(node, (Read, Generated)):
+            reached = last_moment(graph, target, node)
+            stack += [write for moment, write in writes[node.run] if moment < reached]
     return live
+
+
+# A step, a place in the model and a number among the writes there.
+Moment = tuple[int, int, int]
+
+
+def first_moment(graph: Graph, target: Target, node: Write) -> Moment:
+    """Return when a write first acts in its run.
+
+    Args:
+        graph: the trace.
+        target: what is known of the model.
+        node: the write.
+    """
+    return min(graph.runs[node.run].steps(node.select.step)), target.places[node.site], node.ordinal
+
+
+def last_moment(graph: Graph, target: Target, node: Read | Generated) -> Moment:
+    """Return when a read has all that it reads of its run.
+
+    Args:
+        graph: the trace.
+        target: what is known of the model.
+        node: the read.
+    """
+    if isinstance(node, Generated):
+        return max(graph.runs[node.run].steps(None)), len(target.places), 0
+    return max(graph.runs[node.run].steps(node.select.step)), target.places[node.site], node.version
 
 
 def _edges(graph: Graph, target: Target, live: set[int]) -> list[_Edge]:
     """The values that go from run to run, each with the read furthest on in its run."""
-    sources: dict[int, dict[int, tuple[int, int]]] = {}  # node -> run -> (place, read)
+    sources: dict[int, dict[int, tuple[Moment, int]]] = {}  # node -> run -> the last moment, and the read then
     edges = []
     for index in sorted(live):
         node = graph.nodes[index]
-        if isinstance(node, Read):
-            sources[index] = {node.run: (target.places[node.site], index)}
+        if isinstance(node, (Read, Generated)):
+            sources[index] = {node.run: (last_moment(graph, target, node), index)}
             continue
-        found: dict[int, tuple[int, int]] = {}
+        found: dict[int, tuple[Moment, int]] = {}
         for one in node.inputs:
             for run, place in sources[one].items():
                 found[run] = max(found.get(run, place), place)
         sources[index] = found
         if not isinstance(node, Write):
             continue
-        written_at = target.places[node.site]
+        written_at = first_moment(graph, target, node)[:2]
         for run, (read_at, read) in found.items():
-            if run == node.run and read_at > written_at:
+            behind = read_at[:2] > written_at
+            if run == node.run and behind:
                 raise TraceError(_backwards(graph, read, index), graph.lines.get(index))
             if run != node.run:
-                edges.append(_Edge(run, node.run, read_at > written_at, read, index))
+                generated = graph.runs[run].decoding is not None or graph.runs[node.run].decoding is not None
+                edges.append(_Edge(run, node.run, behind or generated, read, index))
     return edges
 
 
 def _backwards(graph: Graph, read: int, write: int) -> str:
     source, edit = graph.nodes[read], graph.nodes[write]
-    assert isinstance(source, Read)
+    assert isinstance(source, (Read, Generated))
     assert isinstance(edit, Write)
+    read_at = repr(source.site) if isinstance(source, Read) else "the generated tokens"
     if source.run == edit.run:
         return (
-            f"the edit at {edit.site!r} uses {source.site!r} of the same run, which comes later in the model: "
+            f"the edit at {edit.site!r} uses {read_at} of the same run, which comes later in the model: "
             "take the value from another t.prompts(...) of the same text"
         )
     line = graph.lines.get(read)
     return (
-        f"the edit at {edit.site!r} of one run uses {source.site!r} of another{f' ({line})' if line else ''}, which "
+        f"the edit at {edit.site!r} of one run uses {read_at} of another{f' ({line})' if line else ''}, which "
         "itself depends on the first, and no order of passes serves both: take one of the two from another "
         "t.prompts(...)"
     )

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import fields as fields_of
+from typing import TypeGuard
 
 from torch import Tensor
 
 from hooked_lm._support.plain_data import PlainData
+from hooked_lm.generation.decoding import Sampling
 from hooked_lm.metrics import get_metric
 from hooked_lm.tracing.errors import TraceError
-from hooked_lm.tracing.graph import Graph, Read, RunSpec, Select
+from hooked_lm.tracing.graph import Decoding, Graph, Read, RunSpec, Select
 from hooked_lm.tracing.runs import Run, Site
 from hooked_lm.tracing.target import Target
 from hooked_lm.tracing.trace import Trace
@@ -47,11 +50,14 @@ class Rebuilding:
         Raises:
             TraceError: it is none.
         """
-        tokens = _with_keys(entry, {"tokens"})["tokens"]
-        rows = tokens if isinstance(tokens, list) else [None]
-        if not all(isinstance(row, list) and all(_is_index(one) for one in row) for row in rows):
+        generates = isinstance(entry, dict) and "decoding" in entry
+        fields = _with_keys(entry, {"tokens", "decoding"} if generates else {"tokens"})
+        tokens = fields["tokens"]
+        rows = tokens if isinstance(tokens, list) else []
+        if not rows or not all(isinstance(row, list) and all(_is_index(one) for one in row) for row in rows):
             raise TraceError("the tokens of a run are lists of integers, one for each prompt")
-        self.runs.append(self.trace.run_of(RunSpec(tuple(tuple(row) for row in rows))))
+        decoding = _decoding(fields["decoding"]) if generates else None
+        self.runs.append(self.trace.run_of(RunSpec(tuple(tuple(row) for row in rows), decoding)))
 
     def add_node(self, entry: object) -> None:
         """Add a node, which refers to earlier ones.
@@ -71,6 +77,7 @@ class Rebuilding:
             "weight": ({"name"}, self._weight),
             "score": ({"metric", "arguments", "logits"}, self._score),
             "gradient": ({"scalar", "of"}, self._gradient),
+            "generated": ({"run"}, self._generated),
         }
         kind = entry.get("kind") if isinstance(entry, dict) else None
         if not isinstance(kind, str) or kind not in kinds:
@@ -126,16 +133,22 @@ class Rebuilding:
         if node != len(self.values):
             raise TraceError("a trace has every node once")
 
+    def _generated(self, fields: PlainData) -> Value:
+        return self._run(fields["run"]).generated
+
+    def _run(self, index: object) -> Run:
+        if not _is_index(index) or index >= len(self.runs):
+            raise TraceError(f"there is no run {index!r}")
+        return self.runs[index]
+
     def _site(self, fields: PlainData, version: int) -> Site:
-        run, name, select = fields["run"], fields["site"], fields["select"]
-        if not _is_index(run) or run >= len(self.runs):
-            raise TraceError(f"there is no run {run!r}")
+        run, name, select = self._run(fields["run"]), fields["site"], fields["select"]
         if not isinstance(name, str) or name not in self.trace.target.axes:
             raise TraceError(f"the model has no site {name!r}")
         if not isinstance(select, dict) or not set(select) <= set(Select.__dataclass_fields__):
             raise TraceError(f"a selection has the fields {', '.join(Select.__dataclass_fields__)}, got {select!r}")
-        part = Site(self.runs[run], name, Select(), version).at(**select).part
-        return Site(self.runs[run], name, part, version)
+        part = Site(run, name, Select(), version).at(**select).part
+        return Site(run, name, part, version)
 
     def _op(self, fields: PlainData) -> Value:
         operands, params = fields["operands"], fields["params"]
@@ -182,7 +195,7 @@ class Rebuilding:
     # Parts of nodes
 
     def _value(self, index: object) -> Value:
-        value = self.values[index] if _is_index(index) and index < len(self.values) else None  # type: ignore[index, operator]
+        value = self.values[index] if _is_index(index) and index < len(self.values) else None
         if value is None:
             raise TraceError(f"{index!r} is no earlier node with a value")
         return value
@@ -208,7 +221,23 @@ def _with_keys(entry: object, keys: set[str]) -> PlainData:
     return entry
 
 
-def _is_index(value: object) -> bool:
+def _decoding(entry: object) -> Decoding:
+    given = _with_keys(entry, {one.name for one in fields_of(Decoding)})
+    sampling = _with_keys(given["sampling"], {one.name for one in fields_of(Sampling)})
+    ends = given["eos_token_ids"]
+    whole = [given["max_new_tokens"], given["seed"], *(ends if isinstance(ends, list) else [None])]
+    if not all(map(_is_index, whole)) or not isinstance(given["use_past_kv_cache"], bool):
+        raise TraceError(f"a generation has whole numbers of steps, seed and end tokens, got {given!r}")
+    if not isinstance(sampling["do_sample"], bool):
+        raise TraceError(f"do_sample is true or false, got {sampling['do_sample']!r}")
+    try:
+        drawn = Sampling(**sampling)
+    except (ValueError, TypeError) as error:
+        raise TraceError(str(error)) from error
+    return Decoding(given["max_new_tokens"], drawn, given["seed"], tuple(ends), given["use_past_kv_cache"])
+
+
+def _is_index(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 

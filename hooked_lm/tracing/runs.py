@@ -9,7 +9,7 @@ from hooked_lm.interventions import OPERATIONS, Intervention, Operation
 from hooked_lm.metrics import Metric
 from hooked_lm.names import ActivationKey, UnknownHookError
 from hooked_lm.tracing.errors import TraceError, calling_line
-from hooked_lm.tracing.graph import Read, RunSpec, Score, Select, Write
+from hooked_lm.tracing.graph import Generated, Read, RunSpec, Score, Select, Write
 from hooked_lm.tracing.selecting import by_index, resolved, selected_type
 from hooked_lm.tracing.types import TensorType, broadcast_shapes
 from hooked_lm.tracing.values import Value, ValueLike
@@ -82,6 +82,10 @@ class Run:
             metric: one of `hooked_lm.metrics`.
             logits: those of the run at the metric's position.
         """
+        if self.spec.decoding is not None:
+            raise TraceError(
+                "a metric scores one pass over prompts: of a generation read gen.logits.at(pos=-1)", calling_line()
+            )
         if not isinstance(metric, Metric):
             raise TraceError(
                 f"a run takes a metric of hooked_lm.metrics, not {metric!r}: compute any other score from run.logits",
@@ -92,10 +96,26 @@ class Run:
             metric.check(spec.n_prompts, min(spec.lengths), self.trace.target.cfg.d_vocab_out)
         except ValueError as error:
             raise TraceError(str(error), calling_line()) from error
-        if logits.run is not self or (logits.name, logits.part) != ("unembed.hook_out", self.logits.at(pos=metric.pos).part):
+        if logits.run is not self or (logits.name, logits.part) != (
+            "unembed.hook_out",
+            self.logits.at(pos=metric.pos).part,
+        ):
             raise TraceError(f"{metric.name} reads the logits at position {metric.pos} of its run, got {logits!r}")
         made = TensorType(("batch",), (spec.n_prompts,))
         return Value(self.trace, self.trace.record(Score(made, self.index, metric, logits.node)), made)
+
+    @property
+    def generated(self) -> Value:
+        """The new tokens [batch, step] of a generation; after its end of text a prompt goes on with that token.
+
+        Raises:
+            TraceError: this run is no generation.
+        """
+        spec = self.spec
+        if spec.decoding is None:
+            raise TraceError("t.prompts(...) generates nothing: t.generate(...) does", calling_line())
+        made = TensorType(("batch", "step"), (spec.n_prompts, spec.decoding.max_new_tokens), "int")
+        return Value(self.trace, self.trace.record(Generated(made, self.index)), made)
 
     def intervene(self, interventions: Intervention | Sequence[Intervention]) -> Run:
         """Make interventions in this run, in the order given, and return the run.
@@ -127,7 +147,7 @@ class Site(Value):
         self.trace = run.trace
         self._node: int | None = None
         self._name: str | None = None
-        self._whole = self.trace.target.type_of(name, run.spec)
+        self._whole = self.trace.target.type_of(name, run.spec, part.step)
 
     @property
     def type(self) -> TensorType:  # type: ignore[override]
@@ -152,8 +172,9 @@ class Site(Value):
         """Return a part of the activation.
 
         Args:
-            **selections: `pos`, `head`, `feature`, `batch`: an integer, which drops the axis, a slice or several
-                integers. Positions are those of each prompt's own tokens; negative ones count from its end.
+            **selections: `pos`, `head`, `feature`, `batch`, and `step` of a generation: an integer, which drops the
+                axis, a slice or several integers. Positions are those of each prompt's own tokens; negative ones count
+                from its end.
         """
         unknown = [name for name in selections if name not in Select.__dataclass_fields__]
         if unknown:
@@ -163,7 +184,8 @@ class Site(Value):
         if twice:
             raise TraceError(f"{twice[0]} is selected already: {self!r}", calling_line())
         try:
-            part = resolved(self.name, self._whole, self.run.spec, {**self.part.chosen(), **selections})
+            given = {**self.part.chosen(), **selections}
+            part = resolved(self.name, self._whole, self.run.spec, given)
         except ValueError as error:
             raise TraceError(str(error), calling_line()) from error
         return Site(self.run, self.name, part, self.version)
@@ -244,7 +266,9 @@ class Site(Value):
             value: its value; None to zero.
         """
         if how not in OPERATIONS or (how == "zero") != (value is None):
-            raise TraceError(f"{how!r} at {self.name!r} with value {value!r}: an edit is one of {', '.join(OPERATIONS)}")
+            raise TraceError(
+                f"{how!r} at {self.name!r} with value {value!r}: an edit is one of {', '.join(OPERATIONS)}"
+            )
         part = selected_type(self.name, self._whole, self.run.spec, self.part, reading=False)
         if value is not None:
             _check_fit(f"{how} at {self.name!r}", value.type, part)

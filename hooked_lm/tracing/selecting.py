@@ -12,6 +12,7 @@ from hooked_lm.tracing.types import TensorType
 __all__ = ["FIELDS", "by_index", "resolved", "selected_type"]
 
 FIELDS = ("pos", "head", "feature", "batch")
+_STEP = "step"
 
 
 def by_index(index: object, axes: Sequence[str]) -> dict[str, object]:
@@ -56,24 +57,39 @@ def resolved(site: str, whole: TensorType, run: RunSpec, given: Mapping[str, obj
         ValueError: a selection along an axis that the site does not have, or out of range for some prompt.
     """
     made: dict[str, Entries] = {}
+    if not _is_all(given.get(_STEP)):
+        if run.decoding is None:
+            raise ValueError(f"step={given[_STEP]!r} at {site!r}: only a generation, t.generate(...), has steps")
+        made[_STEP] = _entries(site, _STEP, given[_STEP], run.decoding.max_new_tokens)
     for name, entries in given.items():
-        if entries is None or (isinstance(entries, slice) and entries == slice(None)):
+        if name == _STEP or _is_all(entries):
             continue
         axis = selected_axis(whole.axes, name)
         if axis is None:
             raise ValueError(f"{site!r} has axes {' '.join(whole.axes)!r}: there is no {name} to select")
         if whole.axes[axis] in POSITION_AXES:
-            made[name] = _positions(site, name, entries, run)
+            made[name] = _positions(site, name, entries, run.spans(whole.axes[axis], made.get(_STEP)))
+            if name == "pos" and run.steps(made.get(_STEP)) != [0]:
+                _check_newest(site, made[name], entries)
         else:
             made[name] = _entries(site, name, entries, whole.shape[axis])
     return Select(**made)
 
 
+def _is_all(entries: object) -> bool:
+    return entries is None or (isinstance(entries, slice) and entries == slice(None))
+
+
+def _check_newest(site: str, made: Entries, given: object) -> None:
+    if given not in (-1, [-1], (-1,)):
+        raise ValueError(
+            f"pos={given!r} at {site!r}: a step after the first reads one position, pos=-1; other positions of the "
+            "prompt are read and edited at step=0"
+        )
+
+
 def _entries(site: str, name: str, entries: object, size: int) -> Entries:
-    if isinstance(entries, slice):
-        chosen: object = range(size)[entries]
-    else:
-        chosen = entries
+    chosen = range(size)[entries] if isinstance(entries, slice) else entries
     several = entries_of(chosen)
     found = [chosen] if several is None else list(several)
     if not found or not all(is_integer(one) for one in found):
@@ -88,41 +104,27 @@ def _entries(site: str, name: str, entries: object, size: int) -> Entries:
     return counted[0] if several is None else tuple(counted)
 
 
-def _positions(site: str, name: str, entries: object, run: RunSpec) -> Entries:
+def _positions(site: str, name: str, entries: object, lengths: Sequence[int]) -> Entries:
     """Positions that hold for every prompt: those of the first, or counted from the end where the starts differ."""
     if isinstance(entries, slice):
-        by_prompt = [tuple(range(length)[entries]) for length in run.lengths]
-        from_start = set(by_prompt)
-        from_end = {
-            tuple(one - length for one in chosen) for chosen, length in zip(by_prompt, run.lengths, strict=True)
-        }
-        found = from_start if len(from_start) == 1 else from_end
+        by_prompt = [tuple(range(length)[entries]) for length in lengths]
+        from_end = {tuple(one - length for one in chosen) for chosen, length in zip(by_prompt, lengths, strict=True)}
+        found = set(by_prompt) if len(set(by_prompt)) == 1 else from_end
         if len(found) > 1:
             raise ValueError(
-                f"{name}={entries} at {site!r} selects different positions in prompts of {min(run.lengths)} to "
-                f"{max(run.lengths)} tokens: count from one end, or trace prompts of one length together"
+                f"{name}={entries} at {site!r} selects different positions in prompts of {min(lengths)} to "
+                f"{max(lengths)} tokens: count from one end, or trace prompts of one length together"
             )
         chosen = found.pop()
         if not chosen:
             raise ValueError(f"{name}={entries} at {site!r} selects no position")
         return chosen
-    made = _entries(site, name, entries, min(run.lengths)) if run.length else _signed(site, name, entries, run)
-    return made
-
-
-def _signed(site: str, name: str, entries: object, run: RunSpec) -> Entries:
-    """Positions of prompts of unequal lengths, which keep the end that they are counted from."""
+    # Positions of prompts of unequal lengths keep the end that they are counted from.
+    of_each = [_entries(site, name, entries, length) for length in sorted(set(lengths))]
+    if len(of_each) == 1:
+        return of_each[0]
     several = entries_of(entries)
-    found = [entries] if several is None else list(several)
-    if not found or not all(is_integer(one) for one in found):
-        raise ValueError(f"{name}={entries!r} at {site!r} is not an int, a slice or several ints")
-    whole = [integer(one, name) for one in found]
-    for length in run.lengths:
-        for one in whole:
-            if not -length <= one < length:
-                raise ValueError(f"{name} {one} at {site!r}: the shortest prompt has {min(run.lengths)} positions")
-        if len({one % length for one in whole}) < len(whole):
-            raise ValueError(f"{name}={entries!r} at {site!r} selects a position twice in a prompt of {length} tokens")
+    whole = [integer(one, name) for one in ([entries] if several is None else several)]
     return whole[0] if several is None else tuple(whole)
 
 
@@ -141,17 +143,23 @@ def selected_type(site: str, whole: TensorType, run: RunSpec, select: Select, *,
     """
     shape: list[int | None] = list(whole.shape)
     for name, entries in select.chosen().items():
-        axis = selected_axis(whole.axes, name)
-        assert axis is not None
-        shape[axis] = len(entries) if isinstance(entries, tuple) else None
+        if name != _STEP:
+            axis = selected_axis(whole.axes, name)
+            assert axis is not None
+            shape[axis] = len(entries) if isinstance(entries, tuple) else None
     for axis, name in enumerate(whole.axes):
         if name in POSITION_AXES and shape[axis] == 0:
             if reading:
+                spans = run.spans(name, select.step)
                 raise ValueError(
-                    f"{site!r} of prompts of {min(run.lengths)} to {max(run.lengths)} tokens: select positions "
-                    "(.at(pos=-1)), or trace prompts of one length together"
+                    f"{site!r} has from {min(spans)} to {max(spans)} entries along {name!r}, by prompt and step: "
+                    f"select some of them (.at({'feature' if name == 'key' else 'pos'}=-1)), or trace prompts of one "
+                    "length"
                 )
             shape[axis] = 1
     kept = [axis for axis, size in enumerate(shape) if size is not None]
     sizes = tuple(size for size in shape if size is not None)
-    return TensorType(tuple(whole.axes[axis] for axis in kept), sizes, whole.kind)
+    axes = tuple(whole.axes[axis] for axis in kept)
+    if run.decoding is not None and not isinstance(select.step, int):
+        axes, sizes = (_STEP, *axes), (len(run.steps(select.step)), *sizes)
+    return TensorType(axes, sizes, whole.kind)

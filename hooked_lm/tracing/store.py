@@ -9,7 +9,19 @@ import torch
 from torch import Tensor
 
 from hooked_lm.tracing.errors import TraceError
-from hooked_lm.tracing.graph import Apply, Compute, Constant, Gradient, Graph, Node, Read, Score, Weight, Write
+from hooked_lm.tracing.graph import (
+    Apply,
+    Compute,
+    Constant,
+    Generated,
+    Gradient,
+    Graph,
+    Node,
+    Read,
+    Score,
+    Weight,
+    Write,
+)
 from hooked_lm.tracing.ops import Operand, compute
 
 __all__ = ["ValueStore"]
@@ -65,21 +77,19 @@ class ValueStore:
     def begin(self) -> None:
         """Compute what needs no run."""
         for index in [index for index, missing in self._missing.items() if not missing]:
-            if not isinstance(self.graph.nodes[index], (Read, Write)):
-                self._finish(index)
+            if not isinstance(self.graph.nodes[index], (Read, Write, Generated)):
+                self.put(index, self._computed(index))
 
-    def put_read(self, index: int, value: Tensor, whole: Tensor, part: Callable[[Tensor], Tensor]) -> None:
-        """Take an activation that a run has come to, and compute what it was waited for.
+    def watch(self, index: int, whole: Tensor, part: Callable[[Tensor], Tensor]) -> None:
+        """Take the activation with respect to which gradients of a read are taken.
 
         Args:
             index: the node that reads it.
-            value: the part of the activation.
             whole: the activation of the pass.
-            part: a tensor like `whole` -> the part.
+            part: a tensor like `whole` -> the part that is read.
         """
         if index in self.watched_reads:
             self._watched[index] = (whole, part)
-        self._put(index, value)
 
     def for_write(self, index: int) -> Operand | None:
         """Return the value of a write.
@@ -97,8 +107,13 @@ class ValueStore:
 
     # Computing
 
-    def _put(self, index: int, value: Operand) -> None:
-        """Store a value, and compute every node that has all its inputs now."""
+    def put(self, index: int, value: Operand) -> None:
+        """Store a value, and compute every node that has all its inputs now.
+
+        Args:
+            index: its node.
+            value: the value: of a read, the part of the activation.
+        """
         stack = [(index, value)]
         while stack:
             at, made = stack.pop()
@@ -111,9 +126,6 @@ class ValueStore:
                     stack.append((user, self._computed(user)))
             if not self._uses[at]:
                 self._values.pop(at, None)
-
-    def _finish(self, index: int) -> None:
-        self._put(index, self._computed(index))
 
     def _computed(self, index: int) -> Operand:
         node = self.graph.nodes[index]

@@ -9,8 +9,8 @@ from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.interventions import axis_size
 from hooked_lm.names import POSITION_AXES, ActivationKey, UnknownHookError, describe_unknown, get_act_name
-from hooked_lm.tracing.graph import RunSpec
-from hooked_lm.tracing.types import TensorType
+from hooked_lm.tracing.graph import Entries, RunSpec
+from hooked_lm.tracing.types import Kind, TensorType
 
 __all__ = ["Target"]
 
@@ -75,18 +75,25 @@ class Target:
             raise UnknownHookError(describe_unknown(name, list(self.axes)))
         return name
 
-    def type_of(self, site: str, run: RunSpec) -> TensorType:
-        """Return the type of a whole activation of a run; positions have size 0 where prompts differ in length.
+    def type_of(self, site: str, run: RunSpec, step: Entries = None) -> TensorType:
+        """Return the type of a whole activation of a run; positions have size 0 where they differ in number.
 
         Args:
             site: full hook name.
             run: the run.
+            step: the steps of a generation; None for all.
         """
-        length = run.length or 0
-        known = {"batch": run.n_prompts, "1": 1, **dict.fromkeys(POSITION_AXES, length)}
-        axes = self.axes[site]
-        sizes = [known[axis] if axis in known else axis_size(self.cfg, site, axis) for axis in axes]
+        sizes: list[int | None] = []
+        for axis in self.axes[site]:
+            if axis in POSITION_AXES:
+                spans = set(run.spans(axis, step))
+                sizes.append(spans.pop() if len(spans) == 1 else 0)
+            elif axis in ("batch", "1"):
+                sizes.append(run.n_prompts if axis == "batch" else 1)
+            else:
+                sizes.append(axis_size(self.cfg, site, axis))
         if None in sizes:
-            raise ValueError(f"{site!r} has the axis {axes[sizes.index(None)]!r}, whose size the config does not tell")
-        kind = "int" if site.endswith(_INTEGER_SITES) else "float"
-        return TensorType(axes, tuple(size or 0 for size in sizes), kind)  # type: ignore[arg-type]
+            unknown = self.axes[site][sizes.index(None)]
+            raise ValueError(f"{site!r} has the axis {unknown!r}, whose size the config does not tell")
+        kind: Kind = "int" if site.endswith(_INTEGER_SITES) else "float"
+        return TensorType(self.axes[site], tuple(size or 0 for size in sizes), kind)

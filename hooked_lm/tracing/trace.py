@@ -15,11 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hooked_lm._support.integers import entries_of, integer
+from hooked_lm.generation.decoding import Sampling
 from hooked_lm.tracing.errors import TraceError, calling_line
 from hooked_lm.tracing.graph import (
     Apply,
     Compute,
     Constant,
+    Decoding,
     Gradient,
     Graph,
     Node,
@@ -99,14 +102,75 @@ class Trace:
             )
         if not all(0 <= token < cfg.d_vocab for row in spec.tokens for token in row):
             raise TraceError(f"tokens are 0 to {cfg.d_vocab - 1}", calling_line())
+        if spec.decoding is not None:
+            self._check_decoding(spec, spec.decoding)
         self.graph.runs.append(spec)
         return Run(self, len(self.graph.runs) - 1)
+
+    def _check_decoding(self, spec: RunSpec, decoding: Decoding) -> None:
+        cfg, longest = self.target.cfg, max(spec.lengths)
+        if cfg.attention_dir != "causal":
+            raise TraceError("a bidirectional model does not generate text", calling_line())
+        if decoding.max_new_tokens < 1 or longest + decoding.max_new_tokens > cfg.n_ctx + 1:
+            raise TraceError(
+                f"{decoding.max_new_tokens} new tokens after a prompt of {longest}: there is room for 1 to "
+                f"{cfg.n_ctx + 1 - longest} (n_ctx is {cfg.n_ctx})",
+                calling_line(),
+            )
+        if not all(0 <= token < cfg.d_vocab_out for token in decoding.eos_token_ids):
+            raise TraceError(f"eos_token_id is one of 0 to {cfg.d_vocab_out - 1}", calling_line())
+        if not 0 <= decoding.seed < 2**63:
+            raise TraceError(f"seed is an integer from 0 to 2**63 - 1, got {decoding.seed}", calling_line())
 
     def _read(self, input: object, prepend_bos: bool | None, attention_mask: Tensor | None) -> list[list[int]]:
         if isinstance(input, (list, tuple)) and input and isinstance(input[0], (list, tuple)):
             rows = [self.target.read(torch.tensor([list(row)]), prepend_bos, torch.ones(1, len(row))) for row in input]
             return [row for made in rows for row in made]
         return self.target.read(input, prepend_bos, attention_mask)
+
+    def generate(
+        self,
+        input: object,
+        max_new_tokens: int = 10,
+        *,
+        do_sample: bool = False,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float = 1.0,
+        freq_penalty: float = 0.0,
+        seed: int = 0,
+        eos_token_id: int | Sequence[int] | None = None,
+        use_past_kv_cache: bool = True,
+        prepend_bos: bool | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Run:
+        """Return a run that continues prompts. `gen["resid_post", 9].at(pos=-1, step=3)` is an activation at a step.
+
+        Step 0 reads the prompt, each later step the token before it. All steps are made: a prompt that has ended goes
+        on with its end-of-text token.
+
+        Args:
+            input, prepend_bos, attention_mask: as for `prompts`.
+            max_new_tokens: how many steps there are.
+            do_sample, top_k, top_p, temperature, freq_penalty: as for `model.generate`; by default the likeliest token.
+            seed: of the draws.
+            eos_token_id: tokens that end a prompt; None for no end.
+            use_past_kv_cache: read only the newest token at each step. The values are the same without.
+        """
+        self._check_open()
+        ends = () if eos_token_id is None else entries_of(eos_token_id) or (eos_token_id,)
+        try:
+            tokens = self._read(input, prepend_bos, attention_mask)
+            decoding = Decoding(
+                integer(max_new_tokens, "max_new_tokens"),
+                Sampling(do_sample, top_k, top_p, temperature, freq_penalty),
+                integer(seed, "seed"),
+                tuple(integer(one, "eos_token_id") for one in ends),
+                bool(use_past_kv_cache),
+            )
+        except (ValueError, TypeError) as error:
+            raise TraceError(str(error), calling_line()) from error
+        return self.run_of(RunSpec(tuple(tuple(row) for row in tokens), decoding))
 
     # Values
 
@@ -238,6 +302,8 @@ class Trace:
         made = []
         for one in [of] if isinstance(of, Value) else of:
             node = self.graph.nodes[one.node] if isinstance(one, Value) else None
+            if isinstance(node, Read) and self.graph.runs[node.run].decoding is not None:
+                raise TraceError("a generation has no gradients: take them in t.prompts(...)", calling_line())
             if not isinstance(node, Read) or node.type.kind != "float":
                 raise TraceError(
                     "a gradient is with respect to an activation that a run is asked for, run['resid_post', 3]; "

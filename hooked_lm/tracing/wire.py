@@ -1,7 +1,7 @@
 """Traces as bytes: a length, canonical JSON, and the constants as safetensors.
 
-The layout is `u64 length of the JSON, little-endian | JSON | safetensors`. The JSON has sorted keys, no spaces and finite
-numbers only. A reader refuses every key, version, operation and site that it does not know before it builds anything:
+The layout is `u64 length of the JSON, little-endian | JSON | safetensors`. The JSON has sorted keys, no spaces and
+finite numbers only. A reader refuses every key, version, operation and site that it does not know before anything runs:
 each node is recorded anew, by the rules that check a trace as it is written. See docs/formats.md.
 """
 
@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -27,10 +28,12 @@ from hooked_lm.tracing.graph import (
     Apply,
     Compute,
     Constant,
+    Generated,
     Gradient,
     Graph,
     Node,
     Read,
+    RunSpec,
     Score,
     Weight,
     Write,
@@ -85,12 +88,17 @@ def to_bytes(graph: Graph, target: Target) -> bytes:
         "format": _FORMAT,
         "version": _VERSION,
         "ops": _OPS,
-        "runs": [{"tokens": [list(row) for row in run.tokens]} for run in made.runs],
+        "runs": [_run(run) for run in made.runs],
         "nodes": [described(index, node) for index, node in enumerate(made.nodes)],
         "saves": made.saves,
     }
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     return len(text).to_bytes(8, "little") + text + save(dict(sorted(tensors.items())))
+
+
+def _run(run: RunSpec) -> dict[str, object]:
+    tokens = [list(row) for row in run.tokens]
+    return {"tokens": tokens} if run.decoding is None else {"tokens": tokens, "decoding": asdict(run.decoding)}
 
 
 def content_hash(graph: Graph, target: Target) -> str:
@@ -119,6 +127,8 @@ def _described(node: Node, plain: Callable[[object], object]) -> dict[str, objec
         return {"kind": "apply", "piece": node.piece, "operand": node.operand}
     if isinstance(node, Weight):
         return {"kind": "weight", "name": node.name}
+    if isinstance(node, Generated):
+        return {"kind": "generated", "run": node.run}
     assert isinstance(node, Gradient)
     return {"kind": "gradient", "scalar": node.scalar, "of": node.of}
 

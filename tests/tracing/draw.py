@@ -79,7 +79,19 @@ class _Drawing:
         return run[name].at(**{name: one for name, one in chosen.items() if one is not None})
 
     def step(self) -> None:
-        kinds = ["read", "read", "compute", "compute", "combine", "write", "write", "score", "lens", "gradient", "constant"]
+        kinds = [
+            "read",
+            "read",
+            "compute",
+            "compute",
+            "combine",
+            "write",
+            "write",
+            "score",
+            "lens",
+            "gradient",
+            "constant",
+        ]
         getattr(self, self.random.choice(kinds))()
 
     def read(self) -> None:
