@@ -12,14 +12,17 @@ from hooked_lm.generation.decoding import decode_steps
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.hooks import HookHandle
 from hooked_lm.names import layer_of
+from hooked_lm.sweep import sweep
+from hooked_lm.sweep.exactness import walking_obstacle
+from hooked_lm.tracing.cells import SweepCells, intervention_of
 from hooked_lm.tracing.graph import Decoding, Graph, Read, RunSpec, Write
 from hooked_lm.tracing.placing import RunRows
-from hooked_lm.tracing.planner import DEFAULT_MEMORY_BUDGET, PlannedPass, plan_trace
+from hooked_lm.tracing.planner import DEFAULT_MEMORY_BUDGET, PlannedPass, TracePlan, plan_trace
 from hooked_lm.tracing.site_hooks import SiteHook, StepCount, StepHook
 from hooked_lm.tracing.store import ValueStore
 from hooked_lm.tracing.target import Target
 
-__all__ = ["run_trace"]
+__all__ = ["plan_of", "run_trace"]
 
 
 def run_trace(
@@ -42,8 +45,8 @@ def run_trace(
     Raises:
         TraceError: values go around in a circle, or an operation fails.
     """
-    plan = plan_trace(graph, target, memory_budget=memory_budget, together=together)
-    executor = _Executor(model, graph, plan.live)
+    plan = plan_of(model, graph, target, memory_budget=memory_budget, together=together)
+    executor = _Executor(model, graph, plan.live, memory_budget)
     with torch.no_grad():
         executor.store.begin()
         for one in plan.passes:
@@ -51,23 +54,72 @@ def run_trace(
     return {name: executor.store.results[name] for name in graph.saves}
 
 
+def plan_of(
+    model: HookedModel,
+    graph: Graph,
+    target: Target,
+    *,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    together: bool = True,
+) -> TracePlan:
+    """Return the passes in which `run_trace` runs a trace.
+
+    Args:
+        model, graph, target, memory_budget, together: as for `run_trace`.
+
+    Raises:
+        TraceError: values go around in a circle.
+    """
+    return plan_trace(
+        graph,
+        target,
+        memory_budget=memory_budget,
+        together=together,
+        can_sweep=lambda: walking_obstacle(model, ()) is None,
+    )
+
+
 class _Executor:
     """The state of a trace while it runs."""
 
-    def __init__(self, model: HookedModel, graph: Graph, live: set[int]) -> None:
-        self.model, self.graph = model, graph
-        weights = dict(model.named_parameters())
-        self.store = ValueStore(graph, live, self._apply, lambda name: weights[name].detach(), model.embed.W_E.device)
+    def __init__(self, model: HookedModel, graph: Graph, live: set[int], memory_budget: int) -> None:
+        self.model, self.graph, self.memory_budget = model, graph, memory_budget
+        self.store = ValueStore(graph, live, self._apply, self._weight, model.embed.W_E.device)
         # A piece of the model that a value is put through is not a part of the run: the trace's hooks leave it alone.
         self.paused = False
 
     def run(self, planned: PlannedPass) -> None:
-        """Make one pass, or one generation."""
+        """Make one pass, one generation or one sweep."""
+        if planned.cells is not None:
+            self._sweep(planned.runs, planned.cells)
+            return
         spec = self.graph.runs[planned.runs[0]]
         if spec.decoding is None:
             self._read_prompts(planned)
         else:
             self._generate(planned, spec, spec.decoding)
+
+    def _sweep(self, runs: Sequence[int], cells: SweepCells) -> None:
+        """Score runs that are cells of one sweep."""
+        interventions = []
+        for run in runs:
+            nodes = [(index, self.graph.nodes[index]) for index in cells.writes[run]]
+            interventions.append(
+                [intervention_of(node, self.store.for_write(at)) for at, node in nodes if isinstance(node, Write)]
+            )
+        tokens, mask = self._padded(self.graph.runs[runs[0]].tokens)
+        scores = sweep(
+            self.model,
+            tokens,
+            interventions,
+            cells.metric,
+            attention_mask=mask,
+            per_prompt=True,
+            memory_budget=self.memory_budget,
+            verbose=False,
+        )
+        for run, score in zip(runs, scores, strict=True):
+            self.store.put(cells.scores[run], score)
 
     def _generate(self, planned: PlannedPass, spec: RunSpec, decoding: Decoding) -> None:
         tokens, mask = self._padded(spec.tokens)
@@ -154,6 +206,9 @@ class _Executor:
                 for length in rows[node.run].lengths:
                     found.update(longest - length + one % length for one in entries)
         return None if len(found) == longest else sorted(found)
+
+    def _weight(self, name: str) -> Tensor:
+        return dict(self.model.named_parameters())[name].detach()
 
     def _apply(self, piece: str, operand: Tensor) -> Tensor:
         self.paused = True

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
@@ -101,10 +102,16 @@ class RunSpec:
         """How many prompts there are."""
         return len(self.tokens)
 
-    @property
+    @cached_property
     def lengths(self) -> tuple[int, ...]:
         """How many tokens each prompt has."""
         return tuple(map(len, self.tokens))
+
+    @property
+    def length(self) -> int | None:
+        """The number of tokens of every prompt; None if they differ."""
+        lengths = set(self.lengths)
+        return lengths.pop() if len(lengths) == 1 else None
 
     def steps(self, step: Entries) -> list[int]:
         """Return the steps of a selection; without a generation there is one, 0.

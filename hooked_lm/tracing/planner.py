@@ -7,10 +7,11 @@ later than B's otherwise. Places are those of the hook points, in the order in w
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.tracing.cells import SweepCells, sweep_cells
 from hooked_lm.tracing.errors import TraceError
 from hooked_lm.tracing.graph import Generated, Gradient, Graph, Read, Write
 from hooked_lm.tracing.target import Target
@@ -32,12 +33,14 @@ class PlannedPass:
         events: full hook name -> the reads and writes there, as nodes in order.
         gradients: whether a graph is recorded.
         generated: the nodes of its new tokens, for a generation.
+        cells: the runs as cells of a sweep, which takes the place of the pass; None for a pass.
     """
 
     runs: list[int]
     events: dict[str, list[int]] = field(default_factory=dict)
     gradients: bool = False
     generated: list[int] = field(default_factory=list)
+    cells: SweepCells | None = None
 
 
 @dataclass
@@ -65,7 +68,12 @@ class _Edge:
 
 
 def plan_trace(
-    graph: Graph, target: Target, *, memory_budget: int = DEFAULT_MEMORY_BUDGET, together: bool = True
+    graph: Graph,
+    target: Target,
+    *,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    together: bool = True,
+    can_sweep: Callable[[], bool] = lambda: False,
 ) -> TracePlan:
     """Return the passes of a trace.
 
@@ -74,6 +82,7 @@ def plan_trace(
         target: what is known of the model.
         memory_budget: approximate memory, in bytes, for the activations of one pass.
         together: make several runs in one pass. False gives each a pass of its own, where values allow it.
+        can_sweep: whether runs that differ only in their edits may be scored by one sweep; asked if there are such.
 
     Raises:
         TraceError: values go around in a circle that no order of passes serves.
@@ -81,51 +90,107 @@ def plan_trace(
     live = live_nodes(graph, target)
     runs = sorted({node.run for index in live if isinstance(node := graph.nodes[index], (Read, Generated))})
     edges = _edges(graph, target, live)
-    groups = _grouped(graph, runs, edges)
     differentiated = _differentiated(graph, live, edges)
-    generations = {run for run in runs if graph.runs[run].decoding is not None}
-    passes: list[PlannedPass] = []
-    placed: dict[int, int] = {}
-    sizes: list[tuple[bool, int, int]] = []  # of each pass: attention in full, rows, length
-    limit = max(1, memory_budget // bytes_per_position(target.cfg))
-    by_target: dict[int, list[_Edge]] = defaultdict(list)
-    for edge in edges:
-        by_target[edge.target].append(edge)
-    eager_runs = {
-        node.run
-        for index in live
-        if isinstance(node := graph.nodes[index], (Read, Write)) and node.site.endswith(_EAGER_SITES)
-    }
-    for group in groups:
-        earliest = 0
-        for edge in (edge for run in group for edge in by_target[run] if edge.source not in group):
-            earliest = max(earliest, placed[edge.source] + edge.strict)
-        eager = any(run in eager_runs for run in group)
-        rows = sum(graph.runs[run].n_prompts for run in group)
-        longest = max(max(graph.runs[run].lengths) for run in group)
-        chosen = len(passes)
-        if generations.intersection(group):
-            eager, rows = True, limit  # a generation is made by itself
-        for index in range(earliest, len(passes)) if together else ():
-            its_eager, its_rows, its_length = sizes[index]
-            if its_eager == eager and (its_rows + rows) * max(its_length, longest) <= limit:
-                chosen = index
-                break
-        if chosen == len(passes):
-            passes.append(PlannedPass([]))
-            sizes.append((eager, 0, 0))
-        sizes[chosen] = (eager, sizes[chosen][1] + rows, max(sizes[chosen][2], longest))
-        passes[chosen].runs += group
-        placed.update(dict.fromkeys(group, chosen))
-    for one in passes:
+    cells = sweep_cells(graph, live, differentiated, target.places) if together else []
+    if cells and not can_sweep():
+        cells = []
+    packing = _Packing(graph, target, edges, live, memory_budget, together)
+    swept = {run: one for one in cells for run in one.scores}
+    for group in _grouped(graph, runs, edges):
+        if len(group) == 1 and group[0] in swept:
+            packing.add_cell(group[0], swept[group[0]])
+        else:
+            packing.add(group)
+    for one in packing.passes:
         one.gradients = any(run in differentiated for run in one.runs)
-    for index in sorted(live):
-        node = graph.nodes[index]
-        if isinstance(node, Generated):
-            passes[placed[node.run]].generated.append(index)
-        elif isinstance(node, (Read, Write)):
-            passes[placed[node.run]].events.setdefault(node.site, []).append(index)
-    return TracePlan(passes, live)
+    packing.add_events()
+    return TracePlan(packing.ordered(), live)
+
+
+class _Packing:
+    """Runs that are put into passes, sources first."""
+
+    def __init__(
+        self, graph: Graph, target: Target, edges: Sequence[_Edge], live: set[int], memory_budget: int, together: bool
+    ) -> None:
+        self.graph, self.live, self.together = graph, live, together
+        self.limit = max(1, memory_budget // bytes_per_position(target.cfg))
+        self.passes: list[PlannedPass] = []
+        self.level: list[int] = []  # of each pass: it comes after all passes of lower levels
+        self.sizes: list[tuple[bool, int, int]] = []  # of each pass: attention in full, rows, length
+        self.placed: dict[int, int] = {}  # run -> its pass
+        self.sources: dict[int, list[_Edge]] = defaultdict(list)
+        for edge in edges:
+            self.sources[edge.target].append(edge)
+        self.eager = {
+            node.run
+            for index in live
+            if isinstance(node := graph.nodes[index], (Read, Write)) and node.site.endswith(_EAGER_SITES)
+        }
+
+    def _earliest(self, group: Sequence[int], before: bool = False) -> tuple[int, int]:
+        """The first level, and within it the first pass, in which the values of these runs are there.
+
+        Args:
+            group: runs of one pass.
+            before: all values come from earlier passes.
+        """
+        earliest = (0, 0)
+        for edge in (edge for run in group for edge in self.sources[run] if edge.source not in group):
+            index = self.placed[edge.source]
+            there = (self.level[index] + 1, 0) if edge.strict or before else (self.level[index], index)
+            earliest = max(earliest, there)
+        return earliest
+
+    def add(self, group: list[int]) -> None:
+        """Put runs that need one pass into the first pass that takes them."""
+        specs = [self.graph.runs[run] for run in group]
+        eager, rows = any(run in self.eager for run in group), sum(spec.n_prompts for spec in specs)
+        longest = max(max(spec.lengths) for spec in specs)
+        earliest = self._earliest(group)
+        alone = not self.together or any(spec.decoding is not None for spec in specs)
+        for index, (its_eager, its_rows, its_length) in enumerate(self.sizes):
+            fits = its_eager == eager and (its_rows + rows) * max(its_length, longest) <= self.limit
+            in_time = (self.level[index], index) >= earliest
+            if not alone and fits and in_time and self.passes[index].cells is None:
+                self._place(group, index)
+                self.sizes[index] = (eager, its_rows + rows, max(its_length, longest))
+                return
+        self._open(group, earliest[0], (eager, self.limit if alone else rows, longest))
+
+    def add_cell(self, run: int, cells: SweepCells) -> None:
+        """Put a run into a sweep that it is a cell of, after the passes that its values come from."""
+        level, _ = self._earliest([run], before=True)
+        for index, one in enumerate(self.passes):
+            if one.cells is cells and self.level[index] >= level:
+                self._place([run], index)
+                return
+        self._open([run], level, (False, self.limit, 1))
+        self.passes[-1].cells = cells
+
+    def _open(self, group: list[int], level: int, size: tuple[bool, int, int]) -> None:
+        self.passes.append(PlannedPass([]))
+        self.level.append(level)
+        self.sizes.append(size)
+        self._place(group, len(self.passes) - 1)
+
+    def _place(self, group: list[int], index: int) -> None:
+        self.passes[index].runs += group
+        self.placed.update(dict.fromkeys(group, index))
+
+    def add_events(self) -> None:
+        """Give every pass the reads and writes of its runs."""
+        for index in sorted(self.live):
+            node = self.graph.nodes[index]
+            if isinstance(node, Generated):
+                self.passes[self.placed[node.run]].generated.append(index)
+            elif isinstance(node, (Read, Write)):
+                self.passes[self.placed[node.run]].events.setdefault(node.site, []).append(index)
+
+    def ordered(self) -> list[PlannedPass]:
+        """Return the passes in order."""
+        order = sorted(range(len(self.passes)), key=lambda index: (self.level[index], index))
+        return [self.passes[index] for index in order]
 
 
 def bytes_per_position(cfg: HookedTransformerConfig) -> int:

@@ -24,13 +24,13 @@ class Target:
     Attributes:
         cfg: its config.
         axes: full hook name -> the names of the activation's axes, in the order in which the hooks run.
-        weights: parameter name -> its shape.
+        weight_shape: parameter name -> its shape; None if there is none.
         read: prompts, as the model takes them -> the tokens of each.
     """
 
     cfg: HookedTransformerConfig
     axes: Mapping[str, tuple[str, ...]]
-    weights: Mapping[str, tuple[int, ...]]
+    weight_shape: Callable[[str], tuple[int, ...] | None]
     read: Callable[..., list[list[int]]]
     places: Mapping[str, int] = field(init=False)
 
@@ -53,8 +53,12 @@ class Target:
             return [row[keep.bool()].tolist() for row, keep in zip(tokens, mask, strict=True)]
 
         axes = {name: point.axes for name, point in model.hook_dict.items() if point.axes}
-        weights = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-        return cls(model.cfg, axes, weights, read)
+
+        def weight_shape(name: str) -> tuple[int, ...] | None:
+            found = dict(model.named_parameters()).get(name)
+            return None if found is None else tuple(found.shape)
+
+        return cls(model.cfg, axes, weight_shape, read)
 
     def site(self, key: ActivationKey) -> str:
         """Return the full hook name of a site.

@@ -8,6 +8,7 @@ that the run has upstream of it, wherever they stand in the block; at one site, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from hooked_lm._support.integers import entries_of, integer
 from hooked_lm.generation.decoding import Sampling
 from hooked_lm.tracing.errors import TraceError, calling_line
+from hooked_lm.tracing.estimate import TraceEstimate, estimate_plan
 from hooked_lm.tracing.graph import (
     Apply,
     Compute,
@@ -31,15 +33,18 @@ from hooked_lm.tracing.graph import (
     Weight,
 )
 from hooked_lm.tracing.ops import infer_type
+from hooked_lm.tracing.planner import TracePlan
 from hooked_lm.tracing.runs import Run
 from hooked_lm.tracing.target import Target
 from hooked_lm.tracing.types import Kind, TensorType
 from hooked_lm.tracing.values import Value, ValueLike, plain_params
+from hooked_lm.tracing.wire import content_hash, save_graph
 
 __all__ = ["Trace"]
 
 _PIECES = ("ln_final", "unembed", "logits_of", "embed")
 Executor = Callable[[Graph], dict[str, Tensor]]
+Planner = Callable[[Graph], TracePlan]
 
 
 class Trace:
@@ -48,19 +53,21 @@ class Trace:
     Args:
         target: what is known of the model.
         execute: runs the graph, and returns the saved tensors by name.
+        plan: tells in which passes.
 
     Attributes:
         target: the model's sites and sizes.
         graph: what was recorded.
         results: name -> saved tensor, once the trace has run.
+        runs_at_exit: whether the end of the `with` block runs it.
     """
 
-    def __init__(self, target: Target, execute: Executor) -> None:
+    def __init__(self, target: Target, execute: Executor, plan: Planner) -> None:
         self.target = target
         self.graph = Graph()
         self.results: dict[str, Tensor] | None = None
-        self._execute = execute
-        self._constants: dict[object, int] = {}
+        self.runs_at_exit = True
+        self._execute, self._plan = execute, plan
 
     def __enter__(self) -> Self:
         return self
@@ -68,8 +75,20 @@ class Trace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.results = self._execute(self.graph)
+        if kind is None and self.runs_at_exit:
+            self.run()
+
+    def run(self) -> dict[str, Tensor]:
+        """Run the trace and return what it saves, by name. A `with` block does this when it ends.
+
+        Raises:
+            TraceError: it has run, saves nothing, or values in it go around in a circle.
+        """
+        self._check_open()
+        if not self.graph.saves:
+            raise TraceError("this trace saves nothing, so nothing would be run: call .save() on the values you want")
+        self.results = self._execute(self.graph)
+        return self.results
 
     # Runs
 
@@ -188,9 +207,9 @@ class Trace:
         Args:
             name: as in `model.named_parameters()`, `"blocks.0.attn.W_O"`.
         """
-        if name not in self.target.weights:
+        shape = self.target.weight_shape(name)
+        if shape is None:
             raise TraceError(f"the model has no parameter {name!r}", calling_line())
-        shape = self.target.weights[name]
         return self._value(Weight(TensorType(("",) * len(shape), shape), name))
 
     def where(self, condition: ValueLike, one: ValueLike, other: ValueLike) -> Value:
@@ -414,6 +433,28 @@ class Trace:
 
     def __getitem__(self, name: str) -> Tensor:
         return self.result(name)
+
+    # The experiment as data
+
+    def estimate(self) -> TraceEstimate:
+        """Return what the trace will cost: its passes, their tokens, operations and memory. Nothing is run."""
+        return estimate_plan(self._plan(self.graph), self.graph, self.target.cfg)
+
+    @property
+    def hash(self) -> str:
+        """The SHA-256 that names the experiment. It does not depend on the order of its lines."""
+        return content_hash(self.graph, self.target)
+
+    def save(self, path: str | Path) -> None:
+        """Write the experiment to a file, which `tracing.load` reads.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            TraceError: it has a metric that is a function of this process.
+        """
+        save_graph(path, self.graph, self.target)
 
     def _check_open(self) -> None:
         if self.results is not None:

@@ -1,8 +1,7 @@
 """Traces as bytes: a length, canonical JSON, and the constants as safetensors.
 
 The layout is `u64 length of the JSON, little-endian | JSON | safetensors`. The JSON has sorted keys, no spaces and
-finite numbers only. A reader refuses every key, version, operation and site that it does not know before anything runs:
-each node is recorded anew, by the rules that check a trace as it is written. See docs/formats.md.
+finite numbers only. `tracing.reading` reads them. See docs/formats.md.
 """
 
 from __future__ import annotations
@@ -10,18 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from hooked_lm._support.files import write_whole
-from hooked_lm._support.reading import parse_json, readable
-from hooked_lm._support.versions import check_version
-from hooked_lm.names import UnknownHookError
 from hooked_lm.tracing.canonical import canonical, tensor_hash
 from hooked_lm.tracing.errors import TraceError
 from hooked_lm.tracing.graph import (
@@ -38,13 +33,12 @@ from hooked_lm.tracing.graph import (
     Weight,
     Write,
 )
-from hooked_lm.tracing.rebuilding import Rebuilding
 from hooked_lm.tracing.target import Target
 
-__all__ = ["content_hash", "from_bytes", "load_graph", "save_graph", "to_bytes"]
+__all__ = ["FORMAT", "LONGEST_JSON", "OPS_VERSION", "VERSION", "content_hash", "save_graph", "to_bytes"]
 
-_FORMAT, _VERSION, _OPS = "hooked_lm trace", 1, 1
-_LONGEST_JSON = 2**20 * 16
+FORMAT, VERSION, OPS_VERSION = "hooked_lm trace", 1, 1
+LONGEST_JSON = 2**24  # bytes
 
 
 def to_bytes(graph: Graph, target: Target) -> bytes:
@@ -85,9 +79,9 @@ def to_bytes(graph: Graph, target: Target) -> bytes:
         return _described(node, plain)
 
     document = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "ops": _OPS,
+        "format": FORMAT,
+        "version": VERSION,
+        "ops": OPS_VERSION,
         "runs": [_run(run) for run in made.runs],
         "nodes": [described(index, node) for index, node in enumerate(made.nodes)],
         "saves": made.saves,
@@ -133,57 +127,6 @@ def _described(node: Node, plain: Callable[[object], object]) -> dict[str, objec
     return {"kind": "gradient", "scalar": node.scalar, "of": node.of}
 
 
-def from_bytes(content: bytes, target: Target) -> Graph:
-    """Return a trace from its bytes, checked against a model.
-
-    Args:
-        content: as `to_bytes` makes them.
-        target: what is known of the model.
-
-    Raises:
-        TraceError: anything else, or a trace that does not fit the model.
-    """
-    if len(content) < 8:
-        raise TraceError(f"a trace begins with the length of its JSON, 8 bytes; there are {len(content)}")
-    length = int.from_bytes(content[:8], "little")
-    if length > min(_LONGEST_JSON, len(content) - 8):
-        raise TraceError(f"a trace of {len(content)} bytes says that {length} of them are JSON")
-    try:
-        text = content[8 : 8 + length].decode()
-        document = parse_json(text, "the trace", TraceError, finite=True)
-        tensors = load(content[8 + length :])
-    except UnicodeDecodeError as error:
-        raise TraceError(f"the trace is not text in UTF-8: {error}") from error
-    except (SafetensorError, ValueError, KeyError, OverflowError, RuntimeError, TypeError) as error:
-        raise error if isinstance(error, TraceError) else TraceError(f"the trace's tensors: {error}") from error
-    for name, tensor in tensors.items():
-        if tensor_hash(tensor) != name:
-            raise TraceError(f"the tensor {name[:12]!r} is not the one that the trace was made with")
-    return _graph(document, tensors, target)
-
-
-def _graph(document: object, tensors: Mapping[str, Tensor], target: Target) -> Graph:
-    keys = {"format", "version", "ops", "runs", "nodes", "saves"}
-    if not isinstance(document, dict) or set(document) != keys or document["format"] != _FORMAT:
-        raise TraceError(f"this is not a {_FORMAT}: it has the keys {', '.join(sorted(keys))}")
-    try:
-        check_version("the trace", document["version"], _VERSION)
-        check_version("the trace's table of operations", document["ops"], _OPS)
-    except ValueError as error:
-        raise TraceError(str(error)) from error
-    if not all(isinstance(document[name], kind) for name, kind in (("runs", list), ("nodes", list), ("saves", dict))):
-        raise TraceError("the runs and nodes of a trace are lists, its saves an object")
-    rebuilding = Rebuilding(target, tensors)
-    for run in document["runs"]:
-        rebuilding.add_run(run)
-    for index, node in enumerate(document["nodes"]):
-        try:
-            rebuilding.add_node(node)
-        except (ValueError, UnknownHookError) as error:
-            raise TraceError(f"node {index} of the trace: {error}") from error
-    return rebuilding.finished(document["saves"])
-
-
 def save_graph(path: str | Path, graph: Graph, target: Target) -> None:
     """Write a trace to a file.
 
@@ -194,18 +137,3 @@ def save_graph(path: str | Path, graph: Graph, target: Target) -> None:
     """
     content = to_bytes(graph, target)
     write_whole(Path(path), lambda unfinished: Path(unfinished).write_bytes(content))
-
-
-def load_graph(path: str | Path, target: Target) -> Graph:
-    """Return the trace of a file.
-
-    Args:
-        path: of the file.
-        target: what is known of the model.
-
-    Raises:
-        TraceError: there is no such file, or no trace in it that fits the model.
-    """
-    with readable(path, TraceError):
-        content = Path(path).read_bytes()
-    return from_bytes(content, target)

@@ -1,4 +1,8 @@
-"""Rebuilding: record a trace anew from plain data that somebody else may have made, checking every part of it."""
+"""Read traces from bytes that somebody else may have made.
+
+A reader refuses every key, version, operation and site that it does not know before anything runs: each node is recorded
+anew, by the rules that check a trace as it is written.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +10,97 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import fields as fields_of
-from typing import TypeGuard
+from pathlib import Path
+from typing import NoReturn, TypeGuard
 
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
 from hooked_lm._support.plain_data import PlainData
+from hooked_lm._support.reading import parse_json, readable
+from hooked_lm._support.versions import check_version
 from hooked_lm.generation.decoding import Sampling
 from hooked_lm.metrics import get_metric
+from hooked_lm.names import UnknownHookError
+from hooked_lm.tracing.canonical import tensor_hash
 from hooked_lm.tracing.errors import TraceError
 from hooked_lm.tracing.graph import Decoding, Graph, Read, RunSpec, Select
 from hooked_lm.tracing.runs import Run, Site
 from hooked_lm.tracing.target import Target
 from hooked_lm.tracing.trace import Trace
 from hooked_lm.tracing.values import Value
+from hooked_lm.tracing.wire import FORMAT, LONGEST_JSON, OPS_VERSION, VERSION
 
-__all__ = ["Rebuilding"]
+__all__ = ["from_bytes", "load_graph"]
 
 _WORDS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+
+
+def from_bytes(content: bytes, target: Target) -> Graph:
+    """Return a trace from its bytes, checked against a model.
+
+    Args:
+        content: as `to_bytes` makes them.
+        target: what is known of the model.
+
+    Raises:
+        TraceError: anything else, or a trace that does not fit the model.
+    """
+    if len(content) < 8:
+        raise TraceError(f"a trace begins with the length of its JSON, 8 bytes; there are {len(content)}")
+    length = int.from_bytes(content[:8], "little")
+    if length > min(LONGEST_JSON, len(content) - 8):
+        raise TraceError(f"a trace of {len(content)} bytes says that {length} of them are JSON")
+    try:
+        text = content[8 : 8 + length].decode()
+        document = parse_json(text, "the trace", TraceError, finite=True)
+        tensors = load(content[8 + length :])
+    except UnicodeDecodeError as error:
+        raise TraceError(f"the trace is not text in UTF-8: {error}") from error
+    except (SafetensorError, ValueError, KeyError, OverflowError, RuntimeError, TypeError) as error:
+        raise error if isinstance(error, TraceError) else TraceError(f"the trace's tensors: {error}") from error
+    for name, tensor in tensors.items():
+        if tensor_hash(tensor) != name:
+            raise TraceError(f"the tensor {name[:12]!r} is not the one that the trace was made with")
+    return _graph(document, tensors, target)
+
+
+def _graph(document: object, tensors: Mapping[str, Tensor], target: Target) -> Graph:
+    keys = {"format", "version", "ops", "runs", "nodes", "saves"}
+    if not isinstance(document, dict) or set(document) != keys or document["format"] != FORMAT:
+        raise TraceError(f"this is not a {FORMAT}: it has the keys {', '.join(sorted(keys))}")
+    try:
+        check_version("the trace", document["version"], VERSION)
+        check_version("the trace's table of operations", document["ops"], OPS_VERSION)
+    except ValueError as error:
+        raise TraceError(str(error)) from error
+    if not all(isinstance(document[name], kind) for name, kind in (("runs", list), ("nodes", list), ("saves", dict))):
+        raise TraceError("the runs and nodes of a trace are lists, its saves an object")
+    rebuilding = Rebuilding(target, tensors)
+    for run in document["runs"]:
+        rebuilding.add_run(run)
+    for index, node in enumerate(document["nodes"]):
+        try:
+            rebuilding.add_node(node)
+        except (ValueError, UnknownHookError) as error:
+            raise TraceError(f"node {index} of the trace: {error}") from error
+    return rebuilding.finished(document["saves"])
+
+
+def load_graph(path: str | Path, target: Target) -> Graph:
+    """Return the trace of a file.
+
+    Args:
+        path: of the file.
+        target: what is known of the model.
+
+    Raises:
+        TraceError: there is no such file, or no trace in it that fits the model.
+    """
+    with readable(path, TraceError):
+        content = Path(path).read_bytes()
+    return from_bytes(content, target)
 
 
 class Rebuilding:
@@ -34,7 +112,7 @@ class Rebuilding:
     """
 
     def __init__(self, target: Target, tensors: Mapping[str, Tensor]) -> None:
-        self.trace, self.tensors = Trace(target, _never), tensors
+        self.trace, self.tensors = Trace(target, _never, _never), tensors
         self.runs: list[Run] = []
         self.values: list[Value | None] = []  # None for a write
         self.used: set[str] = set()
@@ -241,5 +319,5 @@ def _is_index(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _never(graph: Graph) -> dict[str, Tensor]:
+def _never(graph: Graph) -> NoReturn:
     raise TraceError("a trace that is read is run by its model")
