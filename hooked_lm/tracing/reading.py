@@ -1,7 +1,7 @@
 """Read traces from bytes that somebody else may have made.
 
-A reader refuses every key, version, operation and site that it does not know before anything runs: each node is recorded
-anew, by the rules that check a trace as it is written.
+A reader refuses every key, version, operation and site that it does not know before anything runs: each node is
+recorded anew, by the rules that check a trace as it is written.
 """
 
 from __future__ import annotations
