@@ -31,7 +31,7 @@ from hooked_lm.tracing.graph import (
     Select,
     Write,
 )
-from hooked_lm.tracing.planner import first_moment, last_moment, live_nodes
+from hooked_lm.tracing.planner import first_moment, last_moment, live_nodes, sequence
 from hooked_lm.tracing.target import Target
 
 __all__ = ["canonical", "tensor_hash"]
@@ -75,9 +75,15 @@ def canonical(graph: Graph, target: Target) -> Graph:
 
 
 def _needs(graph: Graph, target: Target, index: int, live: set[int]) -> set[int]:
-    """The nodes that come before a node: its inputs, and the edits upstream of what it reads."""
+    """The nodes that come before a node: its inputs, the edits upstream of what it reads, and the order at a site."""
     node = graph.nodes[index]
     needs = set(node.inputs)
+    if isinstance(node, Write):
+        for other in live:
+            earlier = graph.nodes[other]
+            same = isinstance(earlier, (Read, Write)) and (earlier.run, earlier.site) == (node.run, node.site)
+            if same and sequence(earlier) < sequence(node):
+                needs.add(other)
     if isinstance(node, (Read, Generated)):
         reached = last_moment(graph, target, node)
         for other, write in graph.writes(node.run):

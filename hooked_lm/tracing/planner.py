@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.tracing.cells import SweepCells, sweep_cells
 from hooked_lm.tracing.errors import TraceError
-from hooked_lm.tracing.graph import Generated, Gradient, Graph, Read, Write
+from hooked_lm.tracing.graph import Generated, Gradient, Graph, Node, Read, Write
 from hooked_lm.tracing.target import Target
 
 __all__ = ["DEFAULT_MEMORY_BUDGET", "PlannedPass", "TracePlan", "plan_trace"]
@@ -30,7 +30,7 @@ class PlannedPass:
 
     Attributes:
         runs: the runs that it makes, whose prompts are its rows.
-        events: full hook name -> the reads and writes there, as nodes in order.
+        events: full hook name -> the reads and writes there, as nodes, for each run in order.
         gradients: whether a graph is recorded.
         generated: the nodes of its new tokens, for a generation.
         cells: the runs as cells of a sweep, which takes the place of the pass; None for a pass.
@@ -186,6 +186,9 @@ class _Packing:
                 self.passes[self.placed[node.run]].generated.append(index)
             elif isinstance(node, (Read, Write)):
                 self.passes[self.placed[node.run]].events.setdefault(node.site, []).append(index)
+        for planned in self.passes:
+            for events in planned.events.values():
+                events.sort(key=lambda index: (sequence(self.graph.nodes[index]), index))
 
     def ordered(self) -> list[PlannedPass]:
         """Return the passes in order."""
@@ -257,6 +260,15 @@ def last_moment(graph: Graph, target: Target, node: Read | Generated) -> Moment:
     if isinstance(node, Generated):
         return max(graph.runs[node.run].steps(None)), len(target.places), 0
     return max(graph.runs[node.run].steps(node.select.step)), target.places[node.site], node.version
+
+
+def sequence(node: Node) -> int:
+    """Return a number that orders the reads and writes at one site of one run: each read before the writes behind it.
+
+    Args:
+        node: a read or a write.
+    """
+    return 2 * node.version if isinstance(node, Read) else 2 * node.ordinal + 1 if isinstance(node, Write) else 0
 
 
 def _edges(graph: Graph, target: Target, live: set[int]) -> list[_Edge]:

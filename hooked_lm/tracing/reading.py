@@ -7,7 +7,6 @@ recorded anew, by the rules that check a trace as it is written.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import fields as fields_of
 from pathlib import Path
@@ -116,8 +115,6 @@ class Rebuilding:
         self.runs: list[Run] = []
         self.values: list[Value | None] = []  # None for a write
         self.used: set[str] = set()
-        self.ordinals: dict[tuple[int, str], list[int]] = defaultdict(list)
-        self.versions: dict[tuple[int, str], int] = defaultdict(int)
 
     def add_run(self, entry: object) -> None:
         """Add a run.
@@ -176,12 +173,6 @@ class Rebuilding:
         Raises:
             TraceError: a save, a version or an edit's number that does not fit, or a tensor that nothing uses.
         """
-        for place, ordinals in self.ordinals.items():
-            if sorted(ordinals) != list(range(len(ordinals))):
-                raise TraceError(f"the edits at {place[1]!r} of run {place[0]} are not numbered from 0 on")
-        for place, version in self.versions.items():
-            if version > len(self.ordinals.get(place, ())):
-                raise TraceError(f"a read at {place[1]!r} of run {place[0]} comes after edits that are not there")
         for name, index in saves.items():
             self.trace.save_node(self._value(index).node, name)
         unused = set(self.tensors) - self.used
@@ -192,24 +183,13 @@ class Rebuilding:
     # Nodes
 
     def _read(self, fields: PlainData) -> Value:
-        version = fields["version"]
-        if not _is_index(version):
-            raise TraceError(f"a read's version counts from 0, got {version!r}")
-        site = self._site(fields, version)
-        place = (site.run.index, site.name)
-        self.versions[place] = max(self.versions[place], version)
+        site = self._site(fields, "version")
         _ = site.node  # records the read
         return site
 
     def _write(self, fields: PlainData) -> None:
-        ordinal, value = fields["ordinal"], fields["value"]
-        if not _is_index(ordinal):
-            raise TraceError(f"edits are numbered from 0 on, got {ordinal!r}")
-        site = self._site(fields, 0)
-        self.ordinals[(site.run.index, site.name)].append(ordinal)
-        node = site.write_as(ordinal, fields["how"], None if value is None else self._value(value))
-        if node != len(self.values):
-            raise TraceError("a trace has every node once")
+        value = fields["value"]
+        self._site(fields, "ordinal").write(fields["how"], None if value is None else self._value(value))
 
     def _generated(self, fields: PlainData) -> Value:
         return self._run(fields["run"]).generated
@@ -219,14 +199,16 @@ class Rebuilding:
             raise TraceError(f"there is no run {index!r}")
         return self.runs[index]
 
-    def _site(self, fields: PlainData, version: int) -> Site:
+    def _site(self, fields: PlainData, numbered: str) -> Site:
         run, name, select = self._run(fields["run"]), fields["site"], fields["select"]
         if not isinstance(name, str) or name not in self.trace.target.axes:
             raise TraceError(f"the model has no site {name!r}")
         if not isinstance(select, dict) or not set(select) <= set(Select.__dataclass_fields__):
             raise TraceError(f"a selection has the fields {', '.join(Select.__dataclass_fields__)}, got {select!r}")
-        part = Site(run, name, Select(), version).at(**select).part
-        return Site(run, name, part, version)
+        if not _is_index(fields[numbered]) or fields[numbered] != run.n_writes.get(name, 0):
+            before = run.n_writes.get(name, 0)
+            raise TraceError(f"{numbered} {fields[numbered]!r} at {name!r}: the nodes before have {before} edits there")
+        return Site(run, name, Select(), fields[numbered]).at(**select)
 
     def _op(self, fields: PlainData) -> Value:
         operands, params = fields["operands"], fields["params"]

@@ -252,28 +252,20 @@ class Site(Value):
             how: `"replace"`, `"add"`, `"scale"` or `"zero"`.
             value: as for `replace`; None to zero.
         """
-        ordinal = self.run.n_writes.get(self.name, 0)
-        self.write_as(ordinal, how, None if value is None else self.trace.as_value(value))
-        self.run.n_writes[self.name] = ordinal + 1
-        return Site(self.run, self.name, self.part, ordinal + 1, was_written=True)
-
-    def write_as(self, ordinal: int, how: Operation, value: Value | None) -> int:
-        """Record an edit of this part of the activation; return its node.
-
-        Args:
-            ordinal: how many writes at this site come before it.
-            how: `"replace"`, `"add"`, `"scale"` or `"zero"`.
-            value: its value; None to zero.
-        """
         if how not in OPERATIONS or (how == "zero") != (value is None):
             raise TraceError(
-                f"{how!r} at {self.name!r} with value {value!r}: an edit is one of {', '.join(OPERATIONS)}"
+                f"{how!r} at {self.name!r} with value {value!r}: an edit is one of {', '.join(OPERATIONS)}",
+                calling_line(),
             )
+        given = None if value is None else self.trace.as_value(value)
         part = selected_type(self.name, self._whole, self.run.spec, self.part, reading=False)
-        if value is not None:
-            _check_fit(f"{how} at {self.name!r}", value.type, part)
-        node = None if value is None else value.node
-        return self.trace.record(Write(part, self.run.index, self.name, self.part, ordinal, how, node))
+        if given is not None:
+            _check_fit(f"{how} at {self.name!r}", given.type, part)
+        ordinal = self.run.n_writes.get(self.name, 0)
+        node = None if given is None else given.node
+        self.trace.record(Write(part, self.run.index, self.name, self.part, ordinal, how, node))
+        self.run.n_writes[self.name] = ordinal + 1
+        return Site(self.run, self.name, self.part, ordinal + 1, was_written=True)
 
     def __iadd__(self, value: ValueLike) -> Site:
         return self.write("add", value)

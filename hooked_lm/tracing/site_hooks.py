@@ -66,7 +66,10 @@ class SiteHook:
         kept = current_pass().kept
         columns = None if kept is None or not point.name.startswith("unembed.") else kept.positions
         seen: dict[tuple[int, int], Tensor] = {}
-        for index in self.events:
+        waiting = list(self.events)
+        while waiting:
+            index = self._next(waiting)
+            waiting.remove(index)
             node = self.executor.graph.nodes[index]
             assert isinstance(node, (Read, Write))
             part = Part(self.rows[node.run], point.axes, node.select, columns)
@@ -83,6 +86,22 @@ class SiteHook:
                 self.store.put(index, part.read(seen[key]))
         self.has_run = True
         return x
+
+    def _next(self, waiting: Sequence[int]) -> int:
+        """The first event whose value is there, of those that are the next ones of their runs."""
+        runs: set[int] = set()
+        for index in waiting:
+            node = self.executor.graph.nodes[index]
+            assert isinstance(node, (Read, Write))
+            if node.run in runs:
+                continue
+            runs.add(node.run)
+            if isinstance(node, Read) or node.value is None or index in self.written or self.store.has(node.value):
+                return index
+        first = self.executor.graph.nodes[waiting[0]]
+        assert isinstance(first, Write)
+        line = self.executor.graph.lines.get(waiting[0])
+        raise TraceError(f"the edits at {first.site!r} of several runs wait for each other's values", line)
 
     def _written(self, x: Tensor, index: int, node: Write, part: Part) -> Tensor:
         if index not in self.written:

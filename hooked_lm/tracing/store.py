@@ -91,6 +91,14 @@ class ValueStore:
         if index in self.watched_reads:
             self._watched[index] = (whole, part)
 
+    def has(self, index: int) -> bool:
+        """Return whether a value is there.
+
+        Args:
+            index: its node.
+        """
+        return index in self._values
+
     def for_write(self, index: int) -> Operand | None:
         """Return the value of a write.
 
@@ -163,6 +171,7 @@ class ValueStore:
         if index not in self._gradients:
             scalar = self._tensor(node.scalar)
             asked = [one for one in self._of_scalar[node.scalar] if self._of_read(one) in self._watched]
+            self._of_scalar[node.scalar] = [one for one in self._of_scalar[node.scalar] if one not in asked]
             whole = [self._watched[self._of_read(one)][0] for one in asked]
             self._open_gradients -= len(asked)
             found: tuple[Tensor | None, ...] = (None,) * len(asked)

@@ -96,7 +96,9 @@ class _Drawing:
 
     def read(self) -> None:
         part = self.part()
-        part.node  # noqa: B018 - reads now, before the writes that follow
+        part.type  # noqa: B018 - refused here if the prompts' positions differ in number
+        if self.random.random() < 0.5:
+            part.node  # noqa: B018 - recorded now, or when it is used; it is the value as of now either way
         self.pool.append(part)
 
     def constant(self) -> None:

@@ -16,26 +16,26 @@ from tests.helpers import tiny_model
 A = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 B = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64).abs() + 0.1
 M = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-I = torch.tensor([[0, 3, 1], [2, 2, 0]])
+INDEX = torch.tensor([[0, 3, 1], [2, 2, 0]])
 CPU = torch.device("cpu")
 
 Case = tuple[str, list[Any], dict[str, Any], Callable[[], Tensor]]
 CASES: list[Case] = [
     ("add", [A, B], {}, lambda: A + B),
-    ("add", [I, 2], {}, lambda: I + 2),
+    ("add", [INDEX, 2], {}, lambda: INDEX + 2),
     ("sub", [B, A], {}, lambda: B - A),
     ("mul", [A, 0.3], {}, lambda: A * 0.3),
     ("div", [A, B], {}, lambda: A / B),
-    ("div", [I, 2], {}, lambda: I / 2),
+    ("div", [INDEX, 2], {}, lambda: INDEX / 2),
     ("pow", [B, 1.5], {}, lambda: B**1.5),
     ("maximum", [A, 0.25], {}, lambda: A.clamp(min=0.25)),
     ("minimum", [A, B], {}, lambda: torch.where(A < B, A, B)),
-    ("eq", [I, 2], {}, lambda: I == 2),
-    ("ne", [I, 2], {}, lambda: I != 2),
+    ("eq", [INDEX, 2], {}, lambda: INDEX == 2),
+    ("ne", [INDEX, 2], {}, lambda: INDEX != 2),
     ("lt", [A, B], {}, lambda: A < B),
     ("le", [A, 0.5], {}, lambda: A <= 0.5),
     ("gt", [A, B], {}, lambda: A > B),
-    ("ge", [I, 2], {}, lambda: I >= 2),
+    ("ge", [INDEX, 2], {}, lambda: INDEX >= 2),
     ("where", [A > 0, A, 0.5], {}, lambda: torch.where(A > 0, A, 0.5)),
     ("neg", [A], {}, lambda: -A),
     ("abs", [A], {}, lambda: A.abs()),
@@ -53,7 +53,7 @@ CASES: list[Case] = [
     ("var", [A], {"axis": 2, "keep": False}, lambda: (A - A.mean(2, keepdim=True)).square().mean(2)),
     ("norm", [A], {"axis": [1, 2], "keep": False}, lambda: A.square().sum((1, 2)).sqrt()),
     ("amax", [A], {"axis": 0, "keep": False}, lambda: A.max(0).values),
-    ("amax", [I], {"axis": None, "keep": False}, lambda: I.max()),
+    ("amax", [INDEX], {"axis": None, "keep": False}, lambda: INDEX.max()),
     ("logsumexp", [A], {"axis": 2, "keep": False}, lambda: A.exp().sum(2).log()),
     ("argmax", [A], {"axis": 2}, lambda: A.max(2).indices),
     ("cumsum", [A], {"axis": 1}, lambda: torch.stack([A[:, 0], A[:, :2].sum(1), A.sum(1)], 1)),
@@ -68,11 +68,11 @@ CASES: list[Case] = [
     ("select", [A], {"axis": 2, "entries": [3, 0]}, lambda: A[:, :, [3, 0]]),
     (
         "gather",
-        [A, I],
+        [A, INDEX],
         {"axis": 2},
-        lambda: torch.stack([A[i, j, I[i, j]] for i in range(2) for j in range(3)]).reshape(2, 3),
+        lambda: torch.stack([A[i, j, INDEX[i, j]] for i in range(2) for j in range(3)]).reshape(2, 3),
     ),
-    ("gather", [A, I[..., None]], {"axis": 2}, lambda: A.gather(2, I[..., None])),
+    ("gather", [A, INDEX[..., None]], {"axis": 2}, lambda: A.gather(2, INDEX[..., None])),
     ("cat", [A, A], {"axis": 1}, lambda: torch.cat((A, A), 1)),
     ("stack", [B, B], {"axis": 1}, lambda: torch.stack((B, B), 1)),
     ("split", [A], {"axis": 2, "sizes": [2, 2]}, lambda: A.reshape(2, 3, 2, 2)),
@@ -119,7 +119,7 @@ REFUSED: list[tuple[str, list[Any], dict[str, Any], str]] = [
     ("eval", [A], {}, "no operation 'eval'"),
     ("sum", [A], {"axis": 3, "keep": False}, "no axis 3"),
     ("sum", [A], {"axis": 0}, "takes the parameters"),
-    ("mean", [I], {"axis": 0, "keep": False}, "int values"),
+    ("mean", [INDEX], {"axis": 0, "keep": False}, "int values"),
     ("where", [A, A, A], {}, "truth values"),
     ("topk_values", [A], {"k": 9, "axis": 2}, "k is 1 to 4"),
     ("matmul", [A, B], {}, "matmul takes"),
@@ -181,6 +181,6 @@ def test_operators_of_values_take_tensors_and_numbers_on_either_side() -> None:
 
 @pytest.mark.parametrize("use", [bool, float, int, len, list, lambda x: torch.ones(2)[x], lambda x: 1 if x else 0])
 def test_what_needs_numbers_raises_and_says_what_to_do(use: Callable[[Any], Any]) -> None:
+    value = tiny_model().trace(run=False).constant(torch.tensor([1.0, 2.0]))
     with pytest.raises((TraceError, TypeError), match=r"before the trace has run|interpreted as an ind|index"):
-        trace = tiny_model().trace(run=False)
-        use(trace.constant(torch.tensor([1.0, 2.0])))
+        use(value)

@@ -32,7 +32,8 @@ def recorded(which: int, seed: int) -> Graph:
     try:
         plan_trace(trace.graph, target)
     except TraceError as error:
-        assert "which comes later" in str(error) or "no order of passes" in str(error)
+        if "which comes later" not in str(error) and "no order of passes" not in str(error):
+            raise
         assume(False)
     return trace.graph
 
@@ -43,8 +44,7 @@ def outcome(which: int, graph: Graph, **options: bool) -> dict[str, Tensor]:
         return run_trace(model, graph, Target.of(model), **options)  # type: ignore[arg-type]
     except TraceError as error:
         # The one thing that a run refuses: see test_gradients.
-        assert "single heads' inputs" in str(error)
-        assume(False)
+        assume("single heads' inputs" not in str(error))
         raise
 
 

@@ -75,6 +75,17 @@ def test_at_one_site_lines_keep_their_order() -> None:
         torch.testing.assert_close(value.value, wanted, rtol=0, atol=1e-12)
 
 
+def test_a_read_is_as_of_its_line_even_if_it_is_used_later() -> None:
+    with MODEL.trace() as t:
+        run = t.prompts(PROMPTS[:1])
+        before = run["resid_post", 1].at(pos=-1)
+        run["resid_post", 1].at(pos=-1).scale(2.0)
+        doubled = (before * 2).save()
+        after = run["resid_post", 1].at(pos=-1).save()
+    assert torch.equal(doubled.value, after.value)
+    torch.testing.assert_close(after.value, stream(PROMPTS[0])[-1:] * 2, rtol=0, atol=1e-12)
+
+
 def test_positions_are_the_prompts_own_whatever_it_is_batched_with() -> None:
     with MODEL.trace() as t:
         run = t.prompts(PROMPTS)
@@ -342,9 +353,8 @@ def test_a_trace_runs_once_and_an_error_in_its_block_runs_nothing() -> None:
         with pytest.raises(TraceError, match="has run"):
             use()
     trace = MODEL.trace()
-    with pytest.raises(RuntimeError, match="mine"), trace:
-        kept = trace.prompts(PROMPTS[:1]).logits.save()
-        raise RuntimeError("mine")
+    kept = trace.prompts(PROMPTS[:1]).logits.save()
+    trace.__exit__(RuntimeError, RuntimeError("an error in the block"), None)
     with pytest.raises(TraceError, match="has not run"):
         _ = kept.value
     with pytest.raises(TraceError, match="saves nothing"):
