@@ -1,5 +1,6 @@
 """Interventions as data: the object, its files, and the model's methods that run it (`running`)."""
 
+from hooked_lm.interventions.axis_sizes import axis_size
 from hooked_lm.interventions.files import load_interventions, save_interventions
 from hooked_lm.interventions.intervention import (
     OPERATIONS,
@@ -8,7 +9,6 @@ from hooked_lm.interventions.intervention import (
     Recorded,
     Selection,
     Selections,
-    axis_size,
     draw_prompts,
 )
 

@@ -186,7 +186,7 @@ def test_a_tensor_that_was_changed_is_refused() -> None:
 
 def test_a_trace_that_does_not_fit_another_model_is_refused() -> None:
     smaller = tiny_model(n_layers=1).trace(run=False).target
-    with pytest.raises(TraceError, match="no site|no parameter"):
+    with pytest.raises(TraceError, match=r"no site|no parameter"):
         from_bytes(GOOD, smaller)
 
 
