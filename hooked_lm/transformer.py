@@ -31,6 +31,7 @@ from hooked_lm.kv_cache import HookedTransformerKeyValueCache
 from hooked_lm.losses import lm_cross_entropy_loss
 from hooked_lm.tokenization import Prompts, Tokenizer
 from hooked_lm.tokenization.inputs import InputReading
+from hooked_lm.tracing.methods import Tracing
 from hooked_lm.weights.initialization import initialize_weights
 from hooked_lm.weights.saving import WeightSaving
 from hooked_lm.weights.views import WeightViews
@@ -42,7 +43,7 @@ ModelInput = Prompts
 Output = Tensor | tuple[Tensor, Tensor] | None
 
 
-class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration, Caching):
+class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration, Caching, Tracing):
     """A transformer with a named hook point at every activation.
 
     Args:

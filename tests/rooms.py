@@ -15,7 +15,9 @@ ORDER = (
         "weight_conversion",
         "weights",
         "generation",
+        "sweep",
+        "tracing",
     ),
-    *("transformer", "certificate", "sweep", "patching", "circuits", "utils", "head_detector"),
+    *("transformer", "certificate", "patching", "circuits", "utils", "head_detector"),
     *("training", "tasks", "evals", "experiments", "plotting", "demo", "__init__", "cli", "compat"),
 )
