@@ -32,7 +32,7 @@ _NORM = re.compile(r"(^|\.)norm(\d?)\.")
 _ALL_TURNED, _POSITIONS_TURNED = 6, 8
 # The published models that are not of the first, by the last part of their hub ids, which is that of a download's path.
 _LATER = tuple(
-    hub_id.rpartition("/")[2] for hub_id in PUBLISHED_ALIASES if "_C4_Code" in hub_id or "_Finetune" in hub_id
+    {hub_id.rpartition("/")[2] for hub_id in PUBLISHED_ALIASES.values() if hub_id.endswith(("_C4_Code", "_Finetune"))}
 )
 _EMBEDDINGS = ("embed.W_E", "tok_emb.weight")
 # minGPT, in which Othello-GPT was trained: each linear map is stored [out in].
