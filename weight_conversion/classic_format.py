@@ -138,7 +138,7 @@ def _positions_turned(
     if not _ALL_TURNED < cfg.n_layers <= _POSITIONS_TURNED:
         return False
     if "architecture" in content:
-        return content["architecture"] == _EARLY
+        return bool(content["architecture"] == _EARLY)
     # A download's path holds the published name.
     if has_early_names or any(part.endswith("_old") for part in folder.parts):
         return True
