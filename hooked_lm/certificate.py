@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -165,6 +165,7 @@ def verify(
     seed: int = 0,
     float64: bool = True,
     reference: nn.Module | None = None,
+    ignore_config_fields: Collection[str] = (),
 ) -> Certificate:
     """Load a checkpoint here and in `transformers`, run both on random tokens, and compare every site.
 
@@ -183,6 +184,8 @@ def verify(
         float64: compare in float64 too.
         reference: the model to compare with, for a checkpoint that transformers cannot load without code that comes
             with it: a language model in float32 with the modules of a Llama of transformers, and the same weights.
+        ignore_config_fields: as for `from_pretrained`. The reference reads these fields all the same, so the
+            certificate passes only if they do not matter.
 
     Raises:
         CheckpointError: the checkpoint cannot be loaded, or has the format that only this library reads.
@@ -198,7 +201,9 @@ def verify(
     shape = (0, 0)
     for precision in ("float32", "float64") if float64 else ("float32",):
         dtype = getattr(torch, precision)
-        ours = HookedTransformer.from_pretrained_no_processing(place, dtype=dtype)
+        ours = HookedTransformer.from_pretrained_no_processing(
+            place, dtype=dtype, ignore_config_fields=ignore_config_fields
+        )
         tokens = _random_tokens(ours, batch, positions, seed)
         shape = (tokens.shape[0], tokens.shape[1])
         loaded, sites = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion.fields import Arguments, ConfigFields, FieldValue
@@ -54,6 +54,7 @@ class Family:
         sites: the modules of the transformers model that a certificate compares.
         defaults: the fields that a config.json may leave out, for a family whose configs transformers has no class for.
             They are then read as they are in the file, and no code that comes with a checkpoint runs. Otherwise None.
+        renamed: fields of such configs by the names that a later version of transformers gives them -> the published.
         prepend_bos: whether prompts start with BOS by default; None if as the checkpoint's tokenizer does it.
     """
 
@@ -67,4 +68,5 @@ class Family:
     beside: tuple[str, ...] = ()
     sites: Sites = Sites()
     defaults: Mapping[str, FieldValue] | None = None
+    renamed: Mapping[str, str] = field(default_factory=dict)
     prepend_bos: bool | None = None

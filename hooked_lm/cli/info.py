@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hooked_lm._support.plain_data import PlainData
-from hooked_lm.cli.inputs import ModelName, Revision, one_line_errors
+from hooked_lm.cli.inputs import IgnoredFields, ModelName, Revision, one_line_errors
 from hooked_lm.cli.outputs import JsonPath, check_outputs, give_out
 
 if TYPE_CHECKING:
@@ -31,14 +31,22 @@ Kernels = Annotated[
 ]
 
 
-def info(model: ModelName, kernels: Kernels = False, json_path: JsonPath = None, revision: Revision = None) -> None:
+def info(
+    model: ModelName,
+    kernels: Kernels = False,
+    json_path: JsonPath = None,
+    revision: Revision = None,
+    ignored: IgnoredFields = None,
+) -> None:
     """Say what a model is: its architecture, its size, its tokenizer, its hook points."""
     with one_line_errors():
         check_outputs(json_path)
         from hooked_lm.transformer import HookedTransformer
 
         # Without processing: the weights as they were trained, and those that are not needed are not read.
-        loaded = HookedTransformer.from_pretrained_no_processing(model, revision=revision)
+        loaded = HookedTransformer.from_pretrained_no_processing(
+            model, revision=revision, ignore_config_fields=ignored or ()
+        )
         data = describe(loaded)
         if kernels:
             from hooked_lm.components.kernels import describe_kernels

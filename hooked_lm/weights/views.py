@@ -72,8 +72,9 @@ class WeightViews(nn.Module):
     def W_E(self) -> Float[Tensor, "vocab d_model"]:
         """Token embeddings, [vocab d_model], as `hook_embed` looks them up.
 
-        The parameter is `embed.W_E`. Where the model multiplies it by an `embedding_scale` (Gemma) this is a copy with
-        the scale, to be read only.
+        The parameter is `embed.W_E`. Where the model multiplies it by an `embedding_scale` (Gemma, BioGPT) this is a
+        copy with the scale, to be read only. Where a norm follows (`post_embedding_ln`: Bloom, nanochat), `hook_embed`
+        is `embed.ln` of these rows.
         """
         W_E, scale = self.embed.W_E, self.cfg.embedding_scale
         return W_E if scale == 1.0 else W_E * W_E.new_tensor(scale)
