@@ -74,7 +74,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         if tokenizer is not None:
             self.set_tokenizer(tokenizer)
 
-        self.hook_tokens = HookPoint("batch pos", differentiable=False)
+        self.hook_tokens = HookPoint("batch pos", differentiable=False, flag="use_hook_tokens")
         self.embed = Embed(cfg)
         self.hook_embed = HookPoint("batch pos d_model")
         if cfg.positional_embedding_type in ("standard", "shortformer"):
@@ -380,22 +380,22 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         """Move the model to Apple's GPU."""
         return self.to("mps")
 
-    # Flags of the classic library. Every hook point exists whatever their values.
+    # Flags that say what a cache without `names_filter` records. Every hook point exists whatever their values.
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
-        """Set `cfg.use_attn_result`."""
+        """Set `cfg.use_attn_result`: whether a cache without `names_filter` records `hook_result`."""
         self.cfg.use_attn_result = use_attn_result
 
     def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
-        """Set `cfg.use_split_qkv_input`."""
+        """Set `cfg.use_split_qkv_input`: whether a cache without `names_filter` records each head's inputs."""
         self.cfg.use_split_qkv_input = use_split_qkv_input
 
     def set_use_attn_in(self, use_attn_in: bool) -> None:
-        """Set `cfg.use_attn_in`."""
+        """Set `cfg.use_attn_in`: whether a cache without `names_filter` records `hook_attn_in`."""
         self.cfg.use_attn_in = use_attn_in
 
     def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
-        """Set `cfg.use_hook_mlp_in`."""
+        """Set `cfg.use_hook_mlp_in`: whether a cache without `names_filter` records `hook_mlp_in`."""
         self.cfg.use_hook_mlp_in = use_hook_mlp_in
 
     def set_ungroup_grouped_query_attention(self, ungroup_grouped_query_attention: bool) -> None:

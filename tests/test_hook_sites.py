@@ -396,7 +396,7 @@ def test_the_gradient_at_any_site_is_the_finite_difference(name: str) -> None:
 
         by_hook: list[Tensor] = []
         with model.hooks(bwd_hooks=[(site, lambda grad, hook, kept=by_hook: kept.append(grad))]):
-            logits, cache = model.run_with_cache(TOKENS, names_filter=site)
+            logits, cache = model.run_with_cache(TOKENS, names_filter=site, keep_graph=True)
         (by_autograd,) = torch.autograd.grad((logits * readout).sum(), cache[site])
         for gradient in (by_autograd, *by_hook):
             analytical = float((gradient * delta).sum())
@@ -410,7 +410,7 @@ def test_a_replaced_gradient_flows_on_from_any_site(name: str) -> None:
     for site in float_sites(model):
         if site.startswith(("unembed", "ln_final")) or ".1." in site:
             continue
-        logits, cache = model.run_with_cache(TOKENS, names_filter=site)
+        logits, cache = model.run_with_cache(TOKENS, names_filter=site, keep_graph=True)
         reached = [model.W_E, cache[site]]
         _, at_site = torch.autograd.grad((logits**2).sum(), reached, retain_graph=True)
         (through,) = torch.autograd.grad(cache[site], model.W_E, at_site, allow_unused=True)
@@ -481,13 +481,14 @@ def test_a_site_that_is_only_recorded_changes_no_output(name: str) -> None:
         with torch.set_grad_enabled(grad):
             clean = model(TOKENS)
             for site, tensor in sites_of(model).items():
-                recorded, cache = model.run_with_cache(TOKENS, names_filter=site)
-                assert tuple(cache[site].shape) == tensor
-                on_demand = model.hook_dict[site].on_demand
-                if needs_another_path(site) or (grad and on_demand):
-                    torch.testing.assert_close(recorded, clean, rtol=0, atol=1e-12, msg=site)
-                else:
-                    assert torch.equal(recorded, clean), site
+                for keep_graph in (False, True) if grad else (False,):
+                    recorded, cache = model.run_with_cache(TOKENS, names_filter=site, keep_graph=keep_graph)
+                    assert tuple(cache[site].shape) == tensor
+                    on_demand = model.hook_dict[site].on_demand
+                    if needs_another_path(site) or (keep_graph and on_demand):
+                        torch.testing.assert_close(recorded, clean, rtol=0, atol=1e-12, msg=site)
+                    else:
+                        assert torch.equal(recorded, clean), site
 
 
 def test_recording_scores_where_a_soft_cap_needs_them_anyway_changes_not_a_bit() -> None:

@@ -69,7 +69,7 @@ class Attention(HookHolder):
         if self.has_gate:
             self.hook_gate = HookPoint("batch pos head d_head")
         self.hook_z = HookPoint("batch pos head d_head")
-        self.hook_result = HookPoint("batch pos head d_model", on_demand=True)
+        self.hook_result = HookPoint("batch pos head d_model", on_demand=True, flag="use_attn_result")
 
     def make_projections(self, cfg: HookedTransformerConfig) -> None:
         """Make the weights and biases of queries, keys, values and output."""

@@ -36,10 +36,10 @@ class TransformerBlock(HookHolder):
         self.n_heads, self.n_kv_heads = cfg.n_heads, cfg.n_kv_heads
         self.reads_latents = cfg.d_latent_kv is not None
         self.hook_resid_pre = HookPoint("batch pos d_model")
-        self.hook_attn_in = HookPoint("batch pos head d_model", on_demand=True)
-        self.hook_q_input = HookPoint("batch pos head d_model", on_demand=True)
-        self.hook_k_input = HookPoint("batch pos kv_head d_model", on_demand=True)
-        self.hook_v_input = HookPoint("batch pos kv_head d_model", on_demand=True)
+        self.hook_attn_in = HookPoint("batch pos head d_model", on_demand=True, flag="use_attn_in")
+        self.hook_q_input = HookPoint("batch pos head d_model", on_demand=True, flag="use_split_qkv_input")
+        self.hook_k_input = HookPoint("batch pos kv_head d_model", on_demand=True, flag="use_split_qkv_input")
+        self.hook_v_input = HookPoint("batch pos kv_head d_model", on_demand=True, flag="use_split_qkv_input")
         self.norms_stream = cfg.norm_placement == "residual"
         self.ln1 = make_block_norm(cfg) if layer_id > 0 or cfg.first_norm else NoNorm()
         self.attn = make_attention(cfg, layer_id)
@@ -48,7 +48,7 @@ class TransformerBlock(HookHolder):
         if not cfg.attn_only:
             if not cfg.parallel_attn_mlp:
                 self.hook_resid_mid = HookPoint("batch pos d_model")
-            self.hook_mlp_in = HookPoint("batch pos d_model")
+            self.hook_mlp_in = HookPoint("batch pos d_model", flag="use_hook_mlp_in")
             self.ln2 = make_block_norm(cfg, folds=not cfg.writes_normalized(layer_id))
             self.mlp = MoE(cfg) if cfg.has_experts(layer_id) else GatedMLP(cfg) if cfg.gated_mlp else MLP(cfg)
             self.ln2_post = make_block_norm(cfg, writing=True)

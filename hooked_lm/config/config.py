@@ -131,8 +131,8 @@ class HookedTransformerConfig(Lockable):
         default_prepend_bos, default_padding_side, tokenizer_name, tokenizer_prepends_bos: about text.
         model_name, original_architecture, from_checkpoint, checkpoint_index, checkpoint_label_type, checkpoint_value:
             where the weights come from.
-        use_attn_result, use_split_qkv_input, use_attn_in, use_hook_mlp_in, use_hook_tokens: accepted, without effect:
-            every hook point always exists.
+        use_attn_result, use_split_qkv_input, use_attn_in, use_hook_mlp_in, use_hook_tokens: whether a cache without
+            `names_filter` records these activations. Their hook points exist in any case.
         ungroup_grouped_query_attention: accepted, without effect: keys and values are hooked per key-value head.
 
     Raises:
