@@ -14,6 +14,7 @@ ORDER = (
         "activation_cache",
         "weight_conversion",
         "weights",
+        "weight_processing",
         "generation",
     ),
     *("transformer", "certificate", "sweep", "patching", "circuits", "utils", "head_detector"),
