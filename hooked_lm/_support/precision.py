@@ -5,9 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["at_least_single"]
+__all__ = ["at_least_single", "autocasts"]
 
 
 def at_least_single(values: Tensor) -> Tensor:
     """Return the values in float32 if they are in half precision, and as they are otherwise."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def autocasts(x: Tensor) -> bool:
+    """Return whether torch computes in mixed precision now, on the device of a tensor.
+
+    Args:
+        x: the tensor.
+    """
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
