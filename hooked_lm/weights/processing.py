@@ -16,6 +16,7 @@ import torch
 from einops import einsum
 from torch import Tensor
 
+from hooked_lm._support.precision import at_least_single
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.factored_matrix import FactoredMatrix
 
@@ -271,13 +272,14 @@ def _refactor_(cfg: HookedTransformerConfig, weights: Weights) -> HookedTransfor
 
         def augmented(which: str, prefix: str = prefix) -> Tensor:
             W, b = weights[f"{prefix}attn.W_{which}"], weights[f"{prefix}attn.b_{which}"]
-            return torch.cat((W, b[:, None]), dim=1)  # [head d_model+1 d_head]
+            return at_least_single(torch.cat((W, b[:, None]), dim=1))  # [head d_model+1 d_head]
 
         even = FactoredMatrix(augmented("Q"), augmented("K").mT).make_even()
         for which, factor in (("Q", even.A), ("K", even.B.mT)):
             weights[f"{prefix}attn.W_{which}"].copy_(factor[:, :-1])
             weights[f"{prefix}attn.b_{which}"].copy_(factor[:, -1])
-        U, S, V = FactoredMatrix(weights[f"{prefix}attn.W_V"], weights[f"{prefix}attn.W_O"]).svd()
+        values, output = (at_least_single(weights[f"{prefix}attn.W_{which}"]) for which in ("V", "O"))
+        U, S, V = FactoredMatrix(values, output).svd()
         weights[f"{prefix}attn.W_V"].copy_(U * S[:, None])
         weights[f"{prefix}attn.W_O"].copy_(V.mT)
     return cfg
