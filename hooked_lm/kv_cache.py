@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_lm._support.precision import autocasts
 from hooked_lm._support.torch_internals import transforms_active, values_readable
 from hooked_lm.config import HookedTransformerConfig
 
@@ -47,12 +48,18 @@ class HookedTransformerKeyValueCacheEntry:
     ) -> tuple[Tensor, Tensor]:
         """Store new keys and values; return all of them, [batch all_pos kv_head d_head] and d_value.
 
+        Under autocast an empty cache takes the dtype that comes, and any other casts to its own.
+
         Args:
             keys, values: of the new positions, [batch pos kv_head d_head] and [batch pos kv_head d_value].
 
         Raises:
             ValueError: another batch size, dtype or device than the cache has.
         """
+        if (keys.dtype, values.dtype) != (self._keys.dtype, self._values.dtype) and autocasts(keys):
+            if self._length == 0:
+                self._keys, self._values = self._keys.to(keys.dtype), self._values.to(values.dtype)
+            keys, values = keys.to(self._keys.dtype), values.to(self._values.dtype)
         past = self._keys
         if (keys.shape[0], keys.dtype, keys.device) != (past.shape[0], past.dtype, past.device):
             raise ValueError(

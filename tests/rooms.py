@@ -14,6 +14,7 @@ ORDER = (
         "activation_cache",
         "weight_conversion",
         "weights",
+        "weight_processing",
         "generation",
         "sweep",
         "tracing",

@@ -7,9 +7,11 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
 from hooked_lm._support.inference import as_differentiable
+from hooked_lm._support.precision import autocasts
 from hooked_lm.hooks.thread import Token, here
 
 if TYPE_CHECKING:
@@ -80,17 +82,22 @@ class HookHandle:
             return False
         return (self.thread is None or self.thread is here.identity) and self.scope is here.scope
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Call the hook with `x`; return the tensor with which the run continues."""
+    def __call__(self, x: Tensor, mixed: bool = False) -> Tensor:
+        """Call the hook with `x`; return the tensor with which the run continues.
+
+        Args:
+            x: the activation, or its gradient.
+            mixed: the run is in mixed precision, besides one under autocast now: a float of another dtype is cast.
+        """
         self.fired = True
         returned = self.hook(x, hook=self.point) if self.by_keyword else self.hook(x, self.point)
         if returned is None or returned is x or self.reads_only:
             return x
         if self.dir == "bwd" and isinstance(returned, tuple) and len(returned) == 1:
             returned = returned[0]
-        return as_differentiable(self._checked(returned, x))
+        return as_differentiable(self._checked(returned, x, mixed))
 
-    def _checked(self, returned: object, x: Tensor) -> Tensor:
+    def _checked(self, returned: object, x: Tensor, mixed: bool) -> Tensor:
         where = f"the {'backward ' if self.dir == 'bwd' else ''}hook at {self.point.name!r}"
         if not isinstance(returned, Tensor):
             raise TypeError(f"{where} returned {type(returned).__name__}: return a tensor, or None to change nothing")
@@ -102,6 +109,9 @@ class HookHandle:
             raise ValueError(
                 f"{where} returned shape {tuple(returned.shape)}, but the activation has shape {tuple(x.shape)}"
             )
+        if returned.dtype != x.dtype and (mixed or autocasts(x)):
+            # A product before the hook is in low precision, and what the hook adds to it in float32.
+            returned = _cast(returned, x.dtype)
         for what in ("dtype", "device"):
             if getattr(returned, what) != getattr(x, what):
                 raise ValueError(
@@ -125,6 +135,10 @@ class HookHandle:
 
     def _line(self) -> list[HookHandle]:
         return self.point.fwd_hooks if self.dir == "fwd" else self.point.bwd_hooks
+
+
+def _cast(returned: Tensor, dtype: torch.dtype) -> Tensor:
+    return returned.to(dtype) if returned.is_floating_point() and dtype.is_floating_point else returned
 
 
 def _takes_hook_keyword(function: HookFunction, name: str) -> bool:

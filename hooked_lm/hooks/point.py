@@ -5,7 +5,8 @@ Hooks get tensors under one contract:
 * a hook that only reads gets the activation itself, and a tensor that it keeps never changes afterwards;
 * hooks that may edit share one tensor, a copy that is private to this point and this run, and the run continues with
   it. So the gradient of the next hook flows through the tensor that an earlier hook kept;
-* a returned tensor replaces the activation. It must have its shape (the batch axis apart), dtype and device.
+* a returned tensor replaces the activation. It must have its shape (the batch axis apart), dtype and device; under
+  autocast a float of another dtype is cast to the activation's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hooked_lm._support.precision import autocasts
 from hooked_lm._support.torch_internals import has_any_module_hooks, in_backward
 from hooked_lm.hooks.handle import Direction, HookFunction, HookHandle, changing_hooks
 from hooked_lm.hooks.thread import here
@@ -88,8 +90,11 @@ class HookPoint(nn.Module):
             x = x.view_as(x)
             # The present handles: backward runs them even if their `with` block has ended by then.
             switch = here.gradient_switch
+            mixed = autocasts(x)  # of this run: backward itself is not under autocast
             x.register_hook(
-                lambda grad: grad if switch and not switch.on else _through(handles, grad, check_acts=False)
+                lambda grad: (
+                    grad if switch and not switch.on else _through(handles, grad, check_acts=False, mixed=mixed)
+                )
             )
         elif any(not handle.reads_only for handle in handles):
             raise RuntimeError(
@@ -281,7 +286,7 @@ class HookPoint(nn.Module):
         return super().register_full_backward_pre_hook(hook, prepend)
 
 
-def _through(handles: Sequence[HookHandle], x: Tensor, check_acts: bool = True) -> Tensor:
+def _through(handles: Sequence[HookHandle], x: Tensor, check_acts: bool = True, mixed: bool = False) -> Tensor:
     """Return an activation, or a gradient, after hooks."""
     private = False  # whether x is the copy that editing hooks share
     shared = False  # whether an editing hook may hold x, and write to it later
@@ -294,12 +299,12 @@ def _through(handles: Sequence[HookHandle], x: Tensor, check_acts: bool = True) 
         if handle.reads_only:
             # A gradient may have to flow through what is kept; then it is the tensor itself, also if it is shared.
             if shared and not (handle.keep_graph and x.requires_grad):
-                handle(x.clone())
+                handle(x.clone(), mixed)
             else:
-                handle(x)
+                handle(x, mixed)
                 private = False
             continue
-        returned = handle(x)
+        returned = handle(x, mixed)
         # A returned tensor may be referenced elsewhere.
         private, shared = private and returned is x, True
         x = returned
