@@ -12,13 +12,19 @@ from hooked_lm._support.precision import autocasts
 from hooked_lm._support.torch_internals import transforms_active, values_readable
 from hooked_lm.config import HookedTransformerConfig
 
-__all__ = ["HookedTransformerKeyValueCache", "HookedTransformerKeyValueCacheEntry"]
+__all__ = [
+    "HookedTransformerKeyValueCache",
+    "HookedTransformerKeyValueCacheEntry",
+    "TransformerLensKeyValueCache",
+    "TransformerLensKeyValueCacheEntry",
+]
 
 
 class HookedTransformerKeyValueCacheEntry:
     """Keys and values of one layer, in a buffer that doubles when it is full.
 
-    Keys are stored after the rotary rotation.
+    Keys are stored after the rotary rotation, and for each query head where `ungroup_grouped_query_attention` is set; a
+    cache can be in use while it is set and unset.
 
     Attributes:
         past_keys, past_values: [batch pos kv_head d_head] and [batch pos kv_head d_value], views of the stored
@@ -32,6 +38,24 @@ class HookedTransformerKeyValueCacheEntry:
         self._keys, self._values = keys, values
         self._length = keys.shape[1] if length is None else length
         self.frozen = False
+
+    @classmethod
+    def init_cache_entry(
+        cls, cfg: HookedTransformerConfig, device: torch.device | str | None, batch_size: int = 1, capacity: int = 0
+    ) -> HookedTransformerKeyValueCacheEntry:
+        """Return an empty entry for one layer of a model, with room for `capacity` positions.
+
+        Args:
+            cfg: the model's config.
+            device: where the model is.
+            batch_size: how many prompts.
+            capacity: positions to make room for; the entry grows beyond.
+        """
+
+        def empty(width: int) -> Tensor:
+            return torch.empty(batch_size, capacity, cfg.n_hooked_kv_heads, width, dtype=cfg.dtype, device=device)
+
+        return cls(empty(cfg.d_head), empty(cfg.value_width), 0)
 
     @property
     def past_keys(self) -> Float[Tensor, "batch pos kv_head d_head"]:
@@ -60,6 +84,8 @@ class HookedTransformerKeyValueCacheEntry:
             if self._length == 0:
                 self._keys, self._values = self._keys.to(keys.dtype), self._values.to(values.dtype)
             keys, values = keys.to(self._keys.dtype), values.to(self._values.dtype)
+        self._match_heads(keys.shape[2])
+        keys, values = (_per_head(one, self._keys.shape[2]) for one in (keys, values))
         past = self._keys
         if (keys.shape[0], keys.dtype, keys.device) != (past.shape[0], past.dtype, past.device):
             raise ValueError(
@@ -85,6 +111,11 @@ class HookedTransformerKeyValueCacheEntry:
         self._length = end
         return self.past_keys, self.past_values
 
+    def _match_heads(self, n_heads: int) -> None:
+        """Hold an entry for each of so many heads, where more come than are stored: keys that are no longer grouped."""
+        if n_heads > self._keys.shape[2]:
+            self._keys, self._values = _per_head(self._keys, n_heads), _per_head(self._values, n_heads)
+
     def rewind(self, length: int) -> None:
         """Forget every position from `length` on.
 
@@ -106,6 +137,11 @@ class HookedTransformerKeyValueCacheEntry:
             return longer
 
         self._keys, self._values = grown(self._keys), grown(self._values)
+
+
+def _per_head(x: Tensor, n_heads: int) -> Tensor:
+    """Return keys or values with an entry for each of so many heads, each head's repeated for those that share it."""
+    return x if x.shape[2] == n_heads else x.repeat_interleave(n_heads // x.shape[2], dim=2)
 
 
 class HookedTransformerKeyValueCache:
@@ -150,12 +186,8 @@ class HookedTransformerKeyValueCache:
             batch_size: how many prompts.
             capacity: positions to make room for; the cache grows beyond.
         """
-
-        def empty(width: int) -> Tensor:
-            return torch.empty(batch_size, capacity, cfg.n_kv_heads, width, dtype=cfg.dtype, device=device)
-
         entries = [
-            HookedTransformerKeyValueCacheEntry(empty(cfg.d_head), empty(cfg.value_width), 0)
+            HookedTransformerKeyValueCacheEntry.init_cache_entry(cfg, device, batch_size, capacity)
             for _ in range(cfg.n_layers)
         ]
         return cls(entries, torch.empty(batch_size, 0, dtype=torch.long, device=device))
@@ -217,3 +249,8 @@ class HookedTransformerKeyValueCache:
 
     def __iter__(self) -> Iterator[HookedTransformerKeyValueCacheEntry]:
         return iter(self.entries)
+
+
+# The names that version 3 of the classic library gave them.
+TransformerLensKeyValueCache = HookedTransformerKeyValueCache
+TransformerLensKeyValueCacheEntry = HookedTransformerKeyValueCacheEntry

@@ -17,11 +17,12 @@ from hooked_lm import tokenization
 from hooked_lm._support.integers import integer
 from hooked_lm._support.plain_data import PlainData
 from hooked_lm.activation_cache.recording import Caching
-from hooked_lm.components import Embed, PosEmbed, SequenceLayout, Unembed
+from hooked_lm.components import Embed, PosEmbed, SequenceLayout, TransformerBlock, Unembed
+from hooked_lm.components.by_hand import call_own
 from hooked_lm.components.embed import unembedding_is_live
 from hooked_lm.components.norm import NoNorm, make_norm
 from hooked_lm.components.sequence import Prompt, kept_index, kept_positions
-from hooked_lm.components.shortcut import make_block
+from hooked_lm.components.shortcut import ShortcutBlock, make_block
 from hooked_lm.components.stock import register_stock
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.config.defaults import defaults
@@ -143,6 +144,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         stop_at_layer: int | None = None,
         past_kv_cache: HookedTransformerKeyValueCache | None = None,
         logits_to_keep: int | slice | Tensor | None = None,
+        shortformer_pos_embed: Tensor | None = None,
     ) -> Output:
         """Return the model's logits, its loss, or the residual stream before a layer.
 
@@ -162,6 +164,8 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
                 only, `n_layers` is all blocks without the final norm, negative counts from the end.
             past_kv_cache: keys and values of earlier positions; extended by this call.
             logits_to_keep: compute logits for the last so many positions, or for a slice or index of positions.
+            shortformer_pos_embed: with `start_at_layer`, positions [batch pos d_model] to add to the inputs of queries
+                and keys in place of the model's own, of which a shortformer model needs none given.
 
         Raises:
             TypeError: an input of another type.
@@ -176,6 +180,8 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
             prompt = self._prompt(
                 input, prepend_bos, padding_side, attention_mask, past_kv_cache, start_at_layer, tokens
             )
+            if shortformer_pos_embed is not None:
+                prompt = prompt.with_positions(shortformer_pos_embed)
             with in_pass(new_pass(prompt.layout.n_past, prompt.layout.real_queries)):
                 return self._pass(
                     prompt, start, stop, past_kv_cache, stop_at_layer, logits_to_keep, return_type, loss_per_token
@@ -196,7 +202,10 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         prompt, residual, shortformer_pos = self._entered(prompt)
         for layer, block in enumerate(islice(self.blocks, start, stop), start):
             past = None if past_kv_cache is None else past_kv_cache[layer]
-            residual = block(residual, prompt.layout, past, shortformer_pos)
+            if type(block) in (TransformerBlock, ShortcutBlock):
+                residual = block(residual, prompt.layout, past, shortformer_pos)
+            else:
+                residual = call_own(block, (residual,), prompt.layout, past, shortformer_pos)
         if stop_at_layer is not None:
             return residual
         normalized = self.ln_final(residual)
@@ -285,7 +294,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         """Return the prompt, with its tokens after hooks; the residual at the first block; shortformer positions."""
         layout = prompt.layout
         if prompt.residual is not None:
-            return prompt, prompt.residual, self._shortformer_pos(layout, prompt.residual.shape[0])
+            return prompt, prompt.residual, self._shortformer_pos(prompt, prompt.residual[:, :, 0])
         tokens = prompt.tokens
         assert tokens is not None
         if is_live(self.hook_tokens):
@@ -293,17 +302,19 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
             tokens = self._check_tokens(self.hook_tokens(tokens.clone()))
             prompt = replace(prompt, tokens=tokens)
         residual = self.hook_embed(self.embed(tokens))
-        shortformer_pos = self._shortformer_pos(layout, tokens.shape[0])
+        shortformer_pos = self._shortformer_pos(prompt, tokens)
         if self.cfg.positional_embedding_type == "standard":
-            residual = residual + self._positions(layout, tokens.shape[0])
+            residual = residual + self._positions(layout, tokens)
         return prompt, residual, shortformer_pos
 
-    def _shortformer_pos(self, layout: SequenceLayout, batch: int) -> Tensor | None:
+    def _shortformer_pos(self, prompt: Prompt, like: Tensor) -> Tensor | None:
         shortformer = self.cfg.positional_embedding_type == "shortformer"
-        return self._positions(layout, batch) if shortformer else None
+        if shortformer and prompt.shortformer_pos is None:
+            return self._positions(prompt.layout, like)
+        return prompt.shortformer_pos
 
-    def _positions(self, layout: SequenceLayout, batch: int) -> Tensor:
-        positions = self.pos_embed(layout, batch)
+    def _positions(self, layout: SequenceLayout, like: Tensor) -> Tensor:
+        positions = self.pos_embed(like, layout.n_past, layout.valid)
         # Hooks get a copy: the positions are a view of `W_pos`, which training writes to.
         return self.hook_pos_embed(positions.clone()) if is_live(self.hook_pos_embed) else positions
 
@@ -376,6 +387,11 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
             self.cfg.set_unlocked(dtype=self.W_U.dtype, device=str(self.W_U.device))
         return self
 
+    def init_weights(self) -> None:
+        """Draw the weights anew by `cfg.init_mode`, with `cfg.seed` the same ones; biases become zero, gains one."""
+        initialize_weights(self, self.cfg)
+        self.processed = ()
+
     def mps(self) -> HookedTransformer:
         """Move the model to Apple's GPU."""
         return self.to("mps")
@@ -399,11 +415,8 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         self.cfg.use_hook_mlp_in = use_hook_mlp_in
 
     def set_ungroup_grouped_query_attention(self, ungroup_grouped_query_attention: bool) -> None:
-        """Accepted for compatibility, without effect: keys and values have hook points per key-value head.
-
-        Args:
-            ungroup_grouped_query_attention: ignored.
-        """
+        """Set `cfg.ungroup_grouped_query_attention`: keys and values have an entry for each query head, or not."""
+        self.cfg.ungroup_grouped_query_attention = ungroup_grouped_query_attention
 
     @property
     def n_params_total(self) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.config import RENAMED, HookedTransformerConfig
 from weight_conversion.classic_state import from_classic
 from weight_conversion.errors import CheckpointError
 from weight_conversion.fields import Arguments, FieldValue
@@ -75,7 +75,7 @@ def read_classic_folder(
 
 
 def _arguments(folder: Path, content: Mapping[str, FieldValue]) -> Arguments:
-    known = {field.name for field in dataclasses.fields(HookedTransformerConfig)}
+    known = {field.name for field in dataclasses.fields(HookedTransformerConfig)} | RENAMED.keys()
     arguments = {name: value for name, value in content.items() if name in known - _OF_TRAINING}
     if "normalization" in content:
         arguments["normalization_type"] = content["normalization"]

@@ -15,6 +15,7 @@ from hooked_lm.components.activations import ACTIVATION_FUNCTIONS, soft_cap
 from hooked_lm.components.linear import linear
 from hooked_lm.components.norm import NoNorm, Norm, make_norm, make_writing_norm
 from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.config.classic import ConfigDict
 from hooked_lm.hooks import HookHolder, HookPoint, any_live
 
 __all__ = ["Embed", "Unembed", "UnembedTransform", "unembedding_is_live"]
@@ -25,10 +26,11 @@ _UNTIE_FIRST = "may give W_U beside tied embeddings if they are untied before: c
 class Embed(nn.Module):
     """Token embedding, `W_E` [d_vocab d_model] times `embedding_scale`, with a norm after it if `post_embedding_ln`."""
 
-    def __init__(self, cfg: HookedTransformerConfig) -> None:
+    def __init__(self, cfg: HookedTransformerConfig | ConfigDict) -> None:
         super().__init__()
+        self.cfg = cfg = _with_vocabulary(cfg)
         self.scale = cfg.embedding_scale
-        self.W_E = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
+        self.W_E = nn.Parameter(torch.zeros(cfg.d_vocab, cfg.d_model))
         self.ln = make_writing_norm(cfg) if cfg.post_embedding_ln else NoNorm()
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
@@ -73,13 +75,14 @@ class Unembed(HookHolder):
         tied_to: the embedding whose transpose is `W_U`.
     """
 
-    def __init__(self, cfg: HookedTransformerConfig, tied_to: Embed | None = None) -> None:
+    def __init__(self, cfg: HookedTransformerConfig | ConfigDict, tied_to: Embed | None = None) -> None:
         super().__init__()
-        self.cfg, self.scale = cfg, cfg.logit_scale
+        self.cfg = cfg = _with_vocabulary(cfg)
+        self.scale = cfg.logit_scale
         # In a tuple, so that the embedding is not registered as a submodule.
         self._tied_to = None if tied_to is None else (tied_to,)
         if tied_to is None:
-            self.W_U = nn.Parameter(torch.empty(cfg.d_model, cfg.d_vocab_out))
+            self.W_U = nn.Parameter(torch.zeros(cfg.d_model, cfg.d_vocab_out))
         self.b_U = nn.Parameter(torch.zeros(cfg.d_vocab_out))
         self.transform = None if cfg.unembed_act_fn is None else UnembedTransform(cfg)
         self.hook_in = HookPoint("batch pos d_model")
@@ -208,3 +211,13 @@ def unembedding_is_live(unembed: nn.Module) -> bool:
     """
     inner = (UnembedTransform, Norm, NoNorm)
     return any_live(one for one in unembed.modules() if one is not unembed and not isinstance(one, inner))
+
+
+def _with_vocabulary(cfg: HookedTransformerConfig | ConfigDict) -> HookedTransformerConfig:
+    """Return a component's config, checked: embedding and unembedding need the number of tokens."""
+    cfg = HookedTransformerConfig.unwrap(cfg)
+    if cfg.d_vocab == -1:
+        raise ValueError(
+            "d_vocab is missing from the config: the embedding and the unembedding have a row for each token"
+        )
+    return cfg

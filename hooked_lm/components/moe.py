@@ -14,6 +14,7 @@ from hooked_lm.components.linear import linear
 from hooked_lm.components.mlp import GatedMLP
 from hooked_lm.components.routing import among_best_groups, expert_weights, rescaled
 from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.config.classic import ConfigDict
 from hooked_lm.hooks import HookHolder, HookPoint
 
 __all__ = ["MoE"]
@@ -37,29 +38,30 @@ class MoE(HookHolder):
         The shared expert is an MLP, `shared`; its gate is W_shared_gate [d_model 1], b_shared_gate [1].
     """
 
-    def __init__(self, cfg: HookedTransformerConfig) -> None:
+    def __init__(self, cfg: HookedTransformerConfig | ConfigDict) -> None:
         super().__init__()
+        self.cfg = cfg = HookedTransformerConfig.unwrap(cfg)
         if cfg.num_experts is None or cfg.experts_per_token is None:
             raise ValueError("a mixture of experts needs num_experts and experts_per_token")
         self.n_experts, self.chosen, d_mlp = cfg.num_experts, cfg.experts_per_token, cfg.expert_width
-        self.cfg, experts = cfg, cfg.weighted_experts
+        self.d_mlp, experts = d_mlp, cfg.weighted_experts
         self.gated, self.limit = cfg.gated_mlp, cfg.gated_limit
-        self.W_router = nn.Parameter(torch.empty(cfg.d_model, self.n_experts))
+        self.W_router = nn.Parameter(torch.zeros(cfg.d_model, self.n_experts))
         self.b_router = nn.Parameter(torch.zeros(self.n_experts))
         # Training sets it without gradients: it acts on the choice alone.
         correction = nn.Parameter(torch.zeros(self.n_experts), requires_grad=False)
         self.b_correction = correction if cfg.router_correction else None
-        self.W_in = nn.Parameter(torch.empty(experts, cfg.d_model, d_mlp))
+        self.W_in = nn.Parameter(torch.zeros(experts, cfg.d_model, d_mlp))
         self.b_in = nn.Parameter(torch.zeros(experts, d_mlp))
         if self.gated:
-            self.W_gate = nn.Parameter(torch.empty(experts, cfg.d_model, d_mlp))
+            self.W_gate = nn.Parameter(torch.zeros(experts, cfg.d_model, d_mlp))
             self.b_gate = nn.Parameter(torch.zeros(experts, d_mlp))
-        self.W_out = nn.Parameter(torch.empty(experts, d_mlp, cfg.d_model))
+        self.W_out = nn.Parameter(torch.zeros(experts, d_mlp, cfg.d_model))
         self.b_out = nn.Parameter(torch.zeros(experts, cfg.d_model))
         self.act_fn = make_activation(cfg)
         self.shared = None if cfg.d_shared_expert is None else GatedMLP(cfg, cfg.d_shared_expert)
         if cfg.shared_expert_gate:
-            self.W_shared_gate = nn.Parameter(torch.empty(cfg.d_model, 1))
+            self.W_shared_gate = nn.Parameter(torch.zeros(cfg.d_model, 1))
             self.b_shared_gate = nn.Parameter(torch.zeros(1))
         self.gates_shared = cfg.shared_expert_gate
         self.hook_expert_weights = HookPoint("batch pos expert")

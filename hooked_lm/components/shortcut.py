@@ -31,7 +31,7 @@ class ShortcutBlock(TransformerBlock):
         if self.shortcut is not None:
             self.hook_shortcut_out = HookPoint("batch pos d_model")
 
-    def forward(
+    def forward(  # type: ignore[override]  # one of a pair is not called by hand
         self,
         resid_pre: Float[Tensor, "batch pos d_model"],
         layout: SequenceLayout | None = None,

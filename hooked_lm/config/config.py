@@ -133,7 +133,8 @@ class HookedTransformerConfig(Lockable):
             where the weights come from.
         use_attn_result, use_split_qkv_input, use_attn_in, use_hook_mlp_in, use_hook_tokens: whether a cache without
             `names_filter` records these activations. Their hook points exist in any case.
-        ungroup_grouped_query_attention: accepted, without effect: keys and values are hooked per key-value head.
+        ungroup_grouped_query_attention: keys and values, their hook points and the copies of the stream for them have
+            an entry for each query head, rather than for each key-value head.
 
     Raises:
         ValueError: a value out of range, or fields that contradict each other.
@@ -269,6 +270,11 @@ class HookedTransformerConfig(Lockable):
     def n_kv_heads(self) -> int:
         """Key-value heads: `n_key_value_heads`, or `n_heads` where queries are not grouped."""
         return self.n_heads if self.n_key_value_heads is None else self.n_key_value_heads
+
+    @property
+    def n_hooked_kv_heads(self) -> int:
+        """Key-value heads at hook points: one for each query head with `ungroup_grouped_query_attention`."""
+        return self.n_heads if self.ungroup_grouped_query_attention else self.n_kv_heads
 
     @property
     def value_width(self) -> int:

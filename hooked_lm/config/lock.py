@@ -223,6 +223,7 @@ ASSIGNABLE: Mapping[str, Callable[[HookedTransformerConfig, str, object], object
     "use_attn_in": _true_or_false,
     "use_hook_mlp_in": _true_or_false,
     "use_hook_tokens": _true_or_false,
+    "ungroup_grouped_query_attention": _true_or_false,
     "init_mode": _one_of(INIT_MODES),
     **dict.fromkeys(_DESCRIBING, _any_value),
 }

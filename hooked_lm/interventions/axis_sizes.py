@@ -20,7 +20,7 @@ def axis_size(cfg: HookedTransformerConfig, site: str, axis: str) -> int | None:
     positions = dict.fromkeys(SELECTED_AXES["pos"], cfg.n_ctx)
     return {
         "head": cfg.n_heads,
-        "kv_head": cfg.n_kv_heads,
+        "kv_head": cfg.n_hooked_kv_heads,
         "d_model": cfg.d_model,
         **cfg.attention_widths(of_values=site.endswith((".hook_v", ".hook_z"))),
         "d_mlp": cfg.d_shared_expert if ".mlp.shared." in site else cfg.d_mlp,

@@ -313,7 +313,7 @@ class _PathPatching:
         """Return the metric for every set of senders and every head that receives."""
         if component not in ("q", "k", "v"):
             raise ValueError(f"component is 'q', 'k' or 'v', got {component!r}")
-        n_heads = self.cfg.n_heads if component == "q" else self.cfg.n_kv_heads
+        n_heads = self.cfg.n_heads if component == "q" else self.cfg.n_hooked_kv_heads
         heads = [(Node(component, layer, head),) for layer in range(self.cfg.n_layers) for head in range(n_heads)]
         scores = self.patch(senders, heads, metric)
         return scores.reshape(scores.shape[0], self.cfg.n_layers, n_heads)

@@ -144,7 +144,7 @@ class StreamBatch:
         )
         if self.cfg.positional_embedding_type != "shortformer":
             return layout, None
-        return layout, self.model.pos_embed(layout, self.rows.shape[0] * self.rows.shape[1])
+        return layout, self.model.pos_embed(self.rows[..., 0].flatten(0, 1), 0, layout.valid)
 
     # Rows, senders and receivers
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hooked_lm._support.integers import integer
 from hooked_lm.components import Embed, PosEmbed, TransformerBlock, Unembed
+from hooked_lm.components.projections import per_query_head
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.factored_matrix import FactoredMatrix, composition_scores
 
@@ -109,14 +110,14 @@ class WeightViews(nn.Module):
         return self._stack("attn", "W_Q")
 
     @property
-    def W_K(self) -> Float[Tensor, "layer kv_head d_model d_head"]:
-        """From the stream to keys, [layer kv_head d_model d_head]."""
-        return self._stack("attn", "W_K")
+    def W_K(self) -> Float[Tensor, "layer head d_model d_head"]:
+        """From the stream to keys, [layer head d_model d_head]: each query head with those of its key-value head."""
+        return self._per_query_head(self._stack("attn", "W_K"))
 
     @property
-    def W_V(self) -> Float[Tensor, "layer kv_head d_model d_head"]:
-        """From the stream to values, [layer kv_head d_model d_head]."""
-        return self._stack("attn", "W_V")
+    def W_V(self) -> Float[Tensor, "layer head d_model d_head"]:
+        """From the stream to values, [layer head d_model d_head], as `W_K`: `W_V[l, h] @ W_O[l, h]` is a head's OV."""
+        return self._per_query_head(self._stack("attn", "W_V"))
 
     @property
     def W_O(self) -> Float[Tensor, "layer head d_head d_model"]:
@@ -129,14 +130,14 @@ class WeightViews(nn.Module):
         return self._stack("attn", "b_Q")
 
     @property
-    def b_K(self) -> Float[Tensor, "layer kv_head d_head"]:
-        """Biases of the keys, [layer kv_head d_head]."""
-        return self._stack("attn", "b_K")
+    def b_K(self) -> Float[Tensor, "layer head d_head"]:
+        """Biases of the keys, [layer head d_head], as `W_K`."""
+        return self._per_query_head(self._stack("attn", "b_K"))
 
     @property
-    def b_V(self) -> Float[Tensor, "layer kv_head d_head"]:
-        """Biases of the values, [layer kv_head d_head]."""
-        return self._stack("attn", "b_V")
+    def b_V(self) -> Float[Tensor, "layer head d_head"]:
+        """Biases of the values, [layer head d_head], as `W_K`."""
+        return self._per_query_head(self._stack("attn", "b_V"))
 
     @property
     def b_O(self) -> Float[Tensor, "layer d_model"]:
@@ -176,7 +177,7 @@ class WeightViews(nn.Module):
     @property
     def QK(self) -> FactoredMatrix:
         """`W_Q W_K^T` of every head, [layer head d_model d_model]: rows are destinations, columns sources."""
-        return FactoredMatrix(self.W_Q, self._per_query_head(self.W_K).mT)
+        return FactoredMatrix(self.W_Q, self.W_K.mT)
 
     @property
     def OV(self) -> FactoredMatrix:
@@ -187,10 +188,10 @@ class WeightViews(nn.Module):
         """
         if self.cfg.attention_gate:
             raise AttributeError("OV")
-        return FactoredMatrix(self._per_query_head(self.W_V), self.W_O)
+        return FactoredMatrix(self.W_V, self.W_O)
 
     def _per_query_head(self, stacked: Tensor) -> Tensor:
-        return stacked.repeat_interleave(self.cfg.n_heads // self.cfg.n_kv_heads, dim=1)
+        return per_query_head(stacked, self.cfg.n_heads, dim=1)
 
     def all_composition_scores(self, mode: Literal["Q", "K", "V"]) -> Float[Tensor, "layer head layer head"]:
         """Return how much each head's output is read by each later head, [writer layer, head, reader layer, head].
