@@ -65,7 +65,7 @@ _HUB = Hub()
 # In `origin`, beside the config's own fields: the names of those that the user asked to ignore.
 IGNORED = "ignore_config_fields"
 # Model types that transformers reads into the class of another family, from files whose tensors have other names.
-_NAMED_BY_TYPE = {"exaone": "ExaoneForCausalLM"}
+_NAMED_BY_TYPE = {"exaone": "ExaoneForCausalLM", "sarvam_moe": "SarvamMoEForCausalLM"}
 
 
 def load(

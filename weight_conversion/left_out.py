@@ -32,11 +32,6 @@ LEFT_OUT = (
     ),
     LeftOut("Kimi Linear", "KimiLinear", "it is recurrent in part"),
     LeftOut("Dory, Inkling 2 Loop", "Dory|Inkling2Loop", "they run some of their layers several times"),
-    LeftOut(
-        "Sarvam-30B",
-        "SarvamMoE",
-        "transformers reads it from version 5.24 on, as a GLM 4 MoE whose tensors have other names",
-    ),
     LeftOut("Gemma 3n, Gemma 4", "Gemma3n|Gemma4", "layers share keys and values, and embeddings enter at every layer"),
     LeftOut(
         "Mamba, RWKV, Jamba, Falcon-H1, Zamba, Bamba, RecurrentGemma, Qwen3-Next, Lara Mini, Granite 4 with Mamba "
