@@ -12,8 +12,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from hooked_lm.hooks.handle import Direction, HookFunction, HookHandle
+from hooked_lm.hooks.handle import Direction, HookFunction, HookHandle, check_selection
 from hooked_lm.hooks.holder import HookHolder
+from hooked_lm.hooks.listing import HookListing
 from hooked_lm.hooks.point import HookPoint
 from hooked_lm.hooks.recorder import Recorder
 from hooked_lm.hooks.thread import Token, only
@@ -37,7 +38,7 @@ class _Levels(threading.local):
 _open_contexts = _Levels()
 
 
-class HookedRootModule(HookHolder):
+class HookedRootModule(HookListing):
     """An `nn.Module` that finds its hook points by name. Call `setup()` at the end of `__init__`.
 
     Hooks that are added by `add_hook` act in every thread; those of a `with` block (`hooks`), or of one run
@@ -45,7 +46,6 @@ class HookedRootModule(HookHolder):
     """
 
     mod_dict: dict[str, nn.Module]
-    hook_dict: dict[str, HookPoint]
 
     @property
     def context_level(self) -> int:
@@ -63,21 +63,6 @@ class HookedRootModule(HookHolder):
             holder = self.get_submodule(parent)
             if isinstance(holder, HookHolder):
                 holder.keep_at_hand(attribute, point)
-
-    def hook_points(self) -> Iterable[HookPoint]:
-        """Return every hook point, in the order of the module tree."""
-        return self.hook_dict.values()
-
-    def list_hooks(self, names_filter: NamesFilter = None) -> list[str]:
-        """Return the names of the hook points that match a filter; all of them by default.
-
-        Args:
-            names_filter: a name, a glob, a list of either, or a predicate of names; None for all.
-
-        Raises:
-            UnknownHookError: a name or pattern matches nothing.
-        """
-        return select_names(names_filter, list(self.hook_dict))
 
     # Adding and removing
 
@@ -133,6 +118,7 @@ class HookedRootModule(HookHolder):
         Raises:
             ValueError: another direction.
         """
+        check_selection(direction, level)
         for point in self.hook_points():
             point.remove_hooks(direction, including_permanent, level)
         if clear_contexts:
@@ -177,7 +163,7 @@ class HookedRootModule(HookHolder):
             if not isinstance(spec, (tuple, list)) or len(spec) != 2:
                 raise TypeError(f"a hook is given as (name, function), got {spec!r}")
             names_filter, function = spec
-            points = [self.hook_dict[name] for name in self.list_hooks(names_filter)]
+            points = [self.hook_dict[name] for name in self.hook_names(names_filter)]
             if dir == "bwd" and is_pattern(names_filter):
                 points = [point for point in points if point.differentiable]
             by_keyword: bool | None = None
@@ -354,7 +340,7 @@ class HookedRootModule(HookHolder):
         Raises:
             UnknownHookError: a name or pattern matches nothing.
         """
-        names = self.list_hooks(names_filter)
+        names = self.hook_names(names_filter)
         return names if names_filter is not None else [name for name in names if not self.hook_dict[name].on_demand]
 
     def add_caching_hooks(
