@@ -259,7 +259,7 @@ def select_names(names_filter: NamesFilter, known: Sequence[str]) -> list[str]:
         if not picked:
             raise UnknownHookError(
                 f"the predicate {getattr(names_filter, '__name__', names_filter)!s} matches none of the {len(known)} "
-                f"hook names; they look like {', '.join(map(repr, known[:3]))}; list_hooks() prints all of them"
+                f"hook names; they look like {', '.join(map(repr, known[:3]))}; hook_names() prints all of them"
             )
         return picked
     if isinstance(names_filter, str):
@@ -313,5 +313,5 @@ def _did_you_mean(name: str, known: Sequence[str]) -> str:
         # A short name given where a full one is needed: `pattern` for `blocks.0.attn.hook_pattern`.
         near = [full for full in known if full.endswith(f"hook_{name.split('.')[-1]}")][:3]
     if not near:
-        return "; list_hooks() prints the names this model has"
+        return "; hook_names() prints the names this model has"
     return f"; did you mean {' or '.join(map(repr, near))}?"

@@ -60,7 +60,7 @@ def describe(model: HookedTransformer) -> PlainData:
     from hooked_lm.weights import plan_processing
 
     cfg, fields = model.cfg, model.cfg.to_dict()
-    sites = model.list_hooks()
+    sites = model.hook_names()
     return {
         "model": cfg.model_name,
         "architecture": fields["original_architecture"],

@@ -59,13 +59,13 @@ class HookedRootModule(HookRegistry):
         """Return the names of the activations to cache.
 
         Args:
-            names_filter: as for `list_hooks`; None for all that are recorded by default. Activations that hold integers
+            names_filter: as for `hook_names`; None for all that are recorded by default. Activations that hold integers
                 or are computed on demand are not.
 
         Raises:
             UnknownHookError: a name or pattern matches nothing.
         """
-        names = self.list_hooks(names_filter)
+        names = self.hook_names(names_filter)
         if names_filter is not None:
             return names
         return [name for name in names if self.is_recorded_by_default(self.hook_dict[name])]

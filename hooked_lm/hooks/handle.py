@@ -11,16 +11,35 @@ import torch
 from torch import Tensor
 
 from hooked_lm._support.inference import as_differentiable
+from hooked_lm._support.integers import integer
 from hooked_lm._support.precision import autocasts
 from hooked_lm.hooks.thread import Token, here
 
 if TYPE_CHECKING:
     from hooked_lm.hooks.point import HookPoint
 
-__all__ = ["Direction", "HookFunction", "HookHandle", "changing_hooks"]
+__all__ = ["Direction", "HookFunction", "HookHandle", "changing_hooks", "check_selection"]
 
 HookFunction = Callable[..., object]
 Direction = Literal["fwd", "bwd", "both"]
+
+
+def check_selection(direction: object, level: object = None) -> None:
+    """Check the options that select hooks.
+
+    Args:
+        direction: `"fwd"`, `"bwd"` or `"both"`.
+        level: a context's depth; None for any.
+
+    Raises:
+        ValueError: another direction.
+        TypeError: a level that is no integer.
+    """
+    if direction not in ("fwd", "bwd", "both"):
+        raise ValueError(f"direction {direction!r} is none of 'fwd', 'bwd', 'both'")
+    if level is not None:
+        integer(level, "level")
+
 
 # Held while a list of hooks changes. One for all models: a lock cannot be copied with a model.
 changing_hooks = threading.RLock()
@@ -62,6 +81,8 @@ class HookHandle:
             raise TypeError(f"the hook for {point.name!r} is not callable: {hook!r}")
         if dir not in ("fwd", "bwd"):
             raise ValueError(f"a hook runs in direction 'fwd' or 'bwd', not {dir!r}")
+        if level is not None:
+            integer(level, "level")
         if dir == "bwd" and not point.differentiable:
             raise ValueError(f"no backward hook can run at {point.name!r}: its activation holds integers")
         self.point, self.hook, self.dir = point, hook, dir
@@ -74,6 +95,11 @@ class HookHandle:
         self.fired = False
         # Inspecting a signature takes longer than most hooks, so `plan_hooks` passes the result of the first.
         self.by_keyword = _takes_hook_keyword(hook, point.name) if by_keyword is None else by_keyword
+
+    @property
+    def user_hook(self) -> HookFunction:
+        """The function, under the name that it has in the classic library."""
+        return self.hook
 
     @property
     def acts(self) -> bool:

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hooked_lm._support.precision import autocasts
 from hooked_lm._support.torch_internals import has_any_module_hooks, in_backward
-from hooked_lm.hooks.handle import Direction, HookFunction, HookHandle, changing_hooks
+from hooked_lm.hooks.handle import Direction, HookFunction, HookHandle, changing_hooks, check_selection
 from hooked_lm.hooks.thread import here
 from hooked_lm.names import layer_of
 
@@ -181,9 +181,9 @@ class HookPoint(nn.Module):
 
         Raises:
             ValueError: another direction.
+            TypeError: a level that is no integer.
         """
-        if dir not in ("fwd", "bwd", "both"):
-            raise ValueError(f"direction {dir!r} is none of 'fwd', 'bwd', 'both'")
+        check_selection(dir, level)
 
         def stays(handle: HookHandle) -> bool:
             kept = handle.is_permanent and not including_permanent
@@ -202,12 +202,34 @@ class HookPoint(nn.Module):
             dir: `"fwd"`, `"bwd"`, or `"both"` for either.
             including_permanent: count permanent hooks too.
             level: only hooks added in `hooks` contexts of this depth; None for any.
+
+        Raises:
+            ValueError: another direction.
+            TypeError: a level that is no integer.
         """
-        handles = [one for one in (*self.fwd_hooks, *self.bwd_hooks) if one.acts and dir in ("both", one.dir)]
-        return any(
-            (including_permanent or not handle.is_permanent) and (level is None or handle.context_level == level)
-            for handle in handles
-        )
+        return bool(self.attached_hooks(dir, including_permanent, level))
+
+    def attached_hooks(
+        self, dir: Direction = "both", including_permanent: bool = True, level: int | None = None
+    ) -> list[HookHandle]:
+        """Return the hooks that act in this thread, forward hooks first.
+
+        Args:
+            dir, including_permanent, level: as for `has_hooks`.
+
+        Raises:
+            ValueError: another direction.
+            TypeError: a level that is no integer.
+        """
+        check_selection(dir, level)
+        return [
+            handle
+            for handle in (*self.fwd_hooks, *self.bwd_hooks)
+            if handle.acts
+            and dir in ("both", handle.dir)
+            and (including_permanent or not handle.is_permanent)
+            and (level is None or handle.context_level == level)
+        ]
 
     def clear_context(self) -> None:
         """Empty `ctx`."""

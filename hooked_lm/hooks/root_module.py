@@ -12,8 +12,9 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from hooked_lm.config.defaults import report_silent_hook
-from hooked_lm.hooks.handle import Direction, HookFunction, HookHandle
+from hooked_lm.hooks.handle import Direction, HookFunction, HookHandle, check_selection
 from hooked_lm.hooks.holder import HookHolder
+from hooked_lm.hooks.listing import HookListing
 from hooked_lm.hooks.point import HookPoint
 from hooked_lm.hooks.thread import Token, only
 from hooked_lm.names import NamesFilter, is_pattern, select_names
@@ -35,11 +36,10 @@ class _Levels(threading.local):
 _open_contexts = _Levels()
 
 
-class HookRegistry(HookHolder):
+class HookRegistry(HookListing):
     """The part of `HookedRootModule` that finds hook points, adds and removes hooks, and runs the module under them."""
 
     mod_dict: dict[str, nn.Module]
-    hook_dict: dict[str, HookPoint]
 
     @property
     def context_level(self) -> int:
@@ -57,21 +57,6 @@ class HookRegistry(HookHolder):
             holder = self.get_submodule(parent)
             if isinstance(holder, HookHolder):
                 holder.keep_at_hand(attribute, point)
-
-    def hook_points(self) -> Iterable[HookPoint]:
-        """Return every hook point, in the order of the module tree."""
-        return self.hook_dict.values()
-
-    def list_hooks(self, names_filter: NamesFilter = None) -> list[str]:
-        """Return the names of the hook points that match a filter; all of them by default.
-
-        Args:
-            names_filter: a name, a glob, a list of either, or a predicate of names; None for all.
-
-        Raises:
-            UnknownHookError: a name or pattern matches nothing.
-        """
-        return select_names(names_filter, list(self.hook_dict))
 
     # Adding and removing
 
@@ -127,6 +112,7 @@ class HookRegistry(HookHolder):
         Raises:
             ValueError: another direction.
         """
+        check_selection(direction, level)
         for point in self.hook_points():
             point.remove_hooks(direction, including_permanent, level)
         if clear_contexts:
@@ -171,7 +157,7 @@ class HookRegistry(HookHolder):
             if not isinstance(spec, (tuple, list)) or len(spec) != 2:
                 raise TypeError(f"a hook is given as (name, function), got {spec!r}")
             names_filter, function = spec
-            points = [self.hook_dict[name] for name in self.list_hooks(names_filter)]
+            points = [self.hook_dict[name] for name in self.hook_names(names_filter)]
             if dir == "bwd" and is_pattern(names_filter):
                 points = [point for point in points if point.differentiable]
             by_keyword: bool | None = None
