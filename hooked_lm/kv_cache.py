@@ -29,15 +29,19 @@ class HookedTransformerKeyValueCacheEntry:
     Attributes:
         past_keys, past_values: [batch pos kv_head d_head] and [batch pos kv_head d_value], views of the stored
             positions. The two widths differ in latent attention alone, where each head's are stored, not the latent.
+            Both may be assigned, to repeat or reorder prompts for example; the entry holds a copy.
         frozen: `append` then returns the longer keys and values but stores nothing.
     """
 
     def __init__(
-        self, keys: Float[Tensor, "batch pos kv_head d_head"], values: Tensor, length: int | None = None
+        self,
+        past_keys: Float[Tensor, "batch pos kv_head d_head"],
+        past_values: Float[Tensor, "batch pos kv_head d_value"],
+        frozen: bool = False,
     ) -> None:
-        self._keys, self._values = keys, values
-        self._length = keys.shape[1] if length is None else length
-        self.frozen = False
+        self._keys, self._values = past_keys.clone(), past_values.clone()
+        self._length, self._n_values = past_keys.shape[1], past_values.shape[1]
+        self.frozen = frozen
 
     @classmethod
     def init_cache_entry(
@@ -55,17 +59,28 @@ class HookedTransformerKeyValueCacheEntry:
         def empty(width: int) -> Tensor:
             return torch.empty(batch_size, capacity, cfg.n_hooked_kv_heads, width, dtype=cfg.dtype, device=device)
 
-        return cls(empty(cfg.d_head), empty(cfg.value_width), 0)
+        keys, values = empty(cfg.d_head), empty(cfg.value_width)
+        entry = cls(keys[:, :0], values[:, :0])
+        entry._keys, entry._values = keys, values
+        return entry
 
     @property
     def past_keys(self) -> Float[Tensor, "batch pos kv_head d_head"]:
         """The keys stored, [batch pos kv_head d_head]."""
         return self._keys[:, : self._length]
 
+    @past_keys.setter
+    def past_keys(self, keys: Float[Tensor, "batch pos kv_head d_head"]) -> None:
+        self._keys, self._length = keys.clone(), keys.shape[1]
+
     @property
     def past_values(self) -> Float[Tensor, "batch pos kv_head d_value"]:
         """The values stored, [batch pos kv_head d_value]."""
-        return self._values[:, : self._length]
+        return self._values[:, : self._n_values]
+
+    @past_values.setter
+    def past_values(self, values: Float[Tensor, "batch pos kv_head d_value"]) -> None:
+        self._values, self._n_values = values.clone(), values.shape[1]
 
     def append(
         self, keys: Float[Tensor, "batch pos kv_head d_head"], values: Float[Tensor, "batch pos kv_head d_value"]
@@ -78,8 +93,14 @@ class HookedTransformerKeyValueCacheEntry:
             keys, values: of the new positions, [batch pos kv_head d_head] and [batch pos kv_head d_value].
 
         Raises:
-            ValueError: another batch size, dtype or device than the cache has.
+            ValueError: another batch size, dtype or device than the cache has; or keys and values were assigned that
+                do not fit each other.
         """
+        if self._values.shape[0] != self._keys.shape[0] or self._n_values != self._length:
+            raise ValueError(
+                f"past_keys {list(self.past_keys.shape)} and past_values {list(self.past_values.shape)} differ in "
+                "prompts or positions: assign both"
+            )
         if (keys.dtype, values.dtype) != (self._keys.dtype, self._values.dtype) and autocasts(keys):
             if self._length == 0:
                 self._keys, self._values = self._keys.to(keys.dtype), self._values.to(values.dtype)
@@ -99,7 +120,7 @@ class HookedTransformerKeyValueCacheEntry:
             # A write into the buffer would break the graph through it, and torch.func cannot always make it.
             self._keys = torch.cat((self.past_keys, keys), 1)
             self._values = torch.cat((self.past_values, values), 1)
-            self._length = self._keys.shape[1]
+            self._length = self._n_values = self._keys.shape[1]
             return self._keys, self._values
         end = self._length + keys.shape[1]
         # A buffer in an autograd graph, or made under inference_mode, must not be written to in place: it is copied.
@@ -108,7 +129,7 @@ class HookedTransformerKeyValueCacheEntry:
             self._grow(max(end, 2 * self._length, 64))
         self._keys[:, self._length : end] = keys
         self._values[:, self._length : end] = values
-        self._length = end
+        self._length = self._n_values = end
         return self.past_keys, self.past_values
 
     def _match_heads(self, n_heads: int) -> None:
@@ -124,7 +145,7 @@ class HookedTransformerKeyValueCacheEntry:
         """
         if length < 0:
             raise ValueError(f"a cache is rewound to a length, which is not negative; got {length}")
-        self._length = min(length, self._length)
+        self._length = self._n_values = min(length, self._length)
 
     @property
     def _in_a_graph(self) -> bool:

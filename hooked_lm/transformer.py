@@ -159,7 +159,8 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
             start_at_layer: the first block to run; negative counts from the end.
             tokens: with `start_at_layer`, the tokens [batch pos] that a loss needs.
             attention_mask: [batch pos], 0 at padding. By default it follows from the padding of the strings, or from a
-                run of padding tokens on the left when the padding side is left.
+                run of padding tokens on the padding side, on the right only with a key-value cache: see
+                `tokenization.infer_cached_padding`.
             stop_at_layer: the first block not to run; the residual stream at its input is returned. 0 is embeddings
                 only, `n_layers` is all blocks without the final norm, negative counts from the end.
             past_kv_cache: keys and values of earlier positions; extended by this call.

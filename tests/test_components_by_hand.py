@@ -289,3 +289,27 @@ def test_the_key_value_cache_has_its_names_of_version_3() -> None:
     entry.frozen = True
     assert entry.append(keys, keys)[0].shape == (3, 4, 1, 4)
     assert entry.past_keys.shape == (3, 2, 1, 4)
+
+
+def test_the_prompts_of_a_key_value_cache_may_be_reordered_and_its_keys_assigned() -> None:
+    model, tokens = tiny_model(), tiny_tokens()
+    cache = model.new_kv_cache(2, capacity=9)
+    model(tokens[:, :4], past_kv_cache=cache)
+    order = torch.tensor([1, 0, 1])
+    for entry in cache.entries:
+        entry.past_keys = entry.past_keys[order]
+        entry.past_values = entry.past_values[order]
+    cache.previous_attention_mask = cache.previous_attention_mask[order]
+    logits = model(tokens[order, 4:], past_kv_cache=cache)
+    torch.testing.assert_close(logits, model(tokens[order])[:, 4:], rtol=0, atol=1e-12)
+    # A copy is held: going on from an earlier length does not write to the caller's tensor.
+    keys = torch.randn(1, 3, 3, 4, dtype=torch.float64)
+    entry, before = HookedTransformerKeyValueCacheEntry(past_keys=keys, past_values=keys), keys.clone()
+    entry.rewind(1)
+    entry.append(keys[:, :1], keys[:, :1])
+    assert torch.equal(keys, before)
+    entry.past_keys = keys[:, :1]
+    with pytest.raises(
+        ValueError, match=r"past_keys \[1, 1, 3, 4\] and past_values \[1, 2, 3, 4\] differ.*assign both"
+    ):
+        entry.append(keys[:, :1], keys[:, :1])

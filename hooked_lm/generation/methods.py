@@ -129,10 +129,14 @@ class TextGeneration(TextInterface, Intervening):
             strings = self._texts(out, mask, tokens.shape[1], ends, added)
             return strings[0] if one_row or isinstance(input, str) else strings
         if return_type == "embeds":
-            with torch.no_grad():
-                looked_up: Tensor = self.embed(out)
-            out = looked_up if embeds is None else torch.cat((embeds, looked_up), 1)
+            out = self._embedded(out, embeds)
         return out[0] if one_row else out
+
+    @torch.no_grad()
+    def _embedded(self, tokens: Tensor, prompt: Tensor | None) -> Tensor:
+        """The embeddings of tokens, after those of a prompt."""
+        looked_up: Tensor = self.embed(tokens)
+        return looked_up if prompt is None else torch.cat((prompt, looked_up), 1)
 
     def _checked_embeddings(self, input: object) -> Tensor | None:
         """Return a prompt of embeddings on the model's device; None if the prompt is none."""

@@ -28,6 +28,7 @@ __all__ = [
     "decode",
     "encode",
     "infer_attention_mask",
+    "infer_cached_padding",
     "n_added",
     "prepare_tokenizer",
     "single_token",
@@ -225,6 +226,31 @@ def infer_attention_mask(tokenizer: Tokenizer, tokens: Tensor, prepend_bos: bool
         padded = is_pad.long().flip(1).cumprod(1).flip(1).bool()
         padded[:, 0] &= not (prepend_bos and tokenizer.pad_token_id == tokenizer.bos_token_id)
     return None if values_readable(padded) and not bool(padded.any()) else (~padded).long()
+
+
+def infer_cached_padding(tokenizer: Tokenizer, tokens: Tensor, padding_side: str, continuing: bool) -> Tensor | None:
+    """Return the mask [batch pos] of tokens that go into a key-value cache, or None if nothing is padded.
+
+    What comes after them attends to them, so padding on the right counts too. Where the padding token also ends or
+    begins texts, tokens that go on from others are all text, and of a run on the right that part is text which the
+    prompts have in common: the end of a text, after which the shorter ones are padded.
+
+    Args:
+        tokenizer: its special tokens are used.
+        tokens: [batch pos].
+        padding_side: `"left"` or `"right"`.
+        continuing: whether the tokens follow others. A single one is then text, as in a step of generation.
+    """
+    own_token = tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    n_tokens = tokens.shape[1]
+    if continuing and (n_tokens == 1 or not own_token):
+        return None
+    mask = infer_attention_mask(tokenizer, tokens, False, padding_side)
+    if mask is None or own_token:
+        return mask
+    n_padding = n_tokens - mask.sum(1, keepdim=True)
+    text = n_tokens - (n_padding - n_padding.min())
+    return (torch.arange(n_tokens, device=tokens.device) < text).long()
 
 
 def token_rows(tokens: Prompts | int) -> Tensor:

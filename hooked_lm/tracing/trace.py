@@ -157,6 +157,7 @@ class Trace:
         top_p: float | None = None,
         temperature: float = 1.0,
         freq_penalty: float = 0.0,
+        repetition_penalty: float = 1.0,
         seed: int = 0,
         eos_token_id: int | Sequence[int] | None = None,
         use_past_kv_cache: bool = True,
@@ -171,7 +172,8 @@ class Trace:
         Args:
             input, prepend_bos, attention_mask: as for `prompts`.
             max_new_tokens: how many steps there are.
-            do_sample, top_k, top_p, temperature, freq_penalty: as for `model.generate`; by default the likeliest token.
+            do_sample, top_k, top_p, temperature, freq_penalty, repetition_penalty: as for `model.generate`; by default
+                the likeliest token.
             seed: of the draws.
             eos_token_id: tokens that end a prompt; None for no end.
             use_past_kv_cache: read only the newest token at each step. The values are the same without.
@@ -182,7 +184,7 @@ class Trace:
             tokens = self._read(input, prepend_bos, attention_mask)
             decoding = Decoding(
                 integer(max_new_tokens, "max_new_tokens"),
-                Sampling(do_sample, top_k, top_p, temperature, freq_penalty),
+                Sampling(do_sample, top_k, top_p, temperature, freq_penalty, repetition_penalty),
                 integer(seed, "seed"),
                 tuple(integer(one, "eos_token_id") for one in ends),
                 bool(use_past_kv_cache),

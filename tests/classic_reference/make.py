@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.classic_reference.calls import CALLED_BY_HAND, calls_by_hand, with_a_cache
+from tests.classic_reference.toy import FIELDS, masked_results, processed_results
 from tests.classic_reference.weights import fingerprint, tokens_of, weights_of
 
 FOLDER = Path(__file__).parent
@@ -109,8 +110,19 @@ def by_hand() -> dict[str, Any]:
     return found
 
 
+def toy() -> dict[str, Any]:
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    found = {}
+    for name, results in {"masked": masked_results, "processed": processed_results}.items():
+        model = HookedTransformer(HookedTransformerConfig(**FIELDS)).to(torch.float64)
+        with torch.no_grad():
+            found[name] = {call: fingerprint(x) for call, x in results(model).items()}
+    return found
+
+
 def main() -> None:
-    for name, compute in {"configs": configs, "by_hand": by_hand}.items():
+    for name, compute in {"configs": configs, "by_hand": by_hand, "toy": toy}.items():
         (FOLDER / f"{name}.json").write_text(json.dumps(compute(), separators=(",", ":")) + "\n")
 
 
