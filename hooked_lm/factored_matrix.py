@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_lm._support.precision import not_autocast
+
 __all__ = ["FactoredMatrix", "Index", "Product", "composition_scores"]
 
 # A FactoredMatrix, or a plain tensor if the other factor is a vector: the type of a tensor does not say which.
@@ -72,6 +74,11 @@ class FactoredMatrix:
     def ndim(self) -> int:
         """How many axes the product would have."""
         return self.A.ndim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the product would have."""
+        return torch.promote_types(self.A.dtype, self.B.dtype)
 
     @property
     def has_leading_dims(self) -> bool:
@@ -165,15 +172,23 @@ class FactoredMatrix:
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return U, S, V with `AB = U diag(S) V^T`; S has `min(ldim, mdim, rdim)` entries, largest first.
 
-        The product is never formed: the triangular parts of the factors' QR decompositions carry all of it.
+        The product is never formed: the triangular parts of the factors' QR decompositions carry all of it. Half
+        precision is decomposed in float32, and the result rounded.
 
         Returns:
             U: [... ldim rank], S: [... rank], V: [... rdim rank], with orthonormal columns.
         """
-        Q_left, R_left = torch.linalg.qr(self.A)
-        Q_right, R_right = torch.linalg.qr(self.B.mT)
-        U_core, S, Vh_core = torch.linalg.svd(R_left @ R_right.mT, full_matrices=False)
-        return Q_left @ U_core, S, Q_right @ Vh_core.mT
+        U, S, V = self._svd()
+        return U.to(self.dtype), S.to(self.dtype), V.to(self.dtype)
+
+    def _svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U, S, V in the precision that they are computed in."""
+        single = self._in_single()
+        Q_left, R_left = torch.linalg.qr(single.A)
+        Q_right, R_right = torch.linalg.qr(single.B.mT)
+        with not_autocast(self.A):
+            U_core, S, Vh_core = torch.linalg.svd(R_left @ R_right.mT, full_matrices=False)
+            return Q_left @ U_core, S, Q_right @ Vh_core.mT
 
     @property
     def U(self) -> Float[Tensor, "*leading ldim rank"]:
@@ -197,32 +212,43 @@ class FactoredMatrix:
 
     @property
     def eigenvalues(self) -> Tensor:
-        """The `mdim` eigenvalues that can be non-zero, complex, read from `BA`. Raises ValueError if not square."""
-        eigenvalues: Tensor = torch.linalg.eigvals(self.BA)
+        """The `mdim` eigenvalues that can be non-zero, complex, read from `BA`. Raises ValueError if not square.
+
+        Those of half precision are complex64.
+        """
+        with not_autocast(self.A):
+            eigenvalues: Tensor = torch.linalg.eigvals(self._in_single().BA)
         return eigenvalues
 
     def norm(self) -> Float[Tensor, "*leading"]:
         """Return the Frobenius norm, from the factors' triangular parts: Gram matrices would square the error."""
-        R_left = torch.linalg.qr(self.A, mode="r").R
-        R_right = torch.linalg.qr(self.B.mT, mode="r").R
-        norm: Tensor = torch.linalg.matrix_norm(R_left @ R_right.mT)
-        return norm
+        single = self._in_single()
+        R_left = torch.linalg.qr(single.A, mode="r").R
+        R_right = torch.linalg.qr(single.B.mT, mode="r").R
+        with not_autocast(self.A):
+            norm: Tensor = torch.linalg.matrix_norm(R_left @ R_right.mT)
+        return norm.to(self.dtype)
+
+    def _in_single(self) -> FactoredMatrix:
+        """Both factors in the wider of their dtypes, in float32 at least."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        return FactoredMatrix(self.A.to(dtype), self.B.to(dtype))
 
     def make_even(self) -> FactoredMatrix:
         """Return the same product with its singular values shared equally: `A = U sqrt(S)`, `B = sqrt(S) V^T`."""
-        U, S, V = self.svd()
+        U, S, V = self._svd()
         root = S.sqrt()
-        return FactoredMatrix(U * root[..., None, :], root[..., :, None] * V.mT)
+        return FactoredMatrix((U * root[..., None, :]).to(self.dtype), (root[..., :, None] * V.mT).to(self.dtype))
 
     def collapse_l(self) -> Float[Tensor, "*leading rank rdim"]:
         """Return `diag(S) V^T`: the product with its left side rotated away, which keeps its right Gram matrix."""
-        _, S, V = self.svd()
-        return S[..., :, None] * V.mT
+        _, S, V = self._svd()
+        return (S[..., :, None] * V.mT).to(self.dtype)
 
     def collapse_r(self) -> Float[Tensor, "*leading ldim rank"]:
         """Return `U diag(S)`: the product with its right side rotated away, which keeps its left Gram matrix."""
-        U, S, _ = self.svd()
-        return U * S[..., None, :]
+        U, S, _ = self._svd()
+        return (U * S[..., None, :]).to(self.dtype)
 
     # Indexing
 
@@ -273,7 +299,7 @@ class FactoredMatrix:
         return self.A[..., :k, :] @ self.B[..., :, :k]
 
     def __repr__(self) -> str:
-        return f"FactoredMatrix(shape={tuple(self.shape)}, mdim={self.mdim}, dtype={self.A.dtype})"
+        return f"FactoredMatrix(shape={tuple(self.shape)}, mdim={self.mdim}, dtype={self.dtype})"
 
     # Checks
 
@@ -304,7 +330,7 @@ def composition_scores(
 
     How strongly the output of `left` feeds the input of `right` (Elhage et al. 2021, "A Mathematical
     Framework for Transformer Circuits", section on composition). Rotating the outer sides changes no norm, so each
-    pair costs products of head-sized matrices only.
+    pair costs products of head-sized matrices only. Half precision is computed in float32, and the scores rounded.
 
     Args:
         left, right: factored matrices; `left.rdim` equals `right.ldim`.
@@ -315,6 +341,15 @@ def composition_scores(
     """
     if left.rdim != right.ldim:
         raise ValueError(f"composition of {tuple(left.shape)} with {tuple(right.shape)}: inner dimensions differ")
+    dtype = torch.promote_types(left.dtype, right.dtype)
+    with not_autocast(left.A):
+        norms, sizes = _composed(left._in_single(), right._in_single(), broadcast_dims)
+    # A head that writes nothing composes with nothing.
+    return torch.where(sizes > 0, norms / sizes, torch.zeros_like(norms)).to(dtype)
+
+
+def _composed(left: FactoredMatrix, right: FactoredMatrix, broadcast_dims: bool) -> tuple[Tensor, Tensor]:
+    """Return the norms of the products, and the products of the norms."""
     # A = Q R and B^T = Q' R': the orthogonal Q, Q' drop out of every norm.
     left_core = torch.linalg.qr(left.A, mode="r").R
     right_core = torch.linalg.qr(right.B.mT, mode="r").R.mT
@@ -328,5 +363,4 @@ def composition_scores(
     else:
         norms = torch.linalg.matrix_norm(left_core @ (left.B @ right.A) @ right_core)
         sizes = left.norm() * right.norm()
-    # A head that writes nothing composes with nothing.
-    return torch.where(sizes > 0, norms / sizes, torch.zeros_like(norms))
+    return norms, sizes

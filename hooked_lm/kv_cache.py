@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_lm._support.precision import autocasts
 from hooked_lm._support.torch_internals import transforms_active, values_readable
 from hooked_lm.config import HookedTransformerConfig
 
@@ -86,6 +87,8 @@ class HookedTransformerKeyValueCacheEntry:
     ) -> tuple[Tensor, Tensor]:
         """Store new keys and values; return all of them, [batch all_pos kv_head d_head] and d_value.
 
+        Under autocast an empty cache takes the dtype that comes, and any other casts to its own.
+
         Args:
             keys, values: of the new positions, [batch pos kv_head d_head] and [batch pos kv_head d_value].
 
@@ -98,6 +101,10 @@ class HookedTransformerKeyValueCacheEntry:
                 f"past_keys {list(self.past_keys.shape)} and past_values {list(self.past_values.shape)} differ in "
                 "prompts or positions: assign both"
             )
+        if (keys.dtype, values.dtype) != (self._keys.dtype, self._values.dtype) and autocasts(keys):
+            if self._length == 0:
+                self._keys, self._values = self._keys.to(keys.dtype), self._values.to(values.dtype)
+            keys, values = keys.to(self._keys.dtype), values.to(self._values.dtype)
         self._match_heads(keys.shape[2])
         keys, values = (_per_head(one, self._keys.shape[2]) for one in (keys, values))
         past = self._keys

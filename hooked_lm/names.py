@@ -107,8 +107,12 @@ _BLOCK_SITES = [
     "mlp_in",
     "attn_out",
     "mlp_out",
+    "shortcut_out",
 ]
-_ATTN_SITES = ["q", "k", "v", "z", "rot_q", "rot_k", "attn_scores", "pattern", "result", "latent_kv", "latent_q"]
+_ATTN_SITES = [
+    *("q", "k", "v", "z", "rot_q", "rot_k", "attn_scores", "pattern", "gate", "result"),
+    *("latent_kv", "latent_q"),
+]
 _MLP_SITES = ["pre", "mid", "post", "pre_linear", "expert_weights", "expert_indices"]
 _NORM_SITES = ["scale", "normalized"]
 _MODEL_SITES = ["tokens", "embed", "pos_embed"]
@@ -255,7 +259,7 @@ def select_names(names_filter: NamesFilter, known: Sequence[str]) -> list[str]:
         if not picked:
             raise UnknownHookError(
                 f"the predicate {getattr(names_filter, '__name__', names_filter)!s} matches none of the {len(known)} "
-                f"hook names; they look like {', '.join(map(repr, known[:3]))}; list_hooks() prints all of them"
+                f"hook names; they look like {', '.join(map(repr, known[:3]))}; hook_names() prints all of them"
             )
         return picked
     if isinstance(names_filter, str):
@@ -309,5 +313,5 @@ def _did_you_mean(name: str, known: Sequence[str]) -> str:
         # A short name given where a full one is needed: `pattern` for `blocks.0.attn.hook_pattern`.
         near = [full for full in known if full.endswith(f"hook_{name.split('.')[-1]}")][:3]
     if not near:
-        return "; list_hooks() prints the names this model has"
+        return "; hook_names() prints the names this model has"
     return f"; did you mean {' or '.join(map(repr, near))}?"

@@ -19,16 +19,20 @@ from hooked_lm._support.plain_data import PlainData
 from hooked_lm.activation_cache.recording import Caching
 from hooked_lm.components import Embed, PosEmbed, SequenceLayout, TransformerBlock, Unembed
 from hooked_lm.components.by_hand import call_own
+from hooked_lm.components.embed import unembedding_is_live
 from hooked_lm.components.norm import NoNorm, make_norm
 from hooked_lm.components.sequence import Prompt, kept_index, kept_positions
+from hooked_lm.components.shortcut import ShortcutBlock, make_block
 from hooked_lm.components.stock import register_stock
 from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.config.defaults import defaults
 from hooked_lm.generation.methods import TextGeneration
-from hooked_lm.hooks import HookPoint, any_live, current_pass, in_pass, is_live, new_pass
+from hooked_lm.hooks import HookPoint, current_pass, in_pass, is_live, new_pass
 from hooked_lm.kv_cache import HookedTransformerKeyValueCache
 from hooked_lm.losses import lm_cross_entropy_loss
 from hooked_lm.tokenization import Prompts, Tokenizer
 from hooked_lm.tokenization.inputs import InputReading
+from hooked_lm.tracing.methods import Tracing
 from hooked_lm.weights.initialization import initialize_weights
 from hooked_lm.weights.saving import WeightSaving
 from hooked_lm.weights.views import WeightViews
@@ -40,7 +44,7 @@ ModelInput = Prompts
 Output = Tensor | tuple[Tensor, Tensor] | None
 
 
-class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration, Caching):
+class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration, Caching, Tracing):
     """A transformer with a named hook point at every activation.
 
     Args:
@@ -71,17 +75,17 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         if tokenizer is not None:
             self.set_tokenizer(tokenizer)
 
-        self.hook_tokens = HookPoint("batch pos", differentiable=False)
+        self.hook_tokens = HookPoint("batch pos", differentiable=False, flag="use_hook_tokens")
         self.embed = Embed(cfg)
         self.hook_embed = HookPoint("batch pos d_model")
         if cfg.positional_embedding_type in ("standard", "shortformer"):
             self.pos_embed = PosEmbed(cfg)
             self.hook_pos_embed = HookPoint("batch pos d_model")
-        blocks = [TransformerBlock(cfg, layer) for layer in range(cfg.n_layers)]
+        blocks = [make_block(cfg, layer) for layer in range(cfg.n_layers)]
         self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.ln_final = make_norm(cfg, kind=_final_norm_kind(cfg)) if cfg.final_norm else NoNorm()
         self.unembed = Unembed(cfg, tied_to=self.embed if cfg.tie_word_embeddings else None)
-        device = cfg.device  # read first: `self.to` sets cfg.device to the parameters' device
+        device = cfg.device or defaults().device()  # read first: `self.to` sets cfg.device to the parameters' device
         self.to(cfg.dtype)
         if cfg.init_weights:
             initialize_weights(self, cfg)
@@ -199,14 +203,14 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         prompt, residual, shortformer_pos = self._entered(prompt)
         for layer, block in enumerate(islice(self.blocks, start, stop), start):
             past = None if past_kv_cache is None else past_kv_cache[layer]
-            if type(block) is TransformerBlock:
+            if type(block) in (TransformerBlock, ShortcutBlock):
                 residual = block(residual, prompt.layout, past, shortformer_pos)
             else:
                 residual = call_own(block, (residual,), prompt.layout, past, shortformer_pos)
         if stop_at_layer is not None:
             return residual
         normalized = self.ln_final(residual)
-        if return_type is None and not any_live(self.unembed.children()):
+        if return_type is None and not unembedding_is_live(self.unembed):
             return None
         logits = self._unembedded(normalized, logits_to_keep)
         return self._output(logits, prompt.tokens, prompt.mask, return_type, loss_per_token)
@@ -225,7 +229,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         index = None if logits_to_keep is None else kept_index(logits_to_keep, normalized.shape[1])
         kept = normalized if index is None else normalized[:, index]
         logits: Tensor
-        if kept is normalized or not any_live(self.unembed.children()):
+        if kept is normalized or not unembedding_is_live(self.unembed):
             logits = self.unembed(kept)
         else:
             # Positions of hooks there count in the text, not among those kept.
@@ -265,7 +269,8 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
 
         Raises:
             TypeError: one is no integer.
-            ValueError: one is out of range, or they are in the wrong order.
+            ValueError: one is out of range or between two blocks that run together (`shortcut_experts`), or they are in
+                the wrong order.
         """
         n_layers = self.cfg.n_layers
         start = None if start is None else integer(start, "start_at_layer")
@@ -278,6 +283,12 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         last = n_layers if stop is None else stop + n_layers if stop < 0 else stop
         if start is not None and last < first:
             raise ValueError(f"stop_at_layer {stop} comes before start_at_layer {start}")
+        for name, layer in (("start_at_layer", first), ("stop_at_layer", last)):
+            if self.cfg.within_pair(layer):
+                raise ValueError(
+                    f"{name} {layer} is between blocks {layer - 1} and {layer}, which run together: the output of "
+                    f"experts goes from one to the other beside the stream. Give {layer - 1} or {layer + 1}"
+                )
         return first, last
 
     def _entered(self, prompt: Prompt) -> tuple[Prompt, Tensor, Tensor | None]:
@@ -386,22 +397,22 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         """Move the model to Apple's GPU."""
         return self.to("mps")
 
-    # Switches of the classic library. Every hook point exists whatever their values.
+    # Flags that say what a cache without `names_filter` records. Every hook point exists whatever their values.
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
-        """Set `cfg.use_attn_result`."""
+        """Set `cfg.use_attn_result`: whether a cache without `names_filter` records `hook_result`."""
         self.cfg.use_attn_result = use_attn_result
 
     def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
-        """Set `cfg.use_split_qkv_input`."""
+        """Set `cfg.use_split_qkv_input`: whether a cache without `names_filter` records each head's inputs."""
         self.cfg.use_split_qkv_input = use_split_qkv_input
 
     def set_use_attn_in(self, use_attn_in: bool) -> None:
-        """Set `cfg.use_attn_in`."""
+        """Set `cfg.use_attn_in`: whether a cache without `names_filter` records `hook_attn_in`."""
         self.cfg.use_attn_in = use_attn_in
 
     def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
-        """Set `cfg.use_hook_mlp_in`."""
+        """Set `cfg.use_hook_mlp_in`: whether a cache without `names_filter` records `hook_mlp_in`."""
         self.cfg.use_hook_mlp_in = use_hook_mlp_in
 
     def set_ungroup_grouped_query_attention(self, ungroup_grouped_query_attention: bool) -> None:

@@ -14,8 +14,11 @@ ORDER = (
         "activation_cache",
         "weight_conversion",
         "weights",
+        "weight_processing",
         "generation",
+        "sweep",
+        "tracing",
     ),
-    *("transformer", "certificate", "sweep", "patching", "circuits", "utils", "head_detector"),
-    *("training", "tasks", "evals", "experiments", "plotting", "demo", "__init__", "cli"),
+    *("transformer", "certificate", "patching", "circuits", "utils", "head_detector"),
+    *("training", "tasks", "evals", "experiments", "plotting", "demo", "__init__", "cli", "compat"),
 )

@@ -409,7 +409,7 @@ def test_a_run_under_every_hook_gives_the_same_logits(variant: str) -> None:
     logits, cache = model.run_with_cache(tokens, names_filter="*")
     assert set(cache) == set(model.hook_dict)
     torch.testing.assert_close(logits, plain, **EXACT)
-    edited = model.run_with_hooks(tokens, fwd_hooks=[(model.list_hooks("*attn.*"), lambda x, hook: x.clone())])
+    edited = model.run_with_hooks(tokens, fwd_hooks=[(model.hook_names("*attn.*"), lambda x, hook: x.clone())])
     torch.testing.assert_close(edited, plain, **EXACT)
 
 

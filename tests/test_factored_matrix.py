@@ -388,3 +388,58 @@ def test_lists_of_indices_on_different_axes_are_not_paired_up() -> None:
     matrix = FactoredMatrix(torch.randn(4, 5, 3), torch.randn(4, 3, 6))
     expected = matrix.AB[[0, 1]][:, [1, 2, 3]][:, :, [5, 0]]
     torch.testing.assert_close(matrix[[0, 1], [1, 2, 3], [5, 0]].AB, expected)
+
+
+# Low precision: computed in float32, rounded once
+
+
+LOW = (torch.bfloat16, torch.float16)
+
+
+def low_and_single(dtype: torch.dtype, rdim: int = 6, seed: int = 0) -> tuple[FactoredMatrix, FactoredMatrix]:
+    """A matrix in low precision, and the same numbers in float32."""
+    low = FactoredMatrix(randn(3, 6, 2, seed=seed).to(dtype), randn(3, 2, rdim, seed=seed + 1).to(dtype))
+    return low, FactoredMatrix(low.A.float(), low.B.float())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_low_precision_is_computed_in_single_and_rounded_once(dtype: torch.dtype, autocast: bool) -> None:
+    low, single = low_and_single(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = (*low.svd(), low.U, low.S, low.V, low.Vh, low.norm(), *low.make_even().pair, low.collapse_l())
+        found += (low.collapse_r(), composition_scores(low, low), composition_scores(low, low, broadcast_dims=False))
+        eigenvalues = low.eigenvalues
+    expected = (*single.svd(), single.U, single.S, single.V, single.Vh, single.norm(), *single.make_even().pair)
+    expected += (single.collapse_l(), single.collapse_r(), composition_scores(single, single))
+    expected += (composition_scores(single, single, broadcast_dims=False),)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        assert torch.equal(one, other.to(dtype))
+    assert torch.equal(eigenvalues, single.eigenvalues)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_low_precision_multiplies_indexes_and_has_corners(dtype: torch.dtype) -> None:
+    low, single = low_and_single(dtype)
+    vector = randn(6).to(dtype)
+    pairs = [
+        (low.AB, single.AB),
+        (low.BA, single.BA),
+        (low.T.AB, single.T.AB),
+        (low.get_corner(), single.get_corner()),
+        (low @ vector, single @ vector.float()),
+        ((low @ low).AB, (single @ single).AB),
+        (low[1, 2:, :3].AB, single[1, 2:, :3].AB),
+        ((2 * low).AB, (2 * single).AB),
+    ]
+    for found, expected in pairs:
+        assert found.dtype == dtype
+        assert torch.allclose(found.float(), expected, rtol=0, atol=float(expected.abs().max()) * 0.03)
+
+
+def test_factors_of_two_precisions_have_the_wider() -> None:
+    mixed = FactoredMatrix(randn(4, 2).bfloat16(), randn(2, 4))
+    assert mixed.dtype == torch.float64
+    assert [one.dtype for one in mixed.svd()] == [torch.float64] * 3
+    assert mixed.norm().dtype == torch.float64

@@ -375,7 +375,7 @@ def test_verbose_shows_a_progress_bar(verbose: bool, capsys: pytest.CaptureFixtu
         ({"top_p": 1.5}, "top_p is above 0 and at most 1, got 1.5"),
         ({"temperature": -1.0}, "temperature is not negative, got -1.0"),
         ({"max_new_tokens": -1}, "max_new_tokens is not negative, got -1"),
-        ({"return_type": "words"}, "return_type is 'input', 'str' or 'tokens', not 'words'"),
+        ({"return_type": "words"}, "return_type is 'input', 'str', 'tokens' or 'embeds', not 'words'"),
         ({"padding_side": "right"}, "padded on the left"),
         ({"attention_mask": torch.ones(1, 2)}, "mask"),
     ],

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import Categorical
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from hooked_lm.utils import sample_logits
 from tests.generation_helpers import GREEDY
@@ -107,11 +109,41 @@ def test_the_frequency_penalty_is_subtracted_for_each_occurrence() -> None:
     assert_distribution(found, expected.softmax(-1))
 
 
-def test_the_frequency_penalty_is_not_divided_by_the_temperature_twice() -> None:
+def test_the_frequency_penalty_is_not_divided_by_the_temperature() -> None:
     tokens = torch.tensor([[0, 0, 0, 5, 7]])
-    expected = LOGITS - 0.7 * torch.tensor([3.0, 0, 0, 0, 0, 1, 0, 1], dtype=torch.float64)
+    expected = LOGITS / 2 - 0.7 * torch.tensor([3.0, 0, 0, 0, 0, 1, 0, 1], dtype=torch.float64)
     found = frequencies(freq_penalty=0.7, temperature=2.0, tokens=tokens.repeat(DRAWS, 1))
-    assert_distribution(found, (expected / 2).softmax(-1))
+    assert_distribution(found, expected.softmax(-1))
+
+
+def test_the_repetition_penalty_is_that_of_transformers_before_temperature_and_frequency() -> None:
+    tokens, temperature = torch.tensor([[0, 0, 0, 5, 7]]), 1.5
+    logits = RepetitionPenaltyLogitsProcessor(1.8)(tokens, LOGITS[None].clone())[0]
+    assert not torch.equal(logits, LOGITS)
+    expected = logits / temperature - 0.3 * torch.tensor([3.0, 0, 0, 0, 0, 1, 0, 1], dtype=torch.float64)
+    options = {"repetition_penalty": 1.8, "temperature": temperature, "freq_penalty": 0.3}
+    assert_distribution(frequencies(**options, tokens=tokens.repeat(DRAWS, 1)), expected.softmax(-1))
+
+
+def test_a_repetition_penalty_acts_in_greedy_generation_and_not_on_padding() -> None:
+    model, tokens = tiny_model(), tiny_tokens(1, 4)
+    said = tokens
+    for _ in range(4):
+        logits = RepetitionPenaltyLogitsProcessor(30.0)(said, model(said)[:, -1].detach())
+        said = torch.cat((said, logits.argmax(-1, keepdim=True)), 1)
+    options = {"repetition_penalty": 30.0, "stop_at_eos": False, **GREEDY}
+    assert torch.equal(model.generate(tokens, 4, **options), said)
+    assert not torch.equal(model.generate(tokens, 4, stop_at_eos=False, **GREEDY), said)
+    padded = torch.cat((torch.full((1, 2), int(said[0, 4])), tokens), 1)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    assert torch.equal(model.generate(padded, 4, attention_mask=mask, **options)[:, 2:], said)
+
+
+def test_a_seed_draws_what_a_categorical_distribution_draws() -> None:
+    torch.manual_seed(3)
+    drawn = sample_logits(LOGITS.repeat(20, 1), temperature=0.7)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, Categorical(logits=LOGITS.repeat(20, 1) / 0.7).sample())
 
 
 def test_the_frequency_penalty_needs_the_text_so_far() -> None:

@@ -26,7 +26,7 @@ def test_setup_names_every_hook_point_after_its_place() -> None:
     assert list(network.hook_dict) == ["hook_embed", FIRST, SECOND]
     assert network.hook_dict[SECOND] is network.blocks[1].hook_resid_pre
     assert [point.name for point in network.hook_points()] == list(network.hook_dict)
-    assert network.list_hooks() == list(network.hook_dict)
+    assert network.hook_names() == list(network.hook_dict)
     assert network.mod_dict["blocks.1.linear"] is network.blocks[1].linear
     network.extra = HookPoint()
     network.setup()
@@ -42,25 +42,19 @@ def test_hooks_leave_the_state_dict_alone(subject: Subject) -> None:
 
 
 @pytest.mark.parametrize(
-    "setter",
-    [
-        "set_use_attn_result",
-        "set_use_split_qkv_input",
-        "set_use_attn_in",
-        "set_use_hook_mlp_in",
-    ],
+    "setter", ["set_use_attn_result", "set_use_split_qkv_input", "set_use_attn_in", "set_use_hook_mlp_in"]
 )
-def test_the_classic_gates_change_nothing(setter: str) -> None:
+def test_the_flags_change_no_activation_and_no_hook_point(setter: str) -> None:
     model: HookedTransformer = tiny_model(n_key_value_heads=1)
     tokens, names = tiny_tokens(), list(model.hook_dict)
     clean, clean_cache = model.run_with_cache(tokens)
     for value in (True, False):
         assert getattr(model, setter)(value) is None
+        assert getattr(model.cfg, setter.removeprefix("set_")) is value
         logits, cache = model.run_with_cache(tokens)
-        assert torch.equal(logits, clean)
-        assert [(name, tensor.shape) for name, tensor in cache.items()] == [
-            (name, tensor.shape) for name, tensor in clean_cache.items()
-        ]
+        torch.testing.assert_close(logits, clean, rtol=0, atol=1e-12)
+        for name, tensor in clean_cache.items():
+            torch.testing.assert_close(cache[name], tensor, rtol=0, atol=1e-12)
         assert list(model.hook_dict) == names
 
 
@@ -244,3 +238,57 @@ def test_a_copy_of_a_model_has_hook_points_of_its_own() -> None:
     assert called == [twin.blocks[0].hook_resid_pre] == [twin.hook_dict["blocks.0.hook_resid_pre"]]
     model.blocks[0].hook_resid_pre = HookPoint("batch pos d_model")
     assert model.blocks[0].hook_resid_pre is not model.hook_dict["blocks.0.hook_resid_pre"]
+
+
+# Which hooks are attached
+
+
+def nothing(value: Tensor, hook: HookPoint) -> None: ...
+
+
+def test_attached_hooks_are_listed_by_name_direction_and_permanence() -> None:
+    model = tiny_model()
+    assert model.list_hooks() == {}
+    model.add_hook("hook_embed", nothing)
+    model.add_perma_hook("blocks.0.attn.hook_q", nothing)
+    model.add_hook("blocks.1.attn.hook_q", nothing, dir="bwd")
+    query, later = "blocks.0.attn.hook_q", "blocks.1.attn.hook_q"
+    assert list(model.list_hooks()) == ["hook_embed", query, later]
+    assert list(model.list_hooks(dir="fwd")) == ["hook_embed", query]
+    assert list(model.list_hooks(dir="bwd")) == [later]
+    assert list(model.list_hooks(including_permanent=False)) == ["hook_embed", later]
+    assert list(model.list_hooks("*hook_q")) == [query, later]
+    assert list(model.list_hooks(name_filter=lambda name: "attn" in name, dir="fwd")) == [query]
+    (handle,) = model.list_hooks()[query]
+    assert handle.is_permanent
+    assert handle.user_hook is nothing
+    with model.hooks([("hook_embed", nothing)]):
+        assert [one.context_level for one in model.list_hooks("hook_embed")["hook_embed"]] == [None, 1]
+
+
+def test_options_that_select_hooks_are_checked_everywhere() -> None:
+    model = tiny_model()
+    point = model.hook_dict["hook_embed"]
+    by_direction = [
+        lambda wrong: point.has_hooks(dir=wrong),
+        lambda wrong: point.remove_hooks(dir=wrong),
+        lambda wrong: point.add_hook(nothing, dir=wrong),
+        lambda wrong: model.add_hook("hook_embed", nothing, dir=wrong),
+        lambda wrong: model.list_hooks(dir=wrong),
+        lambda wrong: model.reset_hooks(direction=wrong),
+        lambda wrong: model.remove_all_hook_fns(direction=wrong),
+    ]
+    for call in by_direction:
+        for wrong in ("forward", "", None, 1):
+            with pytest.raises(ValueError, match="direction"):
+                call(wrong)
+    by_level = [
+        lambda wrong: point.has_hooks(level=wrong),
+        lambda wrong: point.remove_hooks(level=wrong),
+        lambda wrong: point.add_hook(nothing, level=wrong),
+        lambda wrong: model.reset_hooks(level=wrong),
+    ]
+    for call in by_level:
+        for wrong in ("fwd", 1.5, True):
+            with pytest.raises(TypeError, match="level is an integer"):
+                call(wrong)

@@ -172,17 +172,17 @@ def test_every_hook_point_of_a_block_has_a_short_name(changes: dict[str, object]
 
 
 def test_a_glob_picks_every_name_it_matches(model: HookedTransformer) -> None:
-    assert model.list_hooks("blocks.*.attn.hook_pattern") == [
+    assert model.hook_names("blocks.*.attn.hook_pattern") == [
         "blocks.0.attn.hook_pattern",
         "blocks.1.attn.hook_pattern",
     ]
-    assert model.list_hooks("blocks.1.attn.hook_[qkv]") == [f"blocks.1.attn.hook_{x}" for x in "qkv"]
-    assert model.list_hooks("blocks.?.hook_resid_pre") == ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"]
-    assert set(model.list_hooks("*")) == set(model.hook_dict)
+    assert model.hook_names("blocks.1.attn.hook_[qkv]") == [f"blocks.1.attn.hook_{x}" for x in "qkv"]
+    assert model.hook_names("blocks.?.hook_resid_pre") == ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"]
+    assert set(model.hook_names("*")) == set(model.hook_dict)
 
 
 def test_a_predicate_picks_what_it_is_true_of(model: HookedTransformer) -> None:
-    picked = model.list_hooks(lambda name: name.endswith("resid_post"))
+    picked = model.hook_names(lambda name: name.endswith("resid_post"))
     assert picked == ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
 
 
@@ -191,16 +191,16 @@ def test_an_iterable_of_names_and_globs_picks_each_once_in_the_models_order(
     model: HookedTransformer, container: type
 ) -> None:
     wanted = container(["blocks.1.attn.hook_q", "hook_embed", "blocks.*.attn.hook_q"])
-    assert model.list_hooks(wanted) == ["hook_embed", "blocks.0.attn.hook_q", "blocks.1.attn.hook_q"]
+    assert model.hook_names(wanted) == ["hook_embed", "blocks.0.attn.hook_q", "blocks.1.attn.hook_q"]
 
 
 def test_no_filter_picks_everything(model: HookedTransformer) -> None:
-    assert model.list_hooks() == list(model.hook_dict)
+    assert model.hook_names() == list(model.hook_dict)
 
 
 def test_a_glob_is_case_sensitive(model: HookedTransformer) -> None:
     with pytest.raises(UnknownHookError, match="HOOK_PATTERN"):
-        model.list_hooks("blocks.*.attn.HOOK_PATTERN")
+        model.hook_names("blocks.*.attn.HOOK_PATTERN")
 
 
 def test_a_plain_name_is_not_a_prefix() -> None:
@@ -220,7 +220,7 @@ def test_a_plain_name_is_not_a_prefix() -> None:
         ("blocks.2.hook_resid_pre", r"no hook 'blocks.2.hook_resid_pre': layers run 0-1$"),
         ("pattern", r"no hook 'pattern'; did you mean 'blocks.0.attn.hook_pattern'"),
         ("blocks.*.attn.hook_patern", r"the pattern 'blocks.\*.attn.hook_patern' matches no hook; did you mean"),
-        ("zzzzzz", r"no hook 'zzzzzz'; list_hooks\(\)"),
+        ("zzzzzz", r"no hook 'zzzzzz'; hook_names\(\)"),
         ([], "the names filter is empty"),
         (lambda name: False, "matches none of the"),
         (
@@ -235,7 +235,7 @@ def test_a_filter_that_matches_nothing_says_so_wherever_it_is_given(
 ) -> None:
     tokens = torch.zeros(1, 3, dtype=torch.long)
     with pytest.raises(UnknownHookError, match=message):
-        model.list_hooks(bad)
+        model.hook_names(bad)
     with pytest.raises(UnknownHookError, match=message):
         model.add_hook(bad, double)
     with pytest.raises(UnknownHookError, match=message):
@@ -257,12 +257,12 @@ def test_a_filter_that_matches_nothing_says_so_wherever_it_is_given(
 @pytest.mark.parametrize("bad", [3, 2.5, ["hook_embed", 3]])
 def test_a_filter_of_the_wrong_type_raises(model: HookedTransformer, bad: object) -> None:
     with pytest.raises(TypeError, match=r"names filter is None|a list of names holds strings"):
-        model.list_hooks(bad)  # type: ignore[arg-type]
+        model.hook_names(bad)  # type: ignore[arg-type]
 
 
 def test_an_unknown_hook_is_a_key_error_whose_text_reads_plainly(model: HookedTransformer) -> None:
     with pytest.raises(KeyError, match=r"^no hook 'blocks.7.hook_resid_pre': layers run 0-1$"):
-        model.list_hooks("blocks.7.hook_resid_pre")
+        model.hook_names("blocks.7.hook_resid_pre")
 
 
 # Axes

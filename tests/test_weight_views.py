@@ -340,7 +340,6 @@ def test_by_default_there_are_ten_vectors_and_no_gradient() -> None:
         ({}, {"vector_type": "w_in", "layer_index": -1}, "layer -1 is out of range"),
         ({}, {"vector_type": "OV", "layer_index": 0}, "'OV' needs head_index in 0-2, got None"),
         ({}, {"vector_type": "OV", "layer_index": 0, "head_index": 3}, "'OV' needs head_index in 0-2, got 3"),
-        ({}, {"vector_type": "w_out", "layer_index": 0, "head_index": 0}, "give no head_index"),
         ({}, {"vector_type": "w_out", "layer_index": 0, "num_vectors": 13}, "num_vectors 13 is not in 1-12"),
         ({}, {"vector_type": "w_out", "layer_index": 0, "num_vectors": 0}, "num_vectors 0 is not in 1-12"),
         ({}, {"vector_type": "OV", "layer_index": 0, "head_index": 0, "num_vectors": 5}, "5 is not in 1-4"),
@@ -461,3 +460,35 @@ def test_a_head_that_writes_nothing_composes_with_nothing() -> None:
     assert not scores.isnan().any()
     assert (scores[0, 1] == 0).all()
     assert (scores[0, 0, 1] > 0).all()
+
+
+@pytest.mark.parametrize("which", ["w_in", "w_out"])
+def test_a_head_index_has_no_effect_on_the_singular_vectors_of_an_mlp(which: Any) -> None:
+    interpreter = SVDInterpreter(tiny_model())
+    plain = interpreter.get_singular_vectors(which, 1, 3)
+    assert torch.equal(interpreter.get_singular_vectors(which, layer_index=1, num_vectors=3, head_index=2), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_composition_and_singular_vectors_of_low_precision_weights_are_those_of_single(dtype: torch.dtype) -> None:
+    model = tiny_model(dtype=torch.float32, n_heads=4, d_head=3, n_key_value_heads=2).to(dtype)
+    single = copy.deepcopy(model).float()
+    for mode in ("Q", "K", "V"):
+        low = model.all_composition_scores(mode)
+        assert low.dtype == dtype
+        assert torch.equal(low, single.all_composition_scores(mode).to(dtype))
+    for options in ({"vector_type": "OV", "head_index": 3}, {"vector_type": "w_in"}, {"vector_type": "w_out"}):
+        low = SVDInterpreter(model).get_singular_vectors(layer_index=1, num_vectors=2, **options)
+        assert torch.equal(low, SVDInterpreter(single).get_singular_vectors(layer_index=1, num_vectors=2, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_refactoring_low_precision_weights_rounds_what_single_gives(dtype: torch.dtype) -> None:
+    model = tiny_model(dtype=torch.float32, d_mlp=16).to(dtype)
+    model.fold_value_biases()
+    single = copy.deepcopy(model).float()
+    model.refactor_factored_attn_matrices()
+    single.refactor_factored_attn_matrices()
+    for name, value in model.state_dict().items():
+        assert value.dtype == dtype
+        assert torch.equal(value, single.state_dict()[name].to(dtype)), name

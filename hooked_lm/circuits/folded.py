@@ -31,10 +31,10 @@ def folded_ov(model: HookedModel, layer: int) -> FactoredMatrix:
     are such norms; not their scales and biases. For weights that were folded on loading it is `model.OV[layer]`.
 
     Raises:
-        ValueError: no such layer, norms on the residual stream itself, or overridden attention or norms.
+        ValueError: no such layer, norms on the residual stream itself, gates, or overridden attention or norms.
     """
     require_additive(model)
-    block = _block(model, layer, "an OV circuit")
+    block = _block(model, layer, "an OV circuit", by_values=True)
     W_V = per_query_head(read_through(block.ln1, _exact(block.attn.W_V)), model.cfg.n_heads)
     return FactoredMatrix(W_V, linear_part(block.ln1_post, _exact(block.attn.W_O)))
 
@@ -51,7 +51,7 @@ def folded_qk(model: HookedModel, layer: int) -> FactoredMatrix:
     """
     require_additive(model)
     require_scores_by_head(model)
-    block = _block(model, layer, "a QK circuit")
+    block = _block(model, layer, "a QK circuit", by_values=False)
     attn = block.attn
     W_Q = head_norm_linear_part(attn.q_norm, read_through(block.ln1, _exact(attn.W_Q)))
     W_K = head_norm_linear_part(attn.k_norm, read_through(block.ln1, _exact(attn.W_K)))
@@ -111,10 +111,10 @@ def require_scores_by_head(model: HookedModel) -> None:
         )
 
 
-def _block(model: HookedModel, layer: int, what: str) -> TransformerBlock:
+def _block(model: HookedModel, layer: int, what: str, *, by_values: bool) -> TransformerBlock:
     if not 0 <= layer < model.cfg.n_layers:
         raise ValueError(f"no layer {layer}: this model has layers 0-{model.cfg.n_layers - 1}")
-    require_own_matrices(model, what)
+    require_own_matrices(model, what, by_values=by_values)
     require_stock_attention(model, layer, what)
     return model.blocks[layer]
 

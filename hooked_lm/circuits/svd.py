@@ -129,7 +129,7 @@ class SVDInterpreter:
                 that is not folded), `"w_out"` for what it writes.
             layer_index: the block.
             num_vectors: how many vectors, from the largest singular value down.
-            head_index: the head; needed for `"OV"`, not taken otherwise.
+            head_index: the head; needed for `"OV"`, and without effect for the matrices of an MLP.
 
         Raises:
             ValueError: an unknown kind, an index out of range, more vectors than there are, or attention, MLP or norm
@@ -137,6 +137,7 @@ class SVDInterpreter:
         """
         if not 0 <= layer_index < self.cfg.n_layers:
             raise ValueError(f"layer {layer_index} is out of range: this model has blocks 0-{self.cfg.n_layers - 1}")
+        self.model.unembed.require_linear("a singular vector in vocabulary space")
         V = self._right_singular_vectors(vector_type, layer_index, head_index)
         if not 1 <= num_vectors <= V.shape[-1]:
             raise ValueError(f"num_vectors {num_vectors} is not in 1-{V.shape[-1]}, the number of singular vectors")
@@ -150,13 +151,11 @@ class SVDInterpreter:
         if vector_type == "OV":
             if head is None or not 0 <= head < self.cfg.n_heads:
                 raise ValueError(f"'OV' needs head_index in 0-{self.cfg.n_heads - 1}, got {head}")
-            require_own_matrices(self.model, "an OV circuit")
+            require_own_matrices(self.model, "an OV circuit", by_values=True)
             require_stock_attention(self.model, layer, "an OV circuit")
             group = self.cfg.n_heads // self.cfg.n_kv_heads
             W_V, W_O = (at_least_single(W) for W in (block.attn.W_V[head // group], block.attn.W_O[head]))
             return FactoredMatrix(W_V, W_O).svd()[2]
-        if head is not None:
-            raise ValueError(f"{vector_type!r} belongs to a whole MLP: give no head_index")
         if self.cfg.attn_only or self.cfg.num_experts is not None:
             raise ValueError("this model has no plain MLP to take the matrices of")
         require_stock("what an MLP reads and writes", f"blocks.{layer}.mlp", block.mlp)
@@ -164,7 +163,8 @@ class SVDInterpreter:
         if vector_type == "w_out":
             return _right_vectors(block.mlp.W_out)
         gain = getattr(block.ln2, "w", None)
-        reads = block.mlp.W_in if gain is None else gain[:, None] * block.mlp.W_in
+        reads = at_least_single(block.mlp.W_in)
+        reads = reads if gain is None else at_least_single(gain)[:, None] * reads
         return _right_vectors(reads.mT)
 
 

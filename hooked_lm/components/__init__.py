@@ -42,7 +42,6 @@ _ABSENT = {
     **dict.fromkeys(("BertBlock", "BertEmbed", "BertMLMHead", "BertNSPHead", "BertPooler"), _DECODERS_ONLY),
     **dict.fromkeys(("T5Attention", "T5Block", "TokenTypeEmbed", "TokenTypedEmbed"), _DECODERS_ONLY),
     "GatedMLP4Bit": "weights of four bits are not computed with here: GatedMLP, with weights that are dequantised",
-    "CanBeUsedAsMLP": "a module of your own in an MLP's place needs no base class: torch.nn.Module",
 }
 
 

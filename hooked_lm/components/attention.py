@@ -34,6 +34,9 @@ class Attention(ClassicAttention):
     Fused unless `hook_attn_scores` or `hook_pattern` has a hook, or under `torch.func` and forward-mode
     differentiation, for which the fused kernels have no rules. `hook_result` is computed only if it has a hook.
 
+    With `attention_gate` z is the pattern's mixture of the values times `hook_gate`, `sigmoid(x W_G + b_G)`, where `x`
+    is what the queries read: an edit at `hook_q_input` changes a head's gate too.
+
     With grouped queries `cfg.ungroup_grouped_query_attention` gives keys and values one entry for each query head from
     the projection on: at hook points, in the norm of keys and in the key-value cache. The numbers are the same.
 
@@ -45,7 +48,8 @@ class Attention(ClassicAttention):
 
     Parameters (zeros until they are drawn or loaded):
         W_Q [head d_model d_head], W_K, W_V [kv_head d_model d_head], W_O [head d_head d_model],
-        b_Q [head d_head], b_K, b_V [kv_head d_head], b_O [d_model]; sinks [head] with `attention_sinks`.
+        b_Q [head d_head], b_K, b_V [kv_head d_head], b_O [d_model]; sinks [head] with `attention_sinks`;
+        W_G [head d_model d_head], b_G [head d_head] with `attention_gate`.
     """
 
     def __init__(
@@ -80,8 +84,11 @@ class Attention(ClassicAttention):
             self.hook_rot_k = HookPoint("batch pos kv_head d_head")
         self.hook_attn_scores = HookPoint("batch head query key")
         self.hook_pattern = HookPoint("batch head query key")
+        self.has_gate = cfg.attention_gate
+        if self.has_gate:
+            self.hook_gate = HookPoint("batch pos head d_head")
         self.hook_z = HookPoint("batch pos head d_head")
-        self.hook_result = HookPoint("batch pos head d_model", on_demand=True)
+        self.hook_result = HookPoint("batch pos head d_model", on_demand=True, flag="use_attn_result")
 
     def make_projections(self, cfg: HookedTransformerConfig) -> None:
         """Make the weights and biases of queries, keys, values and output."""
@@ -93,6 +100,9 @@ class Attention(ClassicAttention):
         self.b_K = nn.Parameter(torch.zeros(cfg.n_kv_heads, cfg.d_head))
         self.b_V = nn.Parameter(torch.zeros(cfg.n_kv_heads, cfg.d_head))
         self.b_O = nn.Parameter(torch.zeros(cfg.d_model))
+        if cfg.attention_gate:
+            self.W_G = input_projection(cfg.n_heads, cfg.d_model, cfg.d_head)
+            self.b_G = nn.Parameter(torch.zeros(cfg.n_heads, cfg.d_head))
 
     @property
     def causal(self) -> bool:
@@ -142,7 +152,7 @@ class Attention(ClassicAttention):
         q, k, v = self.queries_keys_values(query_input, key_input, value_input, layout)
         if past is not None:
             k, v = past.append(k, v)
-        return self.write(self.hook_z(self.attend(q, k, v, layout)))
+        return self.write(self.hook_z(self.gated(self.attend(q, k, v, layout), self.gate(query_input))))
 
     def queries_keys_values(
         self,
@@ -163,11 +173,26 @@ class Attention(ClassicAttention):
         v: Float[Tensor, "batch key kv_head d_value"],
         layout: SequenceLayout,
     ) -> Float[Tensor, "out_batch query head d_value"]:
-        """Return z; by the fused kernel, unless the scores are needed: for hooks, a soft-cap, sinks or `torch.func`."""
+        """Return z before a gate; by the fused kernel, unless hooks, a soft-cap, sinks or `torch.func` need scores."""
         hooked = is_live(self.hook_attn_scores) or is_live(self.hook_pattern)
         eager = hooked or self.score_cap > 0 or self.sinks is not None or transforms_active()
         eager = eager or layout.additive_mask is not None
         return (self.eager_attention if eager else self.fused_attention)(q, k, v, layout)
+
+    def gate(
+        self, query_input: Float[Tensor, "batch pos *head d_model"]
+    ) -> Float[Tensor, "out_batch pos head d_head"] | None:
+        """Return the factor on each entry of z, between 0 and 1; None in a model without gates."""
+        if not self.has_gate:
+            return None
+        return self.hook_gate(torch.sigmoid(project(query_input, self.W_G, self.b_G)))
+
+    @staticmethod
+    def gated(
+        mixed: Float[Tensor, "batch pos head d_value"], gate: Float[Tensor, "gate_batch pos head d_head"] | None
+    ) -> Float[Tensor, "out_batch pos head d_value"]:
+        """Return z, given the mixture of values that `attend` returns and what `gate` returns."""
+        return mixed if gate is None else mixed * gate
 
     def project(
         self, x: Float[Tensor, "batch pos *head d_model"], which: Literal["Q", "K", "V"]

@@ -13,7 +13,7 @@ from hooked_lm.components.head_inputs import HeadInputs, per_head_inputs
 from hooked_lm.components.latent_attention import LatentAttention, make_attention
 from hooked_lm.components.mlp import MLP, GatedMLP
 from hooked_lm.components.moe import MoE
-from hooked_lm.components.norm import make_block_norm
+from hooked_lm.components.norm import NoNorm, make_block_norm
 from hooked_lm.components.sequence import SequenceLayout
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.config.classic import ConfigDict
@@ -47,20 +47,20 @@ class TransformerBlock(HookHolder):
         self.n_heads = cfg.n_heads
         self.reads_latents = cfg.d_latent_kv is not None
         self.hook_resid_pre = HookPoint("batch pos d_model")
-        self.hook_attn_in = HookPoint("batch pos head d_model", on_demand=True)
-        self.hook_q_input = HookPoint("batch pos head d_model", on_demand=True)
-        self.hook_k_input = HookPoint("batch pos kv_head d_model", on_demand=True)
-        self.hook_v_input = HookPoint("batch pos kv_head d_model", on_demand=True)
+        self.hook_attn_in = HookPoint("batch pos head d_model", on_demand=True, flag="use_attn_in")
+        self.hook_q_input = HookPoint("batch pos head d_model", on_demand=True, flag="use_split_qkv_input")
+        self.hook_k_input = HookPoint("batch pos kv_head d_model", on_demand=True, flag="use_split_qkv_input")
+        self.hook_v_input = HookPoint("batch pos kv_head d_model", on_demand=True, flag="use_split_qkv_input")
         self.norms_stream = cfg.norm_placement == "residual"
-        self.ln1 = make_block_norm(cfg)
+        self.ln1 = make_block_norm(cfg) if block_index > 0 or cfg.first_norm else NoNorm()
         self.attn = make_attention(cfg, block_index)
         self.ln1_post = make_block_norm(cfg, writing=True)
         self.hook_attn_out = HookPoint("batch pos d_model")
         if not cfg.attn_only:
             if not cfg.parallel_attn_mlp:
                 self.hook_resid_mid = HookPoint("batch pos d_model")
-            self.hook_mlp_in = HookPoint("batch pos d_model")
-            self.ln2 = make_block_norm(cfg)
+            self.hook_mlp_in = HookPoint("batch pos d_model", flag="use_hook_mlp_in")
+            self.ln2 = make_block_norm(cfg, folds=not cfg.writes_normalized(block_index))
             self.mlp = MoE(cfg) if cfg.has_experts(block_index) else GatedMLP(cfg) if cfg.gated_mlp else MLP(cfg)
             self.ln2_post = make_block_norm(cfg, writing=True)
             self.hook_mlp_out = HookPoint("batch pos d_model")
@@ -154,9 +154,14 @@ class TransformerBlock(HookHolder):
         return norm(stream + written) if self.norms_stream else stream + written
 
     def mlp_output(self, stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "out_batch pos d_model"]:
-        """Return the MLP's contribution; an edit at `hook_mlp_in` changes its input but not the stream."""
+        """Return the MLP's contribution to the stream."""
+        return self.hook_mlp_out(self.ln2_post(self.mlp(self.mlp_input(stream))))
+
+    def mlp_input(self, stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "out_batch pos d_model"]:
+        """Return the normalised input of the MLP; an edit at `hook_mlp_in` changes it but not the stream."""
         mlp_in = stream
         if is_live(self.hook_mlp_in):
             # A separate view, so that the gradient at the hook point is that through the MLP alone.
             mlp_in = self.hook_mlp_in(stream.view_as(stream))
-        return self.hook_mlp_out(self.ln2_post(self.mlp(mlp_in if self.norms_stream else self.ln2(mlp_in))))
+        normalized: Tensor = mlp_in if self.norms_stream else self.ln2(mlp_in)
+        return normalized

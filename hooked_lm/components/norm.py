@@ -197,17 +197,20 @@ def make_writing_norm(cfg: HookedTransformerConfig) -> nn.Module:
     return make_norm(cfg, kind=cfg.normalization_type and cfg.normalization_type.removesuffix("Pre"))
 
 
-def make_block_norm(cfg: HookedTransformerConfig, *, writing: bool = False) -> nn.Module:
+def make_block_norm(cfg: HookedTransformerConfig, *, writing: bool = False, folds: bool = True) -> nn.Module:
     """Return a block's norm before (or, if `writing`, after) attention or MLP; the identity if it has none there.
 
-    With `norm_placement="residual"` the norm before is on the stream itself, and keeps its gain and bias.
+    With `norm_placement="residual"` the norm before is on the stream itself, and keeps its gain and bias; so does one
+    that does not fold, since something writes its output to the stream.
     """
     placement = cfg.norm_placement
     if writing:
         return make_writing_norm(cfg) if placement in ("before_and_after", "after") else NoNorm()
     if placement == "residual":
         return make_writing_norm(cfg)
-    return NoNorm() if placement == "after" else make_norm(cfg)
+    if placement == "after":
+        return NoNorm()
+    return make_norm(cfg) if folds else make_writing_norm(cfg)
 
 
 def make_qk_norm(cfg: HookedTransformerConfig, heads: int, axes: str) -> nn.Module:

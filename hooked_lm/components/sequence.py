@@ -49,6 +49,16 @@ class SequenceLayout:
         self.n_queries, self.n_past, self.device, self.valid = n_queries, n_past, device, valid
         self.additive_mask = additive_mask
         self._made: dict[object, Tensor | tuple[Tensor, Tensor] | None] = {}
+        self._carried: Tensor | None = None
+
+    def carry(self, x: Float[Tensor, "batch pos d_model"]) -> None:
+        """Keep what a block computes for the next block of this pass to add."""
+        self._carried = x
+
+    def take_carried(self) -> Float[Tensor, "batch pos d_model"] | None:
+        """Return what the block before has computed for this one, once; None if it has not run in this pass."""
+        carried, self._carried = self._carried, None
+        return carried
 
     @property
     def n_keys(self) -> int:

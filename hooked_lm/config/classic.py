@@ -23,13 +23,14 @@ RETIRED: dict[str, tuple[object, ...]] = {
     "decoder_start_token_id": (None,),
     "trust_remote_code": (False, None),
     "layer_norm_folding": (False, None),
-    "quantization_method": (None,),
+    # Version 3.9 added these. The first three only describe a model.
+    "quantization_method": (...,),
+    "train_seq_length": (...,),
+    "uses_rms_norm": (...,),
     # Qwen's first rotary scaling, and its factor on late queries; both begin beyond the length of training.
     "use_dynamic_ntk_rope": (False,),
     "use_logn_attn": (False,),
-    "train_seq_length": (...,),
     "yarn_global_attn_only": (False,),
-    "uses_rms_norm": (...,),
 }
 # Classic name -> name here.
 RENAMED = {"use_attention_sinks": "attention_sinks"}

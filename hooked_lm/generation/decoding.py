@@ -42,7 +42,9 @@ class Sampling:
         top_k: keep the k likeliest tokens.
         top_p: keep the likeliest tokens that together reach this probability.
         temperature: logits are divided by it; 0 takes the likeliest token.
-        freq_penalty: subtract this much from a token's logit for each time it has occurred.
+        freq_penalty: subtract this much from a token's logit, after the division, for each time it has occurred.
+        repetition_penalty: divide the logit of a token that has occurred by this if it is positive, and multiply it
+            otherwise (Keskar et al. 2019); before all other options.
 
     Raises:
         TypeError: a value of another type.
@@ -54,9 +56,10 @@ class Sampling:
     top_p: float | None = None
     temperature: float = 1.0
     freq_penalty: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("top_p", "temperature", "freq_penalty"):
+        for name in ("top_p", "temperature", "freq_penalty", "repetition_penalty"):
             value = getattr(self, name)
             if value is None and name == "top_p":
                 continue
@@ -70,6 +73,13 @@ class Sampling:
             raise ValueError(f"top_p is above 0 and at most 1, got {self.top_p}")
         if self.temperature < 0:
             raise ValueError(f"temperature is not negative, got {self.temperature}")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty is above 0, and 1 for none; got {self.repetition_penalty}")
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the tokens so far decide what is drawn."""
+        return self.freq_penalty != 0 or self.repetition_penalty != 1
 
     def pick(
         self,
@@ -81,11 +91,11 @@ class Sampling:
 
         Args:
             logits: of the position that is continued, [batch vocab].
-            tokens: the text so far [batch pos], which `freq_penalty` counts.
+            tokens: the text so far [batch pos], which the penalties count.
             attention_mask: [batch pos], 0 at padding, which is not counted.
 
         Raises:
-            ValueError: a `freq_penalty` without tokens, or logits of another shape, or NaN.
+            ValueError: a penalty without tokens, or logits of another shape, or NaN.
         """
         if logits.ndim != 2:
             raise ValueError(f"logits are [batch vocab], of one position of each prompt; got {tuple(logits.shape)}")
@@ -95,22 +105,34 @@ class Sampling:
                 f"the logits of prompt {wrong[0]} are NaN, so no token is the likeliest: look at the weights, the "
                 "hooks in place and the precision"
             )
-        if self.freq_penalty:
-            if tokens is None:
-                raise ValueError("freq_penalty counts the tokens so far: give tokens [batch pos]")
-            once = torch.ones_like(tokens) if attention_mask is None else attention_mask
-            counts = torch.zeros_like(logits).scatter_add_(1, tokens, once.to(logits.dtype))
-            logits = logits - self.freq_penalty * counts
-        if not self.do_sample or self.temperature == 0:
+        greedy = not self.do_sample or self.temperature == 0
+        if not greedy:
+            # In half precision the probabilities of many unlikely tokens would be rounded to zero.
+            logits = at_least_single(logits)
+        logits = self._penalized(logits, 1.0 if greedy else self.temperature, tokens, attention_mask)
+        if greedy:
             return logits.argmax(-1)
-        # In half precision the probabilities of many unlikely tokens would be rounded to zero.
-        logits = at_least_single(logits) / self.temperature
         if self.top_k is not None:
             least = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
             logits = logits.masked_fill(logits < least, float("-inf"))
         if self.top_p is not None:
             logits = _nucleus(logits, self.top_p)
         return torch.multinomial(logits.softmax(-1), 1)[:, 0]
+
+    def _penalized(
+        self, logits: Tensor, temperature: float, tokens: Tensor | None, attention_mask: Tensor | None
+    ) -> Float[Tensor, "batch vocab"]:
+        """Divide by the temperature, and lower the logits of tokens that have occurred."""
+        if not self.reads_text:
+            return logits / temperature
+        if tokens is None:
+            raise ValueError(
+                "freq_penalty counts the tokens so far, and repetition_penalty looks for them: give tokens [batch pos]"
+            )
+        once = torch.ones_like(tokens) if attention_mask is None else attention_mask
+        counts = torch.zeros_like(logits).scatter_add_(1, tokens, once.to(logits.dtype))
+        weaker = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
+        return torch.where(counts > 0, weaker, logits) / temperature - self.freq_penalty * counts
 
 
 def _nucleus(logits: Float[Tensor, "batch vocab"], top_p: float) -> Float[Tensor, "batch vocab"]:
@@ -128,19 +150,20 @@ def sample_logits(
     top_p: float | None = None,
     temperature: float = 1.0,
     freq_penalty: float = 0.0,
+    repetition_penalty: float = 1.0,
     tokens: Int[Tensor, "batch pos"] | None = None,
 ) -> Int[Tensor, " batch"]:
     """Return a token drawn from each row of logits.
 
     Args:
         final_logits: of the position that is continued, [batch vocab].
-        top_k, top_p, temperature, freq_penalty: as in `Sampling`.
-        tokens: the text so far, [batch pos], which `freq_penalty` counts.
+        top_k, top_p, temperature, freq_penalty, repetition_penalty: as in `Sampling`.
+        tokens: the text so far, [batch pos], which the penalties count.
 
     Raises:
         ValueError: an option is out of range.
     """
-    return Sampling(True, top_k, top_p, temperature, freq_penalty).pick(final_logits, tokens)
+    return Sampling(True, top_k, top_p, temperature, freq_penalty, repetition_penalty).pick(final_logits, tokens)
 
 
 def decode_steps(
@@ -152,6 +175,8 @@ def decode_steps(
     eos_token_ids: tuple[int, ...] = (),
     use_past_kv_cache: bool = True,
     verbose: bool = False,
+    all_steps: bool = False,
+    logits_of_steps: list[Float[Tensor, "batch vocab"]] | None = None,
 ) -> Iterator[Int[Tensor, " batch"]]:
     """Yield the next token of every prompt, step by step.
 
@@ -166,6 +191,8 @@ def decode_steps(
         use_past_kv_cache: run only the new token at each step; False runs the whole text. Positions of interventions
             mean the same either way.
         verbose: show a progress bar.
+        all_steps: go on to `max_new_tokens` when all prompts have ended.
+        logits_of_steps: a list to which the logits of each step are appended, as the model gave them.
     """
     # The last new token needs no room in the cache: it is not run through the model.
     size = tokens.shape[0], tokens.shape[1] + max(max_new_tokens - 1, 0)
@@ -197,12 +224,14 @@ def decode_steps(
                 attention_mask=unread_mask,
                 logits_to_keep=1,
             )
-        chosen = sampling.pick(logits[:, -1], *(text() if sampling.freq_penalty else ()))
+        if logits_of_steps is not None:
+            logits_of_steps.append(logits[:, -1].clone())
+        chosen = sampling.pick(logits[:, -1], *(text() if sampling.reads_text else ()))
         if eos_token_ids:
             chosen = torch.where(finished, ends[0], chosen)
             finished |= torch.isin(chosen, ends)
         unread, unread_mask = chosen[:, None], None
         written.append(unread)
         yield chosen
-        if eos_token_ids and bool(finished.all()):
+        if eos_token_ids and not all_steps and bool(finished.all()):
             return

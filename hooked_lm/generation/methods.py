@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -12,13 +13,27 @@ from torch import Tensor
 from hooked_lm import tokenization
 from hooked_lm._support.integers import integer, is_integer
 from hooked_lm.generation.decoding import Sampling, decode_steps
+from hooked_lm.hooks import HookPoint, current_pass
 from hooked_lm.interventions import Intervention
 from hooked_lm.interventions.running import Intervening
-from hooked_lm.tokenization.methods import TextInterface, mask_tensor
+from hooked_lm.tokenization.methods import TextInterface, describe, mask_tensor
 
-__all__ = ["ReturnAs", "TextGeneration"]
+__all__ = ["Generated", "ReturnAs", "StreamAs", "TextGeneration"]
 
-ReturnAs = Literal["input", "str", "tokens"]
+ReturnAs = Literal["input", "str", "tokens", "embeds"]
+StreamAs = Literal["input", "str", "tokens"]
+
+
+class Generated(NamedTuple):
+    """What `generate` returns with `output_logits=True`.
+
+    Attributes:
+        sequences: the tokens, [batch pos], the prompts with them unless those were embeddings.
+        logits: of each step, as the model gave them, [batch vocab].
+    """
+
+    sequences: Tensor
+    logits: tuple[Tensor, ...]
 
 
 class TextGeneration(TextInterface, Intervening):
@@ -42,14 +57,17 @@ class TextGeneration(TextInterface, Intervening):
         verbose: bool = True,
         attention_mask: Tensor | None = None,
         interventions: Sequence[Intervention] = (),
-    ) -> Tensor | str | list[str]:
+        output_logits: bool = False,
+        repetition_penalty: float = 1.0,
+    ) -> Tensor | str | list[str] | Generated:
         """Return prompts extended token by token.
 
         The model's hooks and the interventions act at every step. With the key-value cache, each step after the first
         runs only the newest position.
 
         Args:
-            input: a string, a list of strings, or tokens [pos] or [batch pos]. An empty string is BOS alone.
+            input: a string, a list of strings, tokens [pos] or [batch pos], or embeddings [batch pos d_model], in
+                place of what `hook_embed` looks up. An empty string is BOS alone.
             max_new_tokens: steps at most.
             stop_at_eos: stop a prompt after `eos_token_id`; it is padded with that token until all have stopped.
             eos_token_id: one or several; by default the tokenizer's.
@@ -57,42 +75,99 @@ class TextGeneration(TextInterface, Intervening):
             use_past_kv_cache: False runs the whole text at each step. The logits are the same, under interventions too.
             prepend_bos: for strings; by default the model's.
             padding_side: for strings; only `"left"`, since new tokens are added at the right.
-            return_type: `"str"`, `"tokens"`, or `"input"` for the type of the input.
+            return_type: `"str"`, `"tokens"`, `"embeds"`, or `"input"` for the type of the input.
             verbose: show a progress bar.
-            attention_mask: [batch pos] for tokens padded on the left.
+            attention_mask: [batch pos] for tokens or embeddings padded on the left.
             interventions: edits as data; their positions are those of the whole text.
+            output_logits: return a `Generated`, with tokens and the logits of each step, whatever `return_type` is.
+            repetition_penalty: of tokens that have occurred; see `generation.Sampling`.
 
         Returns:
-            Tokens [batch pos] ([pos] if so given), padding included; or the text without padding and the BOS that was
-            put in front, up to and with the first end-of-sequence token.
+            Tokens [batch pos] ([pos] if so given), padding included; their embeddings [batch pos d_model]; or the text
+            without padding and the BOS that was put in front, up to and with the first end-of-sequence token. Of a
+            prompt of embeddings there is no text: tokens and strings are those of the new tokens alone.
 
         Raises:
             ValueError: prompt and new tokens exceed `n_ctx`, or an option is out of range.
         """
-        if return_type not in ("input", "str", "tokens"):
-            raise ValueError(f"return_type is 'input', 'str' or 'tokens', not {return_type!r}")
+        if return_type not in get_args(ReturnAs):
+            raise ValueError(f"return_type is 'input', 'str', 'tokens' or 'embeds', not {return_type!r}")
+        embeds = self._checked_embeddings(input)
+        sampling = Sampling(do_sample, top_k, top_p, temperature, freq_penalty, repetition_penalty)
+        if embeds is not None and sampling.reads_text:
+            raise ValueError("freq_penalty and repetition_penalty count tokens, and the prompt's embeddings are none")
+        if embeds is not None:
+            input = torch.zeros(embeds.shape[:2], dtype=torch.long)  # placeholders, which are not padding
+            attention_mask = torch.ones_like(input) if attention_mask is None else attention_mask
         tokens, mask, texts = self._prompts(input, prepend_bos, padding_side, attention_mask)
         self._check_room(tokens, max_new_tokens)
         ends = self._ends(stop_at_eos, eos_token_id)
-        steps = decode_steps(
-            self,  # type: ignore[arg-type]
-            tokens,
-            mask,
-            max_new_tokens,
-            Sampling(do_sample, top_k, top_p, temperature, freq_penalty),
-            ends,
-            use_past_kv_cache,
-            verbose,
-        )
-        with self._all_acting(interventions):
-            new = list(steps)
-        out = torch.cat((tokens, *(token[:, None] for token in new)), 1)
-        as_text = texts is not None if return_type == "input" else return_type == "str"
-        if not as_text:
-            return out[0] if isinstance(input, Tensor) and input.ndim == 1 else out
-        added = [0] * len(out) if texts is None else [self._n_added(text, prepend_bos) for text in texts]
-        strings = self._texts(out, mask, tokens.shape[1], ends, added)
-        return strings[0] if isinstance(input, str) or (isinstance(input, Tensor) and input.ndim == 1) else strings
+        logits: list[Tensor] | None = [] if output_logits else None
+        with self._all_acting(interventions), self._reading(embeds):
+            steps = decode_steps(
+                self,  # type: ignore[arg-type]
+                tokens,
+                mask,
+                max_new_tokens,
+                sampling,
+                ends,
+                use_past_kv_cache,
+                verbose,
+                logits_of_steps=logits,
+            )
+            new = [token[:, None] for token in steps]
+        if embeds is not None:
+            mask, tokens = None, tokens[:, :0]
+        out = torch.cat((tokens, *new), 1)
+        if logits is not None:
+            return Generated(out, tuple(logits))
+        if return_type == "input":
+            return_type = "embeds" if embeds is not None else "tokens" if texts is None else "str"
+        one_row = isinstance(input, Tensor) and input.ndim == 1
+        if return_type == "str":
+            added = [0] * len(out) if texts is None else [self._n_added(text, prepend_bos) for text in texts]
+            strings = self._texts(out, mask, tokens.shape[1], ends, added)
+            return strings[0] if one_row or isinstance(input, str) else strings
+        if return_type == "embeds":
+            out = self._embedded(out, embeds)
+        return out[0] if one_row else out
+
+    @torch.no_grad()
+    def _embedded(self, tokens: Tensor, prompt: Tensor | None) -> Tensor:
+        """The embeddings of tokens, after those of a prompt."""
+        looked_up: Tensor = self.embed(tokens)
+        return looked_up if prompt is None else torch.cat((prompt, looked_up), 1)
+
+    def _checked_embeddings(self, input: object) -> Tensor | None:
+        """Return a prompt of embeddings on the model's device; None if the prompt is none."""
+        if not isinstance(input, Tensor) or not input.is_floating_point():
+            return None
+        W_E = self.embed.W_E
+        if input.ndim != 3 or input.shape[-1] != W_E.shape[1] or 0 in input.shape or input.dtype != W_E.dtype:
+            raise TypeError(
+                f"a prompt of floats is embeddings [batch pos {W_E.shape[1]}] in {W_E.dtype}, got {describe(input)}: "
+                "tokens are integers"
+            )
+        return input.detach().to(W_E.device)
+
+    @contextmanager
+    def _reading(self, embeds: Tensor | None) -> Generator[None, None, None]:
+        """Within a `with` block, put embeddings in the place of those of the first positions, before other hooks."""
+
+        def replace(looked_up: Tensor, hook: HookPoint) -> Tensor | None:
+            if embeds is None or current_pass().n_past:
+                return None
+            return torch.cat((embeds, looked_up[:, embeds.shape[1] :]), 1)
+
+        replace.edits_in_place = False  # type: ignore[attr-defined]
+        handles = [] if embeds is None else self.plan_hooks([("hook_embed", replace)], "fwd", this_thread=True)
+        try:
+            for handle in handles:
+                handle.attach(prepend=True)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def generate_stream(
         self,
@@ -109,31 +184,36 @@ class TextGeneration(TextInterface, Intervening):
         use_past_kv_cache: bool = True,
         prepend_bos: bool | None = None,
         padding_side: Literal["left", "right"] | None = None,
-        return_type: ReturnAs = "input",
+        return_type: StreamAs = "input",
         verbose: bool = True,
     ) -> Iterator[Tensor | str]:
-        """Yield what `generate` would return in pieces of `max_tokens_per_yield` new tokens, the prompt with the first.
+        """Yield the text in pieces of `max_tokens_per_yield` tokens as it is generated, the prompt with the first.
 
-        Joined, the pieces are the whole.
+        Joined, the pieces are what `generate` returns. The first piece has the prompt and at least one new token; the
+        last may have fewer than the others.
 
         Args:
-            max_tokens_per_yield: how many new tokens a piece has; the last may have fewer.
-            input, max_new_tokens, stop_at_eos, eos_token_id, prepend_bos, padding_side, return_type, verbose: as for
-                `generate`; a single prompt.
+            max_tokens_per_yield: how many tokens a piece has, the prompt's among them.
+            input: a string, or tokens [pos] or [batch pos].
+            return_type: `"str"` yields text, of a single prompt; `"tokens"` and `"input"` yield tokens [batch pos]
+                ([pos] if so given), for strings too.
+            max_new_tokens, stop_at_eos, eos_token_id, prepend_bos, padding_side, verbose: as for `generate`.
             do_sample, top_k, top_p, temperature, freq_penalty, use_past_kv_cache: as for `generate`.
 
         Raises:
-            ValueError: several prompts, pieces of no tokens, or as `generate`.
+            ValueError: several prompts as text, pieces of no tokens, or as `generate`.
         """
-        if return_type not in ("input", "str", "tokens"):
+        if return_type not in get_args(StreamAs):
             raise ValueError(f"return_type is 'input', 'str' or 'tokens', not {return_type!r}")
         if integer(max_tokens_per_yield, "max_tokens_per_yield") < 1:
             raise ValueError(f"max_tokens_per_yield is at least 1, got {max_tokens_per_yield}")
         tokens, mask, texts = self._prompts(input, prepend_bos, padding_side, None)
-        if tokens.shape[0] != 1:
-            raise ValueError(f"one prompt at a time can be streamed, got {tokens.shape[0]}")
+        as_text = return_type == "str"
+        if as_text and tokens.shape[0] != 1:
+            raise ValueError(
+                f"one prompt at a time can be streamed as text, got {tokens.shape[0]}: pass return_type='tokens'"
+            )
         self._check_room(tokens, max_new_tokens)
-        as_text = texts is not None if return_type == "input" else return_type == "str"
         skip = 0 if texts is None else self._n_added(texts[0], prepend_bos)
         sampling = Sampling(do_sample, top_k, top_p, temperature, freq_penalty)
         ends = self._ends(stop_at_eos, eos_token_id)
@@ -261,15 +341,15 @@ class TextGeneration(TextInterface, Intervening):
 
 
 def _new_tokens(tokens: Tensor, steps: Iterator[Tensor], per_piece: int) -> Iterator[tuple[Tensor, bool]]:
-    """Yield the new tokens [batch pos], `per_piece` at a time, the prompt with the first piece.
+    """Yield the prompt and then the new tokens [batch pos], `per_piece` at a time; at least one is new.
 
-    Each comes with whether it is known to be the last piece, since it has fewer new tokens.
+    Each comes with whether it is known to be the last piece, since it has fewer tokens.
     """
-    parts, pending = [tokens], 0
+    parts, pending = [tokens], tokens.shape[1]
     for token in steps:
         parts.append(token[:, None])
         pending += 1
-        if pending == per_piece:
+        if pending >= per_piece:
             yield torch.cat(parts, 1), False
             parts, pending = [], 0
     if parts:

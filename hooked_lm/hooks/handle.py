@@ -7,18 +7,39 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
 from hooked_lm._support.inference import as_differentiable
+from hooked_lm._support.integers import integer
+from hooked_lm._support.precision import autocasts
 from hooked_lm.hooks.thread import Token, here
 
 if TYPE_CHECKING:
     from hooked_lm.hooks.point import HookPoint
 
-__all__ = ["Direction", "HookFunction", "HookHandle", "changing_hooks"]
+__all__ = ["Direction", "HookFunction", "HookHandle", "changing_hooks", "check_selection"]
 
 HookFunction = Callable[..., object]
 Direction = Literal["fwd", "bwd", "both"]
+
+
+def check_selection(direction: object, level: object = None) -> None:
+    """Check the options that select hooks.
+
+    Args:
+        direction: `"fwd"`, `"bwd"` or `"both"`.
+        level: a context's depth; None for any.
+
+    Raises:
+        ValueError: another direction.
+        TypeError: a level that is no integer.
+    """
+    if direction not in ("fwd", "bwd", "both"):
+        raise ValueError(f"direction {direction!r} is none of 'fwd', 'bwd', 'both'")
+    if level is not None:
+        integer(level, "level")
+
 
 # Held while a list of hooks changes. One for all models: a lock cannot be copied with a model.
 changing_hooks = threading.RLock()
@@ -28,7 +49,8 @@ class HookHandle:
     """One hook on one hook point.
 
     Two attributes of the function save a copy of the activation: `reads_only = True`, it never changes its argument;
-    `edits_in_place = False`, it returns a new tensor rather than write to its argument.
+    `edits_in_place = False`, it returns a new tensor rather than write to its argument. With `keep_graph = False` a
+    function that only reads keeps no graph, and may be given a copy of what an earlier hook can still write to.
 
     Attributes:
         hook: the function, called as `hook(activation, hook_point)`.
@@ -36,6 +58,7 @@ class HookHandle:
         context_level: how many `hooks()` contexts were open when it was added; None if added at no level.
         reads_only: it never changes the activation, and gets the tensor itself, never a copy.
         edits_in_place: it may write to its argument.
+        keep_graph: gradients have to flow through a tensor that it keeps.
         thread: the thread in which it acts; None for all threads.
         scope: acts only in `only` blocks of this scope; None for outside of them.
         fired: whether it has run since it was attached.
@@ -58,17 +81,25 @@ class HookHandle:
             raise TypeError(f"the hook for {point.name!r} is not callable: {hook!r}")
         if dir not in ("fwd", "bwd"):
             raise ValueError(f"a hook runs in direction 'fwd' or 'bwd', not {dir!r}")
+        if level is not None:
+            integer(level, "level")
         if dir == "bwd" and not point.differentiable:
             raise ValueError(f"no backward hook can run at {point.name!r}: its activation holds integers")
         self.point, self.hook, self.dir = point, hook, dir
         self.is_permanent, self.context_level = is_permanent, level
         self.reads_only = bool(getattr(hook, "reads_only", False)) if reads_only is None else reads_only
         self.edits_in_place = not self.reads_only and bool(getattr(hook, "edits_in_place", True))
+        self.keep_graph = bool(getattr(hook, "keep_graph", True))
         self.thread = here.identity if this_thread else None
         self.scope = scope
         self.fired = False
         # Inspecting a signature takes longer than most hooks, so `plan_hooks` passes the result of the first.
         self.by_keyword = _takes_hook_keyword(hook, point.name) if by_keyword is None else by_keyword
+
+    @property
+    def user_hook(self) -> HookFunction:
+        """The function, under the name that it has in the classic library."""
+        return self.hook
 
     @property
     def acts(self) -> bool:
@@ -77,17 +108,22 @@ class HookHandle:
             return False
         return (self.thread is None or self.thread is here.identity) and self.scope is here.scope
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Call the hook with `x`; return the tensor with which the run continues."""
+    def __call__(self, x: Tensor, mixed: bool = False) -> Tensor:
+        """Call the hook with `x`; return the tensor with which the run continues.
+
+        Args:
+            x: the activation, or its gradient.
+            mixed: the run is in mixed precision, besides one under autocast now: a float of another dtype is cast.
+        """
         self.fired = True
         returned = self.hook(x, hook=self.point) if self.by_keyword else self.hook(x, self.point)
         if returned is None or returned is x or self.reads_only:
             return x
         if self.dir == "bwd" and isinstance(returned, tuple) and len(returned) == 1:
             returned = returned[0]
-        return as_differentiable(self._checked(returned, x))
+        return as_differentiable(self._checked(returned, x, mixed))
 
-    def _checked(self, returned: object, x: Tensor) -> Tensor:
+    def _checked(self, returned: object, x: Tensor, mixed: bool) -> Tensor:
         where = f"the {'backward ' if self.dir == 'bwd' else ''}hook at {self.point.name!r}"
         if not isinstance(returned, Tensor):
             raise TypeError(f"{where} returned {type(returned).__name__}: return a tensor, or None to change nothing")
@@ -99,6 +135,9 @@ class HookHandle:
             raise ValueError(
                 f"{where} returned shape {tuple(returned.shape)}, but the activation has shape {tuple(x.shape)}"
             )
+        if returned.dtype != x.dtype and (mixed or autocasts(x)):
+            # A product before the hook is in low precision, and what the hook adds to it in float32.
+            returned = _cast(returned, x.dtype)
         for what in ("dtype", "device"):
             if getattr(returned, what) != getattr(x, what):
                 raise ValueError(
@@ -122,6 +161,10 @@ class HookHandle:
 
     def _line(self) -> list[HookHandle]:
         return self.point.fwd_hooks if self.dir == "fwd" else self.point.bwd_hooks
+
+
+def _cast(returned: Tensor, dtype: torch.dtype) -> Tensor:
+    return returned.to(dtype) if returned.is_floating_point() and dtype.is_floating_point else returned
 
 
 def _takes_hook_keyword(function: HookFunction, name: str) -> bool:

@@ -5,7 +5,8 @@ Hooks get tensors under one contract:
 * a hook that only reads gets the activation itself, and a tensor that it keeps never changes afterwards;
 * hooks that may edit share one tensor, a copy that is private to this point and this run, and the run continues with
   it. So the gradient of the next hook flows through the tensor that an earlier hook kept;
-* a returned tensor replaces the activation. It must have its shape (the batch axis apart), dtype and device.
+* a returned tensor replaces the activation. It must have its shape (the batch axis apart), dtype and device; under
+  autocast a float of another dtype is cast to the activation's.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hooked_lm._support.precision import autocasts
 from hooked_lm._support.torch_internals import has_any_module_hooks, in_backward
-from hooked_lm.hooks.handle import Direction, HookFunction, HookHandle, changing_hooks
+from hooked_lm.hooks.handle import Direction, HookFunction, HookHandle, changing_hooks, check_selection
 from hooked_lm.hooks.thread import here
 from hooked_lm.names import layer_of
 
@@ -33,8 +35,10 @@ class HookPoint(nn.Module):
     Args:
         axes: the names of the activation's axes, from `names.AXES` or others: `"batch pos head d_head"`, or a
             sequence of names. Position slices and interventions select along them.
-        on_demand: computed only when a hook is attached; a cache records it only if it is named.
+        on_demand: computed only when a hook is attached.
         differentiable: False for integer activations, which have no gradient.
+        flag: the field of the config with which a cache without `names_filter` records the activation. Without a flag
+            such a cache records it unless it is on demand or holds integers.
 
     Attributes:
         axes: the names as a tuple; empty if none were given.
@@ -47,12 +51,17 @@ class HookPoint(nn.Module):
     _always_runs = False
 
     def __init__(
-        self, axes: str | Sequence[str] | None = None, on_demand: bool = False, differentiable: bool = True
+        self,
+        axes: str | Sequence[str] | None = None,
+        on_demand: bool = False,
+        differentiable: bool = True,
+        flag: str | None = None,
     ) -> None:
         super().__init__()
         self.axes = tuple(axes.split()) if isinstance(axes, str) else tuple(axes or ())
         self.on_demand = on_demand
         self.differentiable = differentiable
+        self.flag = flag
         self.name: str = ""
         self.ctx: dict[object, Any] = {}  # Any: hooks store values of any type
         self.fwd_hooks: list[HookHandle] = []
@@ -81,8 +90,11 @@ class HookPoint(nn.Module):
             x = x.view_as(x)
             # The present handles: backward runs them even if their `with` block has ended by then.
             switch = here.gradient_switch
+            mixed = autocasts(x)  # of this run: backward itself is not under autocast
             x.register_hook(
-                lambda grad: grad if switch and not switch.on else _through(handles, grad, check_acts=False)
+                lambda grad: (
+                    grad if switch and not switch.on else _through(handles, grad, check_acts=False, mixed=mixed)
+                )
             )
         elif any(not handle.reads_only for handle in handles):
             raise RuntimeError(
@@ -119,6 +131,11 @@ class HookPoint(nn.Module):
     def edits(self) -> bool:
         """Whether a hook may change the activation or its gradient."""
         return self.edited_forward or any(handle.acts for handle in tuple(self.bwd_hooks))
+
+    @property
+    def keeps_graph(self) -> bool:
+        """Whether gradients may have to flow through a tensor that a hook keeps."""
+        return any(handle.acts and handle.keep_graph for handle in tuple(self.fwd_hooks))
 
     def add_hook(
         self,
@@ -164,9 +181,9 @@ class HookPoint(nn.Module):
 
         Raises:
             ValueError: another direction.
+            TypeError: a level that is no integer.
         """
-        if dir not in ("fwd", "bwd", "both"):
-            raise ValueError(f"direction {dir!r} is none of 'fwd', 'bwd', 'both'")
+        check_selection(dir, level)
 
         def stays(handle: HookHandle) -> bool:
             kept = handle.is_permanent and not including_permanent
@@ -185,12 +202,34 @@ class HookPoint(nn.Module):
             dir: `"fwd"`, `"bwd"`, or `"both"` for either.
             including_permanent: count permanent hooks too.
             level: only hooks added in `hooks` contexts of this depth; None for any.
+
+        Raises:
+            ValueError: another direction.
+            TypeError: a level that is no integer.
         """
-        handles = [one for one in (*self.fwd_hooks, *self.bwd_hooks) if one.acts and dir in ("both", one.dir)]
-        return any(
-            (including_permanent or not handle.is_permanent) and (level is None or handle.context_level == level)
-            for handle in handles
-        )
+        return bool(self.attached_hooks(dir, including_permanent, level))
+
+    def attached_hooks(
+        self, dir: Direction = "both", including_permanent: bool = True, level: int | None = None
+    ) -> list[HookHandle]:
+        """Return the hooks that act in this thread, forward hooks first.
+
+        Args:
+            dir, including_permanent, level: as for `has_hooks`.
+
+        Raises:
+            ValueError: another direction.
+            TypeError: a level that is no integer.
+        """
+        check_selection(dir, level)
+        return [
+            handle
+            for handle in (*self.fwd_hooks, *self.bwd_hooks)
+            if handle.acts
+            and dir in ("both", handle.dir)
+            and (including_permanent or not handle.is_permanent)
+            and (level is None or handle.context_level == level)
+        ]
 
     def clear_context(self) -> None:
         """Empty `ctx`."""
@@ -269,7 +308,7 @@ class HookPoint(nn.Module):
         return super().register_full_backward_pre_hook(hook, prepend)
 
 
-def _through(handles: Sequence[HookHandle], x: Tensor, check_acts: bool = True) -> Tensor:
+def _through(handles: Sequence[HookHandle], x: Tensor, check_acts: bool = True, mixed: bool = False) -> Tensor:
     """Return an activation, or a gradient, after hooks."""
     private = False  # whether x is the copy that editing hooks share
     shared = False  # whether an editing hook may hold x, and write to it later
@@ -280,11 +319,14 @@ def _through(handles: Sequence[HookHandle], x: Tensor, check_acts: bool = True) 
         if handle.edits_in_place and not private:
             x, private = x.clone(), True
         if handle.reads_only:
-            # A gradient has to flow through what is kept, so with a graph it is the tensor itself.
-            handle(x.clone() if shared and not x.requires_grad else x)
-            private = False
+            # A gradient may have to flow through what is kept; then it is the tensor itself, also if it is shared.
+            if shared and not (handle.keep_graph and x.requires_grad):
+                handle(x.clone(), mixed)
+            else:
+                handle(x, mixed)
+                private = False
             continue
-        returned = handle(x)
+        returned = handle(x, mixed)
         # A returned tensor may be referenced elsewhere.
         private, shared = private and returned is x, True
         x = returned
@@ -344,12 +386,12 @@ def may_edit_forward(point: nn.Module) -> bool:
 
 
 def carries_run(point: nn.Module, gradients: bool) -> bool:
-    """Return whether the run must use a hook point's output: it may be edited, or need a gradient.
+    """Return whether the run must use a hook point's output: it may be edited, or kept with its graph.
 
     Args:
         point: a hook point, or a module in its place.
         gradients: whether gradients are recorded.
     """
     if isinstance(point, HookPoint):
-        return point.live and (gradients or point.edits)
+        return point.live and (point.edits or (gradients and point.keeps_graph))
     return True

@@ -28,7 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hooked_lm.components.stock import not_stock
+from hooked_lm.components.stock import stages_obstacle
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.interventions import Intervention, Selection
 from hooked_lm.metrics import Metric
@@ -276,7 +276,7 @@ class _PathPatching:
         self.clean, self.corrupted_cache, self.given_mask = clean, corrupted_cache, attention_mask
         self.per_prompt, self.memory_budget, self.verbose = per_prompt, memory_budget, verbose
         self.rules = NodeRules(model, self.tokens.shape[1], routes)
-        self.obstacle = not_stock(cast(nn.Module, model))
+        self.obstacle = stages_obstacle(cast(nn.Module, model))
 
     @torch.no_grad()
     def patch(

@@ -23,6 +23,7 @@ __all__ = [
     "Prompts",
     "TokenBatch",
     "Tokenizer",
+    "bos_id",
     "check_padding_side",
     "decode",
     "encode",
@@ -74,20 +75,34 @@ def prepare_tokenizer(tokenizer: Tokenizer, d_vocab: int | None = None) -> Token
 
 
 def with_bos(tokenizer: Tokenizer) -> Tokenizer:
-    """Return a copy of a tokenizer that has BOS and padding tokens: its own, or else its end-of-sequence token.
+    """Return a copy of a tokenizer that has a BOS token, and a padding token as from `prepare_tokenizer`.
 
     Args:
         tokenizer: the tokenizer to copy.
 
     Raises:
-        ValueError: it has neither BOS nor an end-of-sequence token.
+        ValueError: it has no BOS token. An end-of-sequence token does not stand in for one.
     """
-    prepared = prepare_tokenizer(tokenizer)
-    if prepared.bos_token is None:
-        if prepared.eos_token is None:
-            raise ValueError("the tokenizer has no bos_token and no eos_token to use instead: set one")
-        prepared.bos_token = prepared.eos_token
-    return prepared
+    bos_id(tokenizer, "get_tokenizer_with_bos")
+    return prepare_tokenizer(tokenizer)
+
+
+def bos_id(tokenizer: Tokenizer, asked_by: str) -> int:
+    """Return a tokenizer's BOS token.
+
+    Args:
+        tokenizer: any.
+        asked_by: the call or the argument that needs one, for the message.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if tokenizer.bos_token_id is None:
+        raise ValueError(
+            f"{asked_by} needs a BOS token, and this tokenizer has none: set its bos_token (model.tokenizer.bos_token) "
+            "to the token that the model was trained to begin texts with, or go without BOS"
+        )
+    return int(tokenizer.bos_token_id)
 
 
 @dataclass(frozen=True)
@@ -160,12 +175,7 @@ def tokenize(
 
 def _start(tokenizer: Tokenizer, prepend_bos: bool) -> list[int]:
     """The tokens that come before a text."""
-    if prepend_bos and tokenizer.bos_token_id is None:
-        raise ValueError(
-            "prepend_bos=True needs a BOS token, and this tokenizer has none: set model.tokenizer.bos_token to the "
-            "token that the model was trained to begin texts with, or leave prepend_bos out"
-        )
-    return [tokenizer.bos_token_id] if prepend_bos else []
+    return [bos_id(tokenizer, "prepend_bos=True")] if prepend_bos else []
 
 
 def _begun(start: list[int], tokens: list[int]) -> list[int]:
@@ -367,7 +377,7 @@ def tokenize_and_concatenate(
 
     Args:
         dataset: a HuggingFace `Dataset` with a text column, or an iterable of strings.
-        tokenizer: its `eos_token` and `bos_token` are used.
+        tokenizer: its `eos_token` and, with `add_bos_token`, its `bos_token` are used.
         streaming, num_proc: accepted for compatibility, without effect; a `Dataset` is read in one process.
         max_length: tokens per row, BOS included.
         column_name: the text column.
@@ -377,22 +387,24 @@ def tokenize_and_concatenate(
         A `Dataset` with a `tokens` column for a `Dataset`; otherwise a tensor [row max_length].
 
     Raises:
-        ValueError: fewer tokens than one row.
+        ValueError: fewer tokens than one row, or the tokenizer lacks one of these tokens: neither stands in for the
+            other.
     """
-    tokenizer = with_bos(tokenizer)
+    start = [bos_id(tokenizer, "add_bos_token=True")] if add_bos_token else []
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenize_and_concatenate puts eos_token between texts, and this tokenizer has none: set it")
     is_dataset = hasattr(dataset, "column_names")
     texts: Iterable[str] = dataset[column_name] if is_dataset else dataset
     separator = [tokenizer.eos_token_id]
     stream: list[int] = []
     for index, text in enumerate(texts):
         stream += (separator if index else []) + encode(tokenizer, text)
-    width = max_length - 1 if add_bos_token else max_length
+    width = max_length - len(start)
     if width < 1:
         raise ValueError(f"max_length {max_length} leaves no room for a token in a row")
     n_rows = len(stream) // width
     if n_rows == 0:
         raise ValueError(f"the texts have {len(stream)} tokens, which is less than one row of {width}")
     rows = torch.tensor(stream[: n_rows * width]).reshape(n_rows, width)
-    if add_bos_token:
-        rows = torch.cat((torch.full((n_rows, 1), tokenizer.bos_token_id), rows), 1)
+    rows = torch.cat((torch.tensor(start, dtype=torch.long).expand(n_rows, -1), rows), 1)
     return type(dataset).from_dict({"tokens": rows.numpy()}).with_format("torch") if is_dataset else rows

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hooked_lm import tokenization
 from hooked_lm._support.inference import as_differentiable
+from hooked_lm._support.precision import autocasts
 from hooked_lm._support.torch_internals import values_readable
 from hooked_lm.components import SequenceLayout
 from hooked_lm.components.sequence import Prompt
@@ -99,6 +100,8 @@ class InputReading(TextInterface, HookedRootModule):
             )
         if residual.numel() == 0:
             raise ValueError(f"the residual stream is empty: {describe(residual)}")
+        if residual.is_floating_point() and autocasts(residual):
+            residual = residual.to(self.embed.W_E.dtype)
         if residual.dtype != self.embed.W_E.dtype:
             raise ValueError(f"the residual stream has dtype {residual.dtype}, the model {self.embed.W_E.dtype}")
         if tokens is not None and (1, *tokens.shape)[-2:] != tuple(residual.shape[:2]):

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import inspect
-import re
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hooked_lm import bundled
 from hooked_lm._support.plain_data import PlainData
-from hooked_lm.components import Norm, Unembed
 from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.config.defaults import defaults
 from hooked_lm.tokenization import Tokenizer
 from hooked_lm.weights import keywords, processing
+from hooked_lm.weights.methods import WeightProcessing
 from hooked_lm.weights.placement import ParameterPlacement
 from hooked_lm.weights.processing import Weights
+from hooked_lm.weights.state_dicts import folded_away
 from weight_conversion import checkpoint
 from weight_conversion.classic_state import from_classic
 from weight_conversion.hub import Hub
@@ -27,16 +28,12 @@ from weight_conversion.hub import Hub
 __all__ = ["WeightLoading"]
 
 
-class WeightLoading(nn.Module):
+class WeightLoading(WeightProcessing):
     """The loading and processing methods of `HookedTransformer`."""
 
-    cfg: HookedTransformerConfig
     tokenizer: Tokenizer | None
-    # The processing steps applied to the weights, so that loading a saved model does not apply them again.
-    processed: tuple[str, ...] = ()
     # The HuggingFace config of the checkpoint, from which `to_huggingface` writes one.
     origin: PlainData | None = None
-    unembed: Unembed
 
     # Checkpoints
 
@@ -93,7 +90,8 @@ class WeightLoading(nn.Module):
                 enough by itself: then the network is not asked. A name beside it says where its tokenizer is, or the
                 folder of an adapter for it.
             tokenizer: instead of the checkpoint's own; False loads the model without one.
-            device, dtype: of the model's parameters; by default the CPU and the checkpoint's dtype.
+            device, dtype: of the model's parameters; by default the CPU and the checkpoint's dtype, or what
+                `hooked_lm.compat.install` sets in their place.
             revision: branch, tag or commit on the hub.
             checkpoint_index, checkpoint_value: a checkpoint from during training, by its number or training step, for
                 families that publish them.
@@ -128,7 +126,7 @@ class WeightLoading(nn.Module):
             checkpoint_value=checkpoint_value,
             first_n_layers=first_n_layers,
             n_ctx=n_ctx,
-            dtype=torch_dtype if dtype is None else dtype,
+            dtype=dtype or torch_dtype or defaults().dtype,
             trust_remote_code=trust_remote_code,
             ignore_config_fields=ignore_config_fields,
             hub=Hub(cache_dir, token, local_files_only),
@@ -141,7 +139,8 @@ class WeightLoading(nn.Module):
         asked = dict(zip(processing.STEPS, steps, strict=True))
         name = cfg.model_name if name_or_path is None else str(name_or_path)
         plan = _planned(name, cfg, asked, loaded.processed)
-        return cls._of_checkpoint(name, cfg, loaded, plan, device if move_to_device else None)
+        place = device or defaults().device() or "cpu"
+        return cls._of_checkpoint(name, cfg, loaded, plan, place if move_to_device else "cpu")
 
     @classmethod
     @torch.no_grad()
@@ -151,7 +150,7 @@ class WeightLoading(nn.Module):
         cfg: HookedTransformerConfig,
         loaded: checkpoint.Loaded,
         plan: list[str],
-        device: str | torch.device | None,
+        device: str | torch.device,
     ) -> Self:
         """Build a model for a checkpoint and load its weights, chunk by chunk.
 
@@ -173,14 +172,14 @@ class WeightLoading(nn.Module):
                 model = cls(after, move_to_device=False)
         if loaded.tokenizer is not None:
             model.tokenizer = loaded.tokenizer
-        placement = ParameterPlacement(model, device or "cpu")
+        placement = ParameterPlacement(model, device)
         for chunk in loaded.weights:
             if untied_by_processing and "embed.W_E" in chunk:
                 chunk["unembed.W_U"] = chunk["embed.W_E"].T
             if not placement.load_chunk(chunk, before, plan, keep_views=loaded.weights.mapped) or plan:
                 # No parameter is a view of the mapped file, so its pages can be released.
                 loaded.weights.release()
-        model.cfg.set_unlocked(device=str(torch.device(device or "cpu")))
+        model.cfg.set_unlocked(device=str(torch.device(device)))
         model.processed, model.origin = (*loaded.processed, *plan), loaded.origin
         return model
 
@@ -203,13 +202,6 @@ class WeightLoading(nn.Module):
         return checkpoint.load_tokenizer(name)
 
     # State dicts
-
-    def own_tensors(self) -> Weights:
-        """Return the state dict, without an unembedding that is the transpose of the embedding."""
-        weights: Weights = dict(self.state_dict())
-        if self.cfg.tie_word_embeddings:
-            weights.pop("unembed.W_U", None)
-        return weights
 
     # Any: torch has no public name for the type that its own load_state_dict returns.
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
@@ -254,17 +246,20 @@ class WeightLoading(nn.Module):
 
         Args:
             state_dict: of a model of the same config, unprocessed; with the norms' gains and biases too where the
-                config has norms without (`LNPre`, `RMSPre`), into whose weights they are folded then.
+                config has norms without (`LNPre`, `RMSPre`), into whose weights they are folded then. What it lacks
+                is filled in as by `fill_missing_keys`.
             fold_ln, center_writing_weights, center_unembed, fold_value_biases, refactor_factored_attn_matrices: as for
                 `process_weights_`.
 
         Raises:
             RuntimeError: as `load_state_dict`.
-            ValueError: the state dict has gains, the config's norms have none, and `fold_ln` is False.
+            ValueError: the state dict has gains, the config's norms have none, and `fold_ln` is False; or it lacks a
+                matrix of attention or of an MLP.
         """
-        weights = from_classic(dict(state_dict))
+        weights = self.fill_missing_keys(state_dict)
         kind = self.cfg.normalization_type or ""
-        unfolded = kind.endswith("Pre") and any(_FOLDED_AWAY.fullmatch(name) for name in weights)
+        own = dict(self.named_parameters())
+        unfolded = kind.endswith("Pre") and any(folded_away(name) for name in weights.keys() - own.keys())
         if unfolded:
             if fold_ln is False:
                 raise ValueError(
@@ -278,71 +273,6 @@ class WeightLoading(nn.Module):
         self.process_weights_(
             fold_ln, center_writing_weights, center_unembed, fold_value_biases, refactor_factored_attn_matrices
         )
-
-    def process_weights_(
-        self,
-        fold_ln: bool | None = None,
-        center_writing_weights: bool | None = None,
-        center_unembed: bool | None = None,
-        fold_value_biases: bool | None = None,
-        refactor_factored_attn_matrices: bool | None = None,
-    ) -> None:
-        """Process the model's weights in place, by the steps that preserve its function.
-
-        Args:
-            fold_ln, center_writing_weights, center_unembed, fold_value_biases, refactor_factored_attn_matrices: True or
-                False for a step; None for the default of `from_pretrained`. A step that would change the function is
-                left out, with a warning if it was True.
-        """
-        asked = {
-            "fold_ln": fold_ln,
-            "center_writing_weights": center_writing_weights,
-            "center_unembed": center_unembed,
-            "fold_value_biases": fold_value_biases,
-            "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
-        }
-        for step in processing.plan_processing(self.cfg, asked):
-            self._apply_step(step)
-
-    def fold_layer_norm(self) -> None:
-        """Fold the norms' gains and biases into the weights that read from them; see `weights.fold_layer_norm`."""
-        self._apply_step("fold_ln")
-
-    def center_writing_weights(self) -> None:
-        """Centre the weights that write to the stream, whatever the norm; see `weights.center_writing_weights`."""
-        self._apply_step("center_writing_weights")
-
-    def center_unembed(self) -> None:
-        """Centre the unembedding over the vocabulary; see `weights.center_unembed`."""
-        self._apply_step("center_unembed")
-
-    def fold_value_biases(self) -> None:
-        """Move the value biases into attention's output bias; see `weights.fold_value_biases`."""
-        self._apply_step("fold_value_biases")
-
-    def refactor_factored_attn_matrices(self) -> None:
-        """Rotate each head's basis to its singular vectors; see `weights.refactor_factored_attn_matrices`."""
-        self._apply_step("refactor_factored_attn_matrices")
-
-    @torch.no_grad()
-    def _apply_step(self, name: str) -> None:
-        cfg, weights = processing.process(self.cfg, self.own_tensors(), [name])
-        self._install(cfg, weights)
-        self.processed = tuple(dict.fromkeys((*self.processed, name)))
-
-    def _install(self, cfg: HookedTransformerConfig, weights: Weights) -> None:
-        """Copy processed weights into the model; norms whose gain has been folded away lose it."""
-        self.cfg.set_unlocked(normalization_type=cfg.normalization_type, tie_word_embeddings=cfg.tie_word_embeddings)
-        if not cfg.tie_word_embeddings:
-            self.unembed.untie(torch.contiguous_format)
-        for name, module in self.named_modules():
-            if isinstance(module, Norm) and f"{name}.w" not in weights:
-                module.drop_gain_and_bias()
-        nn.Module.load_state_dict(self, weights, strict=True)
-
-
-# Gains and biases of the norms that `fold_ln` folds into other weights.
-_FOLDED_AWAY = re.compile(r"(blocks\.\d+\.(ln[12]|mlp\.ln)|ln_final)\.[wb]")
 
 
 def _mismatch(name: str) -> str:

@@ -9,31 +9,37 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from einops import einsum
 from torch import Tensor
 
+from hooked_lm._support.precision import at_least_single
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.factored_matrix import FactoredMatrix
 
 __all__ = [
     "STEPS",
+    "NormReaders",
     "Processed",
     "Step",
     "Weights",
+    "center_reader_",
     "center_unembed",
     "center_writing_weights",
+    "fold_into_reader_",
     "fold_layer_norm",
     "fold_value_biases",
+    "norms_with_readers",
     "plan_processing",
     "process",
     "process_",
     "refactor_factored_attn_matrices",
     "untie",
     "unties",
+    "with_own_copies",
 ]
 
 Weights = dict[str, Tensor]
@@ -41,7 +47,7 @@ Processed = tuple[HookedTransformerConfig, Weights]
 
 
 def fold_layer_norm(cfg: HookedTransformerConfig, weights: Weights) -> Processed:
-    """Move the gains and biases of `ln1`, `ln2`, `ln_final` (and of SoLU's `ln`) into the weights that read from them.
+    """Move gains and biases of `ln1`, `ln2`, `ln_final`, SoLU's `ln` and `unembed.transform.ln` into their readers.
 
     `x_hat * w + b` read by `W` is `x_hat` read by `diag(w) W`, with `b W` added to the reader's bias. After LayerNorm,
     whose output has mean zero, the readers' mean over `d_model` does nothing and is removed.
@@ -121,12 +127,22 @@ def untie(cfg: HookedTransformerConfig, weights: Weights) -> Processed:
 
 def _purely(name: str, cfg: HookedTransformerConfig, weights: Weights) -> Processed:
     """Return the result of a step, applied to copies of the tensors it writes to."""
-    step = STEPS[name]
-    if step.unties:
+    if STEPS[name].unties:
         cfg, weights = untie(cfg, weights)
-    written = step.writes(cfg)
-    owned = {key: value.clone() if re.fullmatch(written, key) else value for key, value in weights.items()}
-    return step.rewrite(cfg, owned), owned
+    owned = with_own_copies(name, cfg, weights)
+    return STEPS[name].rewrite(cfg, owned), owned
+
+
+def with_own_copies(step: str, cfg: HookedTransformerConfig, weights: Weights) -> Weights:
+    """Return the weights with copies of those that a step writes to.
+
+    Args:
+        step: the name of the step.
+        cfg: the config that the weights are of.
+        weights: tensors by their names.
+    """
+    written = STEPS[step].writes(cfg)
+    return {name: value.clone() if re.fullmatch(written, name) else value for name, value in weights.items()}
 
 
 # In place: each function writes to the tensors of the dictionary it is given, and returns the config that results.
@@ -135,37 +151,96 @@ def _purely(name: str, cfg: HookedTransformerConfig, weights: Weights) -> Proces
 def _fold_norms_(cfg: HookedTransformerConfig, weights: Weights) -> HookedTransformerConfig:
     if cfg.normalization_type not in ("LN", "RMS"):
         return cfg
-    centred = cfg.normalization_type == "LN"
-    mlp_readers = ("W_in", "W_gate", "W_router", "shared.W_in", "shared.W_gate", "W_shared_gate")
-    for prefix in _block_prefixes(weights):
-        if cfg.norm_placement != "residual":  # the output of a norm on the stream is the stream itself
-            _fold_norm_(weights, f"{prefix}ln1", [f"{prefix}attn.W_{name}" for name in _ATTENTION_READERS], centred)
-            _fold_norm_(weights, f"{prefix}ln2", [f"{prefix}mlp.{reader}" for reader in mlp_readers], centred)
-        _fold_norm_(weights, f"{prefix}mlp.ln", [f"{prefix}mlp.W_out"], centred=True)
-    _fold_norm_(weights, "ln_final", ["unembed.W_U"], centred=centred and not cfg.final_rms)
+    for norm in norms_with_readers(cfg, weights):
+        gain, bias = weights.pop(f"{norm.name}.w", None), weights.pop(f"{norm.name}.b", None)
+        if gain is not None:
+            for reader in norm.readers:
+                fold_into_reader_(weights, reader, gain, bias)
+                if norm.centred:
+                    center_reader_(weights, reader)
     return cfg.replace(normalization_type=f"{cfg.normalization_type}Pre")
 
 
-def _fold_norm_(weights: Weights, norm: str, readers: Iterable[str], centred: bool) -> None:
-    gain, bias = weights.pop(f"{norm}.w", None), weights.pop(f"{norm}.b", None)
-    if gain is None:
-        return
-    for reader in readers:
-        if reader not in weights:
-            continue
-        W = weights[reader]  # [... d_model out]
-        if bias is not None:
-            module, _, name = reader.rpartition(".")
-            b = weights[f"{module}.b{name.removeprefix('W')}"]
-            b.add_(einsum(bias, W, "d_model, ... d_model out -> ... out"))
-        W.mul_(gain[:, None])
-        if centred:
-            W.sub_(W.mean(-2, keepdim=True))
+@dataclass(frozen=True)
+class NormReaders:
+    """A norm and the weights that read its output.
+
+    Attributes:
+        name: of the norm, such as `"blocks.0.ln1"`.
+        readers: the names of the weights, those that there are.
+        centred: the norm's output has mean zero, so that the readers' mean over it does nothing.
+    """
+
+    name: str
+    readers: tuple[str, ...]
+    centred: bool
 
 
-# Of the stream, in either kind of attention.
-_ATTENTION_READERS = ("Q", "K", "V", "DQ", "DKV", "KR")
-_WRITERS = r"embed\.W_E|blocks\.\d+\.(attn\.(W_O|b_O)|mlp\.(shared\.)?(W_out|b_out))"
+def norms_with_readers(cfg: HookedTransformerConfig, weights: Weights) -> Iterator[NormReaders]:
+    """Yield the norms whose gains and biases can be folded into the weights that read from them.
+
+    Args:
+        cfg: the config that the weights are of.
+        weights: tensors by their names.
+    """
+    centred = cfg.normalization_type in ("LN", "LNPre")
+
+    def norm(name: str, readers: Iterable[str], centred: bool) -> NormReaders:
+        return NormReaders(name, tuple(reader for reader in readers if reader in weights), centred)
+
+    mlp_readers = ("W_in", "W_gate", "W_router", "shared.W_in", "shared.W_gate", "W_shared_gate")
+    for prefix in _block_prefixes(weights):
+        if cfg.norm_placement != "residual":  # the output of a norm on the stream is the stream itself
+            yield norm(f"{prefix}ln1", [f"{prefix}attn.W_{name}" for name in _ATTENTION_READERS], centred)
+            # Folded, the gain would be missing in what experts without weights write.
+            if not cfg.writes_normalized(int(prefix.split(".")[1])):
+                readers = [f"{prefix}{mlp}.{reader}" for mlp in ("mlp", "shortcut") for reader in mlp_readers]
+                yield norm(f"{prefix}ln2", readers, centred)
+        if cfg.is_layer_norm_activation():
+            yield norm(f"{prefix}mlp.ln", [f"{prefix}mlp.W_out"], True)
+    reader = "unembed.W_U" if cfg.unembed_act_fn is None else "unembed.transform.W_dense"
+    yield norm("ln_final", [reader], centred and not cfg.final_rms)
+    if cfg.unembed_act_fn is not None:
+        yield norm("unembed.transform.ln", ["unembed.W_U"], centred)
+
+
+def fold_into_reader_(weights: Weights, reader: str, gain: Tensor, bias: Tensor | None) -> None:
+    """Fold a norm's gain, and its bias unless it is None, into a weight that reads from it and the weight's bias.
+
+    Args:
+        weights: tensors by their names, which are changed.
+        reader: the name of the weight.
+        gain, bias: of the norm, [d_model].
+
+    Raises:
+        ValueError: there is a bias to fold, and the reader has none to take it.
+    """
+    W = weights[reader]  # [... d_model out]
+    if bias is not None:
+        module, _, name = reader.rpartition(".")
+        target = f"{module}.b{name.removeprefix('W')}"
+        if target not in weights:
+            raise ValueError(
+                f"the bias of the norm before {reader} is folded into {target}, and the state dict has no such tensor: "
+                "add it (fill_missing_keys does)"
+            )
+        weights[target].add_(einsum(bias, W, "d_model, ... d_model out -> ... out"))
+    W.mul_(gain[:, None])
+
+
+def center_reader_(weights: Weights, reader: str) -> None:
+    """Subtract from a weight [... d_model out] its mean over `d_model`.
+
+    Args:
+        weights: tensors by their names, which are changed.
+        reader: the name of the weight.
+    """
+    weights[reader].sub_(weights[reader].mean(-2, keepdim=True))
+
+
+# Of the stream, in any kind of attention.
+_ATTENTION_READERS = ("Q", "K", "V", "G", "DQ", "DKV", "KR")
+_WRITERS = r"embed\.W_E|blocks\.\d+\.(attn\.(W_O|b_O)|(mlp|shortcut)\.(shared\.)?(W_out|b_out))"
 
 
 def _center_writing_(cfg: HookedTransformerConfig, weights: Weights) -> HookedTransformerConfig:
@@ -203,13 +278,14 @@ def _refactor_(cfg: HookedTransformerConfig, weights: Weights) -> HookedTransfor
 
         def augmented(which: str, prefix: str = prefix) -> Tensor:
             W, b = weights[f"{prefix}attn.W_{which}"], weights[f"{prefix}attn.b_{which}"]
-            return torch.cat((W, b[:, None]), dim=1)  # [head d_model+1 d_head]
+            return at_least_single(torch.cat((W, b[:, None]), dim=1))  # [head d_model+1 d_head]
 
         even = FactoredMatrix(augmented("Q"), augmented("K").mT).make_even()
         for which, factor in (("Q", even.A), ("K", even.B.mT)):
             weights[f"{prefix}attn.W_{which}"].copy_(factor[:, :-1])
             weights[f"{prefix}attn.b_{which}"].copy_(factor[:, -1])
-        U, S, V = FactoredMatrix(weights[f"{prefix}attn.W_V"], weights[f"{prefix}attn.W_O"]).svd()
+        values, output = (at_least_single(weights[f"{prefix}attn.W_{which}"]) for which in ("V", "O"))
+        U, S, V = FactoredMatrix(values, output).svd()
         weights[f"{prefix}attn.W_V"].copy_(U * S[:, None])
         weights[f"{prefix}attn.W_O"].copy_(V.mT)
     return cfg
@@ -225,6 +301,8 @@ def _refactoring_obstacle(cfg: HookedTransformerConfig) -> str | None:
         return "the query-key norm acts on a head's dimensions, which therefore cannot be rotated freely"
     if cfg.n_kv_heads != cfg.n_heads:
         return "with grouped queries several heads share one key-value basis"
+    if cfg.attention_gate:
+        return "the gate acts on a head's dimensions, which therefore cannot be rotated freely"
     if cfg.d_head > cfg.d_model:
         return f"d_head {cfg.d_head} exceeds d_model {cfg.d_model}: the singular vectors would not fill a head"
     return _value_bias_obstacle(cfg)
@@ -235,6 +313,8 @@ def _value_bias_obstacle(cfg: HookedTransformerConfig) -> str | None:
         return "values are clipped with their bias, which therefore cannot be added later"
     if cfg.attention_sinks:
         return "with attention sinks a pattern's rows do not sum to one, so less than the whole bias is passed on"
+    if cfg.attention_gate:
+        return "values are multiplied by a gate with their bias, which therefore cannot be added later"
     return None
 
 
@@ -247,7 +327,10 @@ def _folding_obstacle(cfg: HookedTransformerConfig) -> str | None:
 def _writing_obstacle(cfg: HookedTransformerConfig) -> str | None:
     if cfg.normalization_type not in ("LN", "LNPre") or cfg.final_rms:
         return "only LayerNorm ignores the residual stream's mean"
-    if cfg.norm_placement in ("after", "residual") or not cfg.final_norm:
+    # A norm of the embeddings removes their mean before anything reads them, unless positions are added after it.
+    normed_embeddings = cfg.post_embedding_ln and cfg.positional_embedding_type != "standard"
+    all_normed = cfg.norm_placement not in ("after", "residual") and (cfg.first_norm or normed_embeddings)
+    if not (all_normed and cfg.final_norm):
         return "parts of the model read the residual stream without a norm that would remove its mean"
     return None
 
@@ -280,8 +363,9 @@ class Step:
 def _readers(cfg: HookedTransformerConfig) -> str:
     """Return a pattern of the weights that read from a norm: unembedding, attention, MLP; W_out after SoLU's."""
     out = r"|blocks\.\d+\.mlp\.[Wb]_out" if cfg.is_layer_norm_activation() else ""
-    mlp = r"mlp\.((shared\.)?[Wb]_(in|gate)|[Wb]_(router|shared_gate))"
-    return rf"unembed\.[Wb]_U|blocks\.\d+\.(attn\.[Wb]_({'|'.join(_ATTENTION_READERS)})|{mlp}){out}"
+    mlp = r"(mlp|shortcut)\.((shared\.)?[Wb]_(in|gate)|[Wb]_(router|shared_gate))"
+    attn = rf"attn\.[Wb]_({'|'.join(_ATTENTION_READERS)})"
+    return rf"unembed\.([Wb]_U|transform\.[Wb]_dense)|blocks\.\d+\.({attn}|{mlp}){out}"
 
 
 def _always(pattern: str) -> Callable[[HookedTransformerConfig], str]:

@@ -58,6 +58,11 @@ class WeightViews(nn.Module):
                     f"this model has no {name}: a norm stands between the stream and what its heads read, the latents "
                     "of blocks[layer].attn, which has W_DKV, W_KR, W_UK, W_UV and W_Q, or W_DQ and W_UQ, instead"
                 )
+            if cfg.attention_gate and name == "OV":
+                raise AttributeError(
+                    "this model has no OV: a gate, blocks[layer].attn.hook_gate, multiplies what heads read before "
+                    "W_O. W_V and W_O are there"
+                )
             raise AttributeError(
                 f"this model has no {name}: positional_embedding_type={cfg.positional_embedding_type!r}, "
                 f"n_layers={cfg.n_layers}, attn_only={cfg.attn_only}, gated_mlp={cfg.gated_mlp}"
@@ -68,8 +73,9 @@ class WeightViews(nn.Module):
     def W_E(self) -> Float[Tensor, "vocab d_model"]:
         """Token embeddings, [vocab d_model], as `hook_embed` looks them up.
 
-        The parameter is `embed.W_E`. Where the model multiplies it by an `embedding_scale` (Gemma) this is a copy with
-        the scale, to be read only.
+        The parameter is `embed.W_E`. Where the model multiplies it by an `embedding_scale` (Gemma, BioGPT) this is a
+        copy with the scale, to be read only. Where a norm follows (`post_embedding_ln`: Bloom, nanochat), `hook_embed`
+        is `embed.ln` of these rows.
         """
         W_E, scale = self.embed.W_E, self.cfg.embedding_scale
         return W_E if scale == 1.0 else W_E * W_E.new_tensor(scale)
@@ -175,7 +181,13 @@ class WeightViews(nn.Module):
 
     @property
     def OV(self) -> FactoredMatrix:
-        """`W_V W_O` of every head, [layer head d_model d_model]: from the source's residual to the output."""
+        """`W_V W_O` of every head, [layer head d_model d_model]: from the source's residual to the output.
+
+        Raises:
+            AttributeError: heads have gates, or read latents: no product of weights describes what they write.
+        """
+        if self.cfg.attention_gate:
+            raise AttributeError("OV")
         return FactoredMatrix(self.W_V, self.W_O)
 
     def _per_query_head(self, stacked: Tensor) -> Tensor:
