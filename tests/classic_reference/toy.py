@@ -57,7 +57,6 @@ def masked_results(model: Any) -> dict[str, Tensor]:
     for name in ("pattern", "result", "q_input", "resid_post", "post"):
         found[name] = cache[name, 1]
     found["decomposed"] = cache.stack_head_results(layer=2)
-    found["scaled"] = cache.apply_ln_to_stack(cache["resid_post", -1][None, :, 0], layer=-1, pos_slice=0)
     model.add_hook("blocks.0.hook_attn_out", lambda x, hook: 0 * x)
     found["ablated"] = model(TOKENS)
     model.reset_hooks()
