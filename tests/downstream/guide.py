@@ -318,20 +318,24 @@ def _() -> Value:
 # Flags
 
 
-@row(
-    "`cfg.use_attn_result`, `use_split_qkv_input`, `use_attn_in`, `use_hook_mlp_in`, `use_hook_tokens` and their setters"
-)
+@row("`cfg.use_attn_result`, `model.set_use_attn_result(True)`")
 def _() -> Value:
     model = build(GPT2_LIKE)
     model.set_use_attn_result(True)
     _, cache = model.run_with_cache(tokens(2, 6))
+    return cache["result", 1]
+
+
+@row("`use_split_qkv_input`, `use_attn_in`, `use_hook_mlp_in` and their setters, `use_hook_tokens`")
+def _() -> Value:
+    model = build(GPT2_LIKE)
     model.set_use_split_qkv_input(True)
     model.set_use_hook_mlp_in(True)
-    _, split = model.run_with_cache(tokens(2, 6))
-    return [cache["result", 1], split["q_input", 1], split["blocks.1.hook_mlp_in"]]
+    _, cache = model.run_with_cache(tokens(2, 6))
+    return [cache["q_input", 1], cache["blocks.1.hook_mlp_in"]]
 
 
-@row("`ungroup_grouped_query_attention` and its setter")
+@row("`ungroup_grouped_query_attention`")
 def _() -> Value:
     model = build({**GEMMA_LIKE, "ungroup_grouped_query_attention": True})
     _, cache = model.run_with_cache(tokens(1, 5))
