@@ -84,7 +84,9 @@ class Norm(HookHolder):
 
     def without_hooks(self, x: Float[Tensor, "*batch length"]) -> Float[Tensor, "*out_batch length"]:
         """Normalise without showing anything to the hook points."""
-        (w, b), shape = self._gain_and_bias(x), self.shape if self.n_heads is None else x.shape[-len(self.shape) :]
+        if self.n_heads is None:
+            return self._normalized(x, self.shape, self.w, self.b)
+        (w, b), shape = self._gain_and_bias(x), x.shape[-len(self.shape) :]
         if w is not None and w.shape != shape:
             return self._with_gain(self._normalized(x, shape, None, None))
         return self._normalized(x, shape, w, b)
