@@ -1,5 +1,7 @@
 """From text to tokens and back: functions over a tokenizer, and the model's methods in `methods`."""
 
+from hooked_lm.tokenization.datasets import keep_single_column, tokenize_and_concatenate
+from hooked_lm.tokenization.defaults import USE_DEFAULT_VALUE, LocallyOverridenDefaults
 from hooked_lm.tokenization.functions import (
     LogitTokens,
     PaddingSide,
@@ -17,11 +19,14 @@ from hooked_lm.tokenization.functions import (
     token_position,
     token_rows,
     tokenize,
-    tokenize_and_concatenate,
     with_bos,
+    with_bos_string,
+    without_bos,
 )
 
 __all__ = [
+    "USE_DEFAULT_VALUE",
+    "LocallyOverridenDefaults",
     "LogitTokens",
     "PaddingSide",
     "Prompts",
@@ -31,6 +36,7 @@ __all__ = [
     "decode",
     "encode",
     "infer_attention_mask",
+    "keep_single_column",
     "n_added",
     "prepare_tokenizer",
     "single_token",
@@ -40,4 +46,6 @@ __all__ = [
     "tokenize",
     "tokenize_and_concatenate",
     "with_bos",
+    "with_bos_string",
+    "without_bos",
 ]
