@@ -63,8 +63,8 @@ def tokenize_and_concatenate(
         [row max_length].
 
     Raises:
-        ValueError: `max_length` leaves no room for a token; fewer tokens than one row, unless streamed; or the tokenizer
-            lacks one of these tokens, for which no other stands in.
+        ValueError: `max_length` leaves no room for a token; fewer tokens than one row, unless streamed; or the
+            tokenizer lacks one of these tokens, for which no other stands in.
     """
     bos = [bos_id(tokenizer, "add_bos_token=True")] if add_bos_token else []
     if tokenizer.eos_token_id is None:
