@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from tests.classic_reference.toy import FIELDS, TOKENS, masked_results, processe
 from tests.classic_reference.weights import fingerprint
 
 STORED: dict[str, Any] = json.loads((Path(__file__).parent / "classic_reference" / "toy.json").read_text())
-TAKES_STATE_DICTS = "state_dict" in inspect.signature(HookedTransformer.fold_layer_norm).parameters
 
 
 def toy_model(**changes: Any) -> HookedTransformer:
@@ -41,7 +39,6 @@ def test_permanent_hooks_mask_padding_in_a_bidirectional_model() -> None:
     check(found, STORED["masked"])
 
 
-@pytest.mark.skipif(not TAKES_STATE_DICTS, reason="the processing methods do not take state dicts yet")
 def test_a_state_dict_is_processed_before_it_is_loaded() -> None:
     model, plain = toy_model(), toy_model()
     plain.load_state_dict(saved_state(plain))

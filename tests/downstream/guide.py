@@ -23,6 +23,7 @@ from transformer_lens import (
     HookedTransformer,
     HookedTransformerConfig,
     SVDInterpreter,
+    TransformerLensKeyValueCache,
     evals,
     head_detector,
     patching,
@@ -79,6 +80,7 @@ NOT_RUN: dict[str, str] = {
     "saving a cache with `torch.save`": "the methods are this library's own",
     "path patching by hand, with hooks": "test_downstream compares the numbers",
     "attribution patching by hand": "test_downstream compares the numbers",
+    "a component built by hand holds whatever was in memory": "it is another number every time",
     "`evals.evaluate`, `evaluate_on_dataset`, the data loaders": "they download",
     "`train.train(model, config, dataset)`": "the arguments differ; the error of the classic names says what to use",
 }
@@ -308,8 +310,6 @@ def _() -> Value:
 
 @row("`past_kv_cache=HookedTransformerKeyValueCache.init_cache(cfg, device, batch)`")
 def _() -> Value:
-    from transformer_lens import TransformerLensKeyValueCache
-
     past, prompts = TransformerLensKeyValueCache.init_cache(reader().cfg, "cpu", 2), tokens(2, 6) // 2 + 4
     reader()(prompts[:, :4], past_kv_cache=past)
     return [reader()(prompts[:, 4:], past_kv_cache=past), past[1].past_keys]
@@ -616,6 +616,34 @@ def _() -> Value:
     x = torch.arange(3.0, dtype=torch.float64)
     output, cache = Twice().run_with_cache(x)
     return [output, cache["hook_twice"], Twice().run_with_hooks(x, fwd_hooks=[("hook_twice", zeroed)])]
+
+
+# Components by hand
+
+
+@row("`model.embed(tokens)`, `pos_embed(tokens)`, `block(resid)`, `attn(x, x, x)`, `attn.QK`, `attn.apply_rotary`")
+def _() -> Value:
+    model = build(GPT2_LIKE)
+    residual = model.embed(tokens(1, 5)) + model.pos_embed(tokens(1, 5))
+    attn, read = model.blocks[1].attn, model.blocks[1].ln1(model.blocks[0](residual))
+    q, k, _ = attn.calculate_qkv_matrices(read, read, read)
+    pattern = attn.apply_causal_mask(attn.calculate_attention_scores(q, k)).softmax(-1)
+    return [attn(query_input=read, key_input=read, value_input=read), pattern, attn.QK.AB, attn.attn_type]
+
+
+@row("keys in a key-value cache stand before rotation", same=False)
+def _() -> Value:
+    model = grouped()
+    cache = TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", 1)
+    model(tokens(1, 5), past_kv_cache=cache, attention_mask=torch.ones(1, 5, dtype=torch.long))
+    return cache[0].past_keys
+
+
+@row("`attn.mask`, `IGNORE`, `rotary_sin`, `rotary_cos` are buffers, and code may replace them", same=False)
+def _() -> Value:
+    model = build(GEMMA_LIKE)
+    model.blocks[0].attn.rotary_sin = 2 * model.blocks[0].attn.rotary_sin
+    return sorted(name for name in model.state_dict() if "rotary" in name or "mask" in name)
 
 
 def as_plain(value: Value) -> Value:
