@@ -313,9 +313,11 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
             tokens = self._check_tokens(self.hook_tokens(tokens.clone()))
             prompt = replace(prompt, tokens=tokens)
         residual = self.hook_embed(self.embed(tokens))
-        shortformer_pos = self._shortformer_pos(prompt, tokens)
+        # As many positions as there are prompts after the hooks at hook_embed, which may have changed their number.
+        like = tokens if residual.shape[0] == tokens.shape[0] else tokens.new_zeros(residual.shape[:2])
+        shortformer_pos = self._shortformer_pos(prompt, like)
         if self.cfg.positional_embedding_type == "standard":
-            residual = residual + self._positions(layout, tokens)
+            residual = residual + self._positions(layout, like)
         return prompt, residual, shortformer_pos
 
     def _shortformer_pos(self, prompt: Prompt, like: Tensor) -> Tensor | None:
