@@ -36,14 +36,19 @@ if TYPE_CHECKING:
     from hooked_lm.interventions import load_interventions as load_interventions
     from hooked_lm.interventions import save_interventions as save_interventions
     from hooked_lm.kv_cache import HookedTransformerKeyValueCache as HookedTransformerKeyValueCache
+    from hooked_lm.names import NamesFilter as NamesFilter
     from hooked_lm.names import UnknownHookError as UnknownHookError
     from hooked_lm.slicing import Slice as Slice
+    from hooked_lm.tokenization import USE_DEFAULT_VALUE as USE_DEFAULT_VALUE
     from hooked_lm.transformer import HookedTransformer as HookedTransformer
+    from hooked_lm.transformer import Loss as Loss
+    from hooked_lm.transformer import Output as Output
     from weight_conversion.errors import CheckpointError as CheckpointError
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "USE_DEFAULT_VALUE",
     "ActivationCache",
     "Certificate",
     "CheckpointError",
@@ -54,6 +59,9 @@ __all__ = [
     "HookedTransformerConfig",
     "HookedTransformerKeyValueCache",
     "Intervention",
+    "Loss",
+    "NamesFilter",
+    "Output",
     "SVDInterpreter",
     "Slice",
     "UnknownHookError",
@@ -89,7 +97,11 @@ _HOMES = {
     "HookedTransformerConfig": "hooked_lm.config",
     "HookedTransformerKeyValueCache": "hooked_lm.kv_cache",
     "Intervention": "hooked_lm.interventions",
+    "Loss": "hooked_lm.transformer",
+    "NamesFilter": "hooked_lm.names",
+    "Output": "hooked_lm.transformer",
     "SVDInterpreter": "hooked_lm.circuits.svd",
+    "USE_DEFAULT_VALUE": "hooked_lm.tokenization",
     "Slice": "hooked_lm.slicing",
     "UnknownHookError": "hooked_lm.names",
     "load_interventions": "hooked_lm.interventions",

@@ -6,7 +6,7 @@ ioi_eval(model, num_samples=200)                  # {"Logit Difference": ..., "A
 ioi_eval(model, IOIDataset(model.tokenizer, names=["Alice", "Bob"]))
 
 They run the model as it is, with its hooks, and do not change it. The classic evaluations on downloaded text (the
-`make_*_data_loader` functions and `evaluate`) are left out: no function here downloads data.
+`make_*_data_loader` functions and `evaluate`) are left out, and say so: no function here downloads data.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hooked_lm._support.integers import integer
 from hooked_lm._support.precision import at_least_single
+from hooked_lm._support.replaced import missing
 from hooked_lm.circuits.induction import repeated_random_tokens
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.losses import lm_cross_entropy_loss
@@ -202,7 +204,8 @@ class IOIDataset(Dataset[dict[str, Tensor]]):
         num_samples: sentences; an even number where they are `symmetric`.
         symmetric: each sentence is followed by the one with its names exchanged.
         prepend_bos: start each with BOS.
-        generator: the source of randomness; by default one seeded with 0, so that two datasets agree.
+        seed: of the random draws; 0 by default, so that two datasets agree.
+        generator: the source of randomness, instead of a seed.
 
     Where no names or no nouns are given, the words are the default ones that are a single token.
 
@@ -224,9 +227,12 @@ class IOIDataset(Dataset[dict[str, Tensor]]):
         num_samples: int = 1000,
         symmetric: bool = False,
         prepend_bos: bool = True,
+        seed: int | None = None,
         *,
         generator: torch.Generator | None = None,
     ) -> None:
+        if seed is not None and generator is not None:
+            raise ValueError("an IOIDataset draws from a seed= or from a generator=, and got both")
         if num_samples < 1 or (symmetric and num_samples % 2):
             raise ValueError(f"num_samples is 1 or more, and even where symmetric=True; got {num_samples}")
         self.tokenizer = tokenizer
@@ -250,7 +256,8 @@ class IOIDataset(Dataset[dict[str, Tensor]]):
             source = "of the default names this tokenizer has as one token" if names is None else "got"
             raise ValueError(f"IOI takes at least two names, each a token of its own; {source} {self.names}")
         self._start = [_bos(tokenizer)] if prepend_bos else []
-        self._generator = torch.Generator().manual_seed(0) if generator is None else generator
+        drawn_from = torch.Generator().manual_seed(0 if seed is None else integer(seed, "seed"))
+        self._generator = drawn_from if generator is None else generator
         self.samples: list[dict[str, str]] = []
         while len(self.samples) < num_samples:
             self.samples += self._draw_sample(symmetric)
@@ -437,3 +444,15 @@ def _logit_differences(model: HookedModel, items: list[Mapping[str, Tensor]]) ->
     names = torch.tensor([[int(item["IO"]), int(item["S"])] for item in items], device=logits.device)
     io, s = logits.gather(-1, names).unbind(-1)
     return io - s
+
+
+_DOWNLOADS = "load the texts, make rows (utils.tokenize_and_concatenate), average model(rows, return_type='loss')"
+_REPLACED = {
+    **dict.fromkeys(("evaluate", "evaluate_on_dataset", "DATASET_LOADERS", "DATASET_NAMES"), _DOWNLOADS),
+    **{f"make_{name}_data_loader": _DOWNLOADS for name in ("code", "mmlu", "owt", "pile", "wiki")},
+    "mmlu_eval": "load the questions yourself, and compare the logits of the answers' letters",
+}
+
+
+def __getattr__(name: str) -> object:
+    raise missing("module 'hooked_lm.evals'", name, _REPLACED)

@@ -20,6 +20,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_lm._support.integers import integer
+from hooked_lm._support.precision import at_least_single
+from hooked_lm._support.replaced import missing
 from hooked_lm.activation_cache import ActivationCache
 from hooked_lm.circuits.heads import (
     DETECTION_PATTERNS,
@@ -42,6 +44,7 @@ __all__ = [
     "HeadName",
     "LayerHeadTuple",
     "LayerToHead",
+    "compute_head_attention_similarity_score",
     "detect_head",
     "get_duplicate_token_head_detection_pattern",
     "get_induction_head_detection_pattern",
@@ -172,6 +175,39 @@ def _kept(target: Float[Tensor, "query key"], exclude_bos: bool, exclude_current
     return kept.fill_diagonal_(0.0) if exclude_current else kept
 
 
+def compute_head_attention_similarity_score(
+    attention_pattern: Float[Tensor, "query key"],
+    detection_pattern: Float[Tensor, "query key"],
+    *,
+    exclude_bos: bool,
+    exclude_current_token: bool,
+    error_measure: ErrorMeasure,
+) -> float:
+    """Return how well the attention of one head matches a pattern, as `detect_head` scores it.
+
+    Args:
+        attention_pattern: [query key], left as it is.
+        detection_pattern: [query key].
+        exclude_bos, exclude_current_token, error_measure: as for `detect_head`.
+
+    Raises:
+        ValueError: an unknown measure, or patterns that are not square or not of one size.
+    """
+    if error_measure not in get_args(ErrorMeasure):
+        raise ValueError(f"error_measure is 'mul' or 'abs', not {error_measure!r}")
+    size = attention_pattern.shape[-1]
+    if not tuple(attention_pattern.shape) == tuple(detection_pattern.shape) == (size, size):
+        raise ValueError(
+            f"attention and pattern are [query key], square and of one size; got {tuple(attention_pattern.shape)} and "
+            f"{tuple(detection_pattern.shape)}"
+        )
+    target = at_least_single(detection_pattern)
+    scores = torch.zeros(1, 1, dtype=target.dtype, device=target.device)
+    kept = _kept(target, exclude_bos, exclude_current_token)
+    _score_layer(scores, target, kept, error_measure, 0, attention_pattern[None, None])
+    return scores.item()
+
+
 # Checks of the arguments
 
 
@@ -279,3 +315,7 @@ def _cached_pattern(
         )
     check_attention(layer, attention)
     return attention[row : row + 1]
+
+
+def __getattr__(name: str) -> object:
+    raise missing("module 'hooked_lm.head_detector'", name, {"get_supported_heads": "HEAD_NAMES lists the patterns"})

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from jaxtyping import Float
@@ -37,11 +37,21 @@ from hooked_lm.weights.initialization import initialize_weights
 from hooked_lm.weights.saving import WeightSaving
 from hooked_lm.weights.views import WeightViews
 
-__all__ = ["HookedTransformer", "ModelInput", "Output", "ReturnType"]
+__all__ = ["ForwardOutput", "HookedTransformer", "Loss", "ModelInput", "Output", "ReturnType"]
 
 ReturnType = Literal["logits", "loss", "both"] | None
 ModelInput = Prompts
-Output = Tensor | tuple[Tensor, Tensor] | None
+Loss = Tensor  # a number, or one for each position: [batch pos-1]
+
+
+class Output(NamedTuple):
+    """What a run returns with `return_type="both"`: logits [batch pos vocab] and loss."""
+
+    logits: Tensor
+    loss: Loss
+
+
+ForwardOutput = Tensor | Output | None
 
 
 class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration, Caching, Tracing):
@@ -145,14 +155,14 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         past_kv_cache: HookedTransformerKeyValueCache | None = None,
         logits_to_keep: int | slice | Tensor | None = None,
         shortformer_pos_embed: Tensor | None = None,
-    ) -> Output:
+    ) -> ForwardOutput:
         """Return the model's logits, its loss, or the residual stream before a layer.
 
         Args:
             input: a string, a list of strings, tokens [pos] or [batch pos], or with `start_at_layer` the residual
                 stream [batch pos d_model] at the input of that block.
-            return_type: `"logits"` [batch pos vocab]; `"loss"`, the mean next-token loss in nats; `"both"`, a pair;
-                None runs up to the final norm and returns None.
+            return_type: `"logits"` [batch pos vocab]; `"loss"`, the mean next-token loss in nats; `"both"`, an
+                `Output`; None runs up to the final norm and returns None.
             loss_per_token: return the loss as [batch pos-1].
             prepend_bos: for strings; by default the model's. It never applies to tokens.
             padding_side: for strings, and to infer padding in tokens without a mask; by default the model's.
@@ -198,7 +208,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         logits_to_keep: int | slice | Tensor | None,
         return_type: ReturnType,
         loss_per_token: bool,
-    ) -> Output:
+    ) -> ForwardOutput:
         """Run embedding, blocks and unembedding, as far as the options select them."""
         prompt, residual, shortformer_pos = self._entered(prompt)
         for layer, block in enumerate(islice(self.blocks, start, stop), start):
@@ -240,7 +250,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
 
     def _output(
         self, logits: Tensor, tokens: Tensor | None, mask: Tensor | None, return_type: ReturnType, per_token: bool
-    ) -> Output:
+    ) -> ForwardOutput:
         if return_type is None:
             return None
         if return_type == "logits":
@@ -248,7 +258,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         if tokens is None:
             raise ValueError("a loss from a residual stream needs tokens=, the tokens of that stream")
         loss = self.loss_fn(logits, tokens, mask, per_token)
-        return loss if return_type == "loss" else (logits, loss)
+        return loss if return_type == "loss" else Output(logits, loss)
 
     def _check_cacheable(self, cache: HookedTransformerKeyValueCache, start: int, stop: int) -> None:
         if self.cfg.attention_dir == "bidirectional":
@@ -303,9 +313,11 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
             tokens = self._check_tokens(self.hook_tokens(tokens.clone()))
             prompt = replace(prompt, tokens=tokens)
         residual = self.hook_embed(self.embed(tokens))
-        shortformer_pos = self._shortformer_pos(prompt, tokens)
+        # As many positions as there are prompts after the hooks at hook_embed, which may have changed their number.
+        like = tokens if residual.shape[0] == tokens.shape[0] else tokens.new_zeros(residual.shape[:2])
+        shortformer_pos = self._shortformer_pos(prompt, like)
         if self.cfg.positional_embedding_type == "standard":
-            residual = residual + self._positions(layout, tokens)
+            residual = residual + self._positions(layout, like)
         return prompt, residual, shortformer_pos
 
     def _shortformer_pos(self, prompt: Prompt, like: Tensor) -> Tensor | None:

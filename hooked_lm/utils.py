@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from hooked_lm import tokenization
+from hooked_lm._support.classic import (
+    filter_dict_by_prefix,
+    get_device,
+    get_nested_attr,
+    is_library_available,
+    set_nested_attr,
+)
 from hooked_lm._support.extras import require_pandas
+from hooked_lm._support.precision import at_least_single
+from hooked_lm._support.replaced import missing
 from hooked_lm.components.activations import gelu_fast, gelu_new, solu
 from hooked_lm.factored_matrix import FactoredMatrix, composition_scores
 from hooked_lm.generation import sample_logits
@@ -19,7 +28,15 @@ from hooked_lm.hooked_model import HookedModel
 from hooked_lm.losses import lm_accuracy, lm_cross_entropy_loss
 from hooked_lm.names import get_act_name
 from hooked_lm.slicing import Slice, SliceInput
-from hooked_lm.tokenization import Tokenizer, tokenize_and_concatenate
+from hooked_lm.tokenization import (
+    USE_DEFAULT_VALUE,
+    LocallyOverridenDefaults,
+    Tokenizer,
+    keep_single_column,
+    tokenize_and_concatenate,
+)
+from hooked_lm.tokenization import with_bos_string as get_input_with_manually_prepended_bos
+from hooked_lm.tokenization import without_bos as get_tokens_with_bos_removed
 from hooked_lm.weights.initialization import (
     calc_fan_in_and_fan_out,
     init_kaiming_normal_,
@@ -32,27 +49,36 @@ if TYPE_CHECKING:
     import pandas
 
 __all__ = [
+    "USE_DEFAULT_VALUE",
     "ArrayLike",
     "FactoredMatrix",
+    "LocallyOverridenDefaults",
     "PromptReport",
     "Slice",
     "SliceInput",
     "calc_fan_in_and_fan_out",
     "composition_scores",
+    "filter_dict_by_prefix",
     "gelu_fast",
     "gelu_new",
     "get_act_name",
     "get_attention_mask",
     "get_corner",
     "get_cumsum_along_dim",
+    "get_device",
+    "get_input_with_manually_prepended_bos",
+    "get_nested_attr",
     "get_offset_position_ids",
     "get_tokenizer_with_bos",
+    "get_tokens_with_bos_removed",
     "init_kaiming_normal_",
     "init_kaiming_uniform_",
     "init_xavier_normal_",
     "init_xavier_uniform_",
+    "is_library_available",
     "is_lower_triangular",
     "is_square",
+    "keep_single_column",
     "lm_accuracy",
     "lm_cross_entropy_loss",
     "logits_to_df",
@@ -60,6 +86,7 @@ __all__ = [
     "remove_batch_dim",
     "repeat_along_head_dimension",
     "sample_logits",
+    "set_nested_attr",
     "solu",
     "test_prompt",
     "to_numpy",
@@ -149,15 +176,25 @@ def override_or_use_default_value(default_flag: T, override: T | None = None) ->
     return default_flag if override is None else override
 
 
-def get_attention_mask(tokenizer: Tokenizer, tokens: Tensor, prepend_bos: bool) -> Tensor:
-    """Return the mask [batch pos] of padded tokens, 0 at padding, on the side the tokenizer pads.
+def get_attention_mask(
+    tokenizer: Tokenizer, tokens: Tensor, prepend_bos: bool, padding_side: str | None = None
+) -> Tensor:
+    """Return the mask [batch pos] of padded tokens, 0 at padding; of ones without a tokenizer.
 
     Args:
-        tokenizer: its padding token and padding side decide.
+        tokenizer: its padding token decides; None for none.
         tokens: [batch pos].
         prepend_bos: whether prompts start with BOS.
+        padding_side: by default the tokenizer's.
+
+    Raises:
+        ValueError: a side that is neither `"left"` nor `"right"`.
     """
-    inferred = tokenization.infer_attention_mask(tokenizer, tokens, prepend_bos, tokenizer.padding_side)
+    if tokenizer is None:
+        return torch.ones_like(tokens)
+    side = tokenizer.padding_side if padding_side is None else padding_side
+    tokenization.check_padding_side(side)
+    inferred = tokenization.infer_attention_mask(tokenizer, tokens, prepend_bos, side)
     return torch.ones_like(tokens) if inferred is None else inferred
 
 
@@ -297,13 +334,15 @@ def _rank_token(model: HookedModel, logits: Tensor, token: int, top_k: int) -> A
     )
 
 
-def logits_to_df(logits: Tensor, model: HookedModel, k: int = 20) -> pandas.DataFrame:
-    """Return the `k` likeliest tokens for one position's logits [vocab] as a pandas DataFrame, the likeliest first.
+def logits_to_df(logits: Tensor, tokenizer: Tokenizer | None = None, top_k: int | None = None) -> pandas.DataFrame:
+    """Return the tokens of one position's logits as a pandas DataFrame, the likeliest first.
+
+    Its columns are `token_index`, `token_string` if there is a tokenizer, `logit`, `log_prob` and `probability`.
 
     Args:
         logits: [vocab].
-        model: whose tokenizer gives the strings.
-        k: how many tokens; all of them if there are fewer.
+        tokenizer: gives the strings.
+        top_k: how many tokens; all of them by default, or if there are fewer.
 
     Raises:
         ImportError: pandas is not installed; the `notebooks` extra brings it.
@@ -312,15 +351,32 @@ def logits_to_df(logits: Tensor, model: HookedModel, k: int = 20) -> pandas.Data
     pd = require_pandas("logits_to_df")
     if logits.ndim != 1:
         raise ValueError(f"logits of one position [vocab] are expected, got shape {tuple(logits.shape)}")
-    log_probabilities = logits.log_softmax(-1)
-    best = logits.topk(min(k, logits.shape[-1]))
-    frame: pandas.DataFrame = pd.DataFrame(
-        {
-            "token": best.indices.tolist(),
-            "string": [model.to_single_str_token(int(index)) for index in best.indices],
-            "logit": to_numpy(best.values),
-            "log_prob": to_numpy(log_probabilities[best.indices]),
-            "probability": to_numpy(log_probabilities[best.indices].exp()),
-        }
-    )
+    logits = logits.detach()
+    log_probabilities = at_least_single(logits).log_softmax(-1)
+    order = logits.argsort(descending=True)[:top_k]
+    columns: dict[str, object] = {"token_index": order.tolist()}
+    if tokenizer is not None:
+        columns["token_string"] = [tokenization.str_tokens(tokenizer, [index])[0] for index in order.tolist()]
+    columns["logit"] = to_numpy(logits[order])
+    columns["log_prob"] = to_numpy(log_probabilities[order])
+    columns["probability"] = to_numpy(log_probabilities[order].exp())
+    frame: pandas.DataFrame = pd.DataFrame(columns)
     return frame
+
+
+_REPLACED = {
+    "check_structure": "compare the signs of differences yourself (tensor.diff().sign())",
+    "clear_huggingface_cache": "delete the folder of huggingface_hub.constants.HF_HUB_CACHE",
+    "download_file_from_hf": "use huggingface_hub.hf_hub_download",
+    "get_dataset": "load the texts with datasets.load_dataset, and give them to tokenize_and_concatenate",
+    "get_matrix_corner": "use get_corner, which takes a FactoredMatrix too",
+    "move_to_and_update_config": "use model.to, which keeps model.cfg up to date",
+    "print_gpu_mem": "use torch.cuda.memory_allocated",
+    "warn_if_mps": "a device is used as it is named",
+    "get_device_for_block_index": "a model is on one device, model.cfg.device",
+    "get_best_available_device": "a model is on one device, model.cfg.device",
+}
+
+
+def __getattr__(name: str) -> object:
+    raise missing("module 'hooked_lm.utils'", name, _REPLACED)

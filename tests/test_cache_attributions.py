@@ -312,3 +312,16 @@ def test_tokens_of_other_prompts_or_positions_raise(tokens: Tensor, how: dict[st
     stack = cache.decompose_resid(pos_slice=how.get("pos_slice"))
     with pytest.raises(ValueError, match="give one token, one for each prompt, or one for each position"):
         cache.logit_attrs(stack, tokens, **how)
+
+
+@pytest.mark.parametrize("pos_slice", [None, -1, (1, 3)])
+@pytest.mark.parametrize("batch_slice", [None, 1, [1], (0, 2)])
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+def test_a_tensor_of_one_token_serves_every_prompt_and_position(
+    pos_slice: Any, batch_slice: Any, shape: tuple[int, ...]
+) -> None:
+    _, _, cache = run()
+    stack, how = cache.decompose_resid(pos_slice=pos_slice), {"pos_slice": pos_slice, "batch_slice": batch_slice}
+    expected = cache.logit_attrs(stack, 3, 4, **how)
+    came = cache.logit_attrs(stack, torch.full(shape, 3), torch.full(shape, 4), **how)
+    torch.testing.assert_close(came, expected, **EXACT)

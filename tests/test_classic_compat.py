@@ -325,7 +325,7 @@ def test_an_output_vocabulary_of_another_size() -> None:
     assert logits.shape == (2, 7, 7)
     assert torch.allclose(logits, cache["ln_final.hook_normalized"] * model.ln_final.w @ model.W_U
                           + model.ln_final.b @ model.W_U + model.b_U, atol=1e-12)  # fmt: skip
-    assert model.tokens_to_residual_directions(torch.tensor([6])).shape == (1, 12)
+    assert model.tokens_to_residual_directions(torch.tensor([6])).shape == (12,)
     with pytest.raises(ValueError, match="not all in 0-6"):
         model.tokens_to_residual_directions(torch.tensor([7]))
 

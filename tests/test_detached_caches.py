@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hooked_lm import ActivationCache
+from tests.autograd_helpers import model_of
 from tests.helpers import tiny_model, tiny_tokens
 
 MODEL = tiny_model()
@@ -52,6 +53,56 @@ def test_a_hook_that_writes_later_does_not_reach_a_detached_entry(writes_first: 
     with torch.no_grad():
         held[0].zero_()
     assert torch.equal(store[SITE], before)
+
+
+def test_a_cache_between_two_hooks_that_write_leaves_them_one_tensor() -> None:
+    shown: list[torch.Tensor] = []
+
+    def write(x: torch.Tensor, hook: object) -> None:
+        shown.append(x)
+        x.mul_(2)
+
+    store, fwd, _ = MODEL.get_caching_hooks(SITE)
+    logits = MODEL.run_with_hooks(TOKENS, fwd_hooks=[(SITE, write), *fwd, (SITE, write)])
+    assert shown[0] is shown[1]
+    torch.testing.assert_close(2 * store[SITE], shown[0], rtol=0, atol=1e-12)
+    (gradient,) = torch.autograd.grad(logits.sum(), shown[0])
+    assert gradient.any()
+
+
+@pytest.mark.parametrize(
+    "architecture", ["layer-norm", "rotary, grouped queries, gated", "experts", "latent attention"]
+)
+def test_a_cache_of_everything_changes_no_derivative(architecture: str) -> None:
+    """Not even the second by `backward`, which has no rule for hooks at heads' inputs and at the norm together."""
+    model = model_of(architecture)
+
+    def derivatives(loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (first,) = torch.autograd.grad(loss, model.W_E, create_graph=True)
+        return first, torch.autograd.grad(first.square().sum(), model.W_E)[0]
+
+    loss, cache = model.run_with_cache(TOKENS, names_filter="*", return_type="loss")
+    assert {"blocks.1.hook_q_input", "blocks.1.ln1.hook_scale"} <= set(cache)
+    for found, expected in zip(derivatives(loss), derivatives(model(TOKENS, return_type="loss")), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def test_every_level_of_nested_transforms_is_detached_from() -> None:
+    here = torch.zeros(12, dtype=torch.float64)
+
+    def twice(keep_graph: bool) -> torch.Tensor:
+        def outer(x: torch.Tensor) -> torch.Tensor:
+            def inner(y: torch.Tensor) -> torch.Tensor:
+                with MODEL.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda stream, hook: stream + x + y)]):
+                    _, cache = MODEL.run_with_cache(TOKENS, names_filter=SITE, keep_graph=keep_graph)
+                return (cache[SITE] * y.sum()).sum()
+
+            return torch.func.grad(inner)(x).sum()
+
+        return torch.func.grad(outer)(here)
+
+    assert not twice(False).any()
+    assert twice(True).any()
 
 
 def test_a_cache_with_its_graph_differentiates_to_the_weights_and_by_the_activation() -> None:

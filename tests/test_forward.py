@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
-from hooked_lm import HookedTransformer
+from hooked_lm import HookedTransformer, Output
 from tests.forward_helpers import EXACT, poison
 from tests.helpers import CORPUS, VOCAB, randomise_, tiny_config, tiny_model, tiny_tokens
 
@@ -408,3 +408,14 @@ def test_a_model_without_blocks_is_embedding_norm_and_unembedding() -> None:
     expected = F.layer_norm(residual, (12,), model.ln_final.w, model.ln_final.b, 1e-5) @ model.W_U + model.b_U
     torch.testing.assert_close(model(tokens), expected, **EXACT)
     torch.testing.assert_close(model(tokens, stop_at_layer=0), residual, **EXACT)
+
+
+def test_logits_and_loss_come_by_name_too() -> None:
+    model, tokens = tiny_model(), tiny_tokens()
+    both = model(tokens, return_type="both")
+    assert isinstance(both, Output)
+    assert torch.equal(both.logits, model(tokens))
+    assert torch.equal(both.loss, model(tokens, return_type="loss"))
+    logits, loss = both
+    assert logits is both.logits
+    assert loss is both.loss

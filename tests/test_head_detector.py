@@ -12,6 +12,7 @@ from hooked_lm import ActivationCache, HookedTransformer, UnknownHookError
 from hooked_lm.circuits.heads import attention_scores
 from hooked_lm.head_detector import (
     HEAD_NAMES,
+    compute_head_attention_similarity_score,
     detect_head,
     get_duplicate_token_head_detection_pattern,
     get_induction_head_detection_pattern,
@@ -296,3 +297,33 @@ def test_a_tensor_has_to_fit_every_text() -> None:
     pattern = get_previous_token_head_detection_pattern(MODEL.to_tokens(OTHERS[0]))
     with pytest.raises(ValueError, match=r"the detection pattern has shape \(\d+, \d+\), and the text"):
         detect_head(MODEL, OTHERS, pattern)
+
+
+@pytest.mark.parametrize("error_measure", ["mul", "abs"])
+@pytest.mark.parametrize("exclude_bos", [True, False])
+@pytest.mark.parametrize("exclude_current_token", [True, False])
+def test_the_score_of_one_pattern_is_that_of_its_head(
+    error_measure: Any, exclude_bos: bool, exclude_current_token: bool
+) -> None:
+    model = text_model()
+    text = "When John and Mary went to the store, John"
+    options = {
+        "exclude_bos": exclude_bos,
+        "exclude_current_token": exclude_current_token,
+        "error_measure": error_measure,
+    }
+    _, cache = model.run_with_cache(text)
+    wanted = get_previous_token_head_detection_pattern(model.to_tokens(text))
+    scores = detect_head(model, text, "previous_token_head", **options)
+    attention = cache["pattern", 1][0, 2]
+    before = attention.clone()
+    score = compute_head_attention_similarity_score(attention, wanted, **options)
+    assert score == pytest.approx(float(scores[1, 2]), abs=1e-6)
+    assert torch.equal(attention, before)
+
+
+def test_patterns_of_two_sizes_have_no_score() -> None:
+    options = {"exclude_bos": False, "exclude_current_token": False}
+    for attention, measure in ((torch.ones(3, 3), "mul"), (torch.ones(3, 4), "abs"), (torch.ones(4, 4), "l2")):
+        with pytest.raises(ValueError, match=r"square and of one size|error_measure is"):
+            compute_head_attention_similarity_score(attention, torch.ones(4, 4), error_measure=measure, **options)

@@ -163,11 +163,36 @@ def test_a_hook_that_returns_somebody_elses_tensor_does_not_expose_it_to_the_nex
         assert torch.equal(cache[name], before)
 
 
-def test_a_hook_may_change_how_many_prompts_there_are_and_no_other_axis() -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hook_tokens",
+        "hook_embed",
+        "blocks.0.hook_resid_pre",
+        "blocks.0.hook_resid_mid",
+        "blocks.1.hook_resid_post",
+        "ln_final.hook_normalized",
+        "unembed.hook_in",
+        "unembed.hook_out",
+    ],
+)
+@pytest.mark.parametrize("positions", ["standard", "rotary", "alibi"])
+def test_a_hook_may_change_how_many_prompts_there_are(name: str, positions: str) -> None:
+    model, tokens = tiny_model(positional_embedding_type=positions), tiny_tokens(2, 5)
+    for prompts in ([0, 1, 0], [1]):
+        logits = model.run_with_hooks(tokens, fwd_hooks=[(name, lambda x, hook, prompts=prompts: x[prompts])])
+        torch.testing.assert_close(logits, model(tokens[prompts]), rtol=0, atol=1e-12)
+
+
+def test_shortformer_positions_are_those_of_the_prompts_after_hook_embed() -> None:
+    model, tokens = tiny_model(positional_embedding_type="shortformer"), tiny_tokens(2, 5)
+    logits = model.run_with_hooks(tokens, fwd_hooks=[("hook_embed", lambda x, hook: x[[0, 1, 0]])])
+    torch.testing.assert_close(logits, model(tokens[[0, 1, 0]]), rtol=0, atol=1e-12)
+
+
+def test_a_hook_may_change_no_axis_but_that_of_the_prompts() -> None:
     model, tokens = tiny_model(), tiny_tokens(2, 5)
     name = "blocks.0.hook_resid_pre"
-    logits = model.run_with_hooks(tokens, fwd_hooks=[(name, lambda x, hook: torch.cat((x, x[:1])))])
-    torch.testing.assert_close(logits, model(tokens[[0, 1, 0]]), rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match=r"returned shape \(2, 4, 12\), but the activation has shape \(2, 5, 12\)"):
         model.run_with_hooks(tokens, fwd_hooks=[(name, lambda x, hook: x[:, 1:])])
 

@@ -115,6 +115,22 @@ def test_an_entry_stays_one_tensor() -> None:
     assert cache["resid_mid", 0].data_ptr() != first.data_ptr()
 
 
+@pytest.mark.parametrize("read", ["items", "values", "get"])
+def test_every_way_of_reading_gives_tensors_that_autograd_can_save(read: str) -> None:
+    model = model_of("layer-norm")
+    cache = inference_cache(model)
+    ways: dict[str, Any] = {
+        "items": lambda: dict(cache.items()),
+        "values": lambda: dict(zip(cache, cache.values(), strict=True)),
+        "get": lambda: {name: cache.get(name) for name in cache},
+    }
+    found = ways[read]()
+    assert not any(tensor.is_inference() for tensor in found.values())
+    for name, tensor in found.items():
+        assert tensor is cache[name]
+    (found["blocks.0.hook_resid_post"] * torch.ones(16, dtype=torch.float64, requires_grad=True)).sum().backward()
+
+
 def test_no_copy_is_made_where_no_gradient_is_recorded() -> None:
     cache = inference_cache(model_of("layer-norm"))
     with torch.no_grad():

@@ -141,6 +141,15 @@ def test_the_same_generator_gives_the_same_sentences_and_another_gives_others() 
 # Names and nouns of several tokens
 
 
+def test_a_seed_is_a_generator_with_that_seed() -> None:
+    build = {"num_samples": 20}
+    by_seed = IOIDataset(WORDS, **build, seed=5).samples
+    assert by_seed == IOIDataset(WORDS, **build, generator=seeded(5)).samples
+    assert by_seed != IOIDataset(WORDS, **build).samples == IOIDataset(WORDS, **build, seed=0).samples
+    with pytest.raises(ValueError, match="got both"):
+        IOIDataset(WORDS, **build, seed=5, generator=seeded(5))
+
+
 def test_default_words_that_are_not_one_token_are_left_out() -> None:
     # Of the default words the tiny tokenizer has two names, and no place or object.
     dataset = IOIDataset(TINY, ["Then [A] met [B]. [B] hit [A]"], num_samples=30)

@@ -310,7 +310,7 @@ def test_get_token_position_of_what_is_not_there_raises() -> None:
 
 def test_residual_directions_are_columns_of_the_unembedding() -> None:
     token = MODEL.to_single_token(" Mary")
-    for form in (" Mary", token, torch.tensor(token)):
+    for form in (" Mary", token, torch.tensor(token), torch.tensor([token]), torch.tensor([[token]])):
         direction = MODEL.tokens_to_residual_directions(form)
         assert direction.shape == (12,)
         assert torch.equal(direction, MODEL.W_U[:, token])
@@ -406,6 +406,9 @@ class Dataset:
 
     def __getitem__(self, name: str) -> Any:
         return self.columns[name]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
 
     @classmethod
     def from_dict(cls, columns: dict[str, Any]) -> Dataset:

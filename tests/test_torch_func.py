@@ -245,6 +245,31 @@ def test_the_jacobian_at_any_site_is_the_slope(architecture: str) -> None:
                 )
 
 
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "norms before and after", "solu_ln"])
+def test_second_derivatives_are_the_same_in_every_order(architecture: str) -> None:
+    """Forward mode twice, and backward mode over forward mode, need rules that PyTorch's fused layer norm lacks."""
+    others: dict[str, dict[str, Any]] = {
+        "norms before and after": {"use_normalization_before_and_after": True},
+        "solu_ln": {"act_fn": "solu_ln"},
+    }
+    model = model_of("layer-norm", **others[architecture]) if architecture in others else model_of(architecture)
+    directions = torch.randn(2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def loss(by: Tensor) -> Tensor:
+        shift = by @ directions
+        hook = ("blocks.0.hook_resid_pre", lambda x, hook: x + shift)
+        return model.run_with_hooks(TOKENS, fwd_hooks=[hook], return_type="loss")
+
+    here, units = torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+    gradient = grad(loss)
+    expected = torch.stack([slope(lambda step, unit=unit: gradient(here + step * unit), 1e-4) for unit in units])
+    assert expected.abs().max() > 1e-3
+    for outer in (jacfwd, jacrev):
+        for inner in (jacfwd, jacrev):
+            torch.testing.assert_close(outer(inner(loss))(here), expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(torch.autograd.functional.hessian(loss, here), expected, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("norm_site", ["ln1.hook_scale", "ln1.hook_normalized"])
 @pytest.mark.parametrize("site", ["hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input"])
 def test_copies_of_the_stream_and_hooks_at_the_norm_go_together(site: str, norm_site: str) -> None:

@@ -401,11 +401,12 @@ def test_test_prompt_keeps_no_graph_and_no_hooks() -> None:
 def test_logits_become_a_table_with_the_likeliest_first() -> None:
     model = text_model()
     logits = model(PROMPT)[0, -1]
-    table = utils.logits_to_df(logits, model, k=7)
+    table = utils.logits_to_df(logits, model.tokenizer, top_k=7)
     assert isinstance(table, pandas.DataFrame)
+    assert list(table.columns) == ["token_index", "token_string", "logit", "log_prob", "probability"]
     order = logits.argsort(descending=True)[:7]
-    assert table["token"].tolist() == order.tolist()
-    assert table["string"].tolist() == [model.to_single_str_token(int(token)) for token in order]
+    assert table["token_index"].tolist() == order.tolist()
+    assert table["token_string"].tolist() == [model.to_single_str_token(int(token)) for token in order]
     for column, values in (
         ("logit", logits),
         ("log_prob", logits.log_softmax(-1)),
@@ -414,24 +415,29 @@ def test_logits_become_a_table_with_the_likeliest_first() -> None:
         np.testing.assert_allclose(table[column].to_numpy(), values[order].detach().numpy(), atol=1e-12)
 
 
-def test_a_table_has_twenty_rows_unless_told_otherwise() -> None:
-    model = text_model()
-    logits = model(PROMPT)[0, -1]
-    assert len(utils.logits_to_df(logits, model)) == 20
-    assert len(utils.logits_to_df(logits[:5], model)) == 5
+def test_a_table_has_a_row_for_each_token_unless_told_otherwise_and_strings_only_from_a_tokenizer() -> None:
+    logits = text_model()(PROMPT)[0, -1]
+    table = utils.logits_to_df(logits)
+    assert len(table) == len(logits)
+    assert "token_string" not in table
+    assert len(utils.logits_to_df(logits[:5], top_k=20)) == 5
+    half = utils.logits_to_df(logits.half())
+    np.testing.assert_allclose(
+        half["log_prob"].to_numpy(), logits.half().float().log_softmax(-1).sort(descending=True)[0].detach()
+    )
 
 
 def test_a_table_is_of_one_position() -> None:
     model = text_model()
     with pytest.raises(ValueError, match=r"logits of one position \[vocab\]"):
-        utils.logits_to_df(model(PROMPT)[0], model)
+        utils.logits_to_df(model(PROMPT)[0], model.tokenizer)
 
 
 def test_a_table_needs_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
     model = text_model()
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match=r"logits_to_df needs pandas: pip install 'hooked-lm\[notebooks\]'"):
-        utils.logits_to_df(torch.zeros(VOCAB), model)
+        utils.logits_to_df(torch.zeros(VOCAB), model.tokenizer)
 
 
 def test_importing_the_helpers_imports_no_pandas() -> None:

@@ -51,7 +51,7 @@ REMEDIES = """
 import importlib
 for ask in (
     lambda: importlib.import_module("hooked_lm.plotting"),
-    lambda: importlib.import_module("hooked_lm.utils").logits_to_df(logits[0, 0], model),
+    lambda: importlib.import_module("hooked_lm.utils").logits_to_df(logits[0, 0], model.tokenizer),
 ):
     try:
         ask()

@@ -136,11 +136,11 @@ class CachedActivations(Mapping[str, Tensor]):
 
     def items(self) -> ItemsView[str, Tensor]:
         """Return the names and tensors; of a lazy cache, computed block by block."""
-        return self.cache_dict.items()
+        return super().items() if isinstance(self.cache_dict, dict) else self.cache_dict.items()
 
     def values(self) -> ValuesView[Tensor]:
         """Return the tensors; of a lazy cache, computed block by block."""
-        return self.cache_dict.values()
+        return super().values() if isinstance(self.cache_dict, dict) else self.cache_dict.values()
 
     def prefetch(self, names: NamesFilter | Iterable[ActivationKey]) -> Self:
         """Compute activations of a lazy cache, each block once, and hold them. Returns this cache.

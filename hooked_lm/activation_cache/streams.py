@@ -323,7 +323,7 @@ class ResidualStreams(CachedActivations):
         Args:
             residual_stack: [component batch pos d_model] with every prompt of the run, already cut to `pos_slice`.
             tokens: a string that is one token, a token, or tokens [batch] or [batch pos]: of every prompt of the run,
-                or of those that `batch_slice` keeps.
+                or of those that `batch_slice` keeps. A tensor of one token serves every prompt and position.
             incorrect_tokens: tokens in the same form; their logits are subtracted.
             pos_slice: the positions that the stack holds.
             batch_slice: the prompts to keep, of the stack and of the run; an integer drops the axis.
@@ -350,6 +350,8 @@ class ResidualStreams(CachedActivations):
             run = self._run_shape(positions)
             if run is None or directions.shape[0] == run[0]:
                 directions = batch.apply(directions, dim=0)
+        if directions.shape[:-1].numel() == 1:
+            directions = directions.reshape(-1)  # one token for the whole stack
         if directions.ndim == 2 and len(lead) == 2:
             directions = directions[:, None]  # [batch 1 d_model]: the same at every position
         came = tuple(directions.shape[:-1])

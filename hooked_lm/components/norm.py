@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_lm._support.torch_internals import has_any_module_hooks
+from hooked_lm._support.torch_internals import has_any_module_hooks, transforms_active
 from hooked_lm.components.activations import Activation, identity
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.config.classic import ConfigDict
@@ -33,7 +33,8 @@ __all__ = [
 class Norm(HookHolder):
     """`(x - mean) / scale * w + b`, where `scale = sqrt(variance + eps)`; RMS norms subtract no mean.
 
-    One fused operation unless `hook_scale` or `hook_normalized` is live.
+    One fused operation unless `hook_scale` or `hook_normalized` is live, or under `torch.func` and forward-mode
+    differentiation: torch differentiates its layer norm wrongly a second time there, without an error.
 
     Args:
         length: the size of the normalised axis, the last, or of the last few, which are then normalised together.
@@ -84,6 +85,8 @@ class Norm(HookHolder):
 
     def without_hooks(self, x: Float[Tensor, "*batch length"]) -> Float[Tensor, "*out_batch length"]:
         """Normalise without showing anything to the hook points."""
+        if transforms_active():
+            return self.step_by_step(x)
         if self.n_heads is None:
             return self._normalized(x, self.shape, self.w, self.b)
         (w, b), shape = self._gain_and_bias(x), x.shape[-len(self.shape) :]

@@ -28,14 +28,14 @@ __all__ = [
 Activation = Callable[[Float[Tensor, "..."]], Float[Tensor, "..."]]
 
 
-def gelu_new(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def gelu_new(input: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Return GPT-2's GELU, the tanh approximation (Hendrycks and Gimpel 2016), as one fused operation."""
-    return F.gelu(x, approximate="tanh")
+    return F.gelu(input, approximate="tanh")
 
 
-def gelu_fast(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def gelu_fast(input: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Return the tanh approximation of GELU in the form some checkpoints were trained with."""
-    return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
+    return 0.5 * input * (1.0 + torch.tanh(input * 0.7978845608 * (1.0 + 0.044715 * input * input)))
 
 
 def quick_gelu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -48,9 +48,9 @@ def relu2(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return F.relu(x).square()
 
 
-def solu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Return `x * softmax(x)` over the last axis (Elhage et al. 2022, "Softmax Linear Units")."""
-    return x * F.softmax(x, dim=-1)
+def solu(input: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Return `input * softmax(input)` over the last axis (Elhage et al. 2022, "Softmax Linear Units")."""
+    return input * F.softmax(input, dim=-1)
 
 
 def identity(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

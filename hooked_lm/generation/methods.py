@@ -92,10 +92,8 @@ class TextGeneration(TextInterface, Intervening):
         """
         if return_type not in get_args(ReturnAs):
             raise ValueError(f"return_type is 'input', 'str', 'tokens' or 'embeds', not {return_type!r}")
-        embeds = self._checked_embeddings(input)
         sampling = Sampling(do_sample, top_k, top_p, temperature, freq_penalty, repetition_penalty)
-        if embeds is not None and sampling.reads_text:
-            raise ValueError("freq_penalty and repetition_penalty count tokens, and the prompt's embeddings are none")
+        embeds = self._checked_embeddings(input, sampling)
         if embeds is not None:
             input = torch.zeros(embeds.shape[:2], dtype=torch.long)  # placeholders, which are not padding
             attention_mask = torch.ones_like(input) if attention_mask is None else attention_mask
@@ -128,17 +126,16 @@ class TextGeneration(TextInterface, Intervening):
             added = [0] * len(out) if texts is None else [self._n_added(text, prepend_bos) for text in texts]
             strings = self._texts(out, mask, tokens.shape[1], ends, added)
             return strings[0] if one_row or isinstance(input, str) else strings
-        if return_type == "embeds":
-            out = self._embedded(out, embeds)
+        out = self._looked_up(embeds, out) if return_type == "embeds" else out
         return out[0] if one_row else out
 
     @torch.no_grad()
-    def _embedded(self, tokens: Tensor, prompt: Tensor | None) -> Tensor:
-        """The embeddings of tokens, after those of a prompt."""
+    def _looked_up(self, before: Tensor | None, tokens: Tensor) -> Tensor:
+        """Return embeddings, and behind them those of tokens."""
         looked_up: Tensor = self.embed(tokens)
-        return looked_up if prompt is None else torch.cat((prompt, looked_up), 1)
+        return looked_up if before is None else torch.cat((before, looked_up), 1)
 
-    def _checked_embeddings(self, input: object) -> Tensor | None:
+    def _checked_embeddings(self, input: object, sampling: Sampling) -> Tensor | None:
         """Return a prompt of embeddings on the model's device; None if the prompt is none."""
         if not isinstance(input, Tensor) or not input.is_floating_point():
             return None
@@ -148,6 +145,8 @@ class TextGeneration(TextInterface, Intervening):
                 f"a prompt of floats is embeddings [batch pos {W_E.shape[1]}] in {W_E.dtype}, got {describe(input)}: "
                 "tokens are integers"
             )
+        if sampling.reads_text:
+            raise ValueError("freq_penalty and repetition_penalty count tokens, and the prompt's embeddings are none")
         return input.detach().to(W_E.device)
 
     @contextmanager

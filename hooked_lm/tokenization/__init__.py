@@ -1,5 +1,7 @@
 """From text to tokens and back: functions over a tokenizer, and the model's methods in `methods`."""
 
+from hooked_lm.tokenization.datasets import keep_single_column, tokenize_and_concatenate
+from hooked_lm.tokenization.defaults import USE_DEFAULT_VALUE, LocallyOverridenDefaults
 from hooked_lm.tokenization.functions import (
     LogitTokens,
     PaddingSide,
@@ -19,11 +21,14 @@ from hooked_lm.tokenization.functions import (
     token_position,
     token_rows,
     tokenize,
-    tokenize_and_concatenate,
     with_bos,
+    with_bos_string,
+    without_bos,
 )
 
 __all__ = [
+    "USE_DEFAULT_VALUE",
+    "LocallyOverridenDefaults",
     "LogitTokens",
     "PaddingSide",
     "Prompts",
@@ -35,6 +40,7 @@ __all__ = [
     "encode",
     "infer_attention_mask",
     "infer_cached_padding",
+    "keep_single_column",
     "n_added",
     "prepare_tokenizer",
     "single_token",
@@ -44,4 +50,6 @@ __all__ = [
     "tokenize",
     "tokenize_and_concatenate",
     "with_bos",
+    "with_bos_string",
+    "without_bos",
 ]

@@ -7,7 +7,7 @@ not the tokenizer, so that the result is the same for every tokenizer.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,8 +36,9 @@ __all__ = [
     "token_position",
     "token_rows",
     "tokenize",
-    "tokenize_and_concatenate",
     "with_bos",
+    "with_bos_string",
+    "without_bos",
 ]
 
 # Any: a transformers PreTrainedTokenizerBase; naming the type would import transformers.
@@ -360,51 +361,43 @@ def token_position(single: int, tokens: Tensor, what: str, mode: Literal["first"
     return int(found[0 if mode == "first" else -1])
 
 
-# Any: a `datasets.Dataset` in gives one out, and the `datasets` package is not a dependency.
-def tokenize_and_concatenate(
-    dataset: Any,
-    tokenizer: Tokenizer,
-    streaming: bool = False,
-    max_length: int = 1024,
-    column_name: str = "text",
-    add_bos_token: bool = True,
-    num_proc: int = 1,
-) -> Any:
-    """Turn a `datasets.Dataset` of texts, or an iterable of strings, into rows of `max_length` tokens.
-
-    Texts are joined with the end-of-sequence token between them and cut into equal rows, each starting with BOS if
-    `add_bos_token`. The last, incomplete row is dropped.
+def with_bos_string(bos_token: str | None, input: str | list[str]) -> str | list[str]:
+    """Return a string, or several, with a BOS token in front; as they are without one.
 
     Args:
-        dataset: a HuggingFace `Dataset` with a text column, or an iterable of strings.
-        tokenizer: its `eos_token` and, with `add_bos_token`, its `bos_token` are used.
-        streaming, num_proc: accepted for compatibility, without effect; a `Dataset` is read in one process.
-        max_length: tokens per row, BOS included.
-        column_name: the text column.
-        add_bos_token: start each row with BOS.
+        bos_token: the token, or None.
+        input: a string or a list of strings.
+    """
+    if bos_token is None:
+        return input
+    return bos_token + input if isinstance(input, str) else [bos_token + one for one in input]
 
-    Returns:
-        A `Dataset` with a `tokens` column for a `Dataset`; otherwise a tensor [row max_length].
+
+def without_bos(tokenizer: Tokenizer, tokens: Tensor, padding_side: str | None = None) -> Tensor:
+    """Return tokens [batch pos] without the BOS at the start of each row, [batch pos-1].
+
+    Args:
+        tokenizer: its BOS and padding tokens; without BOS the tokens are returned as they are.
+        tokens: [batch pos], each with BOS in front of its text.
+        padding_side: by default the tokenizer's.
 
     Raises:
-        ValueError: fewer tokens than one row, or the tokenizer lacks one of these tokens: neither stands in for the
-            other.
+        ValueError: a side that is neither, or a row padded on the left without BOS.
     """
-    start = [bos_id(tokenizer, "add_bos_token=True")] if add_bos_token else []
-    if tokenizer.eos_token_id is None:
-        raise ValueError("tokenize_and_concatenate puts eos_token between texts, and this tokenizer has none: set it")
-    is_dataset = hasattr(dataset, "column_names")
-    texts: Iterable[str] = dataset[column_name] if is_dataset else dataset
-    separator = [tokenizer.eos_token_id]
-    stream: list[int] = []
-    for index, text in enumerate(texts):
-        stream += (separator if index else []) + encode(tokenizer, text)
-    width = max_length - len(start)
-    if width < 1:
-        raise ValueError(f"max_length {max_length} leaves no room for a token in a row")
-    n_rows = len(stream) // width
-    if n_rows == 0:
-        raise ValueError(f"the texts have {len(stream)} tokens, which is less than one row of {width}")
-    rows = torch.tensor(stream[: n_rows * width]).reshape(n_rows, width)
-    rows = torch.cat((torch.tensor(start, dtype=torch.long).expand(n_rows, -1), rows), 1)
-    return type(dataset).from_dict({"tokens": rows.numpy()}).with_format("torch") if is_dataset else rows
+    side = tokenizer.padding_side if padding_side is None else padding_side
+    check_padding_side(side)
+    if tokenizer.bos_token_id is None:
+        return tokens
+    if side == "right":
+        return tokens[..., 1:]
+    is_bos = tokens == tokenizer.bos_token_id
+    if tokenizer.bos_token_id == tokenizer.pad_token_id:
+        # The last of the run of padding tokens at the left is BOS.
+        is_bos = is_bos.long().cumprod(-1).bool()
+        first = is_bos.sum(-1, keepdim=True) - 1
+    else:
+        first = is_bos.long().argmax(-1, keepdim=True)
+    if not bool(is_bos.any(-1).all()):
+        raise ValueError(f"a row has no BOS token ({tokenizer.bos_token_id}) to remove: {tokens.tolist()}")
+    kept = torch.ones_like(tokens, dtype=torch.bool).scatter(-1, first, False)
+    return tokens[kept].view(*tokens.shape[:-1], -1)

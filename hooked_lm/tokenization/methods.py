@@ -267,7 +267,8 @@ class TextInterface(nn.Module):
         Multiplied by `logit_scale`, if the model has one.
 
         Args:
-            tokens: a string that is one token, a token, or tokens of any shape.
+            tokens: a string that is one token, a token, or tokens of any shape. A tensor of one token counts as a
+                token, whatever its shape: its direction is [d_model].
 
         Raises:
             ValueError: a token out of range, a string that is not one token, or a model whose logits are not linear in
@@ -277,6 +278,8 @@ class TextInterface(nn.Module):
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
         index = tokenization.token_rows(tokens)
+        if isinstance(tokens, Tensor) and index.numel() == 1:
+            index = index.reshape(())
         limit = self.cfg.d_vocab_out
         if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < limit):
             raise ValueError(f"tokens {index.tolist()} are not all in 0-{limit - 1}")

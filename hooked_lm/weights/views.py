@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_lm._support.integers import integer
+from hooked_lm._support.replaced import missing
 from hooked_lm.components import Embed, PosEmbed, TransformerBlock, Unembed
 from hooked_lm.components.projections import per_query_head
 from hooked_lm.config import HookedTransformerConfig
@@ -19,6 +20,18 @@ __all__ = ["HeadLabels", "WeightViews"]
 
 # What latent attention does not have, or not in every model.
 _READ_FROM_LATENTS = ("W_Q", "W_K", "W_V", "b_Q", "b_K", "b_V", "QK", "OV")
+
+
+# Methods of the classic library that the model does not have.
+_REPLACED = {
+    "load_sample_training_dataset": "load texts with datasets.load_dataset",
+    "sample_datapoint": "load texts with datasets.load_dataset, and tokenize one with model.to_tokens",
+    "move_model_modules_to_device": "a model is on one device: use model.to(device)",
+    "get_residual": "use model(tokens, stop_at_layer=0), or input_to_embed",
+    "get_pos_offset": "use past_kv_cache.length",
+    "check_hooks_to_add": "a hook is checked when it is added",
+    "check_and_add_hook": "use add_hook, which checks",
+}
 
 
 class HeadLabels(list[str]):
@@ -67,6 +80,8 @@ class WeightViews(nn.Module):
                 f"this model has no {name}: positional_embedding_type={cfg.positional_embedding_type!r}, "
                 f"n_layers={cfg.n_layers}, attn_only={cfg.attn_only}, gated_mlp={cfg.gated_mlp}"
             )
+        if name in _REPLACED:
+            raise missing("HookedTransformer", name, _REPLACED)
         return super().__getattr__(name)
 
     @property
