@@ -87,7 +87,9 @@ class Norm(HookHolder):
         """Normalise without showing anything to the hook points."""
         if transforms_active():
             return self.step_by_step(x)
-        (w, b), shape = self._gain_and_bias(x), self.shape if self.n_heads is None else x.shape[-len(self.shape) :]
+        if self.n_heads is None:
+            return self._normalized(x, self.shape, self.w, self.b)
+        (w, b), shape = self._gain_and_bias(x), x.shape[-len(self.shape) :]
         if w is not None and w.shape != shape:
             return self._with_gain(self._normalized(x, shape, None, None))
         return self._normalized(x, shape, w, b)
