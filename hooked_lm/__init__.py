@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hooked_lm import circuits as circuits
+    from hooked_lm import compat as compat
     from hooked_lm import components as components
     from hooked_lm import evals as evals
     from hooked_lm import experiments as experiments
@@ -65,6 +66,7 @@ __all__ = [
     "Slice",
     "UnknownHookError",
     "circuits",
+    "compat",
     "components",
     "evals",
     "experiments",

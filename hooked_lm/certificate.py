@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -165,6 +165,7 @@ def verify(
     seed: int = 0,
     float64: bool = True,
     reference: nn.Module | None = None,
+    ignore_config_fields: Collection[str] = (),
 ) -> Certificate:
     """Load a checkpoint here and in `transformers`, run both on random tokens, and compare every site.
 
@@ -183,6 +184,8 @@ def verify(
         float64: compare in float64 too.
         reference: the model to compare with, for a checkpoint that transformers cannot load without code that comes
             with it: a language model in float32 with the modules of a Llama of transformers, and the same weights.
+        ignore_config_fields: as for `from_pretrained`. The reference reads these fields all the same, so the
+            certificate passes only if they do not matter.
 
     Raises:
         CheckpointError: the checkpoint cannot be loaded, or has the format that only this library reads.
@@ -198,7 +201,9 @@ def verify(
     shape = (0, 0)
     for precision in ("float32", "float64") if float64 else ("float32",):
         dtype = getattr(torch, precision)
-        ours = HookedTransformer.from_pretrained_no_processing(place, dtype=dtype)
+        ours = HookedTransformer.from_pretrained_no_processing(
+            place, dtype=dtype, ignore_config_fields=ignore_config_fields
+        )
         tokens = _random_tokens(ours, batch, positions, seed)
         shape = (tokens.shape[0], tokens.shape[1])
         loaded, sites = (
@@ -361,16 +366,18 @@ class _Pair:
             return keep
 
         handles = []
+        halves = self.sites.blocks_per_layer
         for layer, block in enumerate(self.layers):
-            before = keep_input(get_act_name("resid_pre", layer))
+            before = keep_input(get_act_name("resid_pre", layer * halves))
             handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
-            for name, path in (("attn_out", self.sites.attn), ("mlp_out", self.sites.mlp)):
-                if path is not None:
-                    module = block.get_submodule(path)
-                    keep = keep_output(get_act_name(name, layer), self.write_scale(block))
-                    handles.append(module.register_forward_hook(keep))
+            for half in range(halves):
+                for name, path in (("attn_out", self.sites.attn), ("mlp_out", self.sites.mlp)):
+                    if path is not None:
+                        module = block.get_submodule(path.replace("{half}", str(half)))
+                        keep = keep_output(get_act_name(name, layer * halves + half), self.write_scale(block))
+                        handles.append(module.register_forward_hook(keep))
         if len(self.layers):
-            last = keep_output(get_act_name("resid_post", len(self.layers) - 1))
+            last = keep_output(get_act_name("resid_post", len(self.layers) * halves - 1))
             handles.append(self.layers[-1].register_forward_hook(last))
         head = self.theirs.get_output_embeddings()
         divisor = 1.0 if self.sites.read_divisor is None else getattr(self.theirs.config, self.sites.read_divisor)

@@ -29,7 +29,7 @@ from hooked_lm.circuits.induction import repeated_random_tokens
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.losses import lm_cross_entropy_loss
 from hooked_lm.tasks import ioi, words
-from hooked_lm.tokenization import Tokenizer, encode, str_tokens
+from hooked_lm.tokenization import Tokenizer, bos_id, encode, str_tokens
 
 if TYPE_CHECKING:
     from hooked_lm.transformer import HookedTransformer
@@ -174,13 +174,10 @@ def _ordinary_tokens(model: HookedModel, tokenizer: Tokenizer | None) -> list[in
 
 
 def _bos(tokenizer: Tokenizer | None) -> int:
-    """Return the token at the start: a tokenizer's BOS, or else its end-of-sequence token."""
+    """Return the token at the start."""
     if tokenizer is None:
         raise ValueError("prepend_bos=True takes a tokenizer, to know what BOS is, and the model has none: pass one")
-    bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if bos is None:
-        raise ValueError("the tokenizer has neither a bos_token nor an eos_token to put in front: prepend_bos=False")
-    return int(bos)
+    return bos_id(tokenizer, "prepend_bos=True")
 
 
 # Indirect object identification
@@ -206,7 +203,7 @@ class IOIDataset(Dataset[dict[str, Tensor]]):
         nouns: words by kind, each one token likewise.
         num_samples: sentences; an even number where they are `symmetric`.
         symmetric: each sentence is followed by the one with its names exchanged.
-        prepend_bos: start each with BOS, the end-of-sequence token where the tokenizer has none.
+        prepend_bos: start each with BOS.
         seed: of the random draws; 0 by default, so that two datasets agree.
         generator: the source of randomness, instead of a seed.
 

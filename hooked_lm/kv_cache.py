@@ -12,36 +12,75 @@ from hooked_lm._support.precision import autocasts
 from hooked_lm._support.torch_internals import transforms_active, values_readable
 from hooked_lm.config import HookedTransformerConfig
 
-__all__ = ["HookedTransformerKeyValueCache", "HookedTransformerKeyValueCacheEntry"]
+__all__ = [
+    "HookedTransformerKeyValueCache",
+    "HookedTransformerKeyValueCacheEntry",
+    "TransformerLensKeyValueCache",
+    "TransformerLensKeyValueCacheEntry",
+]
 
 
 class HookedTransformerKeyValueCacheEntry:
     """Keys and values of one layer, in a buffer that doubles when it is full.
 
-    Keys are stored after the rotary rotation.
+    Keys are stored after the rotary rotation, and for each query head where `ungroup_grouped_query_attention` is set; a
+    cache can be in use while it is set and unset.
 
     Attributes:
         past_keys, past_values: [batch pos kv_head d_head] and [batch pos kv_head d_value], views of the stored
             positions. The two widths differ in latent attention alone, where each head's are stored, not the latent.
+            Both may be assigned, to repeat or reorder prompts for example; the entry holds a copy.
         frozen: `append` then returns the longer keys and values but stores nothing.
     """
 
     def __init__(
-        self, keys: Float[Tensor, "batch pos kv_head d_head"], values: Tensor, length: int | None = None
+        self,
+        past_keys: Float[Tensor, "batch pos kv_head d_head"],
+        past_values: Float[Tensor, "batch pos kv_head d_value"],
+        frozen: bool = False,
     ) -> None:
-        self._keys, self._values = keys, values
-        self._length = keys.shape[1] if length is None else length
-        self.frozen = False
+        self._keys, self._values = past_keys.clone(), past_values.clone()
+        self._length, self._n_values = past_keys.shape[1], past_values.shape[1]
+        self.frozen = frozen
+
+    @classmethod
+    def init_cache_entry(
+        cls, cfg: HookedTransformerConfig, device: torch.device | str | None, batch_size: int = 1, capacity: int = 0
+    ) -> HookedTransformerKeyValueCacheEntry:
+        """Return an empty entry for one layer of a model, with room for `capacity` positions.
+
+        Args:
+            cfg: the model's config.
+            device: where the model is.
+            batch_size: how many prompts.
+            capacity: positions to make room for; the entry grows beyond.
+        """
+
+        def empty(width: int) -> Tensor:
+            return torch.empty(batch_size, capacity, cfg.n_hooked_kv_heads, width, dtype=cfg.dtype, device=device)
+
+        keys, values = empty(cfg.d_head), empty(cfg.value_width)
+        entry = cls(keys[:, :0], values[:, :0])
+        entry._keys, entry._values = keys, values
+        return entry
 
     @property
     def past_keys(self) -> Float[Tensor, "batch pos kv_head d_head"]:
         """The keys stored, [batch pos kv_head d_head]."""
         return self._keys[:, : self._length]
 
+    @past_keys.setter
+    def past_keys(self, keys: Float[Tensor, "batch pos kv_head d_head"]) -> None:
+        self._keys, self._length = keys.clone(), keys.shape[1]
+
     @property
     def past_values(self) -> Float[Tensor, "batch pos kv_head d_value"]:
         """The values stored, [batch pos kv_head d_value]."""
-        return self._values[:, : self._length]
+        return self._values[:, : self._n_values]
+
+    @past_values.setter
+    def past_values(self, values: Float[Tensor, "batch pos kv_head d_value"]) -> None:
+        self._values, self._n_values = values.clone(), values.shape[1]
 
     def append(
         self, keys: Float[Tensor, "batch pos kv_head d_head"], values: Float[Tensor, "batch pos kv_head d_value"]
@@ -54,12 +93,20 @@ class HookedTransformerKeyValueCacheEntry:
             keys, values: of the new positions, [batch pos kv_head d_head] and [batch pos kv_head d_value].
 
         Raises:
-            ValueError: another batch size, dtype or device than the cache has.
+            ValueError: another batch size, dtype or device than the cache has; or keys and values were assigned that
+                do not fit each other.
         """
+        if self._values.shape[0] != self._keys.shape[0] or self._n_values != self._length:
+            raise ValueError(
+                f"past_keys {list(self.past_keys.shape)} and past_values {list(self.past_values.shape)} differ in "
+                "prompts or positions: assign both"
+            )
         if (keys.dtype, values.dtype) != (self._keys.dtype, self._values.dtype) and autocasts(keys):
             if self._length == 0:
                 self._keys, self._values = self._keys.to(keys.dtype), self._values.to(values.dtype)
             keys, values = keys.to(self._keys.dtype), values.to(self._values.dtype)
+        self._match_heads(keys.shape[2])
+        keys, values = (_per_head(one, self._keys.shape[2]) for one in (keys, values))
         past = self._keys
         if (keys.shape[0], keys.dtype, keys.device) != (past.shape[0], past.dtype, past.device):
             raise ValueError(
@@ -73,7 +120,7 @@ class HookedTransformerKeyValueCacheEntry:
             # A write into the buffer would break the graph through it, and torch.func cannot always make it.
             self._keys = torch.cat((self.past_keys, keys), 1)
             self._values = torch.cat((self.past_values, values), 1)
-            self._length = self._keys.shape[1]
+            self._length = self._n_values = self._keys.shape[1]
             return self._keys, self._values
         end = self._length + keys.shape[1]
         # A buffer in an autograd graph, or made under inference_mode, must not be written to in place: it is copied.
@@ -82,8 +129,13 @@ class HookedTransformerKeyValueCacheEntry:
             self._grow(max(end, 2 * self._length, 64))
         self._keys[:, self._length : end] = keys
         self._values[:, self._length : end] = values
-        self._length = end
+        self._length = self._n_values = end
         return self.past_keys, self.past_values
+
+    def _match_heads(self, n_heads: int) -> None:
+        """Hold an entry for each of so many heads, where more come than are stored: keys that are no longer grouped."""
+        if n_heads > self._keys.shape[2]:
+            self._keys, self._values = _per_head(self._keys, n_heads), _per_head(self._values, n_heads)
 
     def rewind(self, length: int) -> None:
         """Forget every position from `length` on.
@@ -93,7 +145,7 @@ class HookedTransformerKeyValueCacheEntry:
         """
         if length < 0:
             raise ValueError(f"a cache is rewound to a length, which is not negative; got {length}")
-        self._length = min(length, self._length)
+        self._length = self._n_values = min(length, self._length)
 
     @property
     def _in_a_graph(self) -> bool:
@@ -106,6 +158,11 @@ class HookedTransformerKeyValueCacheEntry:
             return longer
 
         self._keys, self._values = grown(self._keys), grown(self._values)
+
+
+def _per_head(x: Tensor, n_heads: int) -> Tensor:
+    """Return keys or values with an entry for each of so many heads, each head's repeated for those that share it."""
+    return x if x.shape[2] == n_heads else x.repeat_interleave(n_heads // x.shape[2], dim=2)
 
 
 class HookedTransformerKeyValueCache:
@@ -150,12 +207,8 @@ class HookedTransformerKeyValueCache:
             batch_size: how many prompts.
             capacity: positions to make room for; the cache grows beyond.
         """
-
-        def empty(width: int) -> Tensor:
-            return torch.empty(batch_size, capacity, cfg.n_kv_heads, width, dtype=cfg.dtype, device=device)
-
         entries = [
-            HookedTransformerKeyValueCacheEntry(empty(cfg.d_head), empty(cfg.value_width), 0)
+            HookedTransformerKeyValueCacheEntry.init_cache_entry(cfg, device, batch_size, capacity)
             for _ in range(cfg.n_layers)
         ]
         return cls(entries, torch.empty(batch_size, 0, dtype=torch.long, device=device))
@@ -217,3 +270,8 @@ class HookedTransformerKeyValueCache:
 
     def __iter__(self) -> Iterator[HookedTransformerKeyValueCacheEntry]:
         return iter(self.entries)
+
+
+# The names that version 3 of the classic library gave them.
+TransformerLensKeyValueCache = HookedTransformerKeyValueCache
+TransformerLensKeyValueCacheEntry = HookedTransformerKeyValueCacheEntry

@@ -7,8 +7,9 @@ can be used as a metric. A `Metric` also declares the position and tokens it rea
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypedDict
 
 import torch
 from jaxtyping import Float, Int
@@ -48,6 +49,8 @@ class Metric:
         answers: the tokens that have to be in the vocabulary, [batch_or_1 token]; by default those that are read.
         n_prompts: the number of prompts that the metric fits; 1 for any number.
         d_vocab: the size of the vocabulary that the metric fits; None for any size.
+        maker: the name under which `get_metric` has the function that made it; None for a metric made in another way.
+        arguments: the arguments that its maker was called with. With the name they make the metric anew, elsewhere.
     """
 
     name: str
@@ -57,6 +60,8 @@ class Metric:
     answers: Tensor | None = None
     n_prompts: int = 1
     d_vocab: int | None = None
+    maker: str | None = None
+    arguments: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not is_integer(self.pos):
@@ -175,7 +180,9 @@ def logit(answer: Tokens, pos: int = -1) -> Metric:
         answer: a token, or one for each prompt.
         pos: the position whose logits predict the answer.
     """
-    return Metric("logit", pos, _column(answer, "answer"), lambda read: read[..., 0])
+    column = _column(answer, "answer")
+    made = _made_by("logit", answer=column, pos=pos)
+    return Metric("logit", pos, column, lambda read: read[..., 0], **made)
 
 
 def logit_diff(answer: Tokens, wrong: Tokens, pos: int = -1) -> Metric:
@@ -193,7 +200,8 @@ def logit_diff(answer: Tokens, wrong: Tokens, pos: int = -1) -> Metric:
         raise ValueError(f"logit_diff has {right.shape[0]} answers and {other.shape[0]} wrong ones")
     batch = max(right.shape[0], other.shape[0])
     tokens = torch.cat((right.expand(batch, 1), other.expand(batch, 1)), 1)
-    return Metric("logit difference", pos, tokens, lambda read: read[..., 0] - read[..., 1])
+    made = _made_by("logit_diff", answer=right, wrong=other, pos=pos)
+    return Metric("logit difference", pos, tokens, lambda read: read[..., 0] - read[..., 1], **made)
 
 
 def prob(answer: Tokens, pos: int = -1) -> Metric:
@@ -203,7 +211,8 @@ def prob(answer: Tokens, pos: int = -1) -> Metric:
         answer, pos: as for `logit`.
     """
     column = _column(answer, "answer")
-    return Metric("probability", pos, None, lambda read: _pick(read.log_softmax(-1), column).exp(), column)
+    made = _made_by("prob", answer=column, pos=pos)
+    return Metric("probability", pos, None, lambda read: _pick(read.log_softmax(-1), column).exp(), column, **made)
 
 
 def log_prob(answer: Tokens, pos: int = -1) -> Metric:
@@ -213,7 +222,8 @@ def log_prob(answer: Tokens, pos: int = -1) -> Metric:
         answer, pos: as for `logit`.
     """
     column = _column(answer, "answer")
-    return Metric("log-probability", pos, None, lambda read: _pick(read.log_softmax(-1), column), column)
+    made = _made_by("log_prob", answer=column, pos=pos)
+    return Metric("log-probability", pos, None, lambda read: _pick(read.log_softmax(-1), column), column, **made)
 
 
 def rank(answer: Tokens, pos: int = -1) -> Metric:
@@ -227,7 +237,7 @@ def rank(answer: Tokens, pos: int = -1) -> Metric:
     def score(read: Tensor) -> Tensor:
         return (read > _pick(read, column)[..., None]).sum(-1).to(read.dtype)
 
-    return Metric("rank", pos, None, score, column)
+    return Metric("rank", pos, None, score, column, **_made_by("rank", answer=column, pos=pos))
 
 
 def accuracy(answer: Tokens, pos: int = -1) -> Metric:
@@ -241,7 +251,7 @@ def accuracy(answer: Tokens, pos: int = -1) -> Metric:
     def score(read: Tensor) -> Tensor:
         return (read.argmax(-1) == column.to(read.device)[:, 0]).to(read.dtype)
 
-    return Metric("accuracy", pos, None, score, column)
+    return Metric("accuracy", pos, None, score, column, **_made_by("accuracy", answer=column, pos=pos))
 
 
 def kl_to(reference: Float[Tensor, "batch pos vocab"], pos: int = -1) -> Metric:
@@ -265,7 +275,20 @@ def kl_to(reference: Float[Tensor, "batch pos vocab"], pos: int = -1) -> Metric:
         terms = wanted.exp() * (wanted - read.log_softmax(-1))
         return terms.masked_fill(wanted == -torch.inf, 0.0).sum(-1)  # a token with probability 0 adds nothing
 
-    return Metric("KL divergence", pos, None, score, n_prompts=reference.shape[0], d_vocab=reference.shape[2])
+    made = _made_by("kl_to", reference=reference, pos=pos)
+    n_prompts, _, d_vocab = reference.shape
+    return Metric("KL divergence", pos, None, score, n_prompts=n_prompts, d_vocab=d_vocab, **made)
+
+
+class _MadeBy(TypedDict):
+    maker: str
+    arguments: Mapping[str, object]
+
+
+def _made_by(maker: str, **arguments: object) -> _MadeBy:
+    """The fields of a metric that tell how to make it anew; tokens of the answers as one axis."""
+    plain = {name: one[:, 0] if name in ("answer", "wrong") else one for name, one in arguments.items()}  # type: ignore[index]
+    return {"maker": maker, "arguments": plain}
 
 
 def _column(tokens: object, what: str) -> Tensor:

@@ -107,8 +107,12 @@ _BLOCK_SITES = [
     "mlp_in",
     "attn_out",
     "mlp_out",
+    "shortcut_out",
 ]
-_ATTN_SITES = ["q", "k", "v", "z", "rot_q", "rot_k", "attn_scores", "pattern", "result", "latent_kv", "latent_q"]
+_ATTN_SITES = [
+    *("q", "k", "v", "z", "rot_q", "rot_k", "attn_scores", "pattern", "gate", "result"),
+    *("latent_kv", "latent_q"),
+]
 _MLP_SITES = ["pre", "mid", "post", "pre_linear", "expert_weights", "expert_indices"]
 _NORM_SITES = ["scale", "normalized"]
 _MODEL_SITES = ["tokens", "embed", "pos_embed"]

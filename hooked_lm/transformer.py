@@ -18,16 +18,21 @@ from hooked_lm._support.integers import integer
 from hooked_lm._support.plain_data import PlainData
 from hooked_lm.activation_cache.recording import Caching
 from hooked_lm.components import Embed, PosEmbed, SequenceLayout, TransformerBlock, Unembed
+from hooked_lm.components.by_hand import call_own
+from hooked_lm.components.embed import unembedding_is_live
 from hooked_lm.components.norm import NoNorm, make_norm
 from hooked_lm.components.sequence import Prompt, kept_index, kept_positions
+from hooked_lm.components.shortcut import ShortcutBlock, make_block
 from hooked_lm.components.stock import register_stock
 from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.config.defaults import defaults
 from hooked_lm.generation.methods import TextGeneration
-from hooked_lm.hooks import HookPoint, any_live, current_pass, in_pass, is_live, new_pass
+from hooked_lm.hooks import HookPoint, current_pass, in_pass, is_live, new_pass
 from hooked_lm.kv_cache import HookedTransformerKeyValueCache
 from hooked_lm.losses import lm_cross_entropy_loss
 from hooked_lm.tokenization import Prompts, Tokenizer
 from hooked_lm.tokenization.inputs import InputReading
+from hooked_lm.tracing.methods import Tracing
 from hooked_lm.weights.initialization import initialize_weights
 from hooked_lm.weights.saving import WeightSaving
 from hooked_lm.weights.views import WeightViews
@@ -49,7 +54,7 @@ class Output(NamedTuple):
 ForwardOutput = Tensor | Output | None
 
 
-class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration, Caching):
+class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration, Caching, Tracing):
     """A transformer with a named hook point at every activation.
 
     Args:
@@ -80,17 +85,17 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         if tokenizer is not None:
             self.set_tokenizer(tokenizer)
 
-        self.hook_tokens = HookPoint("batch pos", differentiable=False)
+        self.hook_tokens = HookPoint("batch pos", differentiable=False, flag="use_hook_tokens")
         self.embed = Embed(cfg)
         self.hook_embed = HookPoint("batch pos d_model")
         if cfg.positional_embedding_type in ("standard", "shortformer"):
             self.pos_embed = PosEmbed(cfg)
             self.hook_pos_embed = HookPoint("batch pos d_model")
-        blocks = [TransformerBlock(cfg, layer) for layer in range(cfg.n_layers)]
+        blocks = [make_block(cfg, layer) for layer in range(cfg.n_layers)]
         self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.ln_final = make_norm(cfg, kind=_final_norm_kind(cfg)) if cfg.final_norm else NoNorm()
         self.unembed = Unembed(cfg, tied_to=self.embed if cfg.tie_word_embeddings else None)
-        device = cfg.device  # read first: `self.to` sets cfg.device to the parameters' device
+        device = cfg.device or defaults().device()  # read first: `self.to` sets cfg.device to the parameters' device
         self.to(cfg.dtype)
         if cfg.init_weights:
             initialize_weights(self, cfg)
@@ -149,6 +154,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         stop_at_layer: int | None = None,
         past_kv_cache: HookedTransformerKeyValueCache | None = None,
         logits_to_keep: int | slice | Tensor | None = None,
+        shortformer_pos_embed: Tensor | None = None,
     ) -> ForwardOutput:
         """Return the model's logits, its loss, or the residual stream before a layer.
 
@@ -163,11 +169,14 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
             start_at_layer: the first block to run; negative counts from the end.
             tokens: with `start_at_layer`, the tokens [batch pos] that a loss needs.
             attention_mask: [batch pos], 0 at padding. By default it follows from the padding of the strings, or from a
-                run of padding tokens on the left when the padding side is left.
+                run of padding tokens on the padding side, on the right only with a key-value cache: see
+                `tokenization.infer_cached_padding`.
             stop_at_layer: the first block not to run; the residual stream at its input is returned. 0 is embeddings
                 only, `n_layers` is all blocks without the final norm, negative counts from the end.
             past_kv_cache: keys and values of earlier positions; extended by this call.
             logits_to_keep: compute logits for the last so many positions, or for a slice or index of positions.
+            shortformer_pos_embed: with `start_at_layer`, positions [batch pos d_model] to add to the inputs of queries
+                and keys in place of the model's own, of which a shortformer model needs none given.
 
         Raises:
             TypeError: an input of another type.
@@ -182,6 +191,8 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
             prompt = self._prompt(
                 input, prepend_bos, padding_side, attention_mask, past_kv_cache, start_at_layer, tokens
             )
+            if shortformer_pos_embed is not None:
+                prompt = prompt.with_positions(shortformer_pos_embed)
             with in_pass(new_pass(prompt.layout.n_past, prompt.layout.real_queries)):
                 return self._pass(
                     prompt, start, stop, past_kv_cache, stop_at_layer, logits_to_keep, return_type, loss_per_token
@@ -202,11 +213,14 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         prompt, residual, shortformer_pos = self._entered(prompt)
         for layer, block in enumerate(islice(self.blocks, start, stop), start):
             past = None if past_kv_cache is None else past_kv_cache[layer]
-            residual = block(residual, prompt.layout, past, shortformer_pos)
+            if type(block) in (TransformerBlock, ShortcutBlock):
+                residual = block(residual, prompt.layout, past, shortformer_pos)
+            else:
+                residual = call_own(block, (residual,), prompt.layout, past, shortformer_pos)
         if stop_at_layer is not None:
             return residual
         normalized = self.ln_final(residual)
-        if return_type is None and not any_live(self.unembed.children()):
+        if return_type is None and not unembedding_is_live(self.unembed):
             return None
         logits = self._unembedded(normalized, logits_to_keep)
         return self._output(logits, prompt.tokens, prompt.mask, return_type, loss_per_token)
@@ -225,7 +239,7 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         index = None if logits_to_keep is None else kept_index(logits_to_keep, normalized.shape[1])
         kept = normalized if index is None else normalized[:, index]
         logits: Tensor
-        if kept is normalized or not any_live(self.unembed.children()):
+        if kept is normalized or not unembedding_is_live(self.unembed):
             logits = self.unembed(kept)
         else:
             # Positions of hooks there count in the text, not among those kept.
@@ -265,7 +279,8 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
 
         Raises:
             TypeError: one is no integer.
-            ValueError: one is out of range, or they are in the wrong order.
+            ValueError: one is out of range or between two blocks that run together (`shortcut_experts`), or they are in
+                the wrong order.
         """
         n_layers = self.cfg.n_layers
         start = None if start is None else integer(start, "start_at_layer")
@@ -278,13 +293,19 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         last = n_layers if stop is None else stop + n_layers if stop < 0 else stop
         if start is not None and last < first:
             raise ValueError(f"stop_at_layer {stop} comes before start_at_layer {start}")
+        for name, layer in (("start_at_layer", first), ("stop_at_layer", last)):
+            if self.cfg.within_pair(layer):
+                raise ValueError(
+                    f"{name} {layer} is between blocks {layer - 1} and {layer}, which run together: the output of "
+                    f"experts goes from one to the other beside the stream. Give {layer - 1} or {layer + 1}"
+                )
         return first, last
 
     def _entered(self, prompt: Prompt) -> tuple[Prompt, Tensor, Tensor | None]:
         """Return the prompt, with its tokens after hooks; the residual at the first block; shortformer positions."""
         layout = prompt.layout
         if prompt.residual is not None:
-            return prompt, prompt.residual, self._shortformer_pos(layout, prompt.residual.shape[0])
+            return prompt, prompt.residual, self._shortformer_pos(prompt, prompt.residual[:, :, 0])
         tokens = prompt.tokens
         assert tokens is not None
         if is_live(self.hook_tokens):
@@ -292,17 +313,19 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
             tokens = self._check_tokens(self.hook_tokens(tokens.clone()))
             prompt = replace(prompt, tokens=tokens)
         residual = self.hook_embed(self.embed(tokens))
-        shortformer_pos = self._shortformer_pos(layout, tokens.shape[0])
+        shortformer_pos = self._shortformer_pos(prompt, tokens)
         if self.cfg.positional_embedding_type == "standard":
-            residual = residual + self._positions(layout, tokens.shape[0])
+            residual = residual + self._positions(layout, tokens)
         return prompt, residual, shortformer_pos
 
-    def _shortformer_pos(self, layout: SequenceLayout, batch: int) -> Tensor | None:
+    def _shortformer_pos(self, prompt: Prompt, like: Tensor) -> Tensor | None:
         shortformer = self.cfg.positional_embedding_type == "shortformer"
-        return self._positions(layout, batch) if shortformer else None
+        if shortformer and prompt.shortformer_pos is None:
+            return self._positions(prompt.layout, like)
+        return prompt.shortformer_pos
 
-    def _positions(self, layout: SequenceLayout, batch: int) -> Tensor:
-        positions = self.pos_embed(layout, batch)
+    def _positions(self, layout: SequenceLayout, like: Tensor) -> Tensor:
+        positions = self.pos_embed(like, layout.n_past, layout.valid)
         # Hooks get a copy: the positions are a view of `W_pos`, which training writes to.
         return self.hook_pos_embed(positions.clone()) if is_live(self.hook_pos_embed) else positions
 
@@ -375,34 +398,36 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
             self.cfg.set_unlocked(dtype=self.W_U.dtype, device=str(self.W_U.device))
         return self
 
+    def init_weights(self) -> None:
+        """Draw the weights anew by `cfg.init_mode`, with `cfg.seed` the same ones; biases become zero, gains one."""
+        initialize_weights(self, self.cfg)
+        self.processed = ()
+
     def mps(self) -> HookedTransformer:
         """Move the model to Apple's GPU."""
         return self.to("mps")
 
-    # Flags of the classic library. Every hook point exists whatever their values.
+    # Flags that say what a cache without `names_filter` records. Every hook point exists whatever their values.
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
-        """Set `cfg.use_attn_result`."""
+        """Set `cfg.use_attn_result`: whether a cache without `names_filter` records `hook_result`."""
         self.cfg.use_attn_result = use_attn_result
 
     def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
-        """Set `cfg.use_split_qkv_input`."""
+        """Set `cfg.use_split_qkv_input`: whether a cache without `names_filter` records each head's inputs."""
         self.cfg.use_split_qkv_input = use_split_qkv_input
 
     def set_use_attn_in(self, use_attn_in: bool) -> None:
-        """Set `cfg.use_attn_in`."""
+        """Set `cfg.use_attn_in`: whether a cache without `names_filter` records `hook_attn_in`."""
         self.cfg.use_attn_in = use_attn_in
 
     def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
-        """Set `cfg.use_hook_mlp_in`."""
+        """Set `cfg.use_hook_mlp_in`: whether a cache without `names_filter` records `hook_mlp_in`."""
         self.cfg.use_hook_mlp_in = use_hook_mlp_in
 
     def set_ungroup_grouped_query_attention(self, ungroup_grouped_query_attention: bool) -> None:
-        """Accepted for compatibility, without effect: keys and values have hook points per key-value head.
-
-        Args:
-            ungroup_grouped_query_attention: ignored.
-        """
+        """Set `cfg.ungroup_grouped_query_attention`: keys and values have an entry for each query head, or not."""
+        self.cfg.ungroup_grouped_query_attention = ungroup_grouped_query_attention
 
     @property
     def n_params_total(self) -> int:

@@ -221,7 +221,7 @@ def get_offset_position_ids(past_kv_pos_offset: int, attention_mask: Tensor) -> 
 
 
 def get_tokenizer_with_bos(tokenizer: Tokenizer) -> Tokenizer:
-    """Return a copy of a tokenizer that has a BOS token: its own, or else its end-of-sequence token."""
+    """Return a copy of a tokenizer that has a BOS token, with a padding token; a ValueError if it has no BOS."""
     return tokenization.with_bos(tokenizer)
 
 

@@ -41,7 +41,8 @@ each variant switches on is in `tests/family_rows`. To certify a checkpoint of y
 
 _ENDING = """
 The last column is the largest error in float64. Where it is not below 1e-9, the reference rounds to float32 on its
-way (most RMS norms do, whatever the model's precision); "none" means that it cannot run in float64.
+way (most RMS norms do, whatever the model's precision); "none" means that it cannot run in float64. "newer" marks a
+family whose config only a newer transformers has: `tests/test_newer_transformers.py` certifies it there.
 
 transformers has no class for InternLM, InternLM2, Baichuan and EXAONE 3, whose checkpoints come with code of their own.
 That code is never run: the weights are a Llama's under other names, so the reference is a Llama with the same weights
@@ -102,6 +103,8 @@ def _line(family: Any, rows: list[dict[str, Any]]) -> str:
         return f"{max(measured):.0e}" if measured else "none"
 
     columns = [worst("float32", check) for check in CHECKS] + [worst("float64", *CHECKS)]
+    if not rows:  # only a newer transformers has its config
+        columns = ["newer"] * len(columns)
     architectures = ", ".join(f"`{name}`" for name in family.architectures)
     return f"| {family.name} | {architectures} | {len(rows)} | {' | '.join(columns)} |"
 

@@ -24,6 +24,7 @@ from tests.hook_sites_helpers import ARCHITECTURES
 ONE_GRAPH = (
     *("gpt2", "attention only", "parallel", "grouped gated rms rotary", "shortformer", "alibi", "local", "soft caps"),
     *("folded, bidirectional", "qk LN with a gain per head, some layers rotate, scaled queries, tied, scaled logits"),
+    *("gated attention, norms before and after", "a layer before the unembedding, no first norm"),
 )
 
 

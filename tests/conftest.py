@@ -42,7 +42,7 @@ LONG = (
     *("compile", "families", "benchmarks", "contestants", "notebooks", "docs", "browser", "hook_sites"),
     *("observing_architectures", "every_own_component", "patching_own_components", "figures_saved", "readme", "cli"),
     *("training", "path_patching", "patching", "lazy_cache", "attribution_patching", "generation", "wheel"),
-    *("demo", "tour", "fuzz", "generation_interventions"),
+    *("demo", "tour", "fuzz", "generation_interventions", "classic_reference"),
 )
 
 

@@ -35,6 +35,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "attention sinks, a window": {"attention_sinks": True, "window_size": 3},
     "mixture of experts": {"num_experts": 4, "experts_per_token": 2},
+    "gated attention": {"attention_gate": True, "norm_placement": "before_and_after"},
+    "experts from block to block": {
+        "shortcut_experts": True,
+        "num_experts": 3,
+        "identity_experts": 1,
+        "experts_per_token": 2,
+    },
     "latent attention": {**LATENT, "normalization_type": "RMS"},
     "normalised activations": {"act_fn": "solu_ln"},
 }

@@ -134,6 +134,35 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "norm_placement": "after",
         "latent_eps": 0.1,
     },
+    "gated attention, norms before and after": {
+        "attention_gate": True,
+        "n_heads": 4,
+        "d_head": 6,
+        "n_key_value_heads": 2,
+        "normalization_type": "RMS",
+        "norm_placement": "before_and_after",
+        "positional_embedding_type": "rotary",
+        "rotary_layers": [True, False],
+    },
+    "a layer before the unembedding, no first norm": {
+        "unembed_act_fn": "silu",
+        "first_norm": False,
+        "post_embedding_ln": True,
+        "positional_embedding_type": "rotary",
+        "logit_scale": 0.6,
+    },
+    "experts from block to block, some of them identities": {
+        "shortcut_experts": True,
+        "num_experts": 5,
+        "identity_experts": 2,
+        "experts_per_token": 3,
+        "d_expert": 10,
+        "norm_topk_prob": False,
+        "routed_scale": 1.7,
+        "normalization_type": "RMS",
+        "gated_mlp": True,
+        "act_fn": "silu",
+    },
     "sparsemixer": {"n_layers": 1, "num_experts": 5, "experts_per_token": 2, "sparsemixer_jitter": 0.3},
     "alibi scaled, in bfloat16": {
         "n_layers": 1,
@@ -175,7 +204,7 @@ def sites_of(model: HookedTransformer) -> dict[str, tuple[int, ...]]:
             "hook_q_input": (b, p, h, d),
             "hook_k_input": (b, p, kv, d),
             "hook_v_input": (b, p, kv, d),
-            **(norm("ln1") if cfg.norm_placement != "after" else {}),
+            **(norm("ln1") if cfg.norm_placement != "after" and (layer or cfg.first_norm) else {}),
             "attn.hook_q": (b, p, h, dh),
             "attn.hook_k": (b, p, kv, dh),
             "attn.hook_v": (b, p, kv, dv),
@@ -188,6 +217,8 @@ def sites_of(model: HookedTransformer) -> dict[str, tuple[int, ...]]:
         }
         if turns(model, layer):
             block |= {"attn.hook_rot_q": (b, p, h, dh), "attn.hook_rot_k": (b, p, kv, dh)}
+        if cfg.attention_gate:
+            block["attn.hook_gate"] = (b, p, h, dh)
         for name, width in (("latent_kv", cfg.d_latent_kv), ("latent_q", cfg.d_latent_q)):
             if width is not None:
                 latent = (b, p, width)
@@ -210,6 +241,10 @@ def sites_of(model: HookedTransformer) -> dict[str, tuple[int, ...]]:
                     for site in ("hook_pre", "hook_pre_linear", "hook_post"):
                         block[f"mlp.shared.{site}"] = (b, p, cfg.d_shared_expert)
             else:
+                if cfg.shortcut_experts and layer % 2 == 0:
+                    block["shortcut.hook_expert_weights"] = (b, p, cfg.num_experts or 0)
+                    block["shortcut.hook_expert_indices"] = (b, p, cfg.experts_per_token or 0)
+                    block["hook_shortcut_out"] = stream
                 hidden = (b, p, cfg.d_mlp or 0)
                 block |= {"mlp.hook_pre": hidden, "mlp.hook_post": hidden}
                 if cfg.gated_mlp:
@@ -219,12 +254,21 @@ def sites_of(model: HookedTransformer) -> dict[str, tuple[int, ...]]:
         sites |= {at + site: shape for site, shape in block.items()}
     logits = (b, p, cfg.d_vocab)
     final = norm("ln_final") if cfg.final_norm else {}
+    if cfg.unembed_act_fn is not None:
+        final |= {"unembed.transform.hook_pre": stream, "unembed.transform.hook_post": stream}
+        final |= norm("unembed.transform.ln")
     return {**sites, **final, "unembed.hook_in": stream, "unembed.hook_out": logits}
 
 
 def is_mixture(model: HookedTransformer, layer: int) -> bool:
     moe_layers = model.cfg.moe_layers or [True] * model.cfg.n_layers
-    return model.cfg.num_experts is not None and moe_layers[layer]
+    return model.cfg.num_experts is not None and moe_layers[layer] and not model.cfg.shortcut_experts
+
+
+def carried_beside(model: HookedTransformer, layer: int, site: str) -> list[str]:
+    """What goes on from a site beside the stream."""
+    first = layer if site == "resid_post" else layer - 1
+    return [f"blocks.{first}.hook_shortcut_out"] if model.cfg.shortcut_experts and first % 2 == 0 else []
 
 
 def turns(model: HookedTransformer, layer: int) -> bool:

@@ -29,6 +29,17 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "parallel NeoX": {"positional_embedding_type": "rotary", "rotary_dim": 2, "parallel_attn_mlp": True},
     "Bloom": {"positional_embedding_type": "alibi", "post_embedding_ln": True},
+    "gated attention": {**ROTARY, "n_heads": 4, "d_head": 4, "n_key_value_heads": 2, "attention_gate": True},
+    "a layer before the unembedding, no first norm": {"unembed_act_fn": "gelu", "first_norm": False},
+    "experts from block to block": {
+        **ROTARY,
+        "n_layers": 2,
+        "shortcut_experts": True,
+        "num_experts": 4,
+        "identity_experts": 1,
+        "experts_per_token": 2,
+        "act_fn": "silu",
+    },
     "latent attention": {**LATENT, "d_latent_q": 7, "act_fn": "silu"},
     "mixture with groups and a corrected choice": {
         **ROTARY,
@@ -90,7 +101,7 @@ def sites_of(model: HookedTransformer) -> list[str]:
 
 def edits_that_observers_disturb(architecture: str) -> list[Any]:
     """Return the edits under which observing any other site changes logits or gradients."""
-    model = tiny_model(n_layers=1, **{"act_fn": "gelu", **ARCHITECTURES[architecture]})
+    model = tiny_model(**{"n_layers": 1, "act_fn": "gelu", **ARCHITECTURES[architecture]})
     tokens, names, wrong = tiny_tokens(2, 5), sites_of(model), []
     for edited in names:
         for edit, dir in ((tilt, "fwd"), (freeze, "fwd"), (tilt, "bwd")):

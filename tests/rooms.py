@@ -16,7 +16,9 @@ ORDER = (
         "weights",
         "weight_processing",
         "generation",
+        "sweep",
+        "tracing",
     ),
-    *("transformer", "certificate", "sweep", "patching", "circuits", "utils", "head_detector"),
-    *("training", "tasks", "evals", "experiments", "plotting", "demo", "__init__", "cli"),
+    *("transformer", "certificate", "patching", "circuits", "utils", "head_detector"),
+    *("training", "tasks", "evals", "experiments", "plotting", "demo", "__init__", "cli", "compat"),
 )

@@ -46,7 +46,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "norms before and after": {"norm_placement": "before_and_after", "attn_scores_soft_cap": 2.0},
     "sinks, windows": {"attention_sinks": True, "window_size": 3, "attn_types": ["local", "global"]},
     "attention only": {"attn_only": True, "positional_embedding_type": "shortformer"},
+    "experts from block to block": {
+        "n_layers": 2,
+        "shortcut_experts": True,
+        "num_experts": 3,
+        "identity_experts": 1,
+        "experts_per_token": 3,
+    },
     "latent attention": LATENT,
+    "a layer before the unembedding, no first norm": {"unembed_act_fn": "silu", "first_norm": False},
+    "gated attention": {"attention_gate": True, "n_key_value_heads": 1},
     "experts": {"num_experts": 3, "experts_per_token": 3, "act_fn": "silu", "gated_mlp": True},
 }
 
@@ -207,6 +216,7 @@ def test_hooks_on_the_model_act_in_every_run() -> None:
         {"n_key_value_heads": 1, "positional_embedding_type": "rotary"},
         {"positional_embedding_type": "alibi", "window_size": 3, "attn_types": ["local"]},
         {"attention_sinks": True, "attn_scores_soft_cap": 2.0},
+        {"attention_gate": True, "n_key_value_heads": 1},
         {"use_qk_norm": True, "qk_norm_after_rotary": True, "positional_embedding_type": "rotary"},
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,16 @@ from hooked_lm import ActivationCache, HookedRootModule, HookedTransformer, Hook
 from tests.helpers import tiny_model, tiny_tokens
 
 TOKENS = tiny_tokens()
+# The sites that a cache without a filter has only where a flag of the config asks for them.
+FLAGS = {
+    "hook_result": "use_attn_result",
+    "hook_attn_in": "use_attn_in",
+    "hook_q_input": "use_split_qkv_input",
+    "hook_k_input": "use_split_qkv_input",
+    "hook_v_input": "use_split_qkv_input",
+    "hook_mlp_in": "use_hook_mlp_in",
+    "hook_tokens": "use_hook_tokens",
+}
 ON_DEMAND = ("hook_result", "hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input")
 
 
@@ -39,21 +50,75 @@ def zero(x: Tensor, hook: HookPoint) -> None:
 # What is recorded
 
 
-def test_everything_that_costs_nothing_extra_is_recorded_by_default(model: HookedTransformer) -> None:
+def test_everything_that_needs_no_flag_is_recorded_by_default(model: HookedTransformer) -> None:
     _, cache = model.run_with_cache(TOKENS)
     assert isinstance(cache, ActivationCache)
-    assert set(cache) == {name for name in model.hook_dict if not name.endswith(ON_DEMAND)}
-    assert len(cache) == len(model.hook_dict) - 2 * len(ON_DEMAND)
+    assert set(cache) == {name for name in model.hook_dict if not name.endswith(tuple(FLAGS))}
+    assert len(cache) == len(model.hook_dict) - 2 * (len(FLAGS) - 1) - 1
 
 
-@pytest.mark.parametrize("site", ["result", "attn_in", "q_input", "k_input", "v_input"])
-def test_a_site_computed_on_demand_says_so_when_it_was_not_asked_for(model: HookedTransformer, site: str) -> None:
+@pytest.mark.parametrize("site", ["result", "attn_in", "q_input", "k_input", "v_input", "mlp_in"])
+def test_a_site_that_was_not_asked_for_says_how_to_ask(model: HookedTransformer, site: str) -> None:
     _, cache = model.run_with_cache(TOKENS)
-    with pytest.raises(KeyError, match=rf"hook_{site}' exists in the model but .* on demand: name it in names_filter"):
+    flag = FLAGS[f"hook_{site}"]
+    message = (
+        rf"hook_{site}' exists in the model but .* only where .*: name it in names_filter, or set model.cfg.{flag} ="
+    )
+    with pytest.raises(KeyError, match=message):
         cache[site, 1]
     assert (site, 1) not in cache
-    _, cache = model.run_with_cache(TOKENS, names_filter=f"blocks.*.hook_{site}" if site != "result" else "*result")
-    assert cache[site, 1].ndim == 4
+    _, cache = model.run_with_cache(TOKENS, names_filter=f"*.hook_{site}")
+    assert cache[site, 1].ndim == (3 if site == "mlp_in" else 4)
+
+
+@pytest.mark.parametrize("flag", dict.fromkeys(FLAGS.values()))
+@pytest.mark.parametrize("way", ["memory", "lazy", "offload", "cache_all", "get_caching_hooks"])
+def test_a_flag_decides_what_a_cache_without_a_filter_records(
+    model: HookedTransformer, flag: str, way: str, tmp_path: Path
+) -> None:
+    plain, named = set(model.run_with_cache(TOKENS)[1]), model.run_with_cache(TOKENS, names_filter="*")[1]
+    setter = getattr(model, f"set_{flag}", None)  # there is none for the tokens
+    if setter is None:
+        model.cfg.use_hook_tokens = True
+    else:
+        setter(True)
+    assert getattr(model.cfg, flag) is True
+    options: dict[str, dict[str, Any]] = {
+        "memory": {},
+        "lazy": {"lazy": True},
+        "offload": {"offload": tmp_path / "file"},
+    }
+    found: Any
+    if way == "cache_all":
+        found = model.cache_all(None)
+        model(TOKENS)
+    elif way == "get_caching_hooks":
+        found, hooks, _ = model.get_caching_hooks()
+        model.run_with_hooks(TOKENS, fwd_hooks=hooks)
+    else:
+        found = dict(model.run_with_cache(TOKENS, **options[way])[1])
+    asked = tuple(site for site, one in FLAGS.items() if one == flag)
+    assert set(found) == plain | {name for name in model.hook_dict if name.endswith(asked)}
+    for name in found:
+        torch.testing.assert_close(found[name], named[name], rtol=0, atol=1e-12, msg=name)
+
+
+def test_a_name_asks_for_a_site_whatever_the_flags_say(model: HookedTransformer) -> None:
+    for value in (True, False):
+        for flag in FLAGS.values():
+            setattr(model.cfg, flag, value)
+        assert list(model.run_with_cache(TOKENS, names_filter="hook_embed")[1]) == ["hook_embed"]
+        assert set(model.run_with_cache(TOKENS, names_filter="*")[1]) == set(model.hook_dict)
+
+
+def test_the_chosen_experts_are_recorded_only_by_name() -> None:
+    model = tiny_model(num_experts=3, experts_per_token=2, gated_mlp=True, act_fn="silu")
+    _, cache = model.run_with_cache(TOKENS)
+    assert ("expert_weights", 0) in cache
+    with pytest.raises(KeyError, match=r"hook_expert_indices' exists .*: name it in names_filter$"):
+        cache["expert_indices", 0]
+    _, cache = model.run_with_cache(TOKENS, names_filter="*expert_indices")
+    assert cache["expert_indices", 0].dtype == torch.long
 
 
 @pytest.mark.parametrize(
@@ -95,7 +160,7 @@ def test_the_batch_axis_can_be_dropped_when_it_is_one(model: HookedTransformer) 
     assert not cache.has_batch_dim
     assert full.has_batch_dim
     assert all(torch.equal(cache[name], full[name][0]) for name in full)
-    with pytest.raises(ValueError, match="remove_batch_dim needs a batch of 1; 'hook_tokens' has shape"):
+    with pytest.raises(ValueError, match="remove_batch_dim needs a batch of 1; 'hook_embed' has shape"):
         model.run_with_cache(TOKENS, remove_batch_dim=True)
     assert not any(point.live for point in model.hook_points())
 
@@ -139,18 +204,18 @@ def test_positions_and_the_batch_axis_can_go_together(model: HookedTransformer) 
 
 def test_gradients_are_recorded_beside_the_activations(model: HookedTransformer) -> None:
     # Per-head inputs are normalised on their own, so beside them the shared norm has no gradient: they come alone.
-    for names_filter in (None, "*_input", "*attn_in", "*result"):
+    for names_filter in (None, "*_input", "*attn_in", "*result", "*mlp_in"):
         check_gradients(model, names_filter)
 
 
 def check_gradients(model: HookedTransformer, names_filter: str | None) -> None:
     loss, cache = model.run_with_cache(TOKENS, return_type="loss", incl_bwd=True, names_filter=names_filter)
-    clean, activations = model.run_with_cache(TOKENS, return_type="loss", names_filter=names_filter)
+    clean, activations = model.run_with_cache(TOKENS, return_type="loss", names_filter=names_filter, keep_graph=True)
     torch.testing.assert_close(loss, clean, rtol=0, atol=1e-12)
-    names = [name for name in activations if name != "hook_tokens"]
-    expected = torch.autograd.grad(clean, [activations[name] for name in names])
-    assert set(cache) == {*activations, *(f"{name}_grad" for name in names)}
-    for name, gradient in zip(names, expected, strict=True):
+    expected = torch.autograd.grad(clean, list(activations.values()))
+    assert set(cache) == {*activations, *(f"{name}_grad" for name in activations)}
+    assert not any(tensor.requires_grad for tensor in cache.values())
+    for name, gradient in zip(activations, expected, strict=True):
         torch.testing.assert_close(cache[f"{name}_grad"], gradient, rtol=0, atol=1e-12, msg=name)
     assert any(gradient.abs().max() > 1e-4 for gradient in expected)
 
@@ -260,7 +325,7 @@ def test_no_hook_at_any_site_changes_what_the_same_run_has_recorded(grad: bool, 
     with torch.set_grad_enabled(grad):
         for edited in names:
             shown: dict[str, Tensor] = {}
-            store = model.add_caching_hooks()
+            store = model.add_caching_hooks([name for name in names if not name.endswith(ON_DEMAND)])
             # Snapshots at the moment of recording, then the edit in place, then the rest of the run.
             watch = lambda x, hook, shown=shown: shown.__setitem__(hook.name, x.detach().clone())  # noqa: E731
             for name in store.keys() | {n for n in names if not n.endswith(ON_DEMAND)}:
@@ -270,7 +335,7 @@ def test_no_hook_at_any_site_changes_what_the_same_run_has_recorded(grad: bool, 
             model.reset_hooks()
             changed = [name for name, seen in shown.items() if not torch.equal(store[name].detach(), seen)]
             assert changed == [], f"an edit of {edited} in place changes the record"
-            assert len(shown) == len(store) - 1
+            assert set(shown) >= set(store)
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -364,7 +429,7 @@ def test_a_cache_is_not_changed_by_reading_on_with_a_key_value_cache(model: Hook
 @pytest.mark.parametrize("grad", [False, True])
 def test_entries_that_are_one_tensor_share_their_memory(model: HookedTransformer, grad: bool) -> None:
     with torch.set_grad_enabled(grad):
-        _, cache = model.run_with_cache(TOKENS)
+        _, cache = model.run_with_cache(TOKENS, names_filter=["*resid*", "*mlp_in"])
     assert cache["resid_post", 0].data_ptr() == cache["resid_pre", 1].data_ptr()
     assert cache["mlp_in", 0].data_ptr() == cache["resid_mid", 0].data_ptr()
     _, cache = model.run_with_cache(TOKENS[:1], remove_batch_dim=True)

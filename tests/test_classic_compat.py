@@ -273,13 +273,12 @@ def test_a_classic_config_dictionary_builds_the_same_model_as_ours() -> None:
 
 def test_the_classic_gates_are_accepted_and_change_nothing() -> None:
     gates = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in", "use_hook_tokens")
-    fields = {**CLASSIC_CONFIG, **dict.fromkeys((*gates, "ungroup_grouped_query_attention"), True)}
+    fields = {**CLASSIC_CONFIG, **dict.fromkeys(gates, True)}
     gated, plain = HookedTransformer(fields), HookedTransformer(CLASSIC_CONFIG)
     assert list(gated.hook_dict) == list(plain.hook_dict)
     assert torch.equal(gated(tiny_tokens()), plain(tiny_tokens()))
     for gate in ("attn_result", "split_qkv_input", "attn_in", "hook_mlp_in"):
         getattr(plain, f"set_use_{gate}")(True)
-    plain.set_ungroup_grouped_query_attention(True)
     assert torch.equal(gated(tiny_tokens()), plain(tiny_tokens()))
 
 

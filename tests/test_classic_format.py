@@ -96,18 +96,56 @@ def test_biases_that_a_model_was_trained_without_are_zero(tmp_path: Path) -> Non
     assert torch.equal(unprocessed(tmp_path)(TOKENS), theirs(TOKENS))
 
 
-@pytest.mark.parametrize("n_layers", [6, 8, 10])
-@torch.no_grad()
-def test_the_first_solu_models_are_turned_round(n_layers: int, tmp_path: Path) -> None:
-    theirs = tiny_model(n_layers=n_layers, act_fn="solu_ln", normalization_type="LN", dtype=torch.float32)
+def early(n_layers: int, *, square: bool = False, norms: bool = True) -> tuple[HookedTransformer, dict[str, Tensor]]:
+    """One of the first SoLU models, and its tensors as they were published, with the norms' names of then or of now."""
+    fields = {"n_ctx": 12} if square else {}
+    theirs = tiny_model(n_layers=n_layers, act_fn="solu_ln", normalization_type="LN", dtype=torch.float32, **fields)
     state = {}
     for name, value in theirs.state_dict().items():
         position = name == "pos_embed.W_pos"
         turned = (position and n_layers <= 8) or (".W_" in name and not position and n_layers <= 6)
         old = name.replace("ln_final.", "norm.").replace(".ln1.", ".norm1.").replace(".ln2.", ".norm2.")
-        state[old.replace(".mlp.ln.", ".mlp.norm.")] = value.mT if turned else value
-    write(tmp_path, {**CONFIG, "n_layers": n_layers}, state)
-    assert torch.equal(unprocessed(tmp_path)(TOKENS), theirs(TOKENS))
+        state[old.replace(".mlp.ln.", ".mlp.norm.") if norms else name] = value.mT if turned else value
+    return theirs, state
+
+
+@pytest.mark.parametrize("norms", [True, False])
+@pytest.mark.parametrize("square", [True, False])
+@pytest.mark.parametrize("n_layers", [6, 8, 10])
+@torch.no_grad()
+def test_the_first_solu_models_are_turned_round(n_layers: int, square: bool, norms: bool, tmp_path: Path) -> None:
+    """Whatever their folder is called, as long as a name or a shape tells."""
+    theirs, state = early(n_layers, square=square, norms=norms)
+    write(tmp_path / "mine", {**CONFIG, "n_layers": n_layers, "n_ctx": theirs.cfg.n_ctx}, state)
+    if n_layers == 8 and square and not norms:
+        with pytest.raises(CheckpointError, match=r"8 layers whose W_pos is square.*Add \"architecture\""):
+            unprocessed(tmp_path / "mine")
+        (tmp_path / "mine").rename(tmp_path / "SoLU_8L_v21_old")
+        assert torch.equal(unprocessed(tmp_path / "SoLU_8L_v21_old")(TOKENS[:, :12]), theirs(TOKENS[:, :12]))
+        (tmp_path / "SoLU_8L_v21_old").rename(tmp_path / "mine")
+        edit_json(tmp_path / "mine" / "config.json", architecture="neel-solu-old")
+    assert torch.equal(unprocessed(tmp_path / "mine")(TOKENS[:, :12]), theirs(TOKENS[:, :12]))
+
+
+@pytest.mark.parametrize(
+    ("folder", "changes"),
+    [
+        ("models--NeelNanda--SoLU_8L1024W_C4_Code", {}),
+        ("mine", {"architecture": "neel"}),
+        ("mine", {"positional_embedding_type": "standard"}),
+        ("mine", {"act_fn": "gelu"}),
+        ("mine", {"n_layers": 6}),
+    ],
+)
+@torch.no_grad()
+def test_a_square_position_embedding_of_a_later_model_stays_as_it_is(
+    folder: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    content = {**CONFIG, "n_layers": 8, "n_ctx": 12, **changes}
+    fields = {"act_fn": content["act_fn"], "normalization_type": "LN", "dtype": torch.float32}
+    theirs = tiny_model(n_layers=content["n_layers"], n_ctx=12, **fields)
+    write(tmp_path / folder, content, theirs.state_dict())
+    assert torch.equal(unprocessed(tmp_path / folder)(TOKENS[:, :12]), theirs(TOKENS[:, :12]))
 
 
 def mingpt_state(theirs: Any, width: int) -> dict[str, Tensor]:

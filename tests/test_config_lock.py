@@ -35,6 +35,7 @@ ACTING: dict[str, Any] = {
     "use_attn_in": True,
     "use_hook_mlp_in": True,
     "use_hook_tokens": True,
+    "ungroup_grouped_query_attention": True,
     "model_name": "mine",
     "tokenizer_name": "some/name",
     "tokenizer_prepends_bos": True,

@@ -152,15 +152,14 @@ def test_bos_is_in_front_as_the_model_has_it_and_never_without_a_tokenizer() -> 
         induction_loss(tiny_model(), subseq_len=4, prepend_bos=True)
 
 
-def test_a_tokenizer_without_bos_starts_with_its_end_of_sequence_token_if_it_has_one() -> None:
+def test_an_end_of_sequence_token_does_not_stand_in_for_bos() -> None:
     without = PreTrainedTokenizerFast(tokenizer_object=TINY.backend_tokenizer, eos_token="!", unk_token=None)
     model = tiny_model(d_vocab=VOCAB)
-    with recorded_tokens(model) as seen:
+    with pytest.raises(ValueError, match="prepend_bos=True needs a BOS token, and this tokenizer has none"):
         induction_loss(model, without, subseq_len=4, prepend_bos=True)
-    assert (seen[0][:, 0] == without.eos_token_id).all()
-    neither = PreTrainedTokenizerFast(tokenizer_object=TINY.backend_tokenizer, unk_token=None)
-    with pytest.raises(ValueError, match="neither a bos_token nor an eos_token"):
-        induction_loss(model, neither, subseq_len=4, prepend_bos=True)
+    with recorded_tokens(model) as seen:
+        induction_loss(model, without, subseq_len=4, prepend_bos=False)
+    assert seen[0].shape == (4, 8)
 
 
 def test_a_drawn_padding_token_is_read_as_any_other() -> None:

@@ -69,7 +69,7 @@ def one_mlp_in_two_blocks(model: HookedTransformer) -> None:
 
 
 def another_config(model: HookedTransformer) -> None:
-    model.blocks[1].attn = randomise_(Attention(model.cfg.replace(attention_dir="bidirectional"), 1)).double()
+    model.blocks[1].attn = randomise_(Attention(model.cfg.replace(attention_dir="bidirectional"), layer_id=1)).double()
     model.setup()
 
 

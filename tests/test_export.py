@@ -11,11 +11,10 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM
+from safetensors.torch import save_file
 
 from hooked_lm import CheckpointError, HookedTransformer
+from tests.export_helpers import assert_same_tensors, moved, reference, tensors_in, tokens
 from tests.family_rows import ROWS
 from tests.helpers import VOCAB, tiny_gpt2, tiny_model, tiny_tokens
 
@@ -41,26 +40,6 @@ def build(row_id: str) -> Any:
     return next(row for row in ROWS if row.id == row_id).build()
 
 
-def tokens() -> Tensor:
-    return torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(1))
-
-
-def tensors_in(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's safetensors files."""
-    found: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        found |= load_file(path)
-    return found
-
-
-def assert_same_tensors(one: Path, other: Path) -> None:
-    ours, theirs = tensors_in(one), tensors_in(other)
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert value.dtype is theirs[name].dtype, name
-        assert torch.equal(value, theirs[name]), name
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a row's checkpoint, as transformers writes it. Do not write to it."""
@@ -73,14 +52,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return folders[row_id]
 
     return folder
-
-
-def reference(folder: Path) -> Any:
-    """What transformers loads from a folder; it may miss nothing and have nothing to spare."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    model, info = loaded
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    return model.eval()
 
 
 # What comes out
@@ -271,16 +242,6 @@ def test_a_cut_model_is_refused(
     refuses(unprocessed(checkpoint(row_id), **cut), tmp_path, rf"{match}.*load the whole model")
 
 
-def moved(model: HookedTransformer, *names: str, by: float = 0.3) -> HookedTransformer:
-    """The model with some parameters changed at random, as an optimizer leaves them."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(names):
-                parameter.add_(by * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
 @pytest.mark.parametrize(
     ("row_id", "name"),
     [
@@ -353,22 +314,6 @@ def test_a_model_trained_by_any_optimizer_can_be_written(
 
 
 @torch.no_grad()
-def test_two_norms_that_are_one_there_and_have_come_to_differ_become_one(
-    checkpoint: Callable[[str], Path], tmp_path: Path
-) -> None:
-    model = moved(unprocessed(checkpoint("gptj")), "ln1.w", "ln2.w", "ln1.b", "ln2.b")
-    model.to_huggingface(tmp_path)
-    torch.testing.assert_close(reference(tmp_path)(tokens()).logits, model(tokens()), atol=1e-3, rtol=0)
-
-
-@torch.no_grad()
-def test_two_norms_that_cannot_become_one_are_named(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    model = moved(unprocessed(checkpoint("gptj")), "blocks.1.ln2.w")
-    model.blocks[1].ln1.w[3] = 0.0
-    refuses(model, tmp_path, r"blocks\.1\.ln1 and blocks\.1\.ln2 are one norm .* cannot be folded")
-
-
-@torch.no_grad()
 def test_an_untied_unembedding_is_written_as_one_of_its_own(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     model = unprocessed(checkpoint("llama-biases-tied"))
     assert model.unembed.W_U.shape == model.W_U.shape  # asked for, and equal still
@@ -378,18 +323,6 @@ def test_an_untied_unembedding_is_written_as_one_of_its_own(checkpoint: Callable
     model.to_huggingface(tmp_path / "differs")
     torch.testing.assert_close(reference(tmp_path / "differs")(tokens()).logits, model(tokens()), atol=1e-4, rtol=0)
     assert json.loads((tmp_path / "differs" / "config.json").read_text())["tie_word_embeddings"] is False
-
-
-def test_two_norms_that_are_one_there_may_change_together(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    model = unprocessed(checkpoint("gptj"))
-    with torch.no_grad():
-        for name in ("ln1", "ln2"):
-            model.get_parameter(f"blocks.1.{name}.w").mul_(2.0)
-    model.to_huggingface(tmp_path)
-    written, read = tensors_in(tmp_path), tensors_in(checkpoint("gptj"))
-    changed = [name for name in read if not torch.equal(read[name], written[name])]
-    assert changed == ["transformer.h.1.ln_1.weight"]
-    assert torch.equal(written[changed[0]], 2.0 * read[changed[0]])
 
 
 @pytest.mark.parametrize("changes", [{"eps": 0.5}, {"window_size": 4, "use_local_attn": True}, {"act_fn": "relu"}])

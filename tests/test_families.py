@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hooked_lm import CheckpointError, HookedTransformer, verify
 from tests.family_rows import ROWS, Row
+from weight_conversion.registry import family_of
 
 ROW = {row.id: row for row in ROWS}
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
@@ -63,6 +64,22 @@ def test_the_certificate_passes(row: Row, checkpoints: Checkpoints) -> None:
     certificate = verify(folder, positions=row.pos, reference=row.reference(folder))
     assert certificate.passed, certificate
     assert certificate.exact_in_float64 or not row.float64, certificate
+
+
+# Families with a norm after the embedding.
+NORMED = {"Bloom", "nanochat"}
+
+
+@rows
+@torch.no_grad()
+def test_hook_embed_is_a_row_of_w_e_or_its_norm(row: Row, checkpoints: Checkpoints) -> None:
+    normed = family_of(row.architecture).name in NORMED
+    for ours in (checkpoints(row.id).unprocessed, checkpoints(row.id).processed):
+        assert ours.cfg.post_embedding_ln is normed
+        looked_up = ours.W_E[row.tokens()]
+        embedded = ours.run_with_cache(row.tokens(), names_filter="hook_embed", stop_at_layer=0)[1]["hook_embed"]
+        assert torch.equal(embedded, ours.embed.ln(looked_up) if normed else looked_up)
+        assert not normed or (embedded - looked_up).abs().max() > 0.1
 
 
 # Without the certificate's help: it is the logits of the reference that are kept.

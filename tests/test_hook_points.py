@@ -42,26 +42,19 @@ def test_hooks_leave_the_state_dict_alone(subject: Subject) -> None:
 
 
 @pytest.mark.parametrize(
-    "setter",
-    [
-        "set_use_attn_result",
-        "set_use_split_qkv_input",
-        "set_use_attn_in",
-        "set_use_hook_mlp_in",
-        "set_ungroup_grouped_query_attention",
-    ],
+    "setter", ["set_use_attn_result", "set_use_split_qkv_input", "set_use_attn_in", "set_use_hook_mlp_in"]
 )
-def test_the_classic_gates_change_nothing(setter: str) -> None:
+def test_the_flags_change_no_activation_and_no_hook_point(setter: str) -> None:
     model: HookedTransformer = tiny_model(n_key_value_heads=1)
     tokens, names = tiny_tokens(), list(model.hook_dict)
     clean, clean_cache = model.run_with_cache(tokens)
     for value in (True, False):
         assert getattr(model, setter)(value) is None
+        assert getattr(model.cfg, setter.removeprefix("set_")) is value
         logits, cache = model.run_with_cache(tokens)
-        assert torch.equal(logits, clean)
-        assert [(name, tensor.shape) for name, tensor in cache.items()] == [
-            (name, tensor.shape) for name, tensor in clean_cache.items()
-        ]
+        torch.testing.assert_close(logits, clean, rtol=0, atol=1e-12)
+        for name, tensor in clean_cache.items():
+            torch.testing.assert_close(cache[name], tensor, rtol=0, atol=1e-12)
         assert list(model.hook_dict) == names
 
 

@@ -21,6 +21,7 @@ from tests.hook_sites_helpers import (
     BATCH,
     POS,
     TOKENS,
+    carried_beside,
     direction_for,
     is_mixture,
     model_of,
@@ -66,7 +67,8 @@ def reference_logits(model: HookedTransformer, tokens: Tensor, edit: Edit = lamb
         return x * W.get(f"{module}.w", torch.ones(())) + W.get(f"{module}.b", torch.zeros(()))
 
     def read(stream: Tensor, module: str, tapped: bool = True) -> Tensor:
-        return norm(stream, module, tapped) if cfg.norm_placement.startswith("before") else stream
+        absent = module == "blocks.0.ln1" and not cfg.first_norm
+        return norm(stream, module, tapped) if cfg.norm_placement.startswith("before") and not absent else stream
 
     def written(out: Tensor, module: str) -> Tensor:
         return norm(out, module) if cfg.norm_placement.endswith("after") else out
@@ -129,6 +131,9 @@ def reference_logits(model: HookedTransformer, tokens: Tensor, edit: Edit = lamb
             name = next((name for name in compressed if letter in name), "")
             latents = per_head(tapped[name], cfg.n_heads) if name and untouched else None
             latents = latent(x, layer, name, False) if name and not untouched else latents
+            if letter == "q" and cfg.attention_gate:
+                opened = torch.stack([x[:, :, i] @ W[f"{at}attn.W_G"][i] for i in range(cfg.n_heads)], 2)
+                inputs["gate"] = edit(f"{at}attn.hook_gate", 1 / (1 + (-(opened + W[f"{at}attn.b_G"])).exp()))
             made = projected(x, latents, layer, letter)
             if letter != "v" and not cfg.qk_norm_after_rotary:
                 made = qk_norm(made, f"{at}attn.{letter}_norm")
@@ -163,7 +168,8 @@ def reference_logits(model: HookedTransformer, tokens: Tensor, edit: Edit = lamb
             sinks = W[at + "attn.sinks"][:, None, None]
             total = total + (sinks - scores.detach().amax(-1, keepdim=True)).exp()
         pattern = edit(at + "attn.hook_pattern", likelihood / total)
-        z = edit(at + "attn.hook_z", torch.einsum("bhqk,bkhd->bqhd", pattern, values))
+        mixed = torch.einsum("bhqk,bkhd->bqhd", pattern, values)
+        z = edit(at + "attn.hook_z", mixed * inputs["gate"] if cfg.attention_gate else mixed)
         result = torch.einsum("bphe,hed->bphd", z, W[at + "attn.W_O"])
         return edit(at + "attn.hook_result", result).sum(2) + W[at + "attn.b_O"]
 
@@ -199,32 +205,40 @@ def reference_logits(model: HookedTransformer, tokens: Tensor, edit: Edit = lamb
 
         if not is_mixture(model, layer):
             out = hidden(x, lambda weight: W[f"{at}mlp.{weight}"], lambda site, y: edit(f"{at}mlp.{site}", y))
-        else:
-            scores = x @ W[at + "mlp.W_router"] + W[at + "mlp.b_router"]
-            chance = scores.softmax(-1) if cfg.sparsemixer_jitter is None else sparsemixer(scores)
-            chance = 1 / (1 + (-scores).exp()) if cfg.router_scores == "sigmoid" else chance
-            chance = edit(at + "mlp.hook_expert_weights", chance)
-            eligible = corrected(chance, W[at + "mlp.b_correction"]) if cfg.router_correction else chance
-            chosen = edit(at + "mlp.hook_expert_indices", eligible.topk(cfg.experts_per_token or 0).indices)
-            weight = chance.gather(-1, chosen)
-            if cfg.norm_topk_prob and cfg.sparsemixer_jitter is None:
-                weight = weight / weight.sum(-1, keepdim=True)
-            weight = weight * cfg.routed_scale
-            experts = torch.stack(
-                [
-                    hidden(x, lambda name, e=e: W[f"{at}mlp.{name}"][e], lambda site, y: y, cfg.gated_limit)  # type: ignore[misc]
-                    for e in range(cfg.num_experts or 0)
-                ],
-                2,
-            )
-            out = (experts.gather(2, chosen[..., None].expand(-1, -1, -1, x.shape[-1])) * weight[..., None]).sum(2)
-            if cfg.d_shared_expert is not None:
-                at += "mlp."
-                shared = hidden(x, lambda name: W[f"{at}shared.{name}"], lambda site, y: edit(f"{at}shared.{site}", y))
-                if cfg.shared_expert_gate:
-                    shared = shared / (1 + (-(x @ W[at + "W_shared_gate"] + W[at + "b_shared_gate"])).exp())
-                out = out + shared
+            if cfg.shortcut_experts and layer % 2 == 0:
+                carried.append(edit(at + "hook_shortcut_out", experts(x, at + "shortcut.", hidden)))
+            elif cfg.shortcut_experts:
+                out = out + carried.pop()
+            return out
+        at += "mlp."
+        out = experts(x, at, hidden)
+        if cfg.d_shared_expert is not None:
+            shared = hidden(x, lambda name: W[f"{at}shared.{name}"], lambda site, y: edit(f"{at}shared.{site}", y))
+            if cfg.shared_expert_gate:
+                shared = shared / (1 + (-(x @ W[at + "W_shared_gate"] + W[at + "b_shared_gate"])).exp())
+            out = out + shared
         return out
+
+    carried: list[Tensor] = []
+
+    def experts(x: Tensor, at: str, hidden: Callable[..., Tensor]) -> Tensor:
+        """What the experts write that a router chooses; the last of them, if without weights, write what they read."""
+        scores = x @ W[at + "W_router"] + W[at + "b_router"]
+        chance = scores.softmax(-1) if cfg.sparsemixer_jitter is None else sparsemixer(scores)
+        chance = 1 / (1 + (-scores).exp()) if cfg.router_scores == "sigmoid" else chance
+        chance = edit(at + "hook_expert_weights", chance)
+        eligible = corrected(chance, W[at + "b_correction"]) if cfg.router_correction else chance
+        chosen = edit(at + "hook_expert_indices", eligible.topk(cfg.experts_per_token or 0).indices)
+        weight = chance.gather(-1, chosen)
+        if cfg.norm_topk_prob and cfg.sparsemixer_jitter is None:
+            weight = weight / weight.sum(-1, keepdim=True)
+        weight = weight * cfg.routed_scale
+        written = [
+            hidden(x, lambda name, e=e: W[at + name][e], lambda site, y: y, cfg.gated_limit)
+            for e in range((cfg.num_experts or 0) - cfg.identity_experts)
+        ]
+        every = torch.stack([*written, *[x] * cfg.identity_experts], 2)
+        return (every.gather(2, chosen[..., None].expand(-1, -1, -1, x.shape[-1])) * weight[..., None]).sum(2)
 
     def corrected(chance: Tensor, correction: Tensor) -> Tensor:
         """Corrected weights; far below the others in groups whose two best sum to less than those of enough others."""
@@ -268,7 +282,12 @@ def reference_logits(model: HookedTransformer, tokens: Tensor, edit: Edit = lamb
             mlp_out = written(mlp(layer, pre if cfg.parallel_attn_mlp else stream), at + "ln2_post")
             stream = joined(stream + edit(at + "hook_mlp_out", mlp_out), at + "ln2")
         stream = edit(at + "hook_resid_post", stream)
-    stream = edit("unembed.hook_in", norm(stream, "ln_final") if cfg.final_norm else stream)
+    stream = norm(stream, "ln_final") if cfg.final_norm else stream
+    if cfg.unembed_act_fn is not None:
+        at = "unembed.transform."
+        hidden = edit(at + "hook_pre", stream @ W[at + "W_dense"] + W[at + "b_dense"])
+        stream = norm(edit(at + "hook_post", hidden / (1 + (-hidden).exp())), at + "ln")
+    stream = edit("unembed.hook_in", stream)
     W_U = W["embed.W_E"].T if cfg.tie_word_embeddings else W["unembed.W_U"]
     logits = (stream @ W_U + W["unembed.b_U"]) * cfg.logit_scale
     if cfg.output_logits_soft_cap > 0:
@@ -377,7 +396,7 @@ def test_the_gradient_at_any_site_is_the_finite_difference(name: str) -> None:
 
         by_hook: list[Tensor] = []
         with model.hooks(bwd_hooks=[(site, lambda grad, hook, kept=by_hook: kept.append(grad))]):
-            logits, cache = model.run_with_cache(TOKENS, names_filter=site)
+            logits, cache = model.run_with_cache(TOKENS, names_filter=site, keep_graph=True)
         (by_autograd,) = torch.autograd.grad((logits * readout).sum(), cache[site])
         for gradient in (by_autograd, *by_hook):
             analytical = float((gradient * delta).sum())
@@ -391,7 +410,7 @@ def test_a_replaced_gradient_flows_on_from_any_site(name: str) -> None:
     for site in float_sites(model):
         if site.startswith(("unembed", "ln_final")) or ".1." in site:
             continue
-        logits, cache = model.run_with_cache(TOKENS, names_filter=site)
+        logits, cache = model.run_with_cache(TOKENS, names_filter=site, keep_graph=True)
         reached = [model.W_E, cache[site]]
         _, at_site = torch.autograd.grad((logits**2).sum(), reached, retain_graph=True)
         (through,) = torch.autograd.grad(cache[site], model.W_E, at_site, allow_unused=True)
@@ -436,12 +455,13 @@ def test_patching_all_of_a_residual_site_restores_the_clean_logits(name: str, si
         where = f"blocks.{layer}.hook_{site}"
         for grad in (False, True):
             with torch.set_grad_enabled(grad):
-                clean, cache = model.run_with_cache(TOKENS, names_filter=where)
-                patched = model.run_with_hooks(corrupted, fwd_hooks=[(where, lambda x, hook, v=cache[where]: v)])
+                sites = [where, *carried_beside(model, layer, site)]
+                clean, cache = model.run_with_cache(TOKENS, names_filter=sites)
+                patched = model.run_with_hooks(corrupted, fwd_hooks=[(sites, lambda x, hook, c=cache: c[hook.name])])
                 assert not torch.allclose(model(corrupted), clean)
                 assert torch.equal(patched, clean)
                 in_place = model.run_with_hooks(
-                    corrupted, fwd_hooks=[(where, lambda x, hook, v=cache[where]: x.copy_(v))]
+                    corrupted, fwd_hooks=[(sites, lambda x, hook, c=cache: x.copy_(c[hook.name]))]
                 )
                 assert torch.equal(in_place, clean)
 
@@ -461,13 +481,14 @@ def test_a_site_that_is_only_recorded_changes_no_output(name: str) -> None:
         with torch.set_grad_enabled(grad):
             clean = model(TOKENS)
             for site, tensor in sites_of(model).items():
-                recorded, cache = model.run_with_cache(TOKENS, names_filter=site)
-                assert tuple(cache[site].shape) == tensor
-                on_demand = model.hook_dict[site].on_demand
-                if needs_another_path(site) or (grad and on_demand):
-                    torch.testing.assert_close(recorded, clean, rtol=0, atol=1e-12, msg=site)
-                else:
-                    assert torch.equal(recorded, clean), site
+                for keep_graph in (False, True) if grad else (False,):
+                    recorded, cache = model.run_with_cache(TOKENS, names_filter=site, keep_graph=keep_graph)
+                    assert tuple(cache[site].shape) == tensor
+                    on_demand = model.hook_dict[site].on_demand
+                    if needs_another_path(site) or (keep_graph and on_demand):
+                        torch.testing.assert_close(recorded, clean, rtol=0, atol=1e-12, msg=site)
+                    else:
+                        assert torch.equal(recorded, clean), site
 
 
 def test_recording_scores_where_a_soft_cap_needs_them_anyway_changes_not_a_bit() -> None:

@@ -221,7 +221,7 @@ def test_interventions_are_plain_hooks_for_those_who_want_them() -> None:
             ValueError,
             "attention_mask is 0 everywhere",
         ),
-        (lambda: Intervention.mean("hook_tokens", cached()), ValueError, "holds whole numbers"),
+        (lambda: Intervention.mean("hook_tokens", cached(names_filter="*")), ValueError, "holds whole numbers"),
         (lambda: Intervention.resample(Z, cached(), n_prompts=0), ValueError, "n_prompts is how many"),
         (lambda: Intervention.resample(Z, cached(), batch=0), ValueError, "no batch to select"),
         (lambda: Intervention.resample(Z, cached(CLEAN[:1])), ValueError, "a single prompt has no other"),

@@ -275,11 +275,11 @@ def test_a_tokenizer_that_ends_the_sentence_otherwise_raises() -> None:
 
 
 def test_a_dataset_with_bos_needs_one() -> None:
-    neither = PreTrainedTokenizerFast(tokenizer_object=TINY.backend_tokenizer, unk_token=None)
+    without = PreTrainedTokenizerFast(tokenizer_object=TINY.backend_tokenizer, eos_token="!", unk_token=None)
     build: dict[str, Any] = {"templates": ["Then [A] met [B]. [B] hit [A]"], "num_samples": 2}
-    assert len(IOIDataset(neither, **build, prepend_bos=False)) == 2
-    with pytest.raises(ValueError, match="neither a bos_token nor an eos_token"):
-        IOIDataset(neither, **build)
+    assert len(IOIDataset(without, **build, prepend_bos=False)) == 2
+    with pytest.raises(ValueError, match="prepend_bos=True needs a BOS token"):
+        IOIDataset(without, **build)
 
 
 # ioi_eval

@@ -35,6 +35,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "capped and scaled logits": {"output_logits_soft_cap": 1.5, "logit_scale": 0.7},
     "parallel": {"parallel_attn_mlp": True},
     "attention-only": {"attn_only": True},
+    "a layer before the unembedding": {"unembed_act_fn": "silu"},
     "tied": {"tie_word_embeddings": True},
     "mixture of experts": {"num_experts": 4, "experts_per_token": 2},
     "bfloat16": {"dtype": torch.bfloat16},

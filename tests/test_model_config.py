@@ -32,6 +32,8 @@ OTHER: dict[str, Any] = {
     "eps": 0.5,
     "final_rms": True,
     "final_norm": False,
+    "first_norm": False,
+    "unembed_act_fn": "relu",
     "norm_placement": "after",
     "use_qk_norm": True,
     "post_embedding_ln": True,
@@ -51,6 +53,7 @@ OTHER: dict[str, Any] = {
     "scale_attn_by_inverse_layer_idx": True,
     "clip_qkv": 0.1,
     "attention_sinks": True,
+    "attention_gate": True,
     "num_experts": 2,
     "experts_per_token": 1,
 }
@@ -161,7 +164,7 @@ def test_the_table_of_this_file_has_every_field_that_describes_an_architecture()
         *("use_normalization_before_and_after", "ungroup_grouped_query_attention"),
         *("query_scale_beta", "query_scale_ctx_len", "d_latent_kv", "d_latent_q", "d_value", "latent_eps"),
         *("norm_topk_min", "routed_scale", "router_scores", "router_correction", "router_in_float32"),
-        *("expert_groups", "expert_groups_per_token", "expert_group_score"),
+        *("expert_groups", "expert_groups_per_token", "expert_group_score", "identity_experts", "shortcut_experts"),
     }
     free = {"init_mode", "initializer_range", "init_weights", "seed", "from_checkpoint", "original_architecture"}
     for field in dataclasses.fields(HookedTransformerConfig):

@@ -19,7 +19,7 @@ from hooked_lm import CheckpointError, HookedTransformer
 from hooked_lm.utils import get_attention_mask
 from tests.helpers import CORPUS, VOCAB, randomise_, tiny_config, tiny_gpt2, tiny_tokenizer
 from tests.loading_helpers import edit_json, row_model, unprocessed
-from weight_conversion.families import bloom, gpt_neox, llama, phi, qwen2, qwen2_moe, qwen3, qwen3_moe
+from weight_conversion.registry import FAMILIES, family_of
 
 BOS = 0
 TEXTS = [CORPUS[0], "Mary", CORPUS[2]]
@@ -88,7 +88,9 @@ def test_no_token_stands_in_for_a_missing_bos() -> None:
     assert model.to_tokens("Mary").tolist() == [ids_of("Mary")]
     assert model.tokenizer.bos_token is None
     assert model.tokenizer.pad_token == "<|endoftext|>"
-    with pytest.raises(ValueError, match=r"prepend_bos=True needs a BOS token.*set model\.tokenizer\.bos_token"):
+    with pytest.raises(
+        ValueError, match=r"prepend_bos=True needs a BOS token.*set its bos_token \(model\.tokenizer\.bos_token\)"
+    ):
         model("Mary", prepend_bos=True)
     model.tokenizer.bos_token = "<|endoftext|>"
     assert model.to_tokens("Mary", prepend_bos=True).tolist() == [[BOS, *ids_of("Mary")]]
@@ -289,10 +291,33 @@ def test_bos_is_put_in_front_by_family(row_id: str, default: bool, tmp_path: Pat
     assert unprocessed(tmp_path, default_prepend_bos=not default).cfg.default_prepend_bos is not default
 
 
-def test_the_families_that_go_without_bos() -> None:
-    without = (gpt_neox, bloom, phi, qwen2, qwen2_moe, qwen3, qwen3_moe)
-    assert [module.FAMILY.prepend_bos for module in without] == [False] * len(without)
-    assert llama.FAMILY.prepend_bos is True
+# What the classic library 3.9 does for every name it published, by architecture; the mixtures of Qwen, which it lacks,
+# go with Qwen.
+CLASSIC_BOS = {
+    **dict.fromkeys(["GPT2LMHeadModel", "GPTNeoForCausalLM", "GPTJForCausalLM", "OPTForCausalLM"], True),
+    **dict.fromkeys(["GPTBigCodeForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM"], True),
+    **dict.fromkeys(["GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Phi3ForCausalLM"], True),
+    **dict.fromkeys(["OlmoForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoeForCausalLM"], True),
+    **dict.fromkeys(["GptOssForCausalLM", "ApertusForCausalLM"], True),
+    **dict.fromkeys(["GPTNeoXForCausalLM", "BloomForCausalLM", "PhiForCausalLM"], False),
+    **dict.fromkeys(["Qwen2ForCausalLM", "Qwen3ForCausalLM"], False),
+    **dict.fromkeys(["Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"], False),
+}
+
+
+def test_families_of_the_classic_library_have_its_default() -> None:
+    assert {name: family_of(name).prepend_bos for name in CLASSIC_BOS} == CLASSIC_BOS
+    others = [family for family in FAMILIES if not set(family.architectures) & set(CLASSIC_BOS)]
+    assert {family.prepend_bos for family in others} == {None}
+
+
+def test_an_empty_list_of_texts_raises_what_it_raises_without_a_model() -> None:
+    plain, tokenizer = tiny_tokenizer(), text_model(tiny_tokenizer()).tokenizer
+    for empty in ([], ()):
+        with pytest.raises(Exception) as expected:  # noqa: PT011 - the class is that of transformers
+            plain(empty)
+        with pytest.raises(expected.type, match=str(expected.value)):
+            tokenizer(empty)
 
 
 @pytest.mark.parametrize("adds", [True, False])

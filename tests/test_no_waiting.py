@@ -41,7 +41,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "alibi": {"positional_embedding_type": "alibi"},
     "window": {"window_size": 3},
     "shortformer, parallel": {"positional_embedding_type": "shortformer", "parallel_attn_mlp": True},
-    "sinks, caps": {"attention_sinks": True, "output_logits_soft_cap": 3.0, "attn_scores_soft_cap": 2.0},
+    "sinks, gates, caps": {
+        "attention_sinks": True,
+        "attention_gate": True,
+        "output_logits_soft_cap": 3.0,
+        "attn_scores_soft_cap": 2.0,
+    },
     "bidirectional": {"attention_dir": "bidirectional"},
 }
 N = 7

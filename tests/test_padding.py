@@ -338,3 +338,50 @@ def test_a_padded_prompt_goes_on_from_its_cache_as_it_would_alone(variant: str) 
     parts += [model(tokens[:, pos : pos + 1], past_kv_cache=cache) for pos in (5, 6)]
     mask = torch.cat((mask[:, :5] | torch.tensor([0, 0, 0, 0, 1]), torch.ones(len(tokens), 2, dtype=torch.long)), 1)
     assert_each_as_alone(model, torch.cat(parts, 1), tokens, mask)
+
+
+@pytest.mark.parametrize("own_pad", [False, True])
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("variant", ["standard", "rotary", "local alibi"])
+def test_padding_in_tokens_is_recognised_with_a_key_value_cache(
+    tokenizer: Any, variant: str, side: Any, own_pad: bool
+) -> None:
+    own = with_pad_token(tokenizer) if own_pad else tokenizer
+    model = text_model(own, **VARIANTS[variant], default_padding_side=side)
+    tokens, more = model.to_tokens(TEXTS), tiny_tokens(4, 3, vocab=200) + 50
+    cache = model.new_kv_cache(4)
+    parts = [model(tokens, past_kv_cache=cache), *(model(more[:, at : at + 1], past_kv_cache=cache) for at in range(3))]
+    for row, text in enumerate(TEXTS):
+        alone = model.to_tokens(text)
+        expected = model(torch.cat((alone, more[row : row + 1]), 1), attention_mask=torch.ones(1, alone.shape[1] + 3))
+        place = slice(-alone.shape[1], None) if side == "left" else slice(alone.shape[1])
+        torch.testing.assert_close(parts[0][row, place], expected[0, :-3], **EXACT)
+        torch.testing.assert_close(torch.cat(parts[1:], 1)[row], expected[0, -3:], **EXACT)
+    assert cache.previous_attention_mask.sum().item() == sum(model.to_tokens(text).shape[1] + 3 for text in TEXTS)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_padding_of_its_own_token_is_recognised_in_what_goes_on(tokenizer: Any, side: Any) -> None:
+    tokenizer = with_pad_token(tokenizer)
+    model = text_model(tokenizer, default_padding_side=side)
+    first, more = tiny_tokens(2, 4), tiny_tokens(2, 3, seed=1)
+    more[1, slice(2) if side == "left" else slice(1, None)] = tokenizer.pad_token_id
+    cache = model.new_kv_cache(2)
+    model(first, past_kv_cache=cache)
+    logits = model(more, past_kv_cache=cache)
+    alone = model(torch.cat((first[1:], more[1:, 2:] if side == "left" else more[1:, :1]), 1))
+    torch.testing.assert_close(logits[1, 2 if side == "left" else 0], alone[0, -1], **EXACT)
+    # One token is text, as the model may have written it.
+    model(torch.full((2, 1), tokenizer.pad_token_id), past_kv_cache=cache)
+    assert cache.previous_attention_mask[:, -1].tolist() == [1, 1]
+
+
+def test_the_end_of_texts_is_not_padding_because_padding_has_the_same_token(tokenizer: Any) -> None:
+    model = text_model(tokenizer)
+    end = tokenizer.eos_token_id
+    tokens = torch.tensor([[3, 4, 5, 6, end], [7, end, end, end, end], [8, 9, end, end, end]])
+    cache = model.new_kv_cache(3)
+    model(tokens, past_kv_cache=cache)
+    assert cache.previous_attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]
+    model(torch.full((3, 2), end), past_kv_cache=cache)
+    assert cache.previous_attention_mask[:, 5:].tolist() == [[1, 1]] * 3

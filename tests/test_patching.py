@@ -123,7 +123,8 @@ def test_the_metric_has_two_names() -> None:
     model = tiny_model()
     for name in ("block_every", "resid_pre"):
         function = getattr(patching, f"get_act_patch_{name}")
-        assert torch.equal(function(model, CORRUPTED, CLEAN, metric=METRIC, verbose=False), patched(model, name))
+        grid = function(model, CORRUPTED, CLEAN, metric=METRIC, verbose=False)
+        torch.testing.assert_close(grid, patched(model, name))
         with pytest.raises(TypeError, match=f"get_act_patch_{name} got metric= and patching_metric="):
             function(model, CORRUPTED, CLEAN, metric=METRIC, patching_metric=METRIC)
 

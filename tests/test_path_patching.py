@@ -44,7 +44,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "norms on the stream": {"norm_placement": "residual"},
     "norms after": {"norm_placement": "after"},
     "norms before and after": {"norm_placement": "before_and_after", "attn_scores_soft_cap": 2.0},
+    "experts from block to block": {
+        "n_layers": 4,
+        "shortcut_experts": True,
+        "num_experts": 3,
+        "identity_experts": 1,
+        "experts_per_token": 2,
+    },
     "latent attention": LATENT,
+    "a layer before the unembedding, no first norm": {"unembed_act_fn": "silu", "first_norm": False},
+    "gated attention": {"attention_gate": True, "n_key_value_heads": 1},
     "experts": {"num_experts": 3, "experts_per_token": 2, "act_fn": "silu", "gated_mlp": True},
     "sinks, windows": {"attention_sinks": True, "window_size": 3, "attn_types": ["local", "global", "local"]},
 }
@@ -136,6 +145,7 @@ def test_path_patching_is_what_two_hooked_runs_of_the_whole_model_give(name: str
         [Node("resid_pre", 2, pos=6)],
         [Node("logits")],
     ]
+    receivers += [[Node("gate", 2, 1)], [Node("gate", 1, pos=6), Node("q", 2)]] if model.cfg.attention_gate else []
     senders = [
         [Node("z", 0, 1)],
         [Node("embed"), Node("z", 1, 0)],

@@ -50,6 +50,11 @@ PROCESSED_KINDS = [
     "tied, scaled",
     "norms on the stream",
     "attention sinks",
+    "gated attention",
+    "experts from block to block",
+    "experts from block to block, rms, identities",
+    "identities among the experts",
+    "a layer before the unembedding",
     "shared expert",
 ]
 

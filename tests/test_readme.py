@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from hooked_lm import metrics, patching, tasks
+from hooked_lm import compat, metrics, patching, tasks
 from hooked_lm.circuits import heads
 from hooked_lm.config import activations as config_activations
 from scripts.printed import agree
@@ -69,6 +69,7 @@ def registries_as_they_were() -> Iterator[None]:
     )
     before = [dict(one) for one in registries]
     yield
+    compat.uninstall()
     for one, entries in zip(registries, before, strict=True):
         one.clear()
         one.update(entries)

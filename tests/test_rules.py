@@ -212,6 +212,7 @@ def test_axis_sizes_are_those_of_the_glossary() -> None:
         "vocab_out": 9,
         "n_ctx": 16,
         "expert": 3,
+        "choice": 3,
         "d_expert": 7,
         "1": 1,
     }

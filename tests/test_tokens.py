@@ -444,8 +444,12 @@ def test_rows_without_room_for_a_token_raise(length: int, bos: bool) -> None:
         tokenize_and_concatenate(CORPUS, TOKENIZER, max_length=length, add_bos_token=bos)
 
 
-def test_bos_in_rows_needs_a_bos_token() -> None:
-    tokenizer = without_bos()
-    tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="eos_token"):
-        tokenize_and_concatenate(CORPUS, tokenizer, max_length=8)
+def test_in_rows_neither_bos_nor_the_token_between_texts_stands_in_for_the_other() -> None:
+    with pytest.raises(ValueError, match="add_bos_token=True needs a BOS token, and this tokenizer has none"):
+        tokenize_and_concatenate(CORPUS, without_bos(), max_length=8)
+    rows = tokenize_and_concatenate(CORPUS, without_bos(), max_length=8, add_bos_token=False)
+    assert torch.equal(rows, chunks(8, bos=False))
+    without_eos = tiny_tokenizer()
+    without_eos.eos_token = None
+    with pytest.raises(ValueError, match="puts eos_token between texts, and this tokenizer has none"):
+        tokenize_and_concatenate(CORPUS, without_eos, max_length=8)

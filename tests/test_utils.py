@@ -221,13 +221,16 @@ def test_the_mask_with_a_padding_token_of_its_own(side: str) -> None:
     assert utils.get_attention_mask(tokenizer, tokens, True).tolist() == expected
 
 
-def test_get_tokenizer_with_bos_copies() -> None:
+def test_get_tokenizer_with_bos_copies_and_makes_up_no_bos() -> None:
     tokenizer = tiny_tokenizer()
-    tokenizer.bos_token, tokenizer.padding_side = None, "left"
+    tokenizer.padding_side = "left"
     copied = utils.get_tokenizer_with_bos(tokenizer)
     assert copied is not tokenizer
-    assert (copied.bos_token, copied.padding_side) == ("<|endoftext|>", "left")
-    assert tokenizer.bos_token is None
+    assert (copied.bos_token, copied.pad_token, copied.padding_side) == ("<|endoftext|>", "<|endoftext|>", "left")
+    assert tokenizer.pad_token is None
+    tokenizer.bos_token = None
+    with pytest.raises(ValueError, match="get_tokenizer_with_bos needs a BOS token, and this tokenizer has none"):
+        utils.get_tokenizer_with_bos(tokenizer)
 
 
 # Activation functions

@@ -27,18 +27,21 @@ def test_attention_weights_are_stacked_over_layers() -> None:
     model = tiny_model(**GROUPED)
     shapes = {
         "W_Q": (2, 6, 12, 4),
-        "W_K": (2, 2, 12, 4),
-        "W_V": (2, 2, 12, 4),
+        "W_K": (2, 6, 12, 4),
+        "W_V": (2, 6, 12, 4),
         "W_O": (2, 6, 4, 12),
         "b_Q": (2, 6, 4),
-        "b_K": (2, 2, 4),
-        "b_V": (2, 2, 4),
+        "b_K": (2, 6, 4),
+        "b_V": (2, 6, 4),
         "b_O": (2, 12),
     }
     for name, shape in shapes.items():
         stack = getattr(model, name)
         assert stack.shape == shape, name
-        assert all(torch.equal(stack[layer], getattr(model.blocks[layer].attn, name)) for layer in range(2)), name
+        for layer in range(2):
+            own = getattr(model.blocks[layer].attn, name)
+            # Keys and values: for each query head those of its key-value head.
+            assert torch.equal(stack[layer], own if name == "b_O" else own.repeat_interleave(6 // len(own), 0)), name
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_experts": 3, "experts_per_token": 2}])

@@ -45,6 +45,7 @@ def test_each_step_and_all_of_them_in_either_order_leave_the_log_probabilities_a
 def test_the_obstacles_are_those_that_there_are() -> None:
     refactoring = {"rotary", "query-key norm", "grouped queries", "one key-value head", "wide heads"}
     refactoring |= {"query-key LN after rotary", "some layers rotate", "attention sinks", "clipped"}
+    refactoring |= {"gated attention", "gated attention, plain heads"}
     refactoring |= {"latent attention", "latent attention, LN, plain queries"}
     writing = {kind for kind, changes in KINDS.items() if changes.get("normalization_type", "LN") != "LN"}
     not_by_every_reader = {
@@ -52,9 +53,12 @@ def test_the_obstacles_are_those_that_there_are() -> None:
         "norms on the stream",
         "norms on the stream, none at the end",
         "no final norm",
+        "no first norm",
+        "no first norm, positions after the norm of the embeddings",
     }
     expected = {("shortformer", "fold_ln"), ("soft-caps", "center_unembed")}
     expected |= {("clipped", "fold_value_biases"), ("attention sinks", "fold_value_biases")}
+    expected |= {(kind, "fold_value_biases") for kind in ("gated attention", "gated attention, plain heads")}
     expected |= {(kind, "refactor_factored_attn_matrices") for kind in refactoring}
     expected |= {(kind, "center_writing_weights") for kind in (*writing, *not_by_every_reader, "final rms")}
     assert set(OBSTRUCTED) == expected

@@ -8,7 +8,7 @@ __all__ = ["ALIASES", "hub_id"]
 
 # In lower case: names are looked up without regard to case.
 ALIASES: dict[str, str] = {
-    **{alias: hub_id for hub_id, aliases in PUBLISHED_ALIASES.items() for alias in aliases.split()},
+    **PUBLISHED_ALIASES,
     "gpt2": "openai-community/gpt2",
     "gpt2-medium": "openai-community/gpt2-medium",
     "gpt2-large": "openai-community/gpt2-large",

@@ -64,6 +64,8 @@ _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HUB = Hub()
 # In `origin`, beside the config's own fields: the names of those that the user asked to ignore.
 IGNORED = "ignore_config_fields"
+# Model types that transformers reads into the class of another family, from files whose tensors have other names.
+_NAMED_BY_TYPE = {"exaone": "ExaoneForCausalLM", "sarvam_moe": "SarvamMoEForCausalLM"}
 
 
 def load(
@@ -306,7 +308,8 @@ def _convert(
     if how.ignored:
         fields[IGNORED] = list(how.ignored)
     family = family_of(architecture)
-    fields = {**(family.defaults or {}), **fields}
+    named = {family.renamed.get(name, name): value for name, value in fields.items()}
+    fields = {**(family.defaults or {}), **named}
     cfg, table, idle = _read(family, fields, architecture, reference)
     tied = fields.get("tie_word_embeddings", cfg.tie_word_embeddings)
     if tied and not _same_embeddings(family, tensors):
@@ -340,10 +343,10 @@ def _architecture(fields: Mapping[str, FieldValue]) -> str:
                 f"the config names no architectures, and transformers has no causal language model of the model_type "
                 f"{model_type!r} to take in their place: add architectures, a list of one class name, to config.json"
             )
-        return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+        return _NAMED_BY_TYPE.get(model_type, str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]))
     if len(architectures) != 1:
         raise CheckpointError(f"the config names {len(architectures)} architectures {architectures}, not one")
-    return str(architectures[0])
+    return _NAMED_BY_TYPE.get(str(fields.get("model_type")), str(architectures[0]))
 
 
 def read_family(

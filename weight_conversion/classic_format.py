@@ -10,10 +10,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.config import RENAMED, HookedTransformerConfig
 from weight_conversion.classic_state import from_classic
 from weight_conversion.errors import CheckpointError
 from weight_conversion.fields import Arguments, FieldValue
+from weight_conversion.published_aliases import PUBLISHED_ALIASES
 from weight_conversion.source import has_weights, open_pickles, open_tensors
 
 __all__ = ["is_classic_format", "read_classic_folder"]
@@ -24,10 +25,15 @@ _OF_TRAINING = frozenset(
 )
 # Fields that the published configs name otherwise, or that are read by name here.
 _OTHERWISE = frozenset(["normalization", "shortformer_pos", "architecture"])
-# The first SoLU models: norms are called otherwise, and matrices lie transposed in the smaller ones.
+# The first SoLU models: norms are called otherwise, and some matrices lie as [out in].
 _EARLY = "neel-solu-old"
-_EARLY_TRANSPOSED, _EARLY_POSITIONS_TRANSPOSED = 6, 8  # in models of so many layers or fewer
 _NORM = re.compile(r"(^|\.)norm(\d?)\.")
+# Of those with up to so many layers all matrices lie so, and of those with more, up to so many, W_pos alone does.
+_ALL_TURNED, _POSITIONS_TURNED = 6, 8
+# The published models that are not of the first, by the last part of their hub ids, which is that of a download's path.
+_LATER = tuple(
+    {hub_id.rpartition("/")[2] for hub_id in PUBLISHED_ALIASES.values() if hub_id.endswith(("_C4_Code", "_Finetune"))}
+)
 _EMBEDDINGS = ("embed.W_E", "tok_emb.weight")
 # minGPT, in which Othello-GPT was trained: each linear map is stored [out in].
 _LINEAR = {"query": "Q", "key": "K", "value": "V"}
@@ -60,10 +66,8 @@ def read_classic_folder(
     state = dict(source.items())
     if "tok_emb.weight" in state:
         weights = _from_mingpt(state, cfg)
-    elif _is_early(folder, content, state):
-        weights = _from_early(state, cfg.n_layers)
     else:
-        weights = state
+        weights = _in_order(folder, content, state, cfg)
     weights = _with_zero_biases(from_classic(weights))
     if "embed.W_E" not in weights:
         raise CheckpointError(f"{folder} has no embed.W_E: its weights are not in the classic library's names")
@@ -71,7 +75,7 @@ def read_classic_folder(
 
 
 def _arguments(folder: Path, content: Mapping[str, FieldValue]) -> Arguments:
-    known = {field.name for field in dataclasses.fields(HookedTransformerConfig)}
+    known = {field.name for field in dataclasses.fields(HookedTransformerConfig)} | RENAMED.keys()
     arguments = {name: value for name, value in content.items() if name in known - _OF_TRAINING}
     if "normalization" in content:
         arguments["normalization_type"] = content["normalization"]
@@ -98,22 +102,55 @@ def _pickle_in(folder: Path) -> Path:
     raise CheckpointError(f"{folder} holds several files of weights: {names}. Keep the one you mean")
 
 
-def _is_early(folder: Path, content: Mapping[str, FieldValue], state: Mapping[str, Tensor]) -> bool:
-    # Published under names that end in _old; a download's path holds the name.
-    named = any(part.endswith("_old") for part in folder.parts)
-    return content.get("architecture") == _EARLY or named or any(_NORM.search(name) for name in state)
+def _in_order(
+    folder: Path, content: Mapping[str, FieldValue], state: Mapping[str, Tensor], cfg: HookedTransformerConfig
+) -> dict[str, Tensor]:
+    """Rename the norms of the first SoLU models, and turn their matrices that lie as [out in]. Others stay so."""
+    named = {_NORM.sub(_norm_here, name): value for name, value in state.items()}
+    W_Q = named.get("blocks.0.attn.W_Q")
+    turned = W_Q is not None and cfg.d_head != cfg.d_model and tuple(W_Q.shape[1:]) == (cfg.d_head, cfg.d_model)
+    W_pos = named.get("pos_embed.W_pos")
+    positions_turned = W_pos is not None and (turned or _positions_turned(folder, content, named != state, W_pos, cfg))
+    return {
+        name: value.mT if (positions_turned if name == "pos_embed.W_pos" else turned and ".W_" in name) else value
+        for name, value in named.items()
+    }
 
 
-def _from_early(state: Mapping[str, Tensor], n_layers: int) -> dict[str, Tensor]:
-    weights = {}
-    for name, value in state.items():
-        ours = _NORM.sub(lambda found: f"{found[1]}ln{found[2]}." if found[2] or found[1] else "ln_final.", name)
-        if ours == "pos_embed.W_pos":
-            transposed = n_layers <= _EARLY_POSITIONS_TRANSPOSED
-        else:
-            transposed = n_layers <= _EARLY_TRANSPOSED and ".W_" in ours
-        weights[ours] = value.mT if transposed else value
-    return weights
+def _norm_here(found: re.Match[str]) -> str:
+    return f"{found[1]}ln{found[2]}." if found[2] or found[1] else "ln_final."
+
+
+def _positions_turned(
+    folder: Path,
+    content: Mapping[str, FieldValue],
+    has_early_names: bool,
+    W_pos: Tensor,
+    cfg: HookedTransformerConfig,
+) -> bool:
+    """Whether W_pos is [d_model n_ctx] where no other matrix is turned: by its shape, or else by what is said of it.
+
+    Raises:
+        CheckpointError: it is square, and nothing tells which way round it is.
+    """
+    if cfg.n_ctx != cfg.d_model:
+        return tuple(W_pos.shape) == (cfg.d_model, cfg.n_ctx)
+    if not _ALL_TURNED < cfg.n_layers <= _POSITIONS_TURNED:
+        return False
+    if "architecture" in content:
+        return bool(content["architecture"] == _EARLY)
+    # A download's path holds the published name.
+    if has_early_names or any(part.endswith("_old") for part in folder.parts):
+        return True
+    # Of the published models, the first have MLPs with SoLU, and a config from before there were kinds of positions.
+    may_be_early = str(cfg.act_fn).startswith("solu") and "positional_embedding_type" not in content
+    if may_be_early and not any(part.endswith(_LATER) for part in folder.parts):
+        raise CheckpointError(
+            f"{folder} holds a SoLU model of {cfg.n_layers} layers whose W_pos is square: the first such models have "
+            f'it transposed, and nothing here tells whether this is one. Add "architecture" to config.json: "{_EARLY}" '
+            'for one of the first, "neel" for a later one'
+        )
+    return False
 
 
 def _from_mingpt(state: Mapping[str, Tensor], cfg: HookedTransformerConfig) -> dict[str, Tensor]:

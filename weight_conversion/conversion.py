@@ -11,10 +11,10 @@ from torch import Tensor
 
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion.errors import CheckpointError
-from weight_conversion.rules import Drop, Entry, RuleTable, axis_sizes, stacked_axis, stacked_names
+from weight_conversion.rules import Drop, Entry, RuleTable, axis_sizes, is_per_layer, stacked_axis, stacked_names
 from weight_conversion.source import TensorSource
 
-__all__ = ["MOST_MISSING", "Conversion", "block_entries", "is_per_layer"]
+__all__ = ["MOST_MISSING", "Conversion", "block_entries"]
 
 # So many layers or experts may be missing and are still looked for by name.
 MOST_MISSING = 1000
@@ -161,11 +161,6 @@ class _WithValues(_Reading):
 
 class _WithoutValues(_Reading):
     with_values = False
-
-
-def is_per_layer(entry: Entry) -> bool:
-    """Return whether an entry is about every block: its names hold `{layer}`."""
-    return any("{layer}" in name for name in (*entry.source_names, *entry.target_names))
 
 
 def block_entries(table: RuleTable, layer: int) -> list[Entry]:

@@ -12,13 +12,13 @@ from torch import Tensor
 from hooked_lm._support.files import write_whole
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion.checkpoint import IGNORED, read_family
-from weight_conversion.conversion import block_entries, is_per_layer
+from weight_conversion.conversion import block_entries
 from weight_conversion.errors import CheckpointError
 from weight_conversion.family import Family
 from weight_conversion.fields import FieldValue
 from weight_conversion.fitting import fitted
 from weight_conversion.registry import family_of
-from weight_conversion.rules import Entry, RuleTable, stacked_names
+from weight_conversion.rules import Entry, RuleTable, is_per_layer, stacked_names
 
 __all__ = ["export", "inverted"]
 
@@ -161,6 +161,6 @@ def _check_whole(cfg: HookedTransformerConfig, original: HookedTransformerConfig
 
 def _with_prefix(name: str, family: Family, architecture: str) -> str:
     """A tensor's full name: no prefix in a bare model (`GPT2Model`), and never one for the unembedding."""
-    head = family.unembedding.removesuffix("weight")
+    beside = (family.unembedding.removesuffix("weight"), *(f"{module}." for module in family.beside))
     bare = not architecture.endswith(("ForCausalLM", "LMHeadModel"))
-    return name if bare or name.startswith(head) else family.prefix + name
+    return name if bare or name.startswith(beside) else family.prefix + name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion.fields import Arguments, ConfigFields, FieldValue
@@ -18,8 +18,9 @@ class Sites:
 
     Attributes:
         layers: the path of the list of blocks within the language model.
+        blocks_per_layer: how many of our blocks a layer of theirs is.
         attn, mlp: the modules of a block whose outputs attention and MLP add to the residual stream; None if no module
-            has that output.
+            has that output. `{half}` stands for the number of our block in a layer of theirs.
         write_scale: the config field, or the block's attribute, by which the block multiplies those outputs before
             adding them, if it does.
         read_divisor: the attribute of the config by which the model divides the input of the unembedding, if it does.
@@ -28,6 +29,7 @@ class Sites:
     """
 
     layers: str = "model.layers"
+    blocks_per_layer: int = 1
     attn: str | None = "self_attn"
     mlp: str | None = "mlp"
     write_scale: str | None = None
@@ -48,9 +50,11 @@ class Family:
             is read or ignored in `config` or in `rules`.
         embedding, unembedding: the source tensors; one and the same if embeddings are tied.
         prefix: comes before every tensor name in the checkpoint of a language model, not of a bare model.
+        beside: the modules of a language model, besides the unembedding, whose names do not begin with the prefix.
         sites: the modules of the transformers model that a certificate compares.
         defaults: the fields that a config.json may leave out, for a family whose configs transformers has no class for.
             They are then read as they are in the file, and no code that comes with a checkpoint runs. Otherwise None.
+        renamed: fields of such configs by the names that a later version of transformers gives them -> the published.
         prepend_bos: whether prompts start with BOS by default; None if as the checkpoint's tokenizer does it.
     """
 
@@ -61,6 +65,8 @@ class Family:
     embedding: str = "embed_tokens.weight"
     unembedding: str = "lm_head.weight"
     prefix: str = "model."
+    beside: tuple[str, ...] = ()
     sites: Sites = Sites()
     defaults: Mapping[str, FieldValue] | None = None
+    renamed: Mapping[str, str] = field(default_factory=dict)
     prepend_bos: bool | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -9,27 +10,29 @@ import torch
 from torch import Tensor
 
 from hooked_lm.config import HookedTransformerConfig
-from weight_conversion.errors import CheckpointError
 from weight_conversion.rules import Constant, Entry, Rule
 
 __all__ = ["fitted"]
 
 Weights = dict[str, Tensor]
 
+# The matrices [... d_model out] that read the first norm of a block and the second, in families that share the two.
+_READERS = (
+    ("attn.W_Q", "attn.W_K", "attn.W_V"),
+    ("mlp.W_in", "mlp.W_gate", "mlp.W_router", "mlp.W_shared_gate", "mlp.shared.W_in", "mlp.shared.W_gate"),
+)
+
 
 def fitted(entries: Sequence[Entry], cfg: HookedTransformerConfig, weights: Mapping[str, Tensor]) -> Weights:
     """Return weights that compute the same and fit a family's checkpoints, as far as there are such weights.
 
     A value bias goes into attention's output bias, a key bias that shifts all scores of a query alike is left out, and
-    two norms that are one tensor there become one, the difference folded into the MLP's weights.
+    two norms that are one tensor there become one, the difference folded into the weights that read them.
 
     Args:
         entries: the family's rules, of every block.
         cfg: the model's config.
         weights: the model's tensors, by their names; they are left as they are.
-
-    Raises:
-        CheckpointError: two norms that are one tensor there differ, and the difference cannot be folded.
 
     Warns:
         UserWarning: other weights without a place are no longer what they are in these checkpoints: they are set to
@@ -37,10 +40,10 @@ def fitted(entries: Sequence[Entry], cfg: HookedTransformerConfig, weights: Mapp
     """
     fitting: Weights = dict(weights)
     constants = {entry.target: entry for entry in entries if isinstance(entry, Constant)}
+    dropped: list[str] = []
     for one, other in _shared(entries):
         if not torch.equal(fitting[one], fitting[other]):
-            _join_norms(one.rpartition(".")[0], other.rpartition(".")[0], constants, fitting)
-    dropped = []
+            dropped += _join_norms(one.rpartition(".")[0], other.rpartition(".")[0], constants, fitting)
     for name, entry in constants.items():
         if bool((fitting[name] == entry.value).all()):
             continue
@@ -71,41 +74,58 @@ def _shared(entries: Sequence[Entry]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _join_norms(ln1: str, ln2: str, constants: dict[str, Constant], weights: Weights) -> None:
-    """Give a block's second norm the gain and bias of the first, and the MLP weights that make up for it."""
-    block = ln1.rpartition(".")[0]
-    gain, other_gain = weights[f"{ln1}.w"].double(), weights[f"{ln2}.w"].double()
-    if bool((gain == 0).any()) or any(name.startswith(f"{block}.mlp.W_router") for name in weights):
-        raise CheckpointError(
-            f"{ln1} and {ln2} are one norm in this family's checkpoints, and they now differ in a way that cannot be "
-            "folded into the MLP"
-        )
-    ratio = other_gain / gain
-    bias, other_bias = (weights.get(f"{ln}.b", torch.zeros_like(gain)).double() for ln in (ln1, ln2))
-    shift = other_bias - bias * ratio
-    for reader in ("W_in", "W_gate"):
-        name, b = f"{block}.mlp.{reader}", f"{block}.mlp.{reader.replace('W', 'b')}"
-        if name not in weights:
-            continue
-        W = weights[name].double()
-        added = shift @ W
-        if b in constants and bool((added != 0).any()):
-            raise CheckpointError(
-                f"{ln1}.b and {ln2}.b are one tensor in this family's checkpoints, and they now differ, for which "
-                f"{b} would have to make up: it has no place there either"
-            )
-        weights[b] = (weights[b].double() + added).to(weights[b].dtype)
-        weights[name] = (ratio[:, None] * W).to(weights[name].dtype)
-    for part in ("w", "b"):
-        if f"{ln2}.{part}" in weights:
-            weights[f"{ln2}.{part}"] = weights[f"{ln1}.{part}"]
+def _join_norms(ln1: str, ln2: str, constants: Mapping[str, Constant], weights: Weights) -> list[str]:
+    """Give a block's two norms one gain and one bias, and what reads them the weights that make up for it.
+
+    Returns the biases that nothing can make up for, as they are named to the user.
+    """
+    block, norms = ln1.rpartition(".")[0], (ln1, ln2)
+    gains = [weights[f"{ln}.w"].double() for ln in norms]
+    # Where the first is zero, no weights of the MLP make up for that; zeros in attention's do for the second.
+    gain = torch.where(gains[0] == 0, gains[1], gains[0])
+    # A bias that the family's checkpoints lack is left out like any other such weight.
+    biases = [
+        weights[f"{ln}.b"].double() if f"{ln}.b" in weights and f"{ln}.b" not in constants else torch.zeros_like(gain)
+        for ln in norms
+    ]
+    lost = []
+    for ln, own, own_bias, readers in zip(norms, gains, biases, _READERS, strict=True):
+        ratio = torch.where(gain == 0, 1.0, own / torch.where(gain == 0, 1.0, gain))
+        shift = own_bias - biases[0] * ratio
+        reached = [
+            _reads_norm_of(f"{block}.{reader}", ratio, shift, constants, weights)
+            for reader in readers
+            if f"{block}.{reader}" in weights
+        ]
+        if not all(reached):
+            lost.append(f"{ln}.b (by up to {float(shift.abs().max()):.2g} from what {ln1} and {ln2} share)")
+    for ln in norms:
+        weights[f"{ln}.w"] = gain.to(weights[f"{ln}.w"].dtype)
+        if f"{ln}.b" in weights and f"{ln}.b" not in constants:
+            weights[f"{ln}.b"] = weights[f"{ln1}.b"]
+    return lost
+
+
+def _reads_norm_of(
+    name: str, ratio: Tensor, shift: Tensor, constants: Mapping[str, Constant], weights: Weights
+) -> bool:
+    """Scale the input of a matrix [... d_model out], and shift it by way of its bias; return whether that can be."""
+    W = weights[name].double()
+    weights[name] = (ratio[:, None] * W).to(weights[name].dtype)
+    added = shift @ W
+    bias = re.sub(r"\.W_(\w+)$", r".b_\1", name)
+    if bias in constants:
+        return not bool((added != 0).any())
+    weights[bias] = (weights[bias].double() + added).to(weights[bias].dtype)
+    return True
 
 
 def _folded(name: str, cfg: HookedTransformerConfig, constants: dict[str, Constant], weights: Weights) -> bool:
     """Fold a weight into others, or see that it has no effect; return whether that is so."""
     prefix, _, last = name.rpartition(".")
-    # A pattern's rows sum to one, so that every query gets the whole bias; not with sinks, nor if values are clipped.
-    whole = cfg.clip_qkv is None and not cfg.attention_sinks
+    # A pattern's rows sum to one, so that every query gets the whole bias; not with sinks, nor if values are clipped or
+    # multiplied by a gate.
+    whole = cfg.clip_qkv is None and not cfg.attention_sinks and not cfg.attention_gate
     if last == "b_V" and whole and f"{prefix}.b_O" in weights and f"{prefix}.b_O" not in constants:
         weights[f"{prefix}.b_O"] = weights[f"{prefix}.b_O"] + _written(weights[name], weights[f"{prefix}.W_O"])
         return True

@@ -53,7 +53,12 @@ def _yarn_factor_on_scores(fields: ConfigFields) -> float:
 
 
 def latent_attention(
-    cfg: HookedTransformerConfig, module: str, *, bias: bool = False, out_scale: float = 1.0
+    cfg: HookedTransformerConfig,
+    module: str,
+    *,
+    bias: bool = False,
+    out_scale: float = 1.0,
+    latent_scales: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[Entry, ...]:
     """Return the rows of latent attention.
 
@@ -62,9 +67,10 @@ def latent_attention(
         module: the attention module, with `{layer}`.
         bias: the layers that compress have biases, and so has the output.
         out_scale: a factor on the output before it is added to the stream.
+        latent_scales: factors on the latent of queries and on that of keys and values, after their norms.
     """
     ours, turn = f"{BLOCK}.attn", cfg.rotary_dim or 0
-    down = f"{module}.kv_a_proj_with_mqa"
+    down, norm = f"{module}.kv_a_proj_with_mqa", f"{module}.kv_a_layernorm.weight"
     latent, rotating = (f"{ours}.W_DKV", f"{ours}.b_DKV"), (f"{ours}.W_KR", f"{ours}.b_KR")
     weights = (
         Piece(latent[0], "d_latent_kv", "d_latent_kv d_model -> d_model d_latent_kv"),
@@ -76,7 +82,7 @@ def latent_attention(
     )
     rows: list[Entry] = [
         Split(f"{down}.weight", "part d_model -> part d_model", weights),
-        Rule(f"{module}.kv_a_layernorm.weight", "d_latent_kv -> d_latent_kv", f"{ours}.latent_kv_norm.w"),
+        Rule(norm, "d_latent_kv -> d_latent_kv", f"{ours}.latent_kv_norm.w", scale=latent_scales[1]),
         Split(f"{module}.kv_b_proj.weight", "(head part) d_latent_kv -> part head d_latent_kv", up),
     ]
     if bias:
@@ -91,6 +97,7 @@ def latent_attention(
     else:
         queries = "(head d_head) d_latent_q -> head d_latent_q d_head"
         rows += linear(f"{module}.q_a_proj", f"{ours}.W_DQ", f"{ours}.b_DQ", ("d_model", "d_latent_q"), bias=bias)
-        rows.append(Rule(f"{module}.q_a_layernorm.weight", "d_latent_q -> d_latent_q", f"{ours}.latent_q_norm.w"))
+        norm = f"{module}.q_a_layernorm.weight"
+        rows.append(Rule(norm, "d_latent_q -> d_latent_q", f"{ours}.latent_q_norm.w", scale=latent_scales[0]))
         rows.append(Rule(f"{module}.q_b_proj.weight", queries, f"{ours}.W_UQ", turn=turn))
     return (*rows, *attention_output(f"{module}.o_proj", bias=bias, scale=out_scale, width="d_value"))

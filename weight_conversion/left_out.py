@@ -26,31 +26,18 @@ class LeftOut:
 # Decoder families that transformers has and that this library leaves out, and the other kinds of model.
 LEFT_OUT = (
     LeftOut(
-        "LongCat-Flash",
-        "Longcat",
-        "a layer has two attentions and three MLPs, one of which starts in the middle of the layer",
-    ),
-    LeftOut(
         "DeepSeek-V3.2 and V4, GLM-5",
         "DeepseekV32|DeepseekV4|GlmMoeDsa",
         "an indexer chooses which keys a query may attend to",
     ),
     LeftOut("Kimi Linear", "KimiLinear", "it is recurrent in part"),
-    LeftOut(
-        "AFMoE (Arcee Trinity)",
-        "Afmoe",
-        "what heads read is multiplied by a gate, for which there is no hook site yet",
-    ),
-    LeftOut(
-        "ModernBERT-decoder",
-        "ModernBertDecoder",
-        "a layer with an activation stands between the final norm and the unembedding, and the first block has no norm "
-        "before attention",
-    ),
+    LeftOut("Dory, Inkling 2 Loop", "Dory|Inkling2Loop", "they run some of their layers several times"),
     LeftOut("Gemma 3n, Gemma 4", "Gemma3n|Gemma4", "layers share keys and values, and embeddings enter at every layer"),
     LeftOut(
-        "Mamba, RWKV, Jamba, Falcon-H1, Zamba, Bamba, RecurrentGemma, Qwen3-Next, Granite 4 with Mamba layers",
-        "Mamba|Rwkv|Jamba|FalconH1|FalconMamba|Zamba|Bamba|RecurrentGemma|Qwen3Next|Qwen3_5|NemotronH|Lfm2|XLSTM|xLSTM",
+        "Mamba, RWKV, Jamba, Falcon-H1, Zamba, Bamba, RecurrentGemma, Qwen3-Next, Lara Mini, Granite 4 with Mamba "
+        "layers",
+        "Mamba|Rwkv|Jamba|FalconH1|FalconMamba|Zamba|Bamba|RecurrentGemma|Qwen3Next|Qwen3_5|NemotronH|Lfm2|LaraMini"
+        "|XLSTM|xLSTM",
         "they are recurrent, in part or whole",
     ),
     LeftOut(

@@ -8,7 +8,16 @@ from weight_conversion.errors import CheckpointError
 from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Entry
 
-__all__ = ["dense_first", "groups", "ignore_training", "mixture", "mixture_rules", "sparse_layers", "where_sparse"]
+__all__ = [
+    "dense_first",
+    "groups",
+    "ignore_training",
+    "mixture",
+    "mixture_rules",
+    "sparse_layers",
+    "where_sparse",
+    "widths",
+]
 
 
 def mixture(
@@ -24,12 +33,10 @@ def mixture(
     # Published files describe their router in words. Transformers does not read them.
     fields.require("scoring_func", "sigmoid")
     fields.require("topk_method", "noaux_tc")
-    width = fields.take("moe_intermediate_size")
     return {
         "num_experts": fields.take(n_experts),
         "experts_per_token": fields.take("num_experts_per_tok"),
-        "d_expert": width,
-        "d_shared_expert": width * (fields.take(n_shared) or 0) or None,
+        **widths(fields, n_shared),
         "norm_topk_prob": bool(fields.take("norm_topk_prob")),
         "routed_scale": float(fields.take("routed_scaling_factor")),
         "router_scores": "sigmoid",
@@ -37,6 +44,17 @@ def mixture(
         "router_in_float32": True,
         **groups(fields),
     }
+
+
+def widths(fields: ConfigFields, n_shared: str) -> Arguments:
+    """Return the arguments for the widths of the experts and of the shared one, which is as wide as several of them.
+
+    Args:
+        fields: of the config.
+        n_shared: the field that says as how many, or that there is none.
+    """
+    width = fields.take("moe_intermediate_size")
+    return {"d_expert": width, "d_shared_expert": width * (fields.take(n_shared) or 0) or None}
 
 
 def ignore_training(fields: ConfigFields) -> None:

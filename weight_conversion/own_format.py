@@ -184,11 +184,13 @@ def _large_weights(cfg: HookedTransformerConfig) -> dict[str, tuple[int, ...]]:
         if cfg.attn_only:
             continue
         if cfg.has_experts(layer):
-            shapes[f"{mlp}.W_in"] = (cfg.num_experts or 0, cfg.d_model, cfg.expert_width)
+            shapes[f"{mlp}.W_in"] = (cfg.weighted_experts, cfg.d_model, cfg.expert_width)
             if cfg.d_shared_expert is not None:
                 shapes[f"{mlp}.shared.W_in"] = (cfg.d_model, cfg.d_shared_expert)
         else:
             shapes[f"{mlp}.W_in"] = (cfg.d_model, cfg.d_mlp or 0)
+        if cfg.has_shortcut(layer):
+            shapes[f"blocks.{layer}.shortcut.W_in"] = (cfg.weighted_experts, cfg.d_model, cfg.expert_width)
     return shapes
 
 

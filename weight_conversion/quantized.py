@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +55,8 @@ class QuantizedFolder:
         what = f"{self.folder} is quantised ({self.method})"
         if self.method == _BITSANDBYTES:
             require_packages(what, ("accelerate", _BITSANDBYTES), "accelerate bitsandbytes")
-            return load_in_transformers(str(self.folder), self.folder, dtype=dtype or "auto", **options).dequantize()
+            model = load_in_transformers(str(self.folder), self.folder, dtype=dtype or "auto", **options).dequantize()
+            return _in_precision(model, dtype)
         if self.method not in _DEQUANTIZED:
             raise CheckpointError(
                 f"{what}, and transformers cannot turn such weights back into plain ones: load the checkpoint that it "
@@ -62,12 +64,30 @@ class QuantizedFolder:
             )
         config, packages = _DEQUANTIZED[self.method]
         require_packages(what, packages, " ".join(packages).replace("_", "-"))
-        import transformers
+        plain = config_class(config)(dequantize=True)
+        with warnings.catch_warnings():
+            # transformers says that the file's own settings go before these, which only ask for plain weights.
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+            model = load_in_transformers(
+                str(self.folder), self.folder, quantization_config=plain, dtype=dtype or "auto", **options
+            )
+        return _in_precision(model, dtype)
 
-        plain = getattr(transformers, config)(dequantize=True)
-        return load_in_transformers(
-            str(self.folder), self.folder, quantization_config=plain, dtype=dtype or "auto", **options
-        )
+
+def config_class(name: str) -> Callable[..., object]:
+    """Return a class of `transformers` for the config of a quantisation, by its name."""
+    import transformers
+
+    found: Callable[..., object] = getattr(transformers, name)
+    return found
+
+
+def _in_precision(model: HFModel, dtype: torch.dtype | str | None) -> HFModel:
+    """Return a model with all its parameters in one precision: transformers leaves those that were never quantised."""
+    if isinstance(dtype, torch.dtype):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def find_quantized(folder: Path, content: Mapping[str, FieldValue]) -> QuantizedFolder | None:

@@ -31,6 +31,7 @@ __all__ = [
     "Split",
     "Tensors",
     "axis_sizes",
+    "is_per_layer",
     "stacked_axis",
     "stacked_names",
 ]
@@ -92,8 +93,9 @@ class Rule(Entry):
     """One source tensor, or several stacked ones, and the tensors they become.
 
     Attributes:
-        source: its name. `{layer}` stands for every block; `{expert}`, `{head}` or `{kv_head}` for one tensor each,
-            stacked along that axis, which then comes first in `axes`.
+        source: its name. `{layer}` stands for every block, `{pair}` and `{half}` for the number of its pair, and 0 or 1
+            in it, where a layer of the checkpoint is two blocks; `{expert}`, `{head}` or `{kv_head}` for one tensor
+            each, stacked along that axis, which then comes first in `axes`.
         axes: an einops pattern over the names of `names.AXES`, whose sizes are checked against the config; `group` is
             the query heads of a key-value head. With several targets the result's first axis is `part`.
         targets: our names for the result.
@@ -272,11 +274,14 @@ class Drop(Entry):
         source: its name; `{layer}` stands for every block. With `*` at its end, every tensor whose name begins so.
         reason: why it is not needed.
         value: the value that every entry has to have, which an export writes again, as a scalar; None for any values.
+        axes: of a tensor that nothing reads and that transformers wants to be there: an export writes zeros; None for
+            one that may be left out.
     """
 
     source: str
     reason: str
     value: float | None = None
+    axes: str | None = None
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -297,6 +302,9 @@ class Drop(Entry):
         return {}
 
     def invert(self, weights: Tensors, cfg: HookedTransformerConfig) -> dict[str, Tensor]:
+        if self.axes is not None:
+            sizes = axis_sizes(cfg)
+            return {self.source: torch.zeros([sizes[axis] for axis in self.axes.split()], dtype=cfg.dtype)}
         return {} if self.value is None else {self.source: torch.tensor(self.value, dtype=cfg.dtype)}
 
 
@@ -382,11 +390,13 @@ def axis_sizes(cfg: HookedTransformerConfig) -> dict[str, int]:
         "rotary": cfg.rotary_dim,
         "d_content": None if cfg.rotary_dim is None else cfg.d_head - cfg.rotary_dim,
         "d_model": cfg.d_model,
+        "d_dense": None if cfg.unembed_act_fn is None else cfg.d_model,
         "d_mlp": cfg.d_mlp,
         "vocab": cfg.d_vocab,
         "vocab_out": cfg.d_vocab_out,
         "n_ctx": cfg.n_ctx,
-        "expert": cfg.num_experts,
+        "expert": None if cfg.num_experts is None else cfg.weighted_experts,
+        "choice": cfg.num_experts,
         "d_expert": cfg.d_mlp if cfg.d_expert is None else cfg.d_expert,
         "d_shared_expert": cfg.d_shared_expert,
         **cfg.attention_widths(),
@@ -416,8 +426,14 @@ def _reversed(axes: str) -> str:
     return f"{right.strip()} -> {left.strip()}"
 
 
+def is_per_layer(entry: Entry) -> bool:
+    """Return whether an entry is about every block: its names hold `{layer}`, or `{pair}`."""
+    return any("{layer}" in name or "{pair}" in name for name in (*entry.source_names, *entry.target_names))
+
+
 def _in_layer(name: str, layer: int) -> str:
-    return name.replace("{layer}", str(layer))
+    name = name.replace("{layer}", str(layer))
+    return name.replace("{pair}", str(layer // 2)).replace("{half}", str(layer % 2))
 
 
 _STACKED = re.compile(r"\{(expert|head|kv_head)\}")

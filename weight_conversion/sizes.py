@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from weight_conversion.fields import Arguments, ConfigFields
 
-__all__ = ["d_head", "sizes"]
+__all__ = ["d_head", "gpt2_sizes", "sizes"]
 
 
 def sizes(fields: ConfigFields, *, d_mlp: int | None = None) -> Arguments:
@@ -24,6 +24,26 @@ def sizes(fields: ConfigFields, *, d_mlp: int | None = None) -> Arguments:
         "d_vocab": fields.take("vocab_size"),
         "act_fn": fields.take("hidden_act"),
         "tie_word_embeddings": fields.take("tie_word_embeddings"),
+    }
+
+
+def gpt2_sizes(fields: ConfigFields) -> Arguments:
+    """Return the sizes, the activation function and the `eps` of LayerNorms, of a config with GPT-2's names.
+
+    Args:
+        fields: of the config.
+    """
+    d_model = fields.take("n_embd")
+    return {
+        "n_layers": fields.take("n_layer"),
+        "d_model": d_model,
+        "n_heads": fields.take("n_head"),
+        "d_mlp": fields.take("n_inner") or 4 * d_model,
+        "n_ctx": fields.take("n_positions"),
+        "d_vocab": fields.take("vocab_size"),
+        "act_fn": fields.take("activation_function"),
+        "eps": fields.take("layer_norm_epsilon"),
+        "normalization_type": "LN",
     }
 
 

@@ -9,6 +9,7 @@ __all__ = [
     "BLOCK",
     "added_layers",
     "attention",
+    "attention_gate",
     "attention_output",
     "biasless_layer_norm",
     "embeddings",
@@ -36,7 +37,14 @@ _ATTENTION_AXES = {"Q": "head", "K": "kv_head", "V": "kv_head"}
 
 
 def norm(
-    source: str, target: str, *, bias: bool = False, add: float = 0.0, scale: float = 1.0, again: bool = False
+    source: str,
+    target: str,
+    *,
+    bias: bool = False,
+    add: float = 0.0,
+    scale: float = 1.0,
+    again: bool = False,
+    layers: tuple[int, ...] | None = None,
 ) -> tuple[Entry, ...]:
     """Return the rows of a norm over the residual stream: `source.weight` is its gain, `source.bias` its bias.
 
@@ -46,21 +54,27 @@ def norm(
         add: the number that the model adds to the stored gain (Gemma: 1).
         scale: a factor on the gain, by which the model multiplies the output of a norm without bias.
         again: another norm of ours reads the same tensors.
+        layers: the blocks that have it, where the names hold `{layer}`; None for all.
     """
-    gain = Rule(f"{source}.weight", "d_model -> d_model", f"{target}.w", add=add, scale=scale, again=again)
+    gain = Rule(
+        f"{source}.weight", "d_model -> d_model", f"{target}.w", add=add, scale=scale, again=again, layers=layers
+    )
     if not bias:
         return (gain,)
-    return (gain, Rule(f"{source}.bias", "d_model -> d_model", f"{target}.b", again=again))
+    return (gain, Rule(f"{source}.bias", "d_model -> d_model", f"{target}.b", again=again, layers=layers))
 
 
-def biasless_layer_norm(source: str, target: str, *, again: bool = False) -> tuple[Entry, ...]:
+def biasless_layer_norm(
+    source: str, target: str, *, again: bool = False, layers: tuple[int, ...] | None = None
+) -> tuple[Entry, ...]:
     """Return the rows of a LayerNorm that has a gain and no bias.
 
     Args:
         source, target: the module in the checkpoint and ours.
         again: another norm of ours reads the same tensors.
+        layers: the blocks that have it, where the names hold `{layer}`; None for all.
     """
-    return (*norm(source, target, again=again), Constant(f"{target}.b", "d_model"))
+    return (*norm(source, target, again=again, layers=layers), Constant(f"{target}.b", "d_model", layers=layers))
 
 
 def attention(
@@ -103,6 +117,16 @@ def attention_output(
     weight, b_O = f"d_model (head {width}) -> head {width} d_model", f"{BLOCK}.attn.b_O"
     out = Rule(f"{source}.bias", "d_model -> d_model", b_O, scale=scale) if bias else Constant(b_O, "d_model")
     return (Rule(f"{source}.weight", weight, f"{BLOCK}.attn.W_O", scale=scale), out)
+
+
+def attention_gate(source: str) -> tuple[Entry, ...]:
+    """Return the rows of the linear layer without bias whose sigmoid multiplies each head's z.
+
+    Args:
+        source: the layer.
+    """
+    weight = Rule(f"{source}.weight", "(head d_head) d_model -> head d_model d_head", f"{BLOCK}.attn.W_G")
+    return (weight, Constant(f"{BLOCK}.attn.b_G", "head d_head"))
 
 
 def no_qkv_biases() -> tuple[Entry, ...]:
@@ -282,29 +306,36 @@ def no_mlp_biases(*, gated: bool) -> tuple[Entry, ...]:
     )
 
 
-def router(source: str, *, bias: bool = False, layers: tuple[int, ...] | None = None) -> tuple[Entry, ...]:
+def router(
+    source: str, *, target: str = f"{BLOCK}.mlp", bias: bool = False, layers: tuple[int, ...] | None = None
+) -> tuple[Entry, ...]:
     """Return the rows of the linear layer that scores the experts.
 
     Args:
         source: the layer in the checkpoint.
+        target: the mixture of ours.
         bias: the layer has a bias; without one, ours is zero.
         layers: the blocks that have it, where the names hold `{layer}`; None for all.
     """
-    target = f"{BLOCK}.mlp"
-    return linear(source, f"{target}.W_router", f"{target}.b_router", ("d_model", "expert"), bias=bias, layers=layers)
+    return linear(source, f"{target}.W_router", f"{target}.b_router", ("d_model", "choice"), bias=bias, layers=layers)
 
 
 def router_correction(
-    source: str, *, axes: str = "expert -> expert", layers: tuple[int, ...] | None = None
+    source: str,
+    *,
+    target: str = f"{BLOCK}.mlp",
+    axes: str = "choice -> choice",
+    layers: tuple[int, ...] | None = None,
 ) -> tuple[Entry, ...]:
     """Return the row of the numbers that are added to the experts' weights where experts are chosen.
 
     Args:
         source: the tensor.
+        target: the mixture of ours.
         axes: how it is arranged.
         layers: the blocks that have it; None for all.
     """
-    return (Rule(source, axes, f"{BLOCK}.mlp.b_correction", layers=layers),)
+    return (Rule(source, axes, f"{target}.b_correction", layers=layers),)
 
 
 def added_layers(cfg: HookedTransformerConfig, count: int | None) -> tuple[Entry, ...]:
@@ -322,6 +353,7 @@ def experts(
     module: str,
     *,
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    target: str = f"{BLOCK}.mlp",
     out_scale: float = 1.0,
     layers: tuple[int, ...] | None = None,
 ) -> tuple[Entry, ...]:
@@ -330,6 +362,7 @@ def experts(
     Args:
         module: the list of experts, with `{layer}`.
         names: an expert's three layers.
+        target: the mixture of ours.
         out_scale: a factor on the output of the last of them.
         layers: the blocks that have experts; None for all.
     """
@@ -337,17 +370,22 @@ def experts(
     inward = "expert d_expert d_model -> expert d_model d_expert"
     outward = "expert d_model d_expert -> expert d_expert d_model"
     return (
-        Rule(gate, inward, f"{BLOCK}.mlp.W_gate", layers=layers),
-        Rule(up, inward, f"{BLOCK}.mlp.W_in", layers=layers),
-        Rule(down, outward, f"{BLOCK}.mlp.W_out", scale=out_scale, layers=layers),
-        *no_expert_biases(layers=layers),
+        Rule(gate, inward, f"{target}.W_gate", layers=layers),
+        Rule(up, inward, f"{target}.W_in", layers=layers),
+        Rule(down, outward, f"{target}.W_out", scale=out_scale, layers=layers),
+        *no_expert_biases(target=target, layers=layers),
     )
 
 
-def no_expert_biases(*, layers: tuple[int, ...] | None = None) -> tuple[Entry, ...]:
-    """Return the rows for gated experts without biases, where the weights have rows of their own."""
+def no_expert_biases(*, target: str = f"{BLOCK}.mlp", layers: tuple[int, ...] | None = None) -> tuple[Entry, ...]:
+    """Return the rows for gated experts without biases, where the weights have rows of their own.
+
+    Args:
+        target: the mixture of ours.
+        layers: the blocks that have it; None for all.
+    """
     axes = {"b_gate": "expert d_expert", "b_in": "expert d_expert", "b_out": "expert d_model"}
-    return tuple(Constant(f"{BLOCK}.mlp.{name}", axis, layers=layers) for name, axis in axes.items())
+    return tuple(Constant(f"{target}.{name}", axis, layers=layers) for name, axis in axes.items())
 
 
 def embeddings(

@@ -101,9 +101,8 @@ class CachedActivations(Mapping[str, Tensor]):
         if name in self.cache_dict:
             return self._differentiable(name, self.cache_dict[name])
         if name.removesuffix("_grad") in self.model.hook_dict:
-            demand = getattr(self.model.hook_dict.get(name), "on_demand", False)
-            reason = "computed on demand: name it in names_filter" if demand else "not recorded in this run"
-            raise UnknownHookError(f"{name!r} exists in the model but is not in this cache: it is {reason}")
+            reason = _why_absent(self.model.hook_dict.get(name))
+            raise UnknownHookError(f"{name!r} exists in the model but is not in this cache: {reason}")
         raise UnknownHookError(describe_unknown(name, list(self.model.hook_dict)))
 
     def _differentiable(self, name: str, tensor: Tensor) -> Tensor:
@@ -313,6 +312,14 @@ class CachedActivations(Mapping[str, Tensor]):
                 "Load it with the model of its run"
             )
         return cls(read.entries, model, read.has_batch_dim, read.attention_mask)
+
+
+def _why_absent(point: HookPoint | None) -> str:
+    """Return why a cache may lack the activation of a hook point (None for one of gradients), and what to do."""
+    if point is None or (point.flag is None and point.differentiable and not point.on_demand):
+        return "it is not recorded in this run"
+    flag = "" if point.flag is None else f", or set model.cfg.{point.flag} = True before the run"
+    return f"it is recorded only where it is asked for: name it in names_filter{flag}"
 
 
 def _first(name: str, tensor: Tensor) -> Tensor:

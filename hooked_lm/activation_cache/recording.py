@@ -49,6 +49,7 @@ class Caching(TextInterface, Intervening):
         store: dict[str, Tensor] | None = None,
         lazy: bool = False,
         offload: str | Path | None = None,
+        keep_graph: bool = False,
         **model_kwargs: object,
     ) -> tuple[ModelOutput, ActivationCache]: ...
 
@@ -67,6 +68,7 @@ class Caching(TextInterface, Intervening):
         store: dict[str, Tensor] | None = None,
         lazy: bool = False,
         offload: str | Path | None = None,
+        keep_graph: bool = False,
         **model_kwargs: object,
     ) -> tuple[ModelOutput, dict[str, Tensor]]: ...
 
@@ -84,6 +86,7 @@ class Caching(TextInterface, Intervening):
         store: dict[str, Tensor] | None = None,
         lazy: bool = False,
         offload: str | Path | None = None,
+        keep_graph: bool = False,
         **model_kwargs: object,
     ) -> tuple[ModelOutput, ActivationCache | dict[str, Tensor]]:
         """Run the model and return its output with an `ActivationCache` of the activations it computed.
@@ -91,8 +94,11 @@ class Caching(TextInterface, Intervening):
         Args:
             *model_args, **model_kwargs: go to the model.
             return_cache_object: False returns a plain dictionary of tensors.
-            names_filter, device, incl_bwd, reset_hooks_end, clear_contexts, pos_slice, store: as for
-                `HookedRootModule.run_with_cache`.
+            names_filter, device, incl_bwd, reset_hooks_end, clear_contexts, pos_slice, store, keep_graph: as for
+                `HookedRootModule.run_with_cache`: the tensors are detached unless `keep_graph`. Without
+                `names_filter` the cache has every activation but integers (`hook_tokens`, `hook_expert_indices`) and
+                what a flag of the config asks for: `use_attn_result`, `use_split_qkv_input`, `use_attn_in`,
+                `use_hook_mlp_in`, `use_hook_tokens`.
             remove_batch_dim: drop the batch axis of the cached tensors; the batch must be 1.
             lazy: keep the residual stream at the input of each block, and every activation that hooks or interventions
                 have changed. Every other activation is computed when it is read, at the cost of running its block once.
@@ -106,8 +112,8 @@ class Caching(TextInterface, Intervening):
         Raises:
             ValueError: options that exclude each other, or `lazy` or `offload` under `torch.func`.
         """
-        if (lazy or offload is not None) and transforms_active():
-            raise ValueError(_no_values_alone(lazy))
+        if lazy or offload is not None:
+            _check_values_suffice(lazy, keep_graph)
         if names_filter is not None and not isinstance(names_filter, str) and not callable(names_filter):
             names_filter = list(names_filter)  # an iterator can be read only once, and the filter is read twice
         if lazy:
@@ -133,6 +139,7 @@ class Caching(TextInterface, Intervening):
                 clear_contexts=clear_contexts,
                 pos_slice=pos_slice,
                 store=store,
+                keep_graph=keep_graph,
                 **model_kwargs,
             )
             mask = _mask_of(passes[0].mask if passes else None, Slice.unwrap(pos_slice), device)
@@ -144,6 +151,15 @@ class Caching(TextInterface, Intervening):
         if not return_cache_object:
             return output, recorded
         return output, ActivationCache(recorded, cast(CacheModel, self), not remove_batch_dim, mask)
+
+    def is_recorded_by_default(self, point: HookPoint) -> bool:
+        """Return whether a cache without `names_filter` records a hook point's activation; see `run_with_cache`.
+
+        Args:
+            point: the hook point.
+        """
+        asked = point.flag is not None and bool(getattr(self.cfg, point.flag))
+        return asked or super().is_recorded_by_default(point)
 
     def _offloading(self, path: Path, names_filter: NamesFilter, incl_bwd: bool, remove_batch_dim: bool) -> Offloading:
         """Return the file for the activations of one run, which opens it as a cache before it gets its name."""
@@ -211,10 +227,13 @@ def _no_op(x: Tensor, hook: HookPoint) -> None:
     """No-op hook: attached to no run, only so that the never-ran check counts this site."""
 
 
-def _no_values_alone(lazy: bool) -> str:
-    """Return the message about a cache that keeps values, and nothing else, under a transform."""
-    return (
-        "under torch.func or forward-mode differentiation an activation has more than its values, and "
+def _check_values_suffice(lazy: bool, keep_graph: bool) -> None:
+    """Raise ValueError where a lazy or offloaded cache, which keeps values alone, is asked for more."""
+    if not (keep_graph or transforms_active()):
+        return
+    wanted = "with keep_graph=True" if keep_graph else "under torch.func or forward-mode differentiation"
+    raise ValueError(
+        f"{wanted} an activation has more than its values, and "
         f"{'a lazy cache computes it from them' if lazy else 'a file holds only them'}: cache without "
         f"{'lazy=True' if lazy else 'offload='}"
     )

@@ -166,7 +166,8 @@ class ReplayableRun:
         # Not under inference mode: tensors made there cannot be used with gradients later.
         with torch.inference_mode(False), torch.no_grad(), precision, self.model.only_hooks(handles):
             left = self._run(place, names)
-        expected = None if place == "final" else self._residual_after(-1 if place == "embed" else int(place))
+        last = -1 if place == "embed" else self.model.cfg.pair_of(place)[-1] if isinstance(place, int) else None
+        expected = None if last is None else self._residual_after(last)
         if left is not None and expected is not None and not _agree(left, expected, (enabled and dtype) or left.dtype):
             raise RuntimeError(_CHANGED)
         return found
@@ -182,14 +183,22 @@ class ReplayableRun:
         unembeds = place != "final" or any(name.startswith("unembed.") for name in names)
         read = {
             **self._weights(place, unembeds),
-            **{f"{name} as edited": value for name, value in self.edits.items() if segment_of(name) == place},
+            **{f"{name} as edited": self.edits[name] for name in self.edits if self._runs_with(name, place)},
         }
         if place == "embed" and self.tokens is not None:
             return read
-        stream = place if isinstance(place, int) else self.last if place == "final" else self.first
+        stream = self.last if place == "final" else self.first
+        stream = self.model.cfg.pair_of(place)[0] if isinstance(place, int) else stream
         # The run of a model without blocks keeps no residual.
         kept = {f"residual {stream}": self.residuals[stream]} if stream in self.residuals else self.read_by("embed", ())
         return read | kept
+
+    def _runs_with(self, name: str, place: Segment) -> bool:
+        """Whether what has this name is in a segment, or in a layer that runs with it."""
+        other = segment_of(name)
+        if isinstance(place, int) and isinstance(other, int):
+            return other in self.model.cfg.pair_of(place)
+        return other == place
 
     def _weights(self, place: Segment, unembeds: bool) -> dict[str, Tensor]:
         model = cast(nn.Module, self.model)
@@ -199,7 +208,7 @@ class ReplayableRun:
         found = {
             name: value
             for name, value in named.items()
-            if segment_of(name) == place and (unembeds or not name.startswith("unembed."))
+            if self._runs_with(name, place) and (unembeds or not name.startswith("unembed."))
         }
         tokens = self.edits.get("hook_tokens", self.tokens)
         if "embed.W_E" in found and tokens is not None and tokens.numel() < len(found["embed.W_E"]):
@@ -226,8 +235,12 @@ class ReplayableRun:
     def _run(self, place: Segment, names: set[str]) -> Tensor | None:
         """Run a segment, and return the residual stream after it; None after `"final"`."""
         if isinstance(place, int):
+            layers = self.model.cfg.pair_of(place)
             left: Tensor = self.model(
-                self._stream(place), start_at_layer=place, stop_at_layer=place + 1, attention_mask=self.mask
+                self._stream(layers[0]),
+                start_at_layer=layers[0],
+                stop_at_layer=layers[-1] + 1,
+                attention_mask=self.mask,
             )
             return left
         if place == "final":

@@ -237,6 +237,7 @@ class LogitParts:
                 f"layer {layer} attends to {pattern.shape[-1]} positions, and the cache has values of {v.shape[1]}: "
                 "record the run without pos_slice and without a key-value cache"
             )
+        onto = onto * run.at(get_act_name("gate", layer)) if self.model.cfg.attention_gate else onto
         grouped = rearrange(onto, "batch (kv_head group) d_head -> batch kv_head group d_head", kv_head=v.shape[2])
         read = einsum(v, grouped, "batch key kv_head d_head, batch kv_head group d_head -> batch kv_head group key")
         read = rearrange(read, "batch kv_head group key -> batch (kv_head group) key")

@@ -247,7 +247,8 @@ def _sides(model: HookedModel, layer: int, mode: str) -> _Sides:
 
 def _reads_centred(model: HookedModel) -> bool:
     """Whether heads read the residual stream less its mean."""
-    norm = model.blocks[0].ln1
+    # The last block's: the first may have none, and its heads read no other head.
+    norm = model.blocks[-1].ln1
     return isinstance(norm, Norm) and norm.centred
 
 

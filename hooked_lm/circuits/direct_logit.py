@@ -44,7 +44,8 @@ def hooks_for_attribution(
     names = ["hook_embed", *(["hook_pos_embed"] if cfg.positional_embedding_type == "standard" else [])]
     for layer in range(cfg.n_layers):
         names += [get_act_name(site, layer) for site in ("attn_out", "mlp_out")[: 1 if cfg.attn_only else 2]]
-    inside = {"component": (), "head": ("z",), "neuron": ("post",), "source": ("v", "pattern")}[split]
+    by_source = ("v", "pattern", "gate") if cfg.attention_gate else ("v", "pattern")
+    inside = {"component": (), "head": ("z",), "neuron": ("post",), "source": by_source}[split]
     names += [get_act_name(site, layer) for layer in chosen for site in inside]
     after = "ln2_post" if split == "neuron" else "ln1_post"
     norms = [(f"blocks.{layer}.{after}", getattr(model.blocks[layer], after)) for layer in chosen]
@@ -77,7 +78,8 @@ def logit_attribution(
 
     - `"component"`: embeddings, and what attention and MLP of each layer add (their biases included).
     - `"head"`: attention into its heads and `b_O`.
-    - `"source"`: each head further, into the positions that it attends to: pattern times value, `b_V` included.
+    - `"source"`: each head further, into the positions that it attends to: pattern times value, `b_V` included,
+      and times the head's gate where it has one.
     - `"neuron"`: MLPs into their neurons and `b_out`.
 
     Norms on what is written, or on the stream, have their scales held fixed like the final one, and their biases are
@@ -99,8 +101,9 @@ def logit_attribution(
     Raises:
         ValueError: logits are soft-capped, so that no sum of parts equals them (pass `before_soft_cap=True`); neurons
             of a mixture of experts or of a model without MLPs; a token, position or layer out of range; a position
-            that is padding in some prompt; an overridden unembedding; or parts that do not sum to the logit, because a
-            hook changed the run or another component is overridden.
+            that is padding in some prompt; an overridden unembedding, or one with a layer before it
+            (`unembed_act_fn`); or parts that do not sum to the logit, because a hook changed the run or another
+            component is overridden.
         UnknownHookError: the cache lacks an activation.
     """
     model = cast("HookedModel", cache.model)
@@ -116,6 +119,7 @@ def logit_attribution(
         raise ValueError(
             f"logit attribution takes the stock unembedding: a component computes something else ({reason})"
         )
+    model.unembed.require_linear("logit attribution")
     run = RecordedRun(cache, pos, precision)
     right = _tokens(model, tokens, run.batch)
     wrong = None if incorrect_tokens is None else _tokens(model, incorrect_tokens, run.batch)
@@ -147,10 +151,10 @@ def _split_layers(model: HookedModel, split: str, layers: Sequence[int] | None) 
     if split == "neuron":
         if model.cfg.attn_only:
             raise ValueError("this model is attention-only: it has no neurons")
-        experts = [layer for layer in chosen if model.cfg.has_experts(layer)]
+        experts = [layer for layer in chosen if model.cfg.adds_experts(layer)]
         if experts:
             raise ValueError(
-                f"layers {experts} are mixtures of experts, whose neurons are not recorded: split by component, or "
+                f"layers {experts} add the output of experts, whose neurons are not recorded: split by component, or "
                 "give the layers with plain MLPs as layers="
             )
     return chosen

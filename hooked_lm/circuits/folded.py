@@ -9,7 +9,7 @@ from hooked_lm._support.precision import at_least_single
 from hooked_lm.circuits.stock_only import require_own_matrices, require_stock_attention
 from hooked_lm.components import TransformerBlock
 from hooked_lm.components.norm import Norm
-from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.components.projections import per_query_head
 from hooked_lm.factored_matrix import FactoredMatrix
 from hooked_lm.hooked_model import HookedModel
 
@@ -31,11 +31,11 @@ def folded_ov(model: HookedModel, layer: int) -> FactoredMatrix:
     are such norms; not their scales and biases. For weights that were folded on loading it is `model.OV[layer]`.
 
     Raises:
-        ValueError: no such layer, norms on the residual stream itself, or overridden attention or norms.
+        ValueError: no such layer, norms on the residual stream itself, gates, or overridden attention or norms.
     """
     require_additive(model)
-    block = _block(model, layer, "an OV circuit")
-    W_V = _per_query_head(model.cfg, read_through(block.ln1, _exact(block.attn.W_V)))
+    block = _block(model, layer, "an OV circuit", by_values=True)
+    W_V = per_query_head(read_through(block.ln1, _exact(block.attn.W_V)), model.cfg.n_heads)
     return FactoredMatrix(W_V, linear_part(block.ln1_post, _exact(block.attn.W_O)))
 
 
@@ -51,11 +51,11 @@ def folded_qk(model: HookedModel, layer: int) -> FactoredMatrix:
     """
     require_additive(model)
     require_scores_by_head(model)
-    block = _block(model, layer, "a QK circuit")
+    block = _block(model, layer, "a QK circuit", by_values=False)
     attn = block.attn
     W_Q = head_norm_linear_part(attn.q_norm, read_through(block.ln1, _exact(attn.W_Q)))
     W_K = head_norm_linear_part(attn.k_norm, read_through(block.ln1, _exact(attn.W_K)))
-    return FactoredMatrix(W_Q, _per_query_head(model.cfg, W_K).mT)
+    return FactoredMatrix(W_Q, per_query_head(W_K, model.cfg.n_heads).mT)
 
 
 def linear_part(norm: nn.Module, rows: Float[Tensor, "*leading d_model"]) -> Float[Tensor, "*leading d_model"]:
@@ -111,18 +111,12 @@ def require_scores_by_head(model: HookedModel) -> None:
         )
 
 
-def _block(model: HookedModel, layer: int, what: str) -> TransformerBlock:
+def _block(model: HookedModel, layer: int, what: str, *, by_values: bool) -> TransformerBlock:
     if not 0 <= layer < model.cfg.n_layers:
         raise ValueError(f"no layer {layer}: this model has layers 0-{model.cfg.n_layers - 1}")
-    require_own_matrices(model, what)
+    require_own_matrices(model, what, by_values=by_values)
     require_stock_attention(model, layer, what)
     return model.blocks[layer]
-
-
-def _per_query_head(
-    cfg: HookedTransformerConfig, W: Float[Tensor, "kv_head d_model d_head"]
-) -> Float[Tensor, "head d_model d_head"]:
-    return W.repeat_interleave(cfg.n_heads // cfg.n_kv_heads, dim=0)
 
 
 def _exact(weights: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ def full_ov_circuit(
         raise ValueError(f"the heads of a full OV circuit are one or more different ones, got {head!r}")
     for one in heads:
         _check_head(model, layer, one)
-    require_own_matrices(model, "a full OV circuit")
+    require_own_matrices(model, "a full OV circuit", by_values=True)
     require_stock_attention(model, layer, "a full OV circuit")
     require_stock_unembedding(model, "a full OV circuit")
     block, group = model.blocks[layer], model.cfg.n_heads // model.cfg.n_kv_heads

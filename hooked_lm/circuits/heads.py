@@ -290,7 +290,8 @@ def read_patterns(
 
     sites = [f"blocks.{layer}.attn.hook_pattern" for layer in wanted]
     with model.hooks(fwd_hooks=[(sites, show)]):
-        model(tokens, return_type=None, attention_mask=attention_mask, stop_at_layer=wanted[-1] + 1)
+        stop = model.cfg.stop_after(wanted[-1])
+        model(tokens, return_type=None, attention_mask=attention_mask, stop_at_layer=stop)
 
 
 def check_attention(layer: int, attention: Float[Tensor, "batch head query key"]) -> None:

@@ -13,16 +13,22 @@ from hooked_lm.hooked_model import HookedModel
 __all__ = ["require_own_matrices", "require_stock", "require_stock_attention", "require_stock_unembedding"]
 
 
-def require_own_matrices(model: HookedModel, what: str) -> None:
-    """Raise a ValueError unless heads read the stream by matrices of their own.
+def require_own_matrices(model: HookedModel, what: str, *, by_values: bool = False) -> None:
+    """Raise a ValueError unless heads read the stream by matrices of their own, and write what they read by values.
 
     Args:
         model: a `HookedTransformer`.
         what: is computed from these matrices; for the message.
+        by_values: it describes what heads write of what they read, and not only where they attend to.
 
     Raises:
-        ValueError: the model has latent attention.
+        ValueError: the model has latent attention; or gates, which act on what heads write.
     """
+    if by_values and model.cfg.attention_gate:
+        raise ValueError(
+            f"{what} is a product of matrices, and this model multiplies what its heads read by a gate, which is "
+            "another at every position: no product of weights describes what they write"
+        )
     if model.cfg.d_latent_kv is not None:
         raise ValueError(
             f"{what} is a product of matrices, and this model's heads read the stream by way of latents, which a norm "
@@ -48,14 +54,15 @@ def require_stock_attention(model: HookedModel, layer: int, what: str) -> None:
 
 
 def require_stock_unembedding(model: HookedModel, what: str) -> None:
-    """Raise a ValueError unless the final norm and the unembedding are stock components.
+    """Raise a ValueError unless the final norm and the unembedding are stock components, and the latter is a matrix.
 
     Args:
         model: a `HookedTransformer`.
         what: is computed from their weights; for the message.
 
     Raises:
-        ValueError: one of them is overridden.
+        ValueError: one of them is overridden, or a layer with an activation function stands before `W_U`.
     """
     for name, part in (("ln_final", model.ln_final), ("unembed", model.unembed)):
         require_stock(what, name, part)
+    model.unembed.require_linear(what)

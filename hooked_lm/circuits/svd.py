@@ -137,6 +137,7 @@ class SVDInterpreter:
         """
         if not 0 <= layer_index < self.cfg.n_layers:
             raise ValueError(f"layer {layer_index} is out of range: this model has blocks 0-{self.cfg.n_layers - 1}")
+        self.model.unembed.require_linear("a singular vector in vocabulary space")
         V = self._right_singular_vectors(vector_type, layer_index, head_index)
         if not 1 <= num_vectors <= V.shape[-1]:
             raise ValueError(f"num_vectors {num_vectors} is not in 1-{V.shape[-1]}, the number of singular vectors")
@@ -150,7 +151,7 @@ class SVDInterpreter:
         if vector_type == "OV":
             if head is None or not 0 <= head < self.cfg.n_heads:
                 raise ValueError(f"'OV' needs head_index in 0-{self.cfg.n_heads - 1}, got {head}")
-            require_own_matrices(self.model, "an OV circuit")
+            require_own_matrices(self.model, "an OV circuit", by_values=True)
             require_stock_attention(self.model, layer, "an OV circuit")
             group = self.cfg.n_heads // self.cfg.n_kv_heads
             W_V, W_O = (at_least_single(W) for W in (block.attn.W_V[head // group], block.attn.W_O[head]))

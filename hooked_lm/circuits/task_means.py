@@ -99,7 +99,7 @@ def _mean_activations(
             attention_mask=prompts.mask[rows],
             names_filter=list(sites),
             pos_slice=pos,
-            stop_at_layer=last_layer + 1,
+            stop_at_layer=model.cfg.stop_after(last_layer),
             return_cache_object=False,
         )
         sums.append(torch.stack([at_least_single(cache[site][:, 0]).sum(0) for site in sites]))

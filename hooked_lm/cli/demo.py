@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from tqdm import tqdm
 
+from hooked_lm.cli.inputs import IgnoredFields
 from hooked_lm.cli.outputs import VIZ_REMEDY, JsonPath, check_outputs, give_out, has_plotly
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def demo(
     ] = None,
     html: Annotated[Path, typer.Option(help="Where to write the page of figures.")] = Path("demo.html"),
     json_path: JsonPath = None,
+    ignored: IgnoredFields = None,
 ) -> None:
     """Tour two small trained models: an induction circuit, and five experiments of the field, with their figures."""
     from hooked_lm.demo import STEPS, run_demo
@@ -39,7 +41,7 @@ def demo(
                 bar.update()
 
             induction = None if model else run_demo(on_step=advance)
-            tour = take_tour(model or MODEL, on_step=advance)
+            tour = take_tour(model or MODEL, ignore_config_fields=ignored or (), on_step=advance)
     except (ValueError, OSError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error

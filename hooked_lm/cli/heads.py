@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hooked_lm._support.plain_data import PlainData
-from hooked_lm.cli.inputs import Device, ModelName, Revision, load_model, one_line_errors
+from hooked_lm.cli.inputs import Device, IgnoredFields, ModelName, Revision, load_model, one_line_errors
 from hooked_lm.cli.outputs import HtmlPath, JsonPath, check_outputs, footer, give_out, shows_progress
 
 if TYPE_CHECKING:
@@ -38,11 +38,12 @@ def heads(
     html: HtmlPath = None,
     device: Device = "cpu",
     revision: Revision = None,
+    ignored: IgnoredFields = None,
 ) -> None:
     """Score every head: previous-token, duplicate-token and induction on repeated random tokens, copying by weights."""
     with one_line_errors():
         check_outputs(json_path, html)
-        loaded = load_model(model, revision, device)
+        loaded = load_model(model, revision, device, ignored)
         found = score_heads(loaded, length, batch, seed)
         give_out(found.report(top), found.to_dict(top), json_path, html, found.page)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hooked_lm._support.plain_data import PlainData
-from hooked_lm.cli.inputs import ModelName, Revision, one_line_errors
+from hooked_lm.cli.inputs import IgnoredFields, ModelName, Revision, one_line_errors
 from hooked_lm.cli.outputs import JsonPath, check_outputs, give_out
 
 if TYPE_CHECKING:
@@ -31,14 +31,22 @@ Kernels = Annotated[
 ]
 
 
-def info(model: ModelName, kernels: Kernels = False, json_path: JsonPath = None, revision: Revision = None) -> None:
+def info(
+    model: ModelName,
+    kernels: Kernels = False,
+    json_path: JsonPath = None,
+    revision: Revision = None,
+    ignored: IgnoredFields = None,
+) -> None:
     """Say what a model is: its architecture, its size, its tokenizer, its hook points."""
     with one_line_errors():
         check_outputs(json_path)
         from hooked_lm.transformer import HookedTransformer
 
         # Without processing: the weights as they were trained, and those that are not needed are not read.
-        loaded = HookedTransformer.from_pretrained_no_processing(model, revision=revision)
+        loaded = HookedTransformer.from_pretrained_no_processing(
+            model, revision=revision, ignore_config_fields=ignored or ()
+        )
         data = describe(loaded)
         if kernels:
             from hooked_lm.components.kernels import describe_kernels
@@ -102,7 +110,7 @@ def report(data: PlainData) -> str:
         "norm": data["norm"],
         "vocabulary": vocabulary,
         "context": f"{data['n_ctx']:,} tokens",
-        "embeddings": "tied to the unembedding" if data["tied_embeddings"] else "not tied to the unembedding",
+        "embeddings": f"{'tied' if data['tied_embeddings'] else 'not tied'} to the unembedding",
         "parameters": f"{data['n_parameters']:,}, of which {data['n_parameters_of_attention_and_mlps']:,} are weights "
         "of attention and MLPs",
         "precision": data["dtype"],
@@ -125,12 +133,15 @@ def _mlp(cfg: HookedTransformerConfig) -> str:
     beside = ", in parallel with attention" if cfg.parallel_attn_mlp else ""
     if cfg.num_experts is None:
         return f"{cfg.d_mlp} wide, {kind}{beside}"
+    experts = f"{cfg.num_experts} experts {cfg.expert_width} wide, {cfg.experts_per_token} for a token"
+    experts += f", {cfg.identity_experts} of them identities" if cfg.identity_experts else ""
+    if cfg.shortcut_experts:
+        return f"{cfg.d_mlp} wide, {kind}; beside it in every second layer {experts}, whose output the next layer adds"
     n_sparse = sum(map(cfg.has_experts, range(cfg.n_layers)))
     layers = (
         "" if n_sparse == cfg.n_layers else f" in {n_sparse} layers of {cfg.n_layers}, one of {cfg.d_mlp} elsewhere"
     )
     shared = f", and one of {cfg.d_shared_expert} for every token" if cfg.d_shared_expert else ""
-    experts = f"{cfg.num_experts} experts {cfg.expert_width} wide, {cfg.experts_per_token} for a token"
     return f"{experts}{shared}{layers}, {kind}{beside}"
 
 
@@ -164,9 +175,11 @@ def _norm(cfg: HookedTransformerConfig) -> str:
     else:
         kind = _NORMS[cfg.normalization_type]
         final = ("a final RMSNorm" if cfg.final_rms else "a final one") if cfg.final_norm else "no final one"
+        final += "" if cfg.unembed_act_fn is None else f", a {cfg.unembed_act_fn} layer and one more"
         place = _PLACES[cfg.norm_placement].replace(" and MLP", "" if cfg.attn_only else " and MLP")
         said = f"{kind}, {place}; {final}; eps {cfg.eps:g}"
     said += "; after the embedding" if cfg.post_embedding_ln else ""
+    said += "; none before the first attention" if not cfg.first_norm else ""
     return f"{said}; {_NORMS[cfg.qk_norm_type]} on queries and keys" if cfg.use_qk_norm else said
 
 
@@ -177,6 +190,7 @@ def _attention(cfg: HookedTransformerConfig) -> str:
     if n_local:
         said += f", a window of {cfg.window_size} in {n_local} layers of {cfg.n_layers}"
     said += ", sinks" if cfg.attention_sinks else ""
+    said += ", gated" if cfg.attention_gate else ""
     return f"{said}, scores capped at {cfg.attn_scores_soft_cap:g}" if cfg.attn_scores_soft_cap > 0 else said
 
 

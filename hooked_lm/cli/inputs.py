@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TEXT_RULE",
     "Device",
+    "IgnoredFields",
     "ModelName",
     "Revision",
     "check_device",
@@ -30,6 +31,14 @@ __all__ = [
 ModelName = Annotated[str, typer.Argument(help="A bundled model, a folder, an alias such as gpt2-small, or a hub id.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]
+IgnoredFields = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ignore-config-fields",
+        metavar="FIELD",
+        help="A field of the checkpoint's config to read as if it were not there; may be repeated.",
+    ),
+]
 
 # How prompts and answers are read, for the help texts.
 TEXT_RULE = (
@@ -52,7 +61,9 @@ def one_line_errors() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
-def load_model(name: str, revision: str | None, device: str = "cpu") -> HookedTransformer:
+def load_model(
+    name: str, revision: str | None, device: str = "cpu", ignored: Sequence[str] | None = None
+) -> HookedTransformer:
     """Return a model, processed as `from_pretrained` does.
 
     Raises:
@@ -61,7 +72,7 @@ def load_model(name: str, revision: str | None, device: str = "cpu") -> HookedTr
     from hooked_lm.transformer import HookedTransformer
 
     check_device(device)
-    return HookedTransformer.from_pretrained(name, revision=revision, device=device)
+    return HookedTransformer.from_pretrained(name, revision=revision, device=device, ignore_config_fields=ignored or ())
 
 
 def check_device(device: str) -> None:

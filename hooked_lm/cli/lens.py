@@ -10,6 +10,7 @@ from hooked_lm._support.plain_data import PlainData
 from hooked_lm.cli.inputs import (
     TEXT_RULE,
     Device,
+    IgnoredFields,
     ModelName,
     Revision,
     load_model,
@@ -51,11 +52,12 @@ def lens(
     html: HtmlPath = None,
     device: Device = "cpu",
     revision: Revision = None,
+    ignored: IgnoredFields = None,
 ) -> None:
     """Read the residual stream of every layer as if it were the last: the likeliest tokens, the answer's rank."""
     with one_line_errors():
         check_outputs(json_path, html)
-        loaded = load_model(model, revision, device)
+        loaded = load_model(model, revision, device, ignored)
         found = Reading(loaded, prompt, answer, positions)
         give_out(found.report(), found.to_dict(), json_path, html, found.page)
 

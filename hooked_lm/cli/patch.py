@@ -13,6 +13,7 @@ from hooked_lm._support.plain_data import PlainData
 from hooked_lm.cli.inputs import (
     TEXT_RULE,
     Device,
+    IgnoredFields,
     ModelName,
     Revision,
     load_model,
@@ -75,13 +76,14 @@ def patch(
     html: HtmlPath = None,
     device: Device = "cpu",
     revision: Revision = None,
+    ignored: IgnoredFields = None,
 ) -> None:
     """Put activations of the clean run into the corrupted one, and see which bring the answer back."""
     with one_line_errors():
         check_outputs(json_path, html)
         sites = tuple(dict.fromkeys(site or ["resid_pre"]))
         check_sites(sites)
-        loaded = load_model(model, revision, device)
+        loaded = load_model(model, revision, device, ignored)
         pair = Pair.read(loaded, clean, corrupted, answer, wrong)
         found = Patched(loaded, pair, sites, top)
         give_out(found.report(), found.to_dict(), json_path, html, found.page)

@@ -1,5 +1,7 @@
 """The parts of a hooked transformer, importable one by one under their classic names."""
 
+from typing import NoReturn
+
 from hooked_lm.components.attention import Attention
 from hooked_lm.components.block import TransformerBlock
 from hooked_lm.components.embed import Embed, Unembed
@@ -33,3 +35,18 @@ __all__ = [
     "TransformerBlock",
     "Unembed",
 ]
+
+_DECODERS_ONLY = "there are decoders only here; load encoders and encoder-decoders with transformers"
+# Components of the classic library that are not here -> what to use.
+_ABSENT = {
+    **dict.fromkeys(("BertBlock", "BertEmbed", "BertMLMHead", "BertNSPHead", "BertPooler"), _DECODERS_ONLY),
+    **dict.fromkeys(("T5Attention", "T5Block", "TokenTypeEmbed", "TokenTypedEmbed"), _DECODERS_ONLY),
+    "GatedMLP4Bit": "weights of four bits are not computed with here: GatedMLP, with weights that are dequantised",
+}
+
+
+def __getattr__(name: str) -> NoReturn:
+    if name in _ABSENT:
+        # ImportError, since `from hooked_lm.components import name` would replace the text of an AttributeError.
+        raise ImportError(f"hooked_lm.components has no {name}: {_ABSENT[name]}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,17 +7,23 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_lm.components.attention import Attention
+from hooked_lm.components.by_hand import call_own, sequence_by_hand
 from hooked_lm.components.head_inputs import HeadInputs, per_head_inputs
-from hooked_lm.components.latent_attention import make_attention
+from hooked_lm.components.latent_attention import LatentAttention, make_attention
 from hooked_lm.components.mlp import MLP, GatedMLP
 from hooked_lm.components.moe import MoE
-from hooked_lm.components.norm import make_block_norm
+from hooked_lm.components.norm import NoNorm, make_block_norm
 from hooked_lm.components.sequence import SequenceLayout
 from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.config.classic import ConfigDict
 from hooked_lm.hooks import HookHolder, HookPoint, Pass, any_live, in_pass, is_live
 from hooked_lm.kv_cache import HookedTransformerKeyValueCacheEntry
 
 __all__ = ["TransformerBlock"]
+
+
+_STOCK_ATTENTION = (Attention, LatentAttention)
 
 
 class TransformerBlock(HookHolder):
@@ -28,29 +34,34 @@ class TransformerBlock(HookHolder):
 
     The stages of `forward` are methods, which sweeps and path patching call one by one. A subclass that overrides a
     method but keeps the stages sets `keeps_stages = True`; see `components.stock`.
+
+    Args:
+        cfg: the architecture, as a config or a dictionary of its fields.
+        block_index: the layer.
     """
 
-    def __init__(self, cfg: HookedTransformerConfig, layer_id: int) -> None:
+    def __init__(self, cfg: HookedTransformerConfig | ConfigDict, block_index: int) -> None:
         super().__init__()
+        self.cfg = cfg = HookedTransformerConfig.unwrap(cfg)
         self.attn_only, self.parallel = cfg.attn_only, cfg.parallel_attn_mlp
-        self.n_heads, self.n_kv_heads = cfg.n_heads, cfg.n_kv_heads
+        self.n_heads = cfg.n_heads
         self.reads_latents = cfg.d_latent_kv is not None
         self.hook_resid_pre = HookPoint("batch pos d_model")
-        self.hook_attn_in = HookPoint("batch pos head d_model", on_demand=True)
-        self.hook_q_input = HookPoint("batch pos head d_model", on_demand=True)
-        self.hook_k_input = HookPoint("batch pos kv_head d_model", on_demand=True)
-        self.hook_v_input = HookPoint("batch pos kv_head d_model", on_demand=True)
+        self.hook_attn_in = HookPoint("batch pos head d_model", on_demand=True, flag="use_attn_in")
+        self.hook_q_input = HookPoint("batch pos head d_model", on_demand=True, flag="use_split_qkv_input")
+        self.hook_k_input = HookPoint("batch pos kv_head d_model", on_demand=True, flag="use_split_qkv_input")
+        self.hook_v_input = HookPoint("batch pos kv_head d_model", on_demand=True, flag="use_split_qkv_input")
         self.norms_stream = cfg.norm_placement == "residual"
-        self.ln1 = make_block_norm(cfg)
-        self.attn = make_attention(cfg, layer_id)
+        self.ln1 = make_block_norm(cfg) if block_index > 0 or cfg.first_norm else NoNorm()
+        self.attn = make_attention(cfg, block_index)
         self.ln1_post = make_block_norm(cfg, writing=True)
         self.hook_attn_out = HookPoint("batch pos d_model")
         if not cfg.attn_only:
             if not cfg.parallel_attn_mlp:
                 self.hook_resid_mid = HookPoint("batch pos d_model")
-            self.hook_mlp_in = HookPoint("batch pos d_model")
-            self.ln2 = make_block_norm(cfg)
-            self.mlp = MoE(cfg) if cfg.has_experts(layer_id) else GatedMLP(cfg) if cfg.gated_mlp else MLP(cfg)
+            self.hook_mlp_in = HookPoint("batch pos d_model", flag="use_hook_mlp_in")
+            self.ln2 = make_block_norm(cfg, folds=not cfg.writes_normalized(block_index))
+            self.mlp = MoE(cfg) if cfg.has_experts(block_index) else GatedMLP(cfg) if cfg.gated_mlp else MLP(cfg)
             self.ln2_post = make_block_norm(cfg, writing=True)
             self.hook_mlp_out = HookPoint("batch pos d_model")
         self.hook_resid_post = HookPoint("batch pos d_model")
@@ -61,21 +72,38 @@ class TransformerBlock(HookHolder):
         layout: SequenceLayout | None = None,
         past: HookedTransformerKeyValueCacheEntry | None = None,
         shortformer_pos: Float[Tensor, "batch pos d_model"] | None = None,
+        *,
+        shortformer_pos_embed: Float[Tensor, "batch pos d_model"] | None = None,
+        past_kv_cache_entry: HookedTransformerKeyValueCacheEntry | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Float[Tensor, "out_batch pos d_model"]:
-        if layout is None and past is not None:
-            return self._after(past, resid_pre, shortformer_pos)
+        """Return the residual stream after the block.
+
+        The model gives `layout`, `past` and `shortformer_pos`. The other arguments are for calls by hand.
+
+        Args:
+            resid_pre: the residual stream before it.
+            layout: lengths, padding and positions; by default a sequence without padding that continues `past`.
+            past: this layer's key-value cache, which is extended by the new positions.
+            shortformer_pos: positions that are added to the inputs of queries and keys.
+            shortformer_pos_embed, past_kv_cache_entry: other names of `shortformer_pos` and `past`.
+            attention_mask: [batch key], 0 at padding, over the positions of the cache and the new ones.
+
+        Raises:
+            TypeError, ValueError: as `components.by_hand.sequence_by_hand`.
+        """
+        if not isinstance(layout, SequenceLayout):
+            layout, past = sequence_by_hand(resid_pre, layout, past, past_kv_cache_entry, attention_mask)
+            added = shortformer_pos_embed if shortformer_pos is None else shortformer_pos
+            with in_pass(Pass(layout.n_past, mask=layout.real_queries)):
+                return self.forward(resid_pre, layout, past, added)
         resid_pre = self.hook_resid_pre(resid_pre)
         q_in, k_in, v_in = self.attention_inputs(resid_pre, shortformer_pos)
-        return self.after_attention(resid_pre, self.attention_output(self.attn(q_in, k_in, v_in, layout, past)))
-
-    def _after(
-        self, past: HookedTransformerKeyValueCacheEntry, resid_pre: Tensor, shortformer_pos: Tensor | None
-    ) -> Float[Tensor, "out_batch pos d_model"]:
-        """The block by itself, on positions that come after those in its key-value cache."""
-        n_past = past.past_keys.shape[1]
-        layout = SequenceLayout(resid_pre.shape[1], n_past, resid_pre.device)
-        with in_pass(Pass(n_past)):
-            return self.forward(resid_pre, layout, past, shortformer_pos)
+        if type(self.attn) in _STOCK_ATTENTION:
+            written = self.attn(q_in, k_in, v_in, layout, past)
+        else:
+            written = call_own(self.attn, (q_in, k_in, v_in), layout, past, None)
+        return self.after_attention(resid_pre, self.attention_output(written))
 
     # The stages
 
@@ -91,7 +119,7 @@ class TransformerBlock(HookHolder):
         points = (self.hook_attn_in, self.hook_q_input, self.hook_k_input, self.hook_v_input)
         if any_live(points):
             ln1 = None if self.norms_stream else self.ln1
-            heads = (self.n_heads, self.n_kv_heads)
+            heads = (self.n_heads, self.cfg.n_hooked_kv_heads)
             q, k, v = per_head_inputs(ln1, points, resid_pre, *heads, with_shared=self.reads_latents)
         else:
             q = k = v = resid_pre if self.norms_stream else self.ln1(resid_pre)
@@ -126,9 +154,14 @@ class TransformerBlock(HookHolder):
         return norm(stream + written) if self.norms_stream else stream + written
 
     def mlp_output(self, stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "out_batch pos d_model"]:
-        """Return the MLP's contribution; an edit at `hook_mlp_in` changes its input but not the stream."""
+        """Return the MLP's contribution to the stream."""
+        return self.hook_mlp_out(self.ln2_post(self.mlp(self.mlp_input(stream))))
+
+    def mlp_input(self, stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "out_batch pos d_model"]:
+        """Return the normalised input of the MLP; an edit at `hook_mlp_in` changes it but not the stream."""
         mlp_in = stream
         if is_live(self.hook_mlp_in):
             # A separate view, so that the gradient at the hook point is that through the MLP alone.
             mlp_in = self.hook_mlp_in(stream.view_as(stream))
-        return self.hook_mlp_out(self.ln2_post(self.mlp(mlp_in if self.norms_stream else self.ln2(mlp_in))))
+        normalized: Tensor = mlp_in if self.norms_stream else self.ln2(mlp_in)
+        return normalized

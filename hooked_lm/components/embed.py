@@ -1,4 +1,4 @@
-"""The token embedding and the unembedding."""
+"""The token embedding and the unembedding, with the layer that a few models have before it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_lm._support.torch_internals import transforms_active
-from hooked_lm.components.activations import soft_cap
+from hooked_lm.components.activations import ACTIVATION_FUNCTIONS, soft_cap
 from hooked_lm.components.linear import linear
-from hooked_lm.components.norm import NoNorm, make_writing_norm
+from hooked_lm.components.norm import NoNorm, Norm, make_norm, make_writing_norm
 from hooked_lm.config import HookedTransformerConfig
-from hooked_lm.hooks import HookHolder, HookPoint
+from hooked_lm.config.classic import ConfigDict
+from hooked_lm.hooks import HookHolder, HookPoint, any_live
 
-__all__ = ["Embed", "Unembed"]
+__all__ = ["Embed", "Unembed", "UnembedTransform", "unembedding_is_live"]
 
 _UNTIE_FIRST = "may give W_U beside tied embeddings if they are untied before: call unembed.untie() first"
 
@@ -25,10 +26,11 @@ _UNTIE_FIRST = "may give W_U beside tied embeddings if they are untied before: c
 class Embed(nn.Module):
     """Token embedding, `W_E` [d_vocab d_model] times `embedding_scale`, with a norm after it if `post_embedding_ln`."""
 
-    def __init__(self, cfg: HookedTransformerConfig) -> None:
+    def __init__(self, cfg: HookedTransformerConfig | ConfigDict) -> None:
         super().__init__()
+        self.cfg = cfg = _with_vocabulary(cfg)
         self.scale = cfg.embedding_scale
-        self.W_E = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
+        self.W_E = nn.Parameter(torch.zeros(cfg.d_vocab, cfg.d_model))
         self.ln = make_writing_norm(cfg) if cfg.post_embedding_ln else NoNorm()
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
@@ -38,10 +40,31 @@ class Embed(nn.Module):
         return scaled
 
 
+class UnembedTransform(HookHolder):
+    """`norm(act(x W_dense + b_dense))`, with W_dense [d_model d_model]: the head of BERT (Devlin et al. 2019).
+
+    `hook_pre` is before the activation function, `hook_post` after; the unembedding's `hook_in` is after the norm.
+    """
+
+    def __init__(self, cfg: HookedTransformerConfig) -> None:
+        super().__init__()
+        self.W_dense = nn.Parameter(torch.empty(cfg.d_model, cfg.d_model))
+        self.b_dense = nn.Parameter(torch.zeros(cfg.d_model))
+        self.act_fn = ACTIVATION_FUNCTIONS[str(cfg.unembed_act_fn)]
+        self.hook_pre = HookPoint("batch pos d_model")
+        self.hook_post = HookPoint("batch pos d_model")
+        self.ln = make_norm(cfg)
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "out_batch pos d_model"]:
+        post = self.hook_post(self.act_fn(self.hook_pre(linear(x, self.W_dense.T, self.b_dense))))
+        return self.ln(post)  # type: ignore[no-any-return]
+
+
 class Unembed(HookHolder):
     """From the normalised residual stream to logits: `W_U` [d_model d_vocab_out], `b_U` [d_vocab_out].
 
-    `hook_out` has the logits that the model returns, after `logit_scale` and the soft-cap.
+    `hook_out` has the logits that the model returns, after `logit_scale` and the soft-cap. With `unembed_act_fn` the
+    stream first passes `transform`, an `UnembedTransform`, so that logits are not linear in it.
 
     Tied embeddings are one tensor, and this module has no parameter `W_U`, until somebody asks for it: whoever has a
     parameter may write to it, or give it to an optimizer. From then on it is a parameter of its own. `matrix()` reads
@@ -52,14 +75,16 @@ class Unembed(HookHolder):
         tied_to: the embedding whose transpose is `W_U`.
     """
 
-    def __init__(self, cfg: HookedTransformerConfig, tied_to: Embed | None = None) -> None:
+    def __init__(self, cfg: HookedTransformerConfig | ConfigDict, tied_to: Embed | None = None) -> None:
         super().__init__()
-        self.cfg, self.scale = cfg, cfg.logit_scale
+        self.cfg = cfg = _with_vocabulary(cfg)
+        self.scale = cfg.logit_scale
         # In a tuple, so that the embedding is not registered as a submodule.
         self._tied_to = None if tied_to is None else (tied_to,)
         if tied_to is None:
-            self.W_U = nn.Parameter(torch.empty(cfg.d_model, cfg.d_vocab_out))
+            self.W_U = nn.Parameter(torch.zeros(cfg.d_model, cfg.d_vocab_out))
         self.b_U = nn.Parameter(torch.zeros(cfg.d_vocab_out))
+        self.transform = None if cfg.unembed_act_fn is None else UnembedTransform(cfg)
         self.hook_in = HookPoint("batch pos d_model")
         self.hook_out = HookPoint("batch pos vocab")
 
@@ -69,7 +94,11 @@ class Unembed(HookHolder):
         return self.cfg.output_logits_soft_cap
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "out_batch pos vocab"]:
-        return self.hook_out(self.scaled(linear(self.hook_in(x), self._by_token(), self._bias())))
+        return self.hook_out(self.scaled(linear(self.hook_in(self.transformed(x)), self._by_token(), self._bias())))
+
+    def transformed(self, x: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*out_lead d_model"]:
+        """Return what `W_U` reads of a normalised stream."""
+        return x if self.transform is None else self.transform(x)
 
     def scaled(self, logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Return logits with `logit_scale` and the soft-cap applied, if the model has them."""
@@ -85,12 +114,28 @@ class Unembed(HookHolder):
             tokens: for each prompt, or one row for all.
         """
         directions = self._by_token()[tokens].expand(x.shape[1], -1, -1)
-        logits = einsum(x, directions, "cell batch d_model, batch token d_model -> cell batch token")
+        logits = einsum(self.transformed(x), directions, "cell batch d_model, batch token d_model -> cell batch token")
         return self.scaled(logits + self.b_U[tokens])
 
     def matrix(self) -> Float[Tensor, "d_model vocab"]:
         """Return `W_U` to be read: with tied embeddings, a view of the embedding."""
         return self.W_U if self._tied_to is None else self._tied_to[0].W_E.T
+
+    def require_linear(self, what: str) -> None:
+        """Check that logits are linear in the normalised stream, for something that takes them to be so.
+
+        Args:
+            what: takes them to be so; for the message.
+
+        Raises:
+            ValueError: a layer with an activation function comes first.
+        """
+        if self.transform is not None:
+            raise ValueError(
+                f"{what} takes logits to be linear in the stream, and in this model a layer with the activation "
+                f"function {self.cfg.unembed_act_fn!r} stands before W_U (unembed.transform): patch or ablate, or read "
+                "the stream with the logit lens instead"
+            )
 
     # Any: parameters, buffers and modules all come through torch's lookup.
     def __getattr__(self, name: str) -> Any:
@@ -156,3 +201,23 @@ class Unembed(HookHolder):
         if needed or torch.compiler.is_compiling() or self.b_U.device.type != "cpu" or bool(self.b_U.any()):
             return self.b_U
         return None
+
+
+def unembedding_is_live(unembed: nn.Module) -> bool:
+    """Return whether hooks act within an unembedding, or modules that may do anything stand in their places.
+
+    Args:
+        unembed: the unembedding, or a module in its place.
+    """
+    inner = (UnembedTransform, Norm, NoNorm)
+    return any_live(one for one in unembed.modules() if one is not unembed and not isinstance(one, inner))
+
+
+def _with_vocabulary(cfg: HookedTransformerConfig | ConfigDict) -> HookedTransformerConfig:
+    """Return a component's config, checked: embedding and unembedding need the number of tokens."""
+    cfg = HookedTransformerConfig.unwrap(cfg)
+    if cfg.d_vocab == -1:
+        raise ValueError(
+            "d_vocab is missing from the config: the embedding and the unembedding have a row for each token"
+        )
+    return cfg

@@ -16,6 +16,7 @@ from hooked_lm.components.norm import Norm, is_plain_norm
 from hooked_lm.components.projections import input_projection, project
 from hooked_lm.components.sequence import SequenceLayout
 from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.config.classic import ConfigDict
 from hooked_lm.hooks import HookPoint, any_live
 
 __all__ = ["LatentAttention", "make_attention"]
@@ -40,8 +41,14 @@ class LatentAttention(Attention):
         [d_latent_q], W_UQ [head d_latent_q d_head]; W_O [head d_value d_model], b_O [d_model].
     """
 
-    def __init__(self, cfg: HookedTransformerConfig, layer_id: int = 0) -> None:
-        super().__init__(cfg, layer_id)
+    def __init__(
+        self,
+        cfg: HookedTransformerConfig | ConfigDict,
+        attn_type: Literal["global", "local"] | None = None,
+        layer_id: int | None = None,
+    ) -> None:
+        super().__init__(cfg, attn_type, layer_id)
+        cfg = self.cfg
         self.hook_latent_kv = HookPoint("batch pos d_latent_kv")
         if cfg.d_latent_q is not None:
             self.hook_latent_q = HookPoint("batch pos d_latent_q")
@@ -51,10 +58,10 @@ class LatentAttention(Attention):
         if cfg.d_latent_kv is None or cfg.rotary_dim is None:
             raise ValueError("latent attention needs d_latent_kv and rotary positions")
         self.n_rotary = cfg.rotary_dim
-        self.W_DKV = nn.Parameter(torch.empty(cfg.d_model, cfg.d_latent_kv))
+        self.W_DKV = nn.Parameter(torch.zeros(cfg.d_model, cfg.d_latent_kv))
         self.b_DKV = nn.Parameter(torch.zeros(cfg.d_latent_kv))
         self.latent_kv_norm = _latent_norm(cfg, cfg.d_latent_kv, "batch pos d_latent_kv")
-        self.W_KR = nn.Parameter(torch.empty(cfg.d_model, cfg.rotary_dim))
+        self.W_KR = nn.Parameter(torch.zeros(cfg.d_model, cfg.rotary_dim))
         self.b_KR = nn.Parameter(torch.zeros(cfg.rotary_dim))
         self.W_UK = input_projection(cfg.n_heads, cfg.d_latent_kv, cfg.d_head - cfg.rotary_dim)
         self.W_UV = input_projection(cfg.n_heads, cfg.d_latent_kv, cfg.value_width)
@@ -63,11 +70,11 @@ class LatentAttention(Attention):
             self.W_Q = input_projection(cfg.n_heads, cfg.d_model, cfg.d_head)
             self.b_Q = nn.Parameter(torch.zeros(cfg.n_heads, cfg.d_head))
         else:
-            self.W_DQ = nn.Parameter(torch.empty(cfg.d_model, cfg.d_latent_q))
+            self.W_DQ = nn.Parameter(torch.zeros(cfg.d_model, cfg.d_latent_q))
             self.b_DQ = nn.Parameter(torch.zeros(cfg.d_latent_q))
             self.latent_q_norm = _latent_norm(cfg, cfg.d_latent_q, "batch pos d_latent_q")
             self.W_UQ = input_projection(cfg.n_heads, cfg.d_latent_q, cfg.d_head)
-        self.W_O = nn.Parameter(torch.empty(cfg.n_heads, cfg.value_width, cfg.d_model))
+        self.W_O = nn.Parameter(torch.zeros(cfg.n_heads, cfg.value_width, cfg.d_model))
         self.b_O = nn.Parameter(torch.zeros(cfg.d_model))
 
     def queries_keys_values(
@@ -165,4 +172,4 @@ def _latent_norm(cfg: HookedTransformerConfig, width: int, axes: str) -> Norm:
 
 def make_attention(cfg: HookedTransformerConfig, layer_id: int) -> Attention:
     """Return a layer's attention, of the kind that the config says."""
-    return (Attention if cfg.d_latent_kv is None else LatentAttention)(cfg, layer_id)
+    return (Attention if cfg.d_latent_kv is None else LatentAttention)(cfg, layer_id=layer_id)

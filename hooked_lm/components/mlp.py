@@ -10,6 +10,7 @@ from hooked_lm.components.activations import make_activation
 from hooked_lm.components.linear import linear
 from hooked_lm.components.norm import make_norm
 from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.config.classic import ConfigDict
 from hooked_lm.hooks import HookHolder, HookPoint
 
 __all__ = ["MLP", "GatedMLP"]
@@ -21,12 +22,13 @@ class MLP(HookHolder):
     With `solu_ln` the activation is normalised before `W_out`; `hook_mid` is before that norm, `hook_post` after.
     """
 
-    def __init__(self, cfg: HookedTransformerConfig) -> None:
+    def __init__(self, cfg: HookedTransformerConfig | ConfigDict) -> None:
         super().__init__()
-        d_mlp = _width(cfg)
-        self.W_in = nn.Parameter(torch.empty(cfg.d_model, d_mlp))
+        self.cfg = cfg = HookedTransformerConfig.unwrap(cfg)
+        self.d_mlp = d_mlp = _width(cfg)
+        self.W_in = nn.Parameter(torch.zeros(cfg.d_model, d_mlp))
         self.b_in = nn.Parameter(torch.zeros(d_mlp))
-        self.W_out = nn.Parameter(torch.empty(d_mlp, cfg.d_model))
+        self.W_out = nn.Parameter(torch.zeros(d_mlp, cfg.d_model))
         self.b_out = nn.Parameter(torch.zeros(cfg.d_model))
         self.act_fn = make_activation(cfg)
         self.hook_pre = HookPoint("batch pos d_mlp")
@@ -55,14 +57,15 @@ class GatedMLP(HookHolder):
         d_mlp: hidden width, by default the config's.
     """
 
-    def __init__(self, cfg: HookedTransformerConfig, d_mlp: int | None = None) -> None:
+    def __init__(self, cfg: HookedTransformerConfig | ConfigDict, d_mlp: int | None = None) -> None:
         super().__init__()
-        d_mlp = d_mlp or _width(cfg)
-        self.W_in = nn.Parameter(torch.empty(cfg.d_model, d_mlp))
+        self.cfg = cfg = HookedTransformerConfig.unwrap(cfg)
+        self.d_mlp = d_mlp = d_mlp or _width(cfg)
+        self.W_in = nn.Parameter(torch.zeros(cfg.d_model, d_mlp))
         self.b_in = nn.Parameter(torch.zeros(d_mlp))
-        self.W_gate = nn.Parameter(torch.empty(cfg.d_model, d_mlp))
+        self.W_gate = nn.Parameter(torch.zeros(cfg.d_model, d_mlp))
         self.b_gate = nn.Parameter(torch.zeros(d_mlp))
-        self.W_out = nn.Parameter(torch.empty(d_mlp, cfg.d_model))
+        self.W_out = nn.Parameter(torch.zeros(d_mlp, cfg.d_model))
         self.b_out = nn.Parameter(torch.zeros(cfg.d_model))
         self.act_fn = make_activation(cfg)
         self.hook_pre = HookPoint("batch pos d_mlp")

@@ -14,6 +14,7 @@ from hooked_lm.components.linear import linear
 from hooked_lm.components.mlp import GatedMLP
 from hooked_lm.components.routing import among_best_groups, expert_weights, rescaled
 from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.config.classic import ConfigDict
 from hooked_lm.hooks import HookHolder, HookPoint
 
 __all__ = ["MoE"]
@@ -32,32 +33,35 @@ class MoE(HookHolder):
     Parameters:
         W_router [d_model expert], b_router [expert]; b_correction [expert] with `router_correction`, in float32 at
         least; W_in, W_gate [expert d_model d_mlp], W_out [expert d_mlp d_model]
-        and the biases b_in, b_gate [expert d_mlp], b_out [expert d_model]; the gate's only where `gated_mlp`.
+        and the biases b_in, b_gate [expert d_mlp], b_out [expert d_model]; the gate's only where `gated_mlp`. The last
+        `identity_experts` of the experts that the router scores have none of these.
         The shared expert is an MLP, `shared`; its gate is W_shared_gate [d_model 1], b_shared_gate [1].
     """
 
-    def __init__(self, cfg: HookedTransformerConfig) -> None:
+    def __init__(self, cfg: HookedTransformerConfig | ConfigDict) -> None:
         super().__init__()
+        self.cfg = cfg = HookedTransformerConfig.unwrap(cfg)
         if cfg.num_experts is None or cfg.experts_per_token is None:
             raise ValueError("a mixture of experts needs num_experts and experts_per_token")
-        experts, self.chosen, d_mlp = cfg.num_experts, cfg.experts_per_token, cfg.expert_width
-        self.cfg = cfg
+        self.n_experts, self.chosen, d_mlp = cfg.num_experts, cfg.experts_per_token, cfg.expert_width
+        self.d_mlp, experts = d_mlp, cfg.weighted_experts
         self.gated, self.limit = cfg.gated_mlp, cfg.gated_limit
-        self.W_router = nn.Parameter(torch.empty(cfg.d_model, experts))
-        self.b_router = nn.Parameter(torch.zeros(experts))
+        self.W_router = nn.Parameter(torch.zeros(cfg.d_model, self.n_experts))
+        self.b_router = nn.Parameter(torch.zeros(self.n_experts))
         # Training sets it without gradients: it acts on the choice alone.
-        self.b_correction = nn.Parameter(torch.zeros(experts), requires_grad=False) if cfg.router_correction else None
-        self.W_in = nn.Parameter(torch.empty(experts, cfg.d_model, d_mlp))
+        correction = nn.Parameter(torch.zeros(self.n_experts), requires_grad=False)
+        self.b_correction = correction if cfg.router_correction else None
+        self.W_in = nn.Parameter(torch.zeros(experts, cfg.d_model, d_mlp))
         self.b_in = nn.Parameter(torch.zeros(experts, d_mlp))
         if self.gated:
-            self.W_gate = nn.Parameter(torch.empty(experts, cfg.d_model, d_mlp))
+            self.W_gate = nn.Parameter(torch.zeros(experts, cfg.d_model, d_mlp))
             self.b_gate = nn.Parameter(torch.zeros(experts, d_mlp))
-        self.W_out = nn.Parameter(torch.empty(experts, d_mlp, cfg.d_model))
+        self.W_out = nn.Parameter(torch.zeros(experts, d_mlp, cfg.d_model))
         self.b_out = nn.Parameter(torch.zeros(experts, cfg.d_model))
         self.act_fn = make_activation(cfg)
         self.shared = None if cfg.d_shared_expert is None else GatedMLP(cfg, cfg.d_shared_expert)
         if cfg.shared_expert_gate:
-            self.W_shared_gate = nn.Parameter(torch.empty(cfg.d_model, 1))
+            self.W_shared_gate = nn.Parameter(torch.zeros(cfg.d_model, 1))
             self.b_shared_gate = nn.Parameter(torch.zeros(1))
         self.gates_shared = cfg.shared_expert_gate
         self.hook_expert_weights = HookPoint("batch pos expert")
@@ -89,7 +93,7 @@ class MoE(HookHolder):
             weights: the weight of each.
         """
         out = torch.zeros_like(x)
-        for expert in range(self.W_in.shape[0]):
+        for expert in range(self.n_experts):
             chosen = indices == expert
             contribution = self.expert(expert, x) * weights.where(chosen, 0.0).sum(-1, keepdim=True)
             # `where`: an expert that no token chose may overflow, and 0 * inf is nan.
@@ -130,6 +134,8 @@ class MoE(HookHolder):
 
     def expert(self, expert: int, x: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token d_model"]:
         """Return one expert's output for the tokens that chose it."""
+        if expert >= len(self.W_in):
+            return x
         hidden = linear(x, self.W_in[expert].T, self.b_in[expert])
         if self.gated:
             gate = linear(x, self.W_gate[expert].T, self.b_gate[expert])

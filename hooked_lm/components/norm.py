@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from hooked_lm._support.torch_internals import has_any_module_hooks
 from hooked_lm.components.activations import Activation, identity
 from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.config.classic import ConfigDict
 from hooked_lm.hooks import HookHolder, HookPoint, is_live
 
 __all__ = [
@@ -38,7 +41,8 @@ class Norm(HookHolder):
         centred: subtract the mean (LayerNorm) or not (RMSNorm).
         affine: has a gain `w`, and a bias `b` if centred; otherwise neither.
         axes: the axes of the input, for the hook points.
-        gains: the shape of `w` and `b`, by default that of the normalised axes.
+        gains: the shape of `w` and `b`, by default that of the normalised axes. With a head axis, an input that has
+            several copies of each head, side by side, gets the head's gain at each of them.
     """
 
     def __init__(
@@ -54,6 +58,8 @@ class Norm(HookHolder):
         self.shape = (length,) if isinstance(length, int) else length
         self.eps, self.centred = eps, centred
         gains = self.shape if gains is None else gains
+        # How many heads the gains, or the axes normalised together, are for; None for norms that know of no heads.
+        self.n_heads = gains[0] if len(gains) == 2 else None
         self.w = nn.Parameter(torch.ones(gains)) if affine else None
         self.b = nn.Parameter(torch.zeros(gains)) if affine and centred else None
         outer = axes.split()[: -len(self.shape)]
@@ -78,19 +84,27 @@ class Norm(HookHolder):
 
     def without_hooks(self, x: Float[Tensor, "*batch length"]) -> Float[Tensor, "*out_batch length"]:
         """Normalise without showing anything to the hook points."""
-        if self.w is not None and self.w.shape != self.shape:
-            return self._with_gain(self._normalized(x, None, None))
-        return self._normalized(x, self.w, self.b)
+        (w, b), shape = self._gain_and_bias(x), self.shape if self.n_heads is None else x.shape[-len(self.shape) :]
+        if w is not None and w.shape != shape:
+            return self._with_gain(self._normalized(x, shape, None, None))
+        return self._normalized(x, shape, w, b)
 
-    def _normalized(self, x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+    def _normalized(self, x: Tensor, shape: Sequence[int], w: Tensor | None, b: Tensor | None) -> Tensor:
         if self.centred:
-            return F.layer_norm(x, self.shape, w, b, self.eps)
-        return F.rms_norm(x, self.shape, w, self.eps)
+            return F.layer_norm(x, shape, w, b, self.eps)
+        return F.rms_norm(x, shape, w, self.eps)
+
+    def _gain_and_bias(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if self.n_heads is None or self.w is None or x.shape[-2] == self.n_heads:
+            return self.w, self.b
+        group = x.shape[-2] // self.n_heads
+        return self.w.repeat_interleave(group, 0), None if self.b is None else self.b.repeat_interleave(group, 0)
 
     def _with_gain(self, normalized: Tensor) -> Tensor:
-        if self.w is None:
+        w, b = self._gain_and_bias(normalized)
+        if w is None:
             return normalized
-        return normalized * self.w if self.b is None else torch.addcmul(self.b, normalized, self.w)
+        return normalized * w if b is None else torch.addcmul(b, normalized, w)
 
     def drop_gain_and_bias(self) -> None:
         """Become the norm without gain and bias, once they have been folded into the weights that read from it."""
@@ -104,36 +118,44 @@ class LayerNorm(Norm):
     """LayerNorm with gain and bias (Ba et al. 2016)."""
 
     def __init__(
-        self, cfg: HookedTransformerConfig, length: int | None = None, axes: str = "batch pos d_model"
+        self, cfg: HookedTransformerConfig | ConfigDict, length: int | None = None, axes: str = "batch pos d_model"
     ) -> None:
+        cfg = HookedTransformerConfig.unwrap(cfg)
         super().__init__(length or cfg.d_model, cfg.eps, centred=True, affine=True, axes=axes)
+        self.cfg = cfg
 
 
 class LayerNormPre(Norm):
     """LayerNorm whose gain and bias have been folded into the weights that read from it."""
 
     def __init__(
-        self, cfg: HookedTransformerConfig, length: int | None = None, axes: str = "batch pos d_model"
+        self, cfg: HookedTransformerConfig | ConfigDict, length: int | None = None, axes: str = "batch pos d_model"
     ) -> None:
+        cfg = HookedTransformerConfig.unwrap(cfg)
         super().__init__(length or cfg.d_model, cfg.eps, centred=True, affine=False, axes=axes)
+        self.cfg = cfg
 
 
 class RMSNorm(Norm):
     """RMSNorm with a gain (Zhang and Sennrich 2019)."""
 
     def __init__(
-        self, cfg: HookedTransformerConfig, length: int | None = None, axes: str = "batch pos d_model"
+        self, cfg: HookedTransformerConfig | ConfigDict, length: int | None = None, axes: str = "batch pos d_model"
     ) -> None:
+        cfg = HookedTransformerConfig.unwrap(cfg)
         super().__init__(length or cfg.d_model, cfg.eps, centred=False, affine=True, axes=axes)
+        self.cfg = cfg
 
 
 class RMSNormPre(Norm):
     """RMSNorm whose gain has been folded into the weights that read from it."""
 
     def __init__(
-        self, cfg: HookedTransformerConfig, length: int | None = None, axes: str = "batch pos d_model"
+        self, cfg: HookedTransformerConfig | ConfigDict, length: int | None = None, axes: str = "batch pos d_model"
     ) -> None:
+        cfg = HookedTransformerConfig.unwrap(cfg)
         super().__init__(length or cfg.d_model, cfg.eps, centred=False, affine=False, axes=axes)
+        self.cfg = cfg
 
 
 NORMS: dict[str, type[LayerNorm | LayerNormPre | RMSNorm | RMSNormPre]] = {
@@ -175,17 +197,20 @@ def make_writing_norm(cfg: HookedTransformerConfig) -> nn.Module:
     return make_norm(cfg, kind=cfg.normalization_type and cfg.normalization_type.removesuffix("Pre"))
 
 
-def make_block_norm(cfg: HookedTransformerConfig, *, writing: bool = False) -> nn.Module:
+def make_block_norm(cfg: HookedTransformerConfig, *, writing: bool = False, folds: bool = True) -> nn.Module:
     """Return a block's norm before (or, if `writing`, after) attention or MLP; the identity if it has none there.
 
-    With `norm_placement="residual"` the norm before is on the stream itself, and keeps its gain and bias.
+    With `norm_placement="residual"` the norm before is on the stream itself, and keeps its gain and bias; so does one
+    that does not fold, since something writes its output to the stream.
     """
     placement = cfg.norm_placement
     if writing:
         return make_writing_norm(cfg) if placement in ("before_and_after", "after") else NoNorm()
     if placement == "residual":
         return make_writing_norm(cfg)
-    return NoNorm() if placement == "after" else make_norm(cfg)
+    if placement == "after":
+        return NoNorm()
+    return make_norm(cfg) if folds else make_writing_norm(cfg)
 
 
 def make_qk_norm(cfg: HookedTransformerConfig, heads: int, axes: str) -> nn.Module:

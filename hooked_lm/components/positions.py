@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from hooked_lm._support.torch_internals import transforms_active
 from hooked_lm.config import HookedTransformerConfig
-
-if TYPE_CHECKING:
-    from hooked_lm.components.sequence import SequenceLayout
+from hooked_lm.config.classic import ConfigDict
 
 __all__ = [
     "AlibiSpec",
@@ -28,25 +25,70 @@ __all__ = [
     "RotarySpec",
     "Yarn",
     "alibi_slopes",
+    "positions_of_text",
     "query_scales",
     "rotary_frequencies",
     "rotary_tables",
     "rotate",
+    "wrong_mask",
 ]
 
 
 class PosEmbed(nn.Module):
     """Learned positions, `W_pos` [n_ctx d_model]."""
 
-    def __init__(self, cfg: HookedTransformerConfig) -> None:
+    def __init__(self, cfg: HookedTransformerConfig | ConfigDict) -> None:
         super().__init__()
-        self.W_pos = nn.Parameter(torch.empty(cfg.n_ctx, cfg.d_model))
+        self.cfg = cfg = HookedTransformerConfig.unwrap(cfg)
+        self.W_pos = nn.Parameter(torch.zeros(cfg.n_ctx, cfg.d_model))
 
-    def forward(self, layout: SequenceLayout, batch: int) -> Float[Tensor, "batch query d_model"]:
-        """Return each query's position embedding; a view of `W_pos` when no prompt is padded."""
-        if layout.valid is None:
-            return self.W_pos[layout.n_past : layout.n_keys].expand(batch, -1, -1)
-        return F.embedding(layout.position_ids, self.W_pos)
+    def forward(
+        self,
+        tokens: Shaped[Tensor, "batch pos"],
+        past_kv_pos_offset: int = 0,
+        attention_mask: Shaped[Tensor, "batch key"] | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Return each token's position embedding: a view of `W_pos`, or with padding a tensor with zeros there.
+
+        Args:
+            tokens: of which only the shape is read.
+            past_kv_pos_offset: the number of positions before them, in a key-value cache.
+            attention_mask: 0 at padding, over all positions; None for no padding.
+
+        Raises:
+            ValueError: the mask has another shape.
+        """
+        batch, n_new = tokens.shape
+        n_keys = past_kv_pos_offset + n_new
+        if attention_mask is None:
+            return self.W_pos[past_kv_pos_offset:n_keys].expand(batch, -1, -1)
+        if tuple(attention_mask.shape) != (batch, n_keys):
+            raise wrong_mask(attention_mask, batch, n_keys)
+        valid = attention_mask.bool()
+        positions = positions_of_text(valid)[:, past_kv_pos_offset:]
+        return F.embedding(positions, self.W_pos).masked_fill(~valid[:, past_kv_pos_offset:, None], 0.0)
+
+
+def positions_of_text(valid: Bool[Tensor, "batch key"]) -> Int[Tensor, "batch key"]:
+    """Return the position of each token within its prompt, padding not counted; 0 at padding before the text.
+
+    Args:
+        valid: False at padding.
+    """
+    return (valid.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def wrong_mask(attention_mask: Tensor, batch: int, n_keys: int) -> ValueError:
+    """Return the error about an attention mask of another shape than the positions have.
+
+    Args:
+        attention_mask: the mask.
+        batch, n_keys: the shape of the positions.
+    """
+    return ValueError(
+        f"attention_mask has shape [batch key] = [{batch} {n_keys}], the positions of the key-value cache included; "
+        f"got {list(attention_mask.shape)}"
+    )
 
 
 @dataclass(frozen=True)
@@ -152,16 +194,23 @@ class RotarySpec:
     amplitude: float = 1.0
 
     @classmethod
-    def of(cls, cfg: HookedTransformerConfig, layer: int) -> RotarySpec:
-        """Return the rotary parameters of one layer. A local layer with `rotary_base_local` has no scaling."""
+    def of(cls, cfg: HookedTransformerConfig, layer: int, *, local: bool | None = None) -> RotarySpec:
+        """Return the rotary parameters of one layer. A local layer with `rotary_base_local` has no scaling.
+
+        Args:
+            cfg: the config.
+            layer: the layer.
+            local: whether it is a local one; by default as the config says.
+        """
         assert cfg.rotary_dim is not None  # filled in by the config
-        if cfg.window(layer) is not None and cfg.rotary_base_local is not None:
-            return cls(cfg.rotary_dim, cfg.rotary_base_local, cfg.rotary_adjacent_pairs)
+        local = cfg.window(layer) is not None if local is None else local
+        if local and cfg.rotary_base_local is not None:
+            return cls(cfg.rotary_dim, float(cfg.rotary_base_local), cfg.rotary_adjacent_pairs)
         return cls(
             cfg.rotary_dim,
-            cfg.rotary_base,
+            float(cfg.rotary_base),
             cfg.rotary_adjacent_pairs,
-            cfg.rotary_scaling_factor,
+            float(cfg.rotary_scaling_factor),
             _scaling(cfg),
             _amplitude(cfg),
         )
@@ -173,7 +222,7 @@ def _scaling(cfg: HookedTransformerConfig) -> ByParts | Yarn | Dynamic | LongRop
         return ByParts(cfg.NTK_by_parts_factor, low, high, cfg.NTK_original_ctx_len)
     if cfg.use_yarn_rope:
         original, fast, slow = cfg.yarn_original_max_position_embeddings, cfg.yarn_beta_fast, cfg.yarn_beta_slow
-        return Yarn(cfg.yarn_factor, fast, slow, original, cfg.yarn_truncate, cfg.rotary_base)
+        return Yarn(cfg.yarn_factor, fast, slow, original, cfg.yarn_truncate, float(cfg.rotary_base))
     if cfg.use_dynamic_rope:
         return Dynamic(cfg.dynamic_rope_factor, cfg.dynamic_rope_original_ctx_len, cfg.rotary_base)
     if cfg.use_longrope and cfg.longrope_short_factors is not None and cfg.longrope_long_factors is not None:

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from hooked_lm.components.linear import linear
 
-__all__ = ["input_projection", "project"]
+__all__ = ["input_projection", "per_query_head", "project"]
 
 
 def input_projection(heads: int, d_model: int, d_head: int) -> nn.Parameter:
-    """Return an uninitialised [head d_model d_head] parameter in the memory order of the matrix product that uses it.
+    """Return a parameter of zeros, [head d_model d_head], in the memory order of the matrix product that uses it.
 
     In memory it is [d_model (head d_head)]: one matrix that projects to all heads at once.
     """
-    return nn.Parameter(torch.empty(d_model, heads, d_head).transpose(0, 1))
+    return nn.Parameter(torch.zeros(d_model, heads, d_head).transpose(0, 1))
 
 
 def project(
@@ -38,3 +38,15 @@ def project(
     matrix = W.mT.flatten(0, 1)
     heads: Tensor = linear(x, matrix, None if b is None else b.flatten()).unflatten(-1, (W.shape[0], W.shape[2]))
     return heads
+
+
+def per_query_head(x: Tensor, n_heads: int, dim: int = 0) -> Tensor:
+    """Return `x` with an entry for each query head along `dim`; `x` itself if it has one already.
+
+    Args:
+        x: has an entry for each key-value head along `dim`, or for each query head.
+        n_heads: query heads.
+        dim: the axis.
+    """
+    group = n_heads // x.shape[dim]
+    return x if group == 1 else x.repeat_interleave(group, dim=dim)

@@ -5,7 +5,7 @@ Each mask and table is computed once per pass and shared by all layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from hooked_lm.components.positions import (
     QueryScaleSpec,
     RotarySpec,
     alibi_slopes,
+    positions_of_text,
     query_scales,
     rotary_tables,
 )
@@ -33,13 +34,31 @@ class SequenceLayout:
         n_queries: positions computed in this pass.
         n_past: positions before them, in the key-value cache.
         valid: [batch key] False at padding, over past and new positions; None when nothing is padded.
+        additive_mask: numbers to add to the masked scores, [batch head query key] or of a shape that broadcasts to it;
+            None for none.
     """
 
     def __init__(
-        self, n_queries: int, n_past: int, device: torch.device, valid: Bool[Tensor, "batch key"] | None = None
+        self,
+        n_queries: int,
+        n_past: int,
+        device: torch.device,
+        valid: Bool[Tensor, "batch key"] | None = None,
+        additive_mask: Tensor | None = None,
     ) -> None:
         self.n_queries, self.n_past, self.device, self.valid = n_queries, n_past, device, valid
+        self.additive_mask = additive_mask
         self._made: dict[object, Tensor | tuple[Tensor, Tensor] | None] = {}
+        self._carried: Tensor | None = None
+
+    def carry(self, x: Float[Tensor, "batch pos d_model"]) -> None:
+        """Keep what a block computes for the next block of this pass to add."""
+        self._carried = x
+
+    def take_carried(self) -> Float[Tensor, "batch pos d_model"] | None:
+        """Return what the block before has computed for this one, once; None if it has not run in this pass."""
+        carried, self._carried = self._carried, None
+        return carried
 
     @property
     def n_keys(self) -> int:
@@ -123,7 +142,7 @@ class SequenceLayout:
         """Return the position of each key within its prompt."""
         if self.valid is None:
             return torch.arange(self.n_keys, device=self.device)[None]
-        return (self.valid.long().cumsum(-1) - 1).clamp(min=0)
+        return positions_of_text(self.valid)
 
     def _lengths(self) -> Int[Tensor, " batch_or_1"]:
         """Return the length of each prompt, padding not counted."""
@@ -224,9 +243,30 @@ class Prompt:
         residual: the residual stream [batch pos d_model] at the first block; None for a pass that begins with tokens,
             until they are embedded.
         layout: lengths, padding and positions.
+        shortformer_pos: [batch pos d_model] to add to the inputs of queries and keys in place of the model's own
+            positions; None for those.
     """
 
     tokens: Int[Tensor, "batch pos"] | None
     mask: Tensor | None
     residual: Float[Tensor, "batch pos d_model"] | None
     layout: SequenceLayout
+    shortformer_pos: Float[Tensor, "batch pos d_model"] | None = None
+
+    def with_positions(self, shortformer_pos: Tensor) -> Prompt:
+        """Return this input with positions given by the caller, checked.
+
+        Args:
+            shortformer_pos: [batch pos d_model].
+
+        Raises:
+            ValueError: the input is tokens, whose positions are the model's own; or the shapes differ.
+        """
+        if self.residual is None:
+            raise ValueError("shortformer_pos_embed goes with start_at_layer; tokens have the model's own positions")
+        if shortformer_pos.shape != self.residual.shape:
+            raise ValueError(
+                f"shortformer_pos_embed has the shape of the residual stream, {list(self.residual.shape)}; got "
+                f"{list(shortformer_pos.shape)}"
+            )
+        return replace(self, shortformer_pos=shortformer_pos)

@@ -23,15 +23,16 @@ from hooked_lm._support.torch_internals import has_global_module_hooks, has_modu
 from hooked_lm.components.activations import XIELU, is_registered_activation
 from hooked_lm.components.attention import Attention
 from hooked_lm.components.block import TransformerBlock
-from hooked_lm.components.embed import Embed, Unembed
+from hooked_lm.components.embed import Embed, Unembed, UnembedTransform
 from hooked_lm.components.latent_attention import LatentAttention
 from hooked_lm.components.mlp import MLP, GatedMLP
 from hooked_lm.components.moe import MoE
 from hooked_lm.components.norm import LayerNorm, LayerNormPre, NoNorm, Norm, RMSNorm, RMSNormPre
 from hooked_lm.components.positions import PosEmbed
+from hooked_lm.components.shortcut import ShortcutBlock
 from hooked_lm.hooks import HookPoint
 
-__all__ = ["not_stock", "register_stock", "require_stock"]
+__all__ = ["not_stock", "register_stock", "require_stock", "stages_obstacle"]
 
 # What a class may define without changing what its modules compute.
 _HARMLESS = frozenset(
@@ -57,9 +58,19 @@ def register_stock(*kinds: type) -> None:
 
 _MLPS = (MLP, GatedMLP, MoE)
 register_stock(
-    TransformerBlock, Attention, LatentAttention, *_MLPS, Norm, LayerNorm, LayerNormPre, RMSNorm, RMSNormPre, NoNorm
+    TransformerBlock,
+    ShortcutBlock,
+    Attention,
+    LatentAttention,
+    *_MLPS,
+    Norm,
+    LayerNorm,
+    LayerNormPre,
+    RMSNorm,
+    RMSNormPre,
+    NoNorm,
 )
-register_stock(Embed, Unembed, PosEmbed, XIELU, HookPoint, nn.ModuleList)
+register_stock(Embed, Unembed, UnembedTransform, PosEmbed, XIELU, HookPoint, nn.ModuleList)
 
 
 def not_stock(root: nn.Module, *, name: str = "", alone: bool = False) -> str | None:
@@ -92,6 +103,17 @@ def not_stock(root: nn.Module, *, name: str = "", alone: bool = False) -> str | 
             return f"{place or 'the model'} {reason}"
         seen.add(module)
     return None
+
+
+def stages_obstacle(model: nn.Module) -> str | None:
+    """Return why the stages of a model's blocks cannot be run one by one, as a clause; None if they can.
+
+    Args:
+        model: a `HookedTransformer`.
+    """
+    if any(isinstance(block, ShortcutBlock) for block in model.modules()):
+        return "the output of experts goes from one block to the next beside the stream"
+    return not_stock(model)
 
 
 def require_stock(what: str, name: str, component: nn.Module, *, alone: bool = False) -> None:
@@ -132,7 +154,7 @@ def _own_override(module: nn.Module, classes: dict[type, str | None]) -> str | N
     patched = [one for one in own.keys() & methods if not getattr(own[one], "keeps_stages", False)]
     if patched:
         return f"has a {min(patched)} of its own"
-    if isinstance(module, _MLPS) and not is_registered_activation(module.act_fn):
+    if isinstance(module, (*_MLPS, UnembedTransform)) and not is_registered_activation(module.act_fn):
         return "has an act_fn that is not registered"
     return None
 

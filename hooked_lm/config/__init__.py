@@ -10,6 +10,7 @@ from hooked_lm.config.choices import (
     POSITION_TYPES,
     QK_NORM_TYPES,
 )
+from hooked_lm.config.classic import RENAMED
 from hooked_lm.config.config import HookedTransformerConfig
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "PADDING_SIDES",
     "POSITION_TYPES",
     "QK_NORM_TYPES",
+    "RENAMED",
     "HookedTransformerConfig",
     "activation_names",
     "register_activation",

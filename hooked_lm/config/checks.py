@@ -23,20 +23,20 @@ from hooked_lm.config.choices import (
     QK_NORM_TYPES,
     ROUTER_SCORES,
 )
+from hooked_lm.config.counting import count_parameters
 
 if TYPE_CHECKING:
     from hooked_lm.config.config import HookedTransformerConfig
 
 __all__ = [
-    "attention_parameters",
     "check_choices",
     "check_finite",
     "check_latents",
     "check_per_layer",
     "check_rotary_scaling",
     "check_router",
+    "check_shortcut",
     "check_types",
-    "count_parameters",
     "fill_and_check",
     "fill_experts",
     "fill_heads",
@@ -47,7 +47,6 @@ __all__ = [
     "fill_vocab",
     "fill_windows",
     "is_above_zero",
-    "mlp_parameters",
     "parse_dtype",
     "require_above_zero",
     "require_choice",
@@ -65,9 +64,16 @@ _COMPARED = (
 _ABOUT_EXPERTS: dict[str, object] = {
     **dict.fromkeys(("moe_layers", "d_expert", "d_shared_expert", "sparsemixer_jitter", "gated_limit")),
     **dict.fromkeys(("expert_groups", "expert_groups_per_token")),
-    **dict.fromkeys(("shared_expert_gate", "router_correction", "router_in_float32"), False),
+    **dict.fromkeys(("shared_expert_gate", "router_correction", "router_in_float32", "shortcut_experts"), False),
     "router_scores": "softmax",
+    "identity_experts": 0,
     "routed_scale": 1.0,
+}
+# Fields that have one value in a config with `shortcut_experts`.
+_WITH_SHORTCUTS: dict[str, object] = {
+    **dict.fromkeys(("moe_layers", "d_shared_expert")),
+    "parallel_attn_mlp": False,
+    "norm_placement": "before",
 }
 
 
@@ -145,6 +151,8 @@ def fill_heads(cfg: HookedTransformerConfig) -> None:
     elif cfg.attn_scale == -1.0:
         cfg.attn_scale = math.sqrt(cfg.d_head)
     require_above_zero(cfg, "clip_qkv", or_none=True)
+    if cfg.attention_gate and cfg.positional_embedding_type == "shortformer":
+        raise ValueError("attention_gate is not defined for shortformer, whose positions are added to queries and keys")
     if not cfg.attn_scale > 0:
         raise ValueError(f"attn_scale divides the attention scores, so it is positive; got {cfg.attn_scale}")
 
@@ -190,6 +198,11 @@ def fill_experts(cfg: HookedTransformerConfig) -> None:
     for name in ("d_expert", "d_shared_expert"):
         if getattr(cfg, name) is not None:
             require_positive(cfg, name)
+    require_positive(cfg, "identity_experts", at_least=0)
+    if cfg.identity_experts >= cfg.num_experts:
+        raise ValueError(
+            f"identity_experts {cfg.identity_experts} leaves none of {cfg.num_experts} experts with weights"
+        )
     check_per_layer(cfg, "moe_layers")
     check_router(cfg, cfg.num_experts, cfg.experts_per_token)
 
@@ -239,11 +252,25 @@ def fill_norms(cfg: HookedTransformerConfig) -> None:
     cfg.use_normalization_before_and_after = cfg.norm_placement == "before_and_after"
     if cfg.final_rms and not cfg.final_norm:
         raise ValueError("final_rms is about the final norm, and with final_norm=False there is none")
+    if not cfg.first_norm and cfg.norm_placement not in ("before", "before_and_after"):
+        raise ValueError(f"first_norm=False leaves out a norm that norm_placement={cfg.norm_placement!r} does not have")
     for name in ("qk_norm_across_heads", "qk_norm_per_head_gains", "qk_norm_after_rotary"):
         if getattr(cfg, name) and not cfg.use_qk_norm:
             raise ValueError(f"{name} is about the norm of queries and keys: it needs use_qk_norm=True")
+    check_shortcut(cfg)
     if cfg.norm_placement == "residual" and cfg.parallel_attn_mlp:
         raise ValueError("norms on the residual stream come after attention and after the MLP: not in parallel")
+
+
+def check_shortcut(cfg: HookedTransformerConfig) -> None:
+    """Check that blocks whose experts' output is added by the next block can do without other kinds of MLP and norm."""
+    if not cfg.shortcut_experts:
+        return
+    if cfg.n_layers % 2:
+        raise ValueError(f"shortcut_experts joins blocks in pairs, so n_layers is even; got {cfg.n_layers}")
+    for name, needed in _WITH_SHORTCUTS.items():
+        if getattr(cfg, name) != needed:
+            raise ValueError(f"shortcut_experts needs {name}={needed!r}; got {getattr(cfg, name)!r}")
 
 
 def fill_vocab(cfg: HookedTransformerConfig) -> None:
@@ -298,6 +325,8 @@ def check_latents(cfg: HookedTransformerConfig) -> None:
         raise ValueError("in latent attention each head has keys and values of its own: leave out n_key_value_heads")
     if cfg.use_qk_norm or cfg.clip_qkv is not None:
         raise ValueError("use_qk_norm and clip_qkv are not defined for latent attention, whose latents are normalised")
+    if cfg.attention_gate:
+        raise ValueError("attention_gate is not defined for latent attention: leave one of the two out")
     if cfg.latent_eps < 0:
         raise ValueError(f"latent_eps is not negative; got {cfg.latent_eps}")
 
@@ -386,6 +415,8 @@ def check_choices(cfg: HookedTransformerConfig) -> None:
         require_choice(name, getattr(cfg, name), choices)
     own = "a function of your own is registered first: hooked_lm.config.register_activation"
     require_choice("act_fn", cfg.act_fn, (*activation_names(), None), otherwise=own)
+    without_weights = [name for name in activation_names() if name not in ("solu_ln", "xielu")]
+    require_choice("unembed_act_fn", cfg.unembed_act_fn, (*without_weights, None), otherwise=own)
     if cfg.final_rms and cfg.normalization_type is None:
         raise ValueError("final_rms goes with norms: with normalization_type=None there is no final norm")
     if not cfg.eps >= 0:
@@ -437,34 +468,6 @@ def require_divisible(cfg: HookedTransformerConfig, name: str, by: str, otherwis
     """Check that one field is a multiple of another; `otherwise` ends the message."""
     if getattr(cfg, name) % getattr(cfg, by):
         raise ValueError(f"{name} {getattr(cfg, name)} is not a multiple of {by} {getattr(cfg, by)}: {otherwise}")
-
-
-def count_parameters(cfg: HookedTransformerConfig) -> int:
-    """Return the number of weights of attention and MLPs: no embeddings, biases, norms (Kaplan et al. 2020)."""
-    count = cfg.n_layers * attention_parameters(cfg)
-    if cfg.d_mlp is not None and not cfg.attn_only:
-        per_width = (3 if cfg.gated_mlp else 2) * cfg.d_model
-        for layer in range(cfg.n_layers):
-            count += mlp_parameters(cfg, layer, per_width)
-    return count
-
-
-def attention_parameters(cfg: HookedTransformerConfig) -> int:
-    """Return the number of weights of one layer's attention."""
-    if cfg.d_latent_kv is None:
-        return cfg.d_model * cfg.d_head * (2 * cfg.n_heads + 2 * cfg.n_kv_heads)
-    rotary, values = cfg.rotary_dim or 0, cfg.n_heads * cfg.value_width
-    count = (cfg.d_latent_q or cfg.d_model) * cfg.n_heads * cfg.d_head + cfg.d_model * (cfg.d_latent_q or 0)
-    count += cfg.d_model * (cfg.d_latent_kv + rotary)
-    return count + cfg.d_latent_kv * (cfg.n_heads * (cfg.d_head - rotary) + values) + values * cfg.d_model
-
-
-def mlp_parameters(cfg: HookedTransformerConfig, layer: int, per_width: int) -> int:
-    """Return the number of weights of one layer's MLP, given their number per unit of its hidden width."""
-    if not cfg.has_experts(layer):
-        return per_width * (cfg.d_mlp or 0)
-    shared = per_width * (cfg.d_shared_expert or 0) + (cfg.d_model if cfg.shared_expert_gate else 0)
-    return shared + (per_width * cfg.expert_width + cfg.d_model) * (cfg.num_experts or 0)
 
 
 def is_above_zero(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""Fields of the classic library's configs that this library does not keep."""
+"""Fields of the classic library's configs that this library does not keep, or names otherwise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-__all__ = ["RETIRED", "ConfigDict", "FieldValue", "checked_fields"]
+__all__ = ["RENAMED", "RETIRED", "ConfigDict", "FieldValue", "checked_fields"]
 
 # A field's value as a caller gives it, or as JSON holds it: which type it has to be depends on the field's name, and
 # `checks` looks at it when the config is made.
@@ -23,7 +23,17 @@ RETIRED: dict[str, tuple[object, ...]] = {
     "decoder_start_token_id": (None,),
     "trust_remote_code": (False, None),
     "layer_norm_folding": (False, None),
+    # Version 3.9 added these. The first three only describe a model.
+    "quantization_method": (...,),
+    "train_seq_length": (...,),
+    "uses_rms_norm": (...,),
+    # Qwen's first rotary scaling, and its factor on late queries; both begin beyond the length of training.
+    "use_dynamic_ntk_rope": (False,),
+    "use_logn_attn": (False,),
+    "yarn_global_attn_only": (False,),
 }
+# Classic name -> name here.
+RENAMED = {"use_attention_sinks": "attention_sinks"}
 
 
 def checked_fields(fields: Mapping[str, object], known: Collection[str]) -> dict[str, object]:
@@ -38,7 +48,8 @@ def checked_fields(fields: Mapping[str, object], known: Collection[str]) -> dict
         ValueError: a retired field with a value that is not supported.
     """
     kept = {}
-    for name, value in fields.items():
+    for given, value in fields.items():
+        name = RENAMED.get(given, given)
         if name in known:
             kept[name] = value
         elif name not in RETIRED:

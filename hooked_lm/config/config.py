@@ -42,6 +42,7 @@ class HookedTransformerConfig(Lockable):
         eps: added to the variance (or mean square) under the root.
         final_rms: the final norm is an RMS norm whatever the others are.
         final_norm: there is a norm before the unembedding.
+        first_norm: there is a norm before attention in the first block too.
         norm_placement: where the norms of a block stand. `"before"` attention and MLP, on their input;
             `"before_and_after"`, also on their output; `"after"`, only on their output; or on the `"residual"` stream
             itself, after each addition to it (post-norm, Vaswani et al. 2017).
@@ -54,6 +55,8 @@ class HookedTransformerConfig(Lockable):
         post_embedding_ln: a norm right after the embedding.
         embedding_scale: token embeddings are multiplied by it.
         logit_scale: logits are multiplied by it, before the soft-cap.
+        unembed_act_fn: a linear layer from `d_model` to `d_model`, this activation function and a norm stand between
+            the final norm and the unembedding; None for no such layer.
         tie_word_embeddings: `W_U` is the transpose of `W_E`, one tensor. Processing that changes either unties them.
         positional_embedding_type: `"standard"` (learned, added to the stream), `"shortformer"` (learned, added to
             queries and keys only), `"rotary"`, `"alibi"` or `"none"`.
@@ -90,6 +93,8 @@ class HookedTransformerConfig(Lockable):
         clip_qkv: queries, keys and values are kept within plus and minus this.
         attention_sinks: each head has a learned score, `attn.sinks`, that takes a share of the softmax and gives
             nothing, so that a pattern's rows sum to less than one.
+        attention_gate: z is multiplied by `attn.hook_gate`, the sigmoid of `x W_G + b_G`, where `x` is what attention
+            reads (Qiu et al. 2025, "Gated Attention for Large Language Models").
         d_latent_kv: keys and values are read from a latent of this width, which is compressed from the stream and
             normalised; a head's first `rotary_dim` dimensions of its keys are read from the stream itself, the same
             for all heads (multi-head latent attention, DeepSeek-AI 2024, "DeepSeek-V2"). None for no latent.
@@ -97,6 +102,10 @@ class HookedTransformerConfig(Lockable):
         d_value: width of a head's values and of its z in latent attention; `d_head` by default.
         latent_eps: `eps` of the norms of latents.
         num_experts, experts_per_token: mixture of experts, and how many of them a token uses.
+        identity_experts: the last so many of the experts have no weights and give back what they read.
+        shortcut_experts: blocks are joined in pairs. The first of a pair has experts beside its dense MLP,
+            `shortcut`, and the second adds what they write to what its own MLP writes (shortcut-connected experts,
+            Meituan 2025, "LongCat-Flash Technical Report").
         moe_layers: per layer whether it has experts rather than one dense MLP; all by default.
         d_expert: hidden width of an expert; `d_mlp` by default.
         d_shared_expert: hidden width of the shared expert, which every token uses; None for none.
@@ -122,9 +131,10 @@ class HookedTransformerConfig(Lockable):
         default_prepend_bos, default_padding_side, tokenizer_name, tokenizer_prepends_bos: about text.
         model_name, original_architecture, from_checkpoint, checkpoint_index, checkpoint_label_type, checkpoint_value:
             where the weights come from.
-        use_attn_result, use_split_qkv_input, use_attn_in, use_hook_mlp_in, use_hook_tokens: accepted, without effect:
-            every hook point always exists.
-        ungroup_grouped_query_attention: accepted, without effect: keys and values are hooked per key-value head.
+        use_attn_result, use_split_qkv_input, use_attn_in, use_hook_mlp_in, use_hook_tokens: whether a cache without
+            `names_filter` records these activations. Their hook points exist in any case.
+        ungroup_grouped_query_attention: keys and values, their hook points and the copies of the stream for them have
+            an entry for each query head, rather than for each key-value head.
 
     Raises:
         ValueError: a value out of range, or fields that contradict each other.
@@ -148,6 +158,7 @@ class HookedTransformerConfig(Lockable):
     eps: float = 1e-5
     final_rms: bool = False
     final_norm: bool = True
+    first_norm: bool = True
     norm_placement: str = "before"
     use_normalization_before_and_after: bool = False
     use_qk_norm: bool = False
@@ -158,6 +169,7 @@ class HookedTransformerConfig(Lockable):
     post_embedding_ln: bool = False
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
+    unembed_act_fn: str | None = None
     tie_word_embeddings: bool = False
     positional_embedding_type: str = "standard"
     rotary_dim: int | None = None
@@ -201,12 +213,15 @@ class HookedTransformerConfig(Lockable):
     query_scale_ctx_len: int = 8192
     clip_qkv: float | None = None
     attention_sinks: bool = False
+    attention_gate: bool = False
     d_latent_kv: int | None = None
     d_latent_q: int | None = None
     d_value: int | None = None
     latent_eps: float = 1e-6
     num_experts: int | None = None
     experts_per_token: int | None = None
+    identity_experts: int = 0
+    shortcut_experts: bool = False
     moe_layers: list[bool] | None = None
     d_expert: int | None = None
     d_shared_expert: int | None = None
@@ -257,6 +272,11 @@ class HookedTransformerConfig(Lockable):
         return self.n_heads if self.n_key_value_heads is None else self.n_key_value_heads
 
     @property
+    def n_hooked_kv_heads(self) -> int:
+        """Key-value heads at hook points: one for each query head with `ungroup_grouped_query_attention`."""
+        return self.n_heads if self.ungroup_grouped_query_attention else self.n_kv_heads
+
+    @property
     def value_width(self) -> int:
         """The width of a head's values: `d_value`, or `d_head` where that is not given."""
         return self.d_head if self.d_value is None else self.d_value
@@ -273,7 +293,39 @@ class HookedTransformerConfig(Lockable):
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer's MLP is a mixture of experts."""
-        return self.num_experts is not None and (self.moe_layers is None or self.moe_layers[layer])
+        if self.num_experts is None or self.shortcut_experts:
+            return False
+        return self.moe_layers is None or self.moe_layers[layer]
+
+    def has_shortcut(self, layer: int) -> bool:
+        """Whether a layer has experts beside its MLP, whose output the next layer adds."""
+        return self.shortcut_experts and layer % 2 == 0
+
+    def adds_experts(self, layer: int) -> bool:
+        """Whether what a layer's MLP adds to the stream holds the output of experts."""
+        return self.has_experts(layer) or (self.shortcut_experts and layer % 2 == 1)
+
+    def writes_normalized(self, layer: int) -> bool:
+        """Whether a layer has experts that write what `ln2` gives them, so that its gain cannot be folded."""
+        return self.identity_experts > 0 and (self.has_experts(layer) or self.has_shortcut(layer))
+
+    def within_pair(self, layer: int) -> bool:
+        """Whether the stream at the input of a layer is not all that the layer needs of those before it."""
+        return self.shortcut_experts and layer % 2 == 1
+
+    def pair_of(self, layer: int) -> range:
+        """Return the layers that run whenever a layer runs, itself included."""
+        first = layer - 1 if self.within_pair(layer) else layer
+        return range(first, self.stop_after(first))
+
+    def stop_after(self, layer: int) -> int:
+        """Return the first `stop_at_layer` of a run that a layer is part of."""
+        return layer + 2 if self.within_pair(layer + 1) else layer + 1
+
+    @property
+    def weighted_experts(self) -> int:
+        """How many of the experts have weights."""
+        return (self.num_experts or 0) - self.identity_experts
 
     @property
     def expert_width(self) -> int:

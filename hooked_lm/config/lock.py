@@ -109,6 +109,15 @@ class Lockable:
             return attributes, {name: value for name, value in slots.items() if name != "_lock"}
         return state
 
+    def __setstate__(self, state: object) -> None:
+        """Take the attributes of a copy or a pickle, which may be of a config of the classic library."""
+        if isinstance(state, dict):  # a class without slots has pickled its fields
+            state = type(_config(self)).from_dict(state).__getstate__()
+        assert isinstance(state, tuple)
+        for attributes in state:
+            for name, value in (attributes or {}).items():
+                setattr(self, name, value)
+
 
 class FixedList(list[Item]):
     """A list among the fields of a locked config: equal to a plain list, and it cannot be changed."""
@@ -214,6 +223,7 @@ ASSIGNABLE: Mapping[str, Callable[[HookedTransformerConfig, str, object], object
     "use_attn_in": _true_or_false,
     "use_hook_mlp_in": _true_or_false,
     "use_hook_tokens": _true_or_false,
+    "ungroup_grouped_query_attention": _true_or_false,
     "init_mode": _one_of(INIT_MODES),
     **dict.fromkeys(_DESCRIBING, _any_value),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
@@ -137,19 +137,26 @@ def _without_mlp(repeats: Repeats) -> str:
     return f"; with the MLP of layer {layer} as in the first half {float(repeats.accuracy_without_mlp.min()):.0%}"
 
 
-def take_tour(name_or_path: str | Path = MODEL, *, seed: int = 0, on_step: Callable[[str], None] | None = None) -> Tour:
+def take_tour(
+    name_or_path: str | Path = MODEL,
+    *,
+    seed: int = 0,
+    ignore_config_fields: Collection[str] = (),
+    on_step: Callable[[str], None] | None = None,
+) -> Tour:
     """Run the five experiments on a model.
 
     Args:
         name_or_path: a model that can do the tasks: the bundled one, or `"gpt2"` where it can be reached.
         seed: of the prompts.
+        ignore_config_fields: as for `from_pretrained`.
         on_step: called with the name of each of `STEPS` when it is done.
 
     Raises:
         ValueError: the model cannot be loaded, or has no tokenizer that suits the tasks.
     """
     done = on_step or (lambda step: None)
-    model = HookedTransformer.from_pretrained(name_or_path)
+    model = HookedTransformer.from_pretrained(name_or_path, ignore_config_fields=ignore_config_fields)
     if model.tokenizer is None:
         raise ValueError(f"{name_or_path} has no tokenizer, and the tasks of the tour are text")
     done(STEPS[0])

@@ -175,6 +175,7 @@ def decode_steps(
     eos_token_ids: tuple[int, ...] = (),
     use_past_kv_cache: bool = True,
     verbose: bool = False,
+    all_steps: bool = False,
     logits_of_steps: list[Float[Tensor, "batch vocab"]] | None = None,
 ) -> Iterator[Int[Tensor, " batch"]]:
     """Yield the next token of every prompt, step by step.
@@ -190,6 +191,7 @@ def decode_steps(
         use_past_kv_cache: run only the new token at each step; False runs the whole text. Positions of interventions
             mean the same either way.
         verbose: show a progress bar.
+        all_steps: go on to `max_new_tokens` when all prompts have ended.
         logits_of_steps: a list to which the logits of each step are appended, as the model gave them.
     """
     # The last new token needs no room in the cache: it is not run through the model.
@@ -231,5 +233,5 @@ def decode_steps(
         unread, unread_mask = chosen[:, None], None
         written.append(unread)
         yield chosen
-        if eos_token_ids and bool(finished.all()):
+        if eos_token_ids and not all_steps and bool(finished.all()):
             return

@@ -111,7 +111,7 @@ class TextGeneration(TextInterface, Intervening):
                 ends,
                 use_past_kv_cache,
                 verbose,
-                logits,
+                logits_of_steps=logits,
             )
             new = [token[:, None] for token in steps]
         if embeds is not None:

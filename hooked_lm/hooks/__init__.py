@@ -1,10 +1,11 @@
 """Hook points, and the registry that attaches, checks and removes hooks."""
 
+from hooked_lm.hooks.caching import HookedRootModule
 from hooked_lm.hooks.handle import Direction, HookFunction, HookHandle
 from hooked_lm.hooks.holder import HookHolder
 from hooked_lm.hooks.point import HookPoint, any_live, carries_run, is_live, may_edit_forward
 from hooked_lm.hooks.recorder import Recorder, recorded_part
-from hooked_lm.hooks.root_module import HookedRootModule, HookSpec, ModelOutput
+from hooked_lm.hooks.root_module import HookSpec, ModelOutput
 from hooked_lm.hooks.thread import (
     KeptPositions,
     Pass,

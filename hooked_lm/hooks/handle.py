@@ -49,7 +49,8 @@ class HookHandle:
     """One hook on one hook point.
 
     Two attributes of the function save a copy of the activation: `reads_only = True`, it never changes its argument;
-    `edits_in_place = False`, it returns a new tensor rather than write to its argument.
+    `edits_in_place = False`, it returns a new tensor rather than write to its argument. With `keep_graph = False` a
+    function that only reads keeps no graph, and may be given a copy of what an earlier hook can still write to.
 
     Attributes:
         hook: the function, called as `hook(activation, hook_point)`.
@@ -57,6 +58,7 @@ class HookHandle:
         context_level: how many `hooks()` contexts were open when it was added; None if added at no level.
         reads_only: it never changes the activation, and gets the tensor itself, never a copy.
         edits_in_place: it may write to its argument.
+        keep_graph: gradients have to flow through a tensor that it keeps.
         thread: the thread in which it acts; None for all threads.
         scope: acts only in `only` blocks of this scope; None for outside of them.
         fired: whether it has run since it was attached.
@@ -87,6 +89,7 @@ class HookHandle:
         self.is_permanent, self.context_level = is_permanent, level
         self.reads_only = bool(getattr(hook, "reads_only", False)) if reads_only is None else reads_only
         self.edits_in_place = not self.reads_only and bool(getattr(hook, "edits_in_place", True))
+        self.keep_graph = bool(getattr(hook, "keep_graph", True))
         self.thread = here.identity if this_thread else None
         self.scope = scope
         self.fired = False

@@ -35,8 +35,10 @@ class HookPoint(nn.Module):
     Args:
         axes: the names of the activation's axes, from `names.AXES` or others: `"batch pos head d_head"`, or a
             sequence of names. Position slices and interventions select along them.
-        on_demand: computed only when a hook is attached; a cache records it only if it is named.
+        on_demand: computed only when a hook is attached.
         differentiable: False for integer activations, which have no gradient.
+        flag: the field of the config with which a cache without `names_filter` records the activation. Without a flag
+            such a cache records it unless it is on demand or holds integers.
 
     Attributes:
         axes: the names as a tuple; empty if none were given.
@@ -49,12 +51,17 @@ class HookPoint(nn.Module):
     _always_runs = False
 
     def __init__(
-        self, axes: str | Sequence[str] | None = None, on_demand: bool = False, differentiable: bool = True
+        self,
+        axes: str | Sequence[str] | None = None,
+        on_demand: bool = False,
+        differentiable: bool = True,
+        flag: str | None = None,
     ) -> None:
         super().__init__()
         self.axes = tuple(axes.split()) if isinstance(axes, str) else tuple(axes or ())
         self.on_demand = on_demand
         self.differentiable = differentiable
+        self.flag = flag
         self.name: str = ""
         self.ctx: dict[object, Any] = {}  # Any: hooks store values of any type
         self.fwd_hooks: list[HookHandle] = []
@@ -124,6 +131,11 @@ class HookPoint(nn.Module):
     def edits(self) -> bool:
         """Whether a hook may change the activation or its gradient."""
         return self.edited_forward or any(handle.acts for handle in tuple(self.bwd_hooks))
+
+    @property
+    def keeps_graph(self) -> bool:
+        """Whether gradients may have to flow through a tensor that a hook keeps."""
+        return any(handle.acts and handle.keep_graph for handle in tuple(self.fwd_hooks))
 
     def add_hook(
         self,
@@ -307,9 +319,12 @@ def _through(handles: Sequence[HookHandle], x: Tensor, check_acts: bool = True, 
         if handle.edits_in_place and not private:
             x, private = x.clone(), True
         if handle.reads_only:
-            # A gradient has to flow through what is kept, so with a graph it is the tensor itself.
-            handle(x.clone() if shared and not x.requires_grad else x, mixed)
-            private = False
+            # A gradient may have to flow through what is kept; then it is the tensor itself, also if it is shared.
+            if shared and not (handle.keep_graph and x.requires_grad):
+                handle(x.clone(), mixed)
+            else:
+                handle(x, mixed)
+                private = False
             continue
         returned = handle(x, mixed)
         # A returned tensor may be referenced elsewhere.
@@ -371,12 +386,12 @@ def may_edit_forward(point: nn.Module) -> bool:
 
 
 def carries_run(point: nn.Module, gradients: bool) -> bool:
-    """Return whether the run must use a hook point's output: it may be edited, or need a gradient.
+    """Return whether the run must use a hook point's output: it may be edited, or kept with its graph.
 
     Args:
         point: a hook point, or a module in its place.
         gradients: whether gradients are recorded.
     """
     if isinstance(point, HookPoint):
-        return point.live and (gradients or point.edits)
+        return point.live and (point.edits or (gradients and point.keeps_graph))
     return True

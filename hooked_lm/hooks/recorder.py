@@ -26,6 +26,8 @@ class Recorder:
         positions: the positions to keep.
         remove_batch_dim: drop the batch axis, which must have length 1.
         device: where to keep the tensors; None leaves them where they are.
+        keep_graph: store tensors that gradients flow through. Otherwise a stored tensor is detached; it shares the
+            memory of the run's tensor.
     """
 
     store: MutableMapping[str, Tensor]
@@ -33,10 +35,13 @@ class Recorder:
     positions: Slice
     remove_batch_dim: bool
     device: torch.device | str | None
+    keep_graph: bool = False
 
     reads_only = True
 
     def __call__(self, x: Tensor, hook: HookPoint) -> None:
+        # Always detached: a tensor of forward-mode differentiation carries a derivative and requires no gradient.
+        x = x if self.keep_graph else x.detach()
         part = recorded_part(x, hook, self.positions, self.remove_batch_dim, current_pass().kept)
         self.store[hook.name + self.suffix] = part if self.device is None else part.to(self.device)
 

@@ -1,27 +1,25 @@
-"""HookedRootModule: a registry of hook points around any `nn.Module`."""
+"""HookRegistry: the hook points of any `nn.Module` by name, and the hooks that are attached to them."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterable, MutableMapping, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from hooked_lm.config.defaults import report_silent_hook
 from hooked_lm.hooks.handle import Direction, HookFunction, HookHandle, check_selection
 from hooked_lm.hooks.holder import HookHolder
 from hooked_lm.hooks.listing import HookListing
 from hooked_lm.hooks.point import HookPoint
-from hooked_lm.hooks.recorder import Recorder
 from hooked_lm.hooks.thread import Token, only
 from hooked_lm.names import NamesFilter, is_pattern, select_names
-from hooked_lm.slicing import Slice
 
-__all__ = ["HookSpec", "HookedRootModule", "ModelOutput"]
+__all__ = ["HookRegistry", "HookSpec", "ModelOutput"]
 
 HookSpec = tuple[NamesFilter, HookFunction]
 # Any: a call of the model returns whatever its forward does, which may depend on arguments (`return_type`).
@@ -38,12 +36,8 @@ class _Levels(threading.local):
 _open_contexts = _Levels()
 
 
-class HookedRootModule(HookListing):
-    """An `nn.Module` that finds its hook points by name. Call `setup()` at the end of `__init__`.
-
-    Hooks that are added by `add_hook` act in every thread; those of a `with` block (`hooks`), or of one run
-    (`run_with_hooks`, `run_with_cache`), act in the thread that added them.
-    """
+class HookRegistry(HookListing):
+    """The part of `HookedRootModule` that finds hook points, adds and removes hooks, and runs the module under them."""
 
     mod_dict: dict[str, nn.Module]
 
@@ -284,7 +278,7 @@ class HookedRootModule(HookListing):
             handles: the hooks.
 
         Raises:
-            RuntimeError: a hook did not run.
+            RuntimeError: a hook did not run; only a warning with the classic library's defaults.
         """
         entries = [names_filter] if names_filter is None or callable(names_filter) else names_filter
         for entry in [entries] if isinstance(entries, str) else entries:
@@ -295,184 +289,7 @@ class HookedRootModule(HookListing):
                 matched = [handle for handle in handles if handle.point.name in names]
             silent = [handle for handle in matched if not handle.fired]
             if silent and (not is_pattern(entry) or len(silent) == len(matched)):
-                raise RuntimeError(
+                report_silent_hook(
                     f"the hook at {silent[0].point.name!r} never ran: the model did not compute that activation in "
                     "this run (start_at_layer and stop_at_layer leave layers out)"
                 )
-
-    # Caching
-
-    def get_caching_hooks(
-        self,
-        names_filter: NamesFilter = None,
-        incl_bwd: bool = False,
-        device: torch.device | str | None = None,
-        remove_batch_dim: bool = False,
-        cache: MutableMapping[str, Tensor] | None = None,
-        pos_slice: object = None,
-    ) -> tuple[MutableMapping[str, Tensor], list[tuple[str, HookFunction]], list[tuple[str, HookFunction]]]:
-        """Return an empty cache and the (name, function) pairs that fill it, as (cache, fwd_hooks, bwd_hooks).
-
-        Args:
-            names_filter: which activations; None for all but those computed on demand (`hook_result` and the per-head
-                inputs), which have to be named.
-            incl_bwd: also record gradients, under the name with `_grad` appended.
-            device: where to keep the tensors; None leaves them where they are.
-            remove_batch_dim: drop the batch axis, which must have length 1.
-            cache: an existing dictionary to fill.
-            pos_slice: the positions to keep (anything `Slice` takes); query positions for attention patterns.
-        """
-        store: MutableMapping[str, Tensor] = {} if cache is None else cache
-        how = (Slice.unwrap(pos_slice), remove_batch_dim, device)
-        names = self.names_to_cache(names_filter)
-        fwd: list[tuple[str, HookFunction]] = [(name, Recorder(store, "", *how)) for name in names]
-        bwd: list[tuple[str, HookFunction]] = [
-            (name, Recorder(store, "_grad", *how)) for name in names if self.hook_dict[name].differentiable
-        ]
-        return store, fwd, bwd if incl_bwd else []
-
-    def names_to_cache(self, names_filter: NamesFilter = None) -> list[str]:
-        """Return the names of the activations to cache: by default all but those computed on demand.
-
-        Args:
-            names_filter: as for `get_caching_hooks`.
-
-        Raises:
-            UnknownHookError: a name or pattern matches nothing.
-        """
-        names = self.hook_names(names_filter)
-        return names if names_filter is not None else [name for name in names if not self.hook_dict[name].on_demand]
-
-    def add_caching_hooks(
-        self,
-        names_filter: NamesFilter = None,
-        incl_bwd: bool = False,
-        device: torch.device | str | None = None,
-        remove_batch_dim: bool = False,
-        cache: MutableMapping[str, Tensor] | None = None,
-    ) -> MutableMapping[str, Tensor]:
-        """Add hooks that fill a dictionary on every run until they are reset, and return that dictionary.
-
-        Args:
-            names_filter, incl_bwd, device, remove_batch_dim: as for `get_caching_hooks`.
-            cache: an existing dictionary to fill.
-
-        Raises:
-            UnknownHookError: a name or pattern matches nothing.
-        """
-        store, fwd, bwd = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, cache)
-        for handle in self.recording_handles(fwd, bwd):
-            handle.attach()
-        return store
-
-    def cache_all(
-        self,
-        cache: MutableMapping[str, Tensor] | None,
-        incl_bwd: bool = False,
-        device: torch.device | str | None = None,
-        remove_batch_dim: bool = False,
-    ) -> MutableMapping[str, Tensor]:
-        """Record every activation into `cache` on every run until the hooks are reset.
-
-        Args:
-            cache: the dictionary to fill; None for a new one, which is returned.
-            incl_bwd, device, remove_batch_dim: as for `get_caching_hooks`.
-        """
-        return self.add_caching_hooks(None, incl_bwd, device, remove_batch_dim, cache)
-
-    def cache_some(
-        self,
-        cache: MutableMapping[str, Tensor] | None,
-        names: NamesFilter,
-        incl_bwd: bool = False,
-        device: torch.device | str | None = None,
-        remove_batch_dim: bool = False,
-    ) -> MutableMapping[str, Tensor]:
-        """Record the named activations into `cache` on every run until the hooks are reset.
-
-        Args:
-            cache: the dictionary to fill; None for a new one, which is returned.
-            names: which activations, as `names_filter` of `get_caching_hooks`.
-            incl_bwd, device, remove_batch_dim: as for `get_caching_hooks`.
-
-        Raises:
-            UnknownHookError: a name or pattern matches nothing.
-        """
-        return self.add_caching_hooks(names, incl_bwd, device, remove_batch_dim, cache)
-
-    def recording_handles(
-        self,
-        fwd: Sequence[tuple[str, HookFunction]],
-        bwd: Sequence[tuple[str, HookFunction]],
-        level: int | None = None,
-        this_thread: bool = False,
-    ) -> list[HookHandle]:
-        """Return handles for (name, function) pairs that only read, without attaching them.
-
-        Args:
-            fwd, bwd: as `get_caching_hooks` returns them.
-            level, this_thread: as for `plan_hooks`.
-        """
-        directions: tuple[tuple[Direction, Sequence[tuple[str, HookFunction]]], ...] = (("fwd", fwd), ("bwd", bwd))
-        return [
-            HookHandle(
-                self.hook_dict[name], function, dir, False, level, True, by_keyword=False, this_thread=this_thread
-            )
-            for dir, pairs in directions
-            for name, function in pairs
-        ]
-
-    def run_with_cache(
-        self,
-        *model_args: object,
-        names_filter: NamesFilter = None,
-        device: torch.device | str | None = None,
-        remove_batch_dim: bool = False,
-        incl_bwd: bool = False,
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
-        pos_slice: object = None,
-        store: dict[str, Tensor] | None = None,
-        **model_kwargs: object,
-    ) -> tuple[ModelOutput, dict[str, Tensor]]:
-        """Run the model once; return its output and a dictionary of its activations.
-
-        A cached tensor is never changed by a later hook or run. Entries with the same tensor share its memory.
-
-        Args:
-            *model_args, **model_kwargs: go to the model.
-            names_filter, incl_bwd, device, remove_batch_dim, pos_slice: as for `get_caching_hooks`. With `incl_bwd` the
-                output must be a scalar (`return_type="loss"`), and its backward pass is run too.
-            reset_hooks_end: False leaves the hooks that record in place afterwards.
-            clear_contexts: also empty the `ctx` of every hook point afterwards.
-            store: an existing dictionary to fill.
-
-        Raises:
-            UnknownHookError: before the run, if a name or pattern matches nothing.
-            RuntimeError: after the run, if a named activation was not computed in it.
-        """
-        recorded: dict[str, Tensor] = {} if store is None else store
-        _, fwd, bwd = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, recorded, pos_slice)
-        handles = self.recording_handles(fwd, bwd, self.context_level + 1, this_thread=reset_hooks_end)
-        with self.attached(handles, reset_hooks_end, clear_contexts):
-            output = self(*model_args, **model_kwargs)
-            if incl_bwd:
-                _check_scalar(output)
-                output.backward()
-        self.check_fired(names_filter, [handle for handle in handles if handle.dir == "fwd"])
-        if store is not None:
-            return output, store
-        result = dict(recorded)
-        if reset_hooks_end:
-            # The graph refers to its backward hooks and these to `recorded`, a reference cycle: empty it.
-            recorded.clear()
-        return output, result
-
-
-def _check_scalar(output: object) -> None:
-    if not isinstance(output, Tensor) or output.numel() != 1 or not output.requires_grad:
-        came = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(
-            f"incl_bwd runs the backward pass, so the model must return a scalar with a gradient "
-            f"(return_type='loss'); it returned {came}"
-        )

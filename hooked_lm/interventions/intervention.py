@@ -21,10 +21,10 @@ from hooked_lm._support.precision import at_least_single
 from hooked_lm._support.torch_internals import transforms_active
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint, KeptPositions
+from hooked_lm.interventions.axis_sizes import axis_size
 from hooked_lm.interventions.masked import check_aligned, combined_mask, mask_weights
 from hooked_lm.names import (
     POSITION_AXES,
-    SELECTED_AXES,
     ActivationKey,
     UnknownHookError,
     describe_unknown,
@@ -278,7 +278,7 @@ class Intervention:
         axes = axes_by_site[self.site]
         for name, selection in self.selections().items():
             axis = axes[_find_axis(self.site, axes, name)]
-            size = _fixed_size(cfg, self.site, axis)
+            size = axis_size(cfg, self.site, axis)
             for one in selection if isinstance(selection, tuple) else (selection,):
                 if size is not None and not -size <= one < size:
                     raise ValueError(
@@ -306,7 +306,7 @@ class Intervention:
         """
         axes = axes_by_site[self.site]
         lengths = {"batch": batch, **dict.fromkeys(POSITION_AXES, n_positions), "1": 1}
-        sizes = [lengths.get(axis) or _fixed_size(cfg, self.site, axis) for axis in axes]
+        sizes = [lengths.get(axis) or axis_size(cfg, self.site, axis) for axis in axes]
         shape: list[int | None] = list(sizes)
         for name, selection in self.selections().items():
             axis = _find_axis(self.site, axes, name)
@@ -480,20 +480,3 @@ def _axes(site: str, cache: Recorded) -> Sequence[str]:
     if not cache.has_batch_dim:
         raise ValueError(f"the cache has no batch axis, and {site!r} is taken by prompt: leave out remove_batch_dim")
     return cache.model.hook_dict[site].axes
-
-
-def _fixed_size(cfg: HookedTransformerConfig, site: str, axis: str) -> int | None:
-    """Return the length of an axis, or None if it depends on the prompts."""
-    # A generation reads positions up to the context's length, also where a pass has fewer.
-    positions = dict.fromkeys(SELECTED_AXES["pos"], cfg.n_ctx)
-    return {
-        "head": cfg.n_heads,
-        "kv_head": cfg.n_kv_heads,
-        "d_model": cfg.d_model,
-        **cfg.attention_widths(of_values=site.endswith((".hook_v", ".hook_z"))),
-        "d_mlp": cfg.d_shared_expert if ".mlp.shared." in site else cfg.d_mlp,
-        "vocab": cfg.d_vocab_out,
-        "expert": cfg.num_experts,
-        "chosen": cfg.experts_per_token,
-        **positions,
-    }.get(axis)

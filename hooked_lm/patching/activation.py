@@ -255,7 +255,7 @@ def _grid_shape(model: HookedModel, activation: str, axes: Sequence[str], n_posi
     if not cfg.n_layers:
         raise ValueError("a model without layers has nothing to patch")
     of_kv_heads = "kv_head" in axes_at(model, get_act_name(activation, 0))
-    sizes = {"layer": cfg.n_layers, "head": cfg.n_kv_heads if of_kv_heads else cfg.n_heads}
+    sizes = {"layer": cfg.n_layers, "head": cfg.n_hooked_kv_heads if of_kv_heads else cfg.n_heads}
     return tuple(sizes.get(axis, n_positions) for axis in axes)
 
 

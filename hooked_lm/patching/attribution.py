@@ -25,7 +25,6 @@ from hooked_lm.components import SequenceLayout
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.hooks import HookPoint
 from hooked_lm.metrics import Metric
-from hooked_lm.names import get_act_name
 from hooked_lm.patching.audit import (
     Audit,
     AuditedCell,
@@ -37,7 +36,7 @@ from hooked_lm.patching.audit import (
     spearman,
 )
 from hooked_lm.patching.patches import GRIDS, Patch, patch_sites
-from hooked_lm.patching.qk_fix import DifferentiatedRun, attention_effects, check_attention
+from hooked_lm.patching.qk_fix import DifferentiatedRun, attention_effects, attention_sites, check_attention
 from hooked_lm.patching.sites import Clean, axes_at, axis_index, clean_activations, read_prompts, replacement
 from hooked_lm.sweep import AnyMetric
 from hooked_lm.tokenization import Prompts
@@ -149,7 +148,7 @@ def attribution_patch(
         metric.check_run(tokens, model.cfg.d_vocab_out, mask)
     sites = list(dict.fromkeys(site for name in names for site in patch_sites(model, GRIDS[name])))
     fixed = [name for name in names if qk_fix and GRIDS[name].activation in ("q", "k")]
-    extra = [get_act_name(one, layer) for one in "qkvz" for layer in range(model.cfg.n_layers)] if fixed else []
+    extra = attention_sites(model) if fixed else []
     if fixed:
         check_attention(model)
     clean_values = clean_activations(model, clean, sites, tokens, mask, attention_mask)

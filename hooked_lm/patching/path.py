@@ -28,7 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hooked_lm.components.stock import not_stock
+from hooked_lm.components.stock import stages_obstacle
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.interventions import Intervention, Selection
 from hooked_lm.metrics import Metric
@@ -276,7 +276,7 @@ class _PathPatching:
         self.clean, self.corrupted_cache, self.given_mask = clean, corrupted_cache, attention_mask
         self.per_prompt, self.memory_budget, self.verbose = per_prompt, memory_budget, verbose
         self.rules = NodeRules(model, self.tokens.shape[1], routes)
-        self.obstacle = not_stock(cast(nn.Module, model))
+        self.obstacle = stages_obstacle(cast(nn.Module, model))
 
     @torch.no_grad()
     def patch(
@@ -313,7 +313,7 @@ class _PathPatching:
         """Return the metric for every set of senders and every head that receives."""
         if component not in ("q", "k", "v"):
             raise ValueError(f"component is 'q', 'k' or 'v', got {component!r}")
-        n_heads = self.cfg.n_heads if component == "q" else self.cfg.n_kv_heads
+        n_heads = self.cfg.n_heads if component == "q" else self.cfg.n_hooked_kv_heads
         heads = [(Node(component, layer, head),) for layer in range(self.cfg.n_layers) for head in range(n_heads)]
         scores = self.patch(senders, heads, metric)
         return scores.reshape(scores.shape[0], self.cfg.n_layers, n_heads)

@@ -25,7 +25,17 @@ SENDERS = {
     "mlp_out": 7,
     "resid_post": 8,
 }
-RECEIVERS = {"resid_pre": 1, "q": 2, "k": 2, "v": 2, "resid_mid": 5, "mlp_in": 6, "resid_post": 8, "logits": 9}
+RECEIVERS = {
+    "resid_pre": 1,
+    "q": 2,
+    "k": 2,
+    "v": 2,
+    "gate": 2,
+    "resid_mid": 5,
+    "mlp_in": 6,
+    "resid_post": 8,
+    "logits": 9,
+}
 _ALIASES = {"result": "z", "q_input": "q", "k_input": "k", "v_input": "v"}
 _WITHOUT_LAYER = ("embed", "pos_embed", "logits")
 
@@ -37,9 +47,11 @@ class Node:
     Attributes:
         name: of a sender `"z"` (a head's output), `"attn_out"`, `"mlp_out"`, `"embed"`, `"pos_embed"`, `"resid_pre"`,
             `"resid_mid"` or `"resid_post"`; of a receiver `"q"`, `"k"`, `"v"` (a head's input for each of them),
-            `"mlp_in"`, one of the three streams, or `"logits"` (the stream that the final norm reads).
+            `"gate"` (where heads have gates), `"mlp_in"`, one of the three streams, or `"logits"` (the stream that the
+            final norm reads).
         layer: its block; none for `"embed"`, `"pos_embed"` and `"logits"`.
-        head: for `"z"` and `"q"` a head, for `"k"` and `"v"` a key-value head; several as a tuple; None for all.
+        head: for `"z"`, `"q"` and `"gate"` a head, for `"k"` and `"v"` a key-value head; several as a tuple; None for
+            all.
         pos: positions; None for all.
 
     >>> Node("k", 1, head=1)

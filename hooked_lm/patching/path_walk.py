@@ -80,7 +80,10 @@ class StreamBatch:
         for (name, which), x in zip(_PROJECTIONS, read, strict=True):
             if any(node.name == name for node in receivers):
                 yield from self._received(receivers, name, self._row_by_row(block.attn.project(x, which)))
-        attn_out = self._attention(layer, read, layout)
+        gate = block.attn.gate(read[0])
+        if gate is not None:
+            yield from self._received(receivers, "gate", self._row_by_row(gate))
+        attn_out = self._attention(layer, read, gate, layout)
         stream = resid_pre
         if self.cfg.attn_only or not block.parallel:
             stream = self._row_by_row(block.joined(resid_pre.flatten(0, 1), attn_out.flatten(0, 1), block.ln1))
@@ -101,12 +104,15 @@ class StreamBatch:
             stream = self._base("resid_pre", layer)
             self.rows = torch.cat((self.rows, stream.expand(len(new), *stream.shape)))
 
-    def _attention(self, layer: int, read: tuple[Tensor, Tensor, Tensor], layout: SequenceLayout) -> Tensor:
+    def _attention(
+        self, layer: int, read: tuple[Tensor, Tensor, Tensor], gate: Tensor | None, layout: SequenceLayout
+    ) -> Tensor:
         """Attention's output in each row: computed anew along "all"; else the corrupted one, but for sending heads."""
         block = self.model.blocks[layer]
         if self.routes == "all":
             q, k, v = block.attn.queries_keys_values(*read, layout)
-            z = self._sent(self._row_by_row(block.attn.attend(q, k, v, layout)), "z", layer)
+            z = block.attn.gated(block.attn.attend(q, k, v, layout), gate)
+            z = self._sent(self._row_by_row(z), "z", layer)
             attn_out = self._row_by_row(block.ln1_post(block.attn.write(z.flatten(0, 1))))
             return self._sent(attn_out, "attn_out", layer)
         attn_out = self._same_for_all("attn_out", layer)
@@ -138,7 +144,7 @@ class StreamBatch:
         )
         if self.cfg.positional_embedding_type != "shortformer":
             return layout, None
-        return layout, self.model.pos_embed(layout, self.rows.shape[0] * self.rows.shape[1])
+        return layout, self.model.pos_embed(self.rows[..., 0].flatten(0, 1), 0, layout.valid)
 
     # Rows, senders and receivers
 

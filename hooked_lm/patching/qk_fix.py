@@ -22,7 +22,7 @@ from hooked_lm.hooks import HookPoint
 from hooked_lm.names import get_act_name
 from hooked_lm.patching.patches import Patch
 
-__all__ = ["DifferentiatedRun", "HeadAttention", "attention_effects", "check_attention"]
+__all__ = ["DifferentiatedRun", "HeadAttention", "attention_effects", "attention_sites", "check_attention"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +58,16 @@ def check_attention(model: HookedModel) -> None:
             )
 
 
+def attention_sites(model: HookedModel) -> list[str]:
+    """Return the hook names of the activations from which attention is computed anew, and of its z.
+
+    Args:
+        model: the model.
+    """
+    names = (*"qkvz", "gate") if model.cfg.attention_gate else "qkvz"
+    return [get_act_name(name, layer) for name in names for layer in range(model.cfg.n_layers)]
+
+
 @torch.no_grad()
 def attention_effects(
     model: HookedModel, patch: Patch, clean: Mapping[str, Tensor], run: DifferentiatedRun, layout: SequenceLayout
@@ -89,7 +99,7 @@ class HeadAttention:
 
     Args:
         attn: the layer's attention.
-        run: the corrupted run, with q, k, v and z of the layer.
+        run: the corrupted run, with the activations that `attention_sites` names.
         layer: the layer.
         layout: of the corrupted prompts.
     """
@@ -97,6 +107,7 @@ class HeadAttention:
     def __init__(self, attn: Attention, run: DifferentiatedRun, layer: int, layout: SequenceLayout) -> None:
         self.attn, self.layout = attn, layout
         self.q, self.k, self.v, self.z = (run.values[get_act_name(name, layer)] for name in "qkvz")
+        self.gate = run.values[get_act_name("gate", layer)] if attn.has_gate else None
         self.z_grad = run.grads[get_act_name("z", layer)]
         self.group = self.q.shape[2] // self.k.shape[2]
 
@@ -133,7 +144,8 @@ class HeadAttention:
             k: clean keys [batch pos kv_head d_head].
         """
         v = self.v.repeat_interleave(self.group, 2)
-        worth = einsum(self.z_grad, v, "batch query head d_head, batch key head d_head -> batch head query key")
+        mixed_grad = self.attn.gated(self.z_grad, self.gate)
+        worth = einsum(mixed_grad, v, "batch query head d_head, batch key head d_head -> batch head query key")
         scores, changed = (self.gathered(self.q, keys)[1].double() for keys in (self.k, k))
         columns, worths = scores, worth.double()
         if self.attn.sinks is not None:  # they take attention and give nothing
@@ -159,10 +171,10 @@ class HeadAttention:
 
         handle = self.attn.hook_attn_scores.add_hook(record, reads_only=True)
         try:
-            z = self.attn.eager_attention(*self.attn.with_positions(q, k, self.layout), self.v, self.layout)
+            mixed = self.attn.eager_attention(*self.attn.with_positions(q, k, self.layout), self.v, self.layout)
         finally:
             handle.remove()
-        return z, seen[0]
+        return self.attn.gated(mixed, self.gate), seen[0]
 
 
 def _of_the_others(

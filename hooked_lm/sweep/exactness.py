@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hooked_lm.components.stock import not_stock
+from hooked_lm.components.stock import stages_obstacle
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.hooks import any_live
 from hooked_lm.interventions import Intervention
@@ -27,7 +27,7 @@ def walking_obstacle(model: HookedModel, always: Sequence[Intervention]) -> str 
         return "the model has no layers"
     if cfg.attention_dir == "bidirectional":
         return "earlier positions attend to later ones"
-    changed = not_stock(model)  # type: ignore[arg-type]
+    changed = stages_obstacle(model)  # type: ignore[arg-type]
     if changed is not None:
         return changed
     if any((block.attn_only, block.parallel) != (cfg.attn_only, cfg.parallel_attn_mlp) for block in model.blocks):

@@ -140,8 +140,11 @@ class SweepWalk:
             return stream, stream.new_zeros(1, 0, self.model.cfg.n_heads, self.model.cfg.value_width)
         resid_pre = block.hook_resid_pre(stream)
         positions = self._packed_positions()
-        q, k, v = attn.queries_keys_values(*block.attention_inputs(resid_pre, positions.shortformer), positions)
+        read = block.attention_inputs(resid_pre, positions.shortformer)
+        q, k, v = attn.queries_keys_values(*read, positions)
+        gate = attn.gate(read[0])
         queries, keys, values = self._unpack(q), self._unpack(k), self._unpack(v)
+        gates = [None] * len(self.groups) if gate is None else self._unpack(gate)
         streams = self._unpack(resid_pre)
         skipped = self._prune(prune)
         if any(skipped):
@@ -155,7 +158,9 @@ class SweepWalk:
             self.current = group
             k_group = self._with_past(key_site(self.model.cfg, layer), group, keys[index])
             v_group = self._with_past(get_act_name("v", layer), group, values[index])
-            z.append(attn.attend(q_group, k_group, v_group, self._layout(group)))
+            gate = gates[index]
+            mixed = attn.attend(q_group, k_group, v_group, self._layout(group))
+            z.append(attn.gated(mixed, None if gate is None else gate[:, skipped[index] :]))
         self.current = None
         return resid_pre, self._pack(z)
 

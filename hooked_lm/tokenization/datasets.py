@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hooked_lm.tokenization.functions import Tokenizer, encode, with_bos
+from hooked_lm.tokenization.functions import Tokenizer, bos_id, encode
 
 __all__ = ["TextDataset", "keep_single_column", "tokenize_and_concatenate"]
 
@@ -50,7 +50,7 @@ def tokenize_and_concatenate(
 
     Args:
         dataset: a HuggingFace `Dataset` or `IterableDataset` with a text column, or an iterable of strings.
-        tokenizer: its `eos_token` and `bos_token` are used.
+        tokenizer: its `eos_token` and, with `add_bos_token`, its `bos_token` are used.
         streaming, num_proc: accepted for compatibility, without effect; texts are read in one process, and whether a
             data set is streamed is seen from its class.
         max_length: tokens per row, BOS included.
@@ -63,10 +63,12 @@ def tokenize_and_concatenate(
         [row max_length].
 
     Raises:
-        ValueError: `max_length` leaves no room for a token; or fewer tokens than one row, unless streamed.
+        ValueError: no room for a token in `max_length`; fewer tokens than one row, unless streamed; or the tokenizer
+            lacks one of these tokens, for which no other stands in.
     """
-    tokenizer = with_bos(tokenizer)
-    bos = [int(tokenizer.bos_token_id)] if add_bos_token else []
+    bos = [bos_id(tokenizer, "add_bos_token=True")] if add_bos_token else []
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenize_and_concatenate puts eos_token between texts, and this tokenizer has none: set it")
     if max_length <= len(bos):
         raise ValueError(f"max_length {max_length} leaves no room for a token in a row")
     is_dataset = hasattr(dataset, "column_names")

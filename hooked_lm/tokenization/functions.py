@@ -23,10 +23,12 @@ __all__ = [
     "Prompts",
     "TokenBatch",
     "Tokenizer",
+    "bos_id",
     "check_padding_side",
     "decode",
     "encode",
     "infer_attention_mask",
+    "infer_cached_padding",
     "n_added",
     "prepare_tokenizer",
     "single_token",
@@ -74,20 +76,34 @@ def prepare_tokenizer(tokenizer: Tokenizer, d_vocab: int | None = None) -> Token
 
 
 def with_bos(tokenizer: Tokenizer) -> Tokenizer:
-    """Return a copy of a tokenizer that has BOS and padding tokens: its own, or else its end-of-sequence token.
+    """Return a copy of a tokenizer that has a BOS token, and a padding token as from `prepare_tokenizer`.
 
     Args:
         tokenizer: the tokenizer to copy.
 
     Raises:
-        ValueError: it has neither BOS nor an end-of-sequence token.
+        ValueError: it has no BOS token. An end-of-sequence token does not stand in for one.
     """
-    prepared = prepare_tokenizer(tokenizer)
-    if prepared.bos_token is None:
-        if prepared.eos_token is None:
-            raise ValueError("the tokenizer has no bos_token and no eos_token to use instead: set one")
-        prepared.bos_token = prepared.eos_token
-    return prepared
+    bos_id(tokenizer, "get_tokenizer_with_bos")
+    return prepare_tokenizer(tokenizer)
+
+
+def bos_id(tokenizer: Tokenizer, asked_by: str) -> int:
+    """Return a tokenizer's BOS token.
+
+    Args:
+        tokenizer: any.
+        asked_by: the call or the argument that needs one, for the message.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if tokenizer.bos_token_id is None:
+        raise ValueError(
+            f"{asked_by} needs a BOS token, and this tokenizer has none: set its bos_token (model.tokenizer.bos_token) "
+            "to the token that the model was trained to begin texts with, or go without BOS"
+        )
+    return int(tokenizer.bos_token_id)
 
 
 @dataclass(frozen=True)
@@ -160,12 +176,7 @@ def tokenize(
 
 def _start(tokenizer: Tokenizer, prepend_bos: bool) -> list[int]:
     """The tokens that come before a text."""
-    if prepend_bos and tokenizer.bos_token_id is None:
-        raise ValueError(
-            "prepend_bos=True needs a BOS token, and this tokenizer has none: set model.tokenizer.bos_token to the "
-            "token that the model was trained to begin texts with, or leave prepend_bos out"
-        )
-    return [tokenizer.bos_token_id] if prepend_bos else []
+    return [bos_id(tokenizer, "prepend_bos=True")] if prepend_bos else []
 
 
 def _begun(start: list[int], tokens: list[int]) -> list[int]:
@@ -216,6 +227,31 @@ def infer_attention_mask(tokenizer: Tokenizer, tokens: Tensor, prepend_bos: bool
         padded = is_pad.long().flip(1).cumprod(1).flip(1).bool()
         padded[:, 0] &= not (prepend_bos and tokenizer.pad_token_id == tokenizer.bos_token_id)
     return None if values_readable(padded) and not bool(padded.any()) else (~padded).long()
+
+
+def infer_cached_padding(tokenizer: Tokenizer, tokens: Tensor, padding_side: str, continuing: bool) -> Tensor | None:
+    """Return the mask [batch pos] of tokens that go into a key-value cache, or None if nothing is padded.
+
+    What comes after them attends to them, so padding on the right counts too. Where the padding token also ends or
+    begins texts, tokens that go on from others are all text, and of a run on the right that part is text which the
+    prompts have in common: the end of a text, after which the shorter ones are padded.
+
+    Args:
+        tokenizer: its special tokens are used.
+        tokens: [batch pos].
+        padding_side: `"left"` or `"right"`.
+        continuing: whether the tokens follow others. A single one is then text, as in a step of generation.
+    """
+    own_token = tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    n_tokens = tokens.shape[1]
+    if continuing and (n_tokens == 1 or not own_token):
+        return None
+    mask = infer_attention_mask(tokenizer, tokens, False, padding_side)
+    if mask is None or own_token:
+        return mask
+    n_padding = n_tokens - mask.sum(1, keepdim=True)
+    text = n_tokens - (n_padding - n_padding.min())
+    return (torch.arange(n_tokens, device=tokens.device) < text).long()
 
 
 def token_rows(tokens: Prompts | int) -> Tensor:

@@ -116,15 +116,20 @@ class InputReading(TextInterface, HookedRootModule):
         padding_side: PaddingSide | None,
         past_kv_cache: HookedTransformerKeyValueCache | None,
     ) -> Tensor | None:
-        """Return the given mask; or, at the start of a text padded on the left, the mask inferred from tokens."""
+        """Return the given mask, or that inferred from tokens where padding would change a number.
+
+        Without a key-value cache padding on the right changes none in causal attention, and nothing is inferred.
+        """
         side = self._padding_side(padding_side)
         tokenization.check_padding_side(side)
         continuing = past_kv_cache is not None and past_kv_cache.length > 0
         if attention_mask is not None:
             attention_mask = mask_tensor(attention_mask, tokens, continuing)
-        if attention_mask is not None or self.tokenizer is None or side == "right" or continuing:
+        if attention_mask is not None or self.tokenizer is None or (side == "right" and past_kv_cache is None):
             return attention_mask
-        return tokenization.infer_attention_mask(self.tokenizer, tokens, self._prepends_bos(prepend_bos), side)
+        if side == "left" and not continuing:
+            return tokenization.infer_attention_mask(self.tokenizer, tokens, self._prepends_bos(prepend_bos), side)
+        return tokenization.infer_cached_padding(self.tokenizer, tokens, side, continuing)
 
     def _layout(
         self,

@@ -271,8 +271,10 @@ class TextInterface(nn.Module):
                 token, whatever its shape: its direction is [d_model].
 
         Raises:
-            ValueError: a token out of range, or a string that is not one token.
+            ValueError: a token out of range, a string that is not one token, or a model whose logits are not linear in
+                the stream (`unembed_act_fn`).
         """
+        self.unembed.require_linear("a token's direction in the stream")
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
         index = tokenization.token_rows(tokens)

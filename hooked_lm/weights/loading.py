@@ -14,6 +14,7 @@ from torch import Tensor
 from hooked_lm import bundled
 from hooked_lm._support.plain_data import PlainData
 from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.config.defaults import defaults
 from hooked_lm.tokenization import Tokenizer
 from hooked_lm.weights import keywords, processing
 from hooked_lm.weights.methods import WeightProcessing
@@ -89,7 +90,8 @@ class WeightLoading(WeightProcessing):
                 enough by itself: then the network is not asked. A name beside it says where its tokenizer is, or the
                 folder of an adapter for it.
             tokenizer: instead of the checkpoint's own; False loads the model without one.
-            device, dtype: of the model's parameters; by default the CPU and the checkpoint's dtype.
+            device, dtype: of the model's parameters; by default the CPU and the checkpoint's dtype, or what
+                `hooked_lm.compat.install` sets in their place.
             revision: branch, tag or commit on the hub.
             checkpoint_index, checkpoint_value: a checkpoint from during training, by its number or training step, for
                 families that publish them.
@@ -124,7 +126,7 @@ class WeightLoading(WeightProcessing):
             checkpoint_value=checkpoint_value,
             first_n_layers=first_n_layers,
             n_ctx=n_ctx,
-            dtype=torch_dtype if dtype is None else dtype,
+            dtype=dtype or torch_dtype or defaults().dtype,
             trust_remote_code=trust_remote_code,
             ignore_config_fields=ignore_config_fields,
             hub=Hub(cache_dir, token, local_files_only),
@@ -137,7 +139,8 @@ class WeightLoading(WeightProcessing):
         asked = dict(zip(processing.STEPS, steps, strict=True))
         name = cfg.model_name if name_or_path is None else str(name_or_path)
         plan = _planned(name, cfg, asked, loaded.processed)
-        return cls._of_checkpoint(name, cfg, loaded, plan, device if move_to_device else None)
+        place = device or defaults().device() or "cpu"
+        return cls._of_checkpoint(name, cfg, loaded, plan, place if move_to_device else "cpu")
 
     @classmethod
     @torch.no_grad()
@@ -147,7 +150,7 @@ class WeightLoading(WeightProcessing):
         cfg: HookedTransformerConfig,
         loaded: checkpoint.Loaded,
         plan: list[str],
-        device: str | torch.device | None,
+        device: str | torch.device,
     ) -> Self:
         """Build a model for a checkpoint and load its weights, chunk by chunk.
 
@@ -169,14 +172,14 @@ class WeightLoading(WeightProcessing):
                 model = cls(after, move_to_device=False)
         if loaded.tokenizer is not None:
             model.tokenizer = loaded.tokenizer
-        placement = ParameterPlacement(model, device or "cpu")
+        placement = ParameterPlacement(model, device)
         for chunk in loaded.weights:
             if untied_by_processing and "embed.W_E" in chunk:
                 chunk["unembed.W_U"] = chunk["embed.W_E"].T
             if not placement.load_chunk(chunk, before, plan, keep_views=loaded.weights.mapped) or plan:
                 # No parameter is a view of the mapped file, so its pages can be released.
                 loaded.weights.release()
-        model.cfg.set_unlocked(device=str(torch.device(device or "cpu")))
+        model.cfg.set_unlocked(device=str(torch.device(device)))
         model.processed, model.origin = (*loaded.processed, *plan), loaded.origin
         return model
 
@@ -255,7 +258,8 @@ class WeightLoading(WeightProcessing):
         """
         weights = self.fill_missing_keys(state_dict)
         kind = self.cfg.normalization_type or ""
-        unfolded = kind.endswith("Pre") and any(folded_away(name) for name in weights)
+        own = dict(self.named_parameters())
+        unfolded = kind.endswith("Pre") and any(folded_away(name) for name in weights.keys() - own.keys())
         if unfolded:
             if fold_ln is False:
                 raise ValueError(

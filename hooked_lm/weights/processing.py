@@ -47,7 +47,7 @@ Processed = tuple[HookedTransformerConfig, Weights]
 
 
 def fold_layer_norm(cfg: HookedTransformerConfig, weights: Weights) -> Processed:
-    """Move the gains and biases of `ln1`, `ln2`, `ln_final` (and of SoLU's `ln`) into the weights that read from them.
+    """Move gains and biases of `ln1`, `ln2`, `ln_final`, SoLU's `ln` and `unembed.transform.ln` into their readers.
 
     `x_hat * w + b` read by `W` is `x_hat` read by `diag(w) W`, with `b W` added to the reader's bias. After LayerNorm,
     whose output has mean zero, the readers' mean over `d_model` does nothing and is removed.
@@ -192,10 +192,16 @@ def norms_with_readers(cfg: HookedTransformerConfig, weights: Weights) -> Iterat
     for prefix in _block_prefixes(weights):
         if cfg.norm_placement != "residual":  # the output of a norm on the stream is the stream itself
             yield norm(f"{prefix}ln1", [f"{prefix}attn.W_{name}" for name in _ATTENTION_READERS], centred)
-            yield norm(f"{prefix}ln2", [f"{prefix}mlp.{reader}" for reader in mlp_readers], centred)
+            # Folded, the gain would be missing in what experts without weights write.
+            if not cfg.writes_normalized(int(prefix.split(".")[1])):
+                readers = [f"{prefix}{mlp}.{reader}" for mlp in ("mlp", "shortcut") for reader in mlp_readers]
+                yield norm(f"{prefix}ln2", readers, centred)
         if cfg.is_layer_norm_activation():
             yield norm(f"{prefix}mlp.ln", [f"{prefix}mlp.W_out"], True)
-    yield norm("ln_final", ["unembed.W_U"], centred and not cfg.final_rms)
+    reader = "unembed.W_U" if cfg.unembed_act_fn is None else "unembed.transform.W_dense"
+    yield norm("ln_final", [reader], centred and not cfg.final_rms)
+    if cfg.unembed_act_fn is not None:
+        yield norm("unembed.transform.ln", ["unembed.W_U"], centred)
 
 
 def fold_into_reader_(weights: Weights, reader: str, gain: Tensor, bias: Tensor | None) -> None:
@@ -232,9 +238,9 @@ def center_reader_(weights: Weights, reader: str) -> None:
     weights[reader].sub_(weights[reader].mean(-2, keepdim=True))
 
 
-# Of the stream, in either kind of attention.
-_ATTENTION_READERS = ("Q", "K", "V", "DQ", "DKV", "KR")
-_WRITERS = r"embed\.W_E|blocks\.\d+\.(attn\.(W_O|b_O)|mlp\.(shared\.)?(W_out|b_out))"
+# Of the stream, in any kind of attention.
+_ATTENTION_READERS = ("Q", "K", "V", "G", "DQ", "DKV", "KR")
+_WRITERS = r"embed\.W_E|blocks\.\d+\.(attn\.(W_O|b_O)|(mlp|shortcut)\.(shared\.)?(W_out|b_out))"
 
 
 def _center_writing_(cfg: HookedTransformerConfig, weights: Weights) -> HookedTransformerConfig:
@@ -295,6 +301,8 @@ def _refactoring_obstacle(cfg: HookedTransformerConfig) -> str | None:
         return "the query-key norm acts on a head's dimensions, which therefore cannot be rotated freely"
     if cfg.n_kv_heads != cfg.n_heads:
         return "with grouped queries several heads share one key-value basis"
+    if cfg.attention_gate:
+        return "the gate acts on a head's dimensions, which therefore cannot be rotated freely"
     if cfg.d_head > cfg.d_model:
         return f"d_head {cfg.d_head} exceeds d_model {cfg.d_model}: the singular vectors would not fill a head"
     return _value_bias_obstacle(cfg)
@@ -305,6 +313,8 @@ def _value_bias_obstacle(cfg: HookedTransformerConfig) -> str | None:
         return "values are clipped with their bias, which therefore cannot be added later"
     if cfg.attention_sinks:
         return "with attention sinks a pattern's rows do not sum to one, so less than the whole bias is passed on"
+    if cfg.attention_gate:
+        return "values are multiplied by a gate with their bias, which therefore cannot be added later"
     return None
 
 
@@ -317,7 +327,10 @@ def _folding_obstacle(cfg: HookedTransformerConfig) -> str | None:
 def _writing_obstacle(cfg: HookedTransformerConfig) -> str | None:
     if cfg.normalization_type not in ("LN", "LNPre") or cfg.final_rms:
         return "only LayerNorm ignores the residual stream's mean"
-    if cfg.norm_placement in ("after", "residual") or not cfg.final_norm:
+    # A norm of the embeddings removes their mean before anything reads them, unless positions are added after it.
+    normed_embeddings = cfg.post_embedding_ln and cfg.positional_embedding_type != "standard"
+    all_normed = cfg.norm_placement not in ("after", "residual") and (cfg.first_norm or normed_embeddings)
+    if not (all_normed and cfg.final_norm):
         return "parts of the model read the residual stream without a norm that would remove its mean"
     return None
 
@@ -350,8 +363,9 @@ class Step:
 def _readers(cfg: HookedTransformerConfig) -> str:
     """Return a pattern of the weights that read from a norm: unembedding, attention, MLP; W_out after SoLU's."""
     out = r"|blocks\.\d+\.mlp\.[Wb]_out" if cfg.is_layer_norm_activation() else ""
-    mlp = r"mlp\.((shared\.)?[Wb]_(in|gate)|[Wb]_(router|shared_gate))"
-    return rf"unembed\.[Wb]_U|blocks\.\d+\.(attn\.[Wb]_({'|'.join(_ATTENTION_READERS)})|{mlp}){out}"
+    mlp = r"(mlp|shortcut)\.((shared\.)?[Wb]_(in|gate)|[Wb]_(router|shared_gate))"
+    attn = rf"attn\.[Wb]_({'|'.join(_ATTENTION_READERS)})"
+    return rf"unembed\.([Wb]_U|transform\.[Wb]_dense)|blocks\.\d+\.({attn}|{mlp}){out}"
 
 
 def _always(pattern: str) -> Callable[[HookedTransformerConfig], str]:

@@ -22,9 +22,9 @@ from weight_conversion.classic_state import from_classic
 __all__ = ["fill_missing", "fold_norms", "folded_away", "process_state_dict"]
 
 # Gains and biases of the norms that folding moves into other weights.
-_FOLDED_AWAY = re.compile(r"(blocks\.\d+\.(ln[12]|mlp\.ln)|ln_final)\.[wb]")
+_FOLDED_AWAY = re.compile(r"(blocks\.\d+\.(ln[12]|mlp\.ln)|ln_final|unembed\.transform\.ln)\.[wb]")
 # Matrices without which a layer computes nothing.
-_ESSENTIAL = re.compile(r"blocks\.\d+\.(attn|mlp)\.(.+\.)?W_\w+")
+_ESSENTIAL = re.compile(r"blocks\.\d+\.(attn|mlp|shortcut)\.(.+\.)?W_\w+")
 
 
 def folded_away(name: str) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hooked_lm._support.integers import integer
 from hooked_lm._support.replaced import missing
 from hooked_lm.components import Embed, PosEmbed, TransformerBlock, Unembed
+from hooked_lm.components.projections import per_query_head
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.factored_matrix import FactoredMatrix, composition_scores
 
@@ -70,6 +71,11 @@ class WeightViews(nn.Module):
                     f"this model has no {name}: a norm stands between the stream and what its heads read, the latents "
                     "of blocks[layer].attn, which has W_DKV, W_KR, W_UK, W_UV and W_Q, or W_DQ and W_UQ, instead"
                 )
+            if cfg.attention_gate and name == "OV":
+                raise AttributeError(
+                    "this model has no OV: a gate, blocks[layer].attn.hook_gate, multiplies what heads read before "
+                    "W_O. W_V and W_O are there"
+                )
             raise AttributeError(
                 f"this model has no {name}: positional_embedding_type={cfg.positional_embedding_type!r}, "
                 f"n_layers={cfg.n_layers}, attn_only={cfg.attn_only}, gated_mlp={cfg.gated_mlp}"
@@ -82,8 +88,9 @@ class WeightViews(nn.Module):
     def W_E(self) -> Float[Tensor, "vocab d_model"]:
         """Token embeddings, [vocab d_model], as `hook_embed` looks them up.
 
-        The parameter is `embed.W_E`. Where the model multiplies it by an `embedding_scale` (Gemma) this is a copy with
-        the scale, to be read only.
+        The parameter is `embed.W_E`. Where the model multiplies it by an `embedding_scale` (Gemma, BioGPT) this is a
+        copy with the scale, to be read only. Where a norm follows (`post_embedding_ln`: Bloom, nanochat), `hook_embed`
+        is `embed.ln` of these rows.
         """
         W_E, scale = self.embed.W_E, self.cfg.embedding_scale
         return W_E if scale == 1.0 else W_E * W_E.new_tensor(scale)
@@ -118,14 +125,14 @@ class WeightViews(nn.Module):
         return self._stack("attn", "W_Q")
 
     @property
-    def W_K(self) -> Float[Tensor, "layer kv_head d_model d_head"]:
-        """From the stream to keys, [layer kv_head d_model d_head]."""
-        return self._stack("attn", "W_K")
+    def W_K(self) -> Float[Tensor, "layer head d_model d_head"]:
+        """From the stream to keys, [layer head d_model d_head]: each query head with those of its key-value head."""
+        return self._per_query_head(self._stack("attn", "W_K"))
 
     @property
-    def W_V(self) -> Float[Tensor, "layer kv_head d_model d_head"]:
-        """From the stream to values, [layer kv_head d_model d_head]."""
-        return self._stack("attn", "W_V")
+    def W_V(self) -> Float[Tensor, "layer head d_model d_head"]:
+        """From the stream to values, [layer head d_model d_head], as `W_K`: `W_V[l, h] @ W_O[l, h]` is a head's OV."""
+        return self._per_query_head(self._stack("attn", "W_V"))
 
     @property
     def W_O(self) -> Float[Tensor, "layer head d_head d_model"]:
@@ -138,14 +145,14 @@ class WeightViews(nn.Module):
         return self._stack("attn", "b_Q")
 
     @property
-    def b_K(self) -> Float[Tensor, "layer kv_head d_head"]:
-        """Biases of the keys, [layer kv_head d_head]."""
-        return self._stack("attn", "b_K")
+    def b_K(self) -> Float[Tensor, "layer head d_head"]:
+        """Biases of the keys, [layer head d_head], as `W_K`."""
+        return self._per_query_head(self._stack("attn", "b_K"))
 
     @property
-    def b_V(self) -> Float[Tensor, "layer kv_head d_head"]:
-        """Biases of the values, [layer kv_head d_head]."""
-        return self._stack("attn", "b_V")
+    def b_V(self) -> Float[Tensor, "layer head d_head"]:
+        """Biases of the values, [layer head d_head], as `W_K`."""
+        return self._per_query_head(self._stack("attn", "b_V"))
 
     @property
     def b_O(self) -> Float[Tensor, "layer d_model"]:
@@ -185,15 +192,21 @@ class WeightViews(nn.Module):
     @property
     def QK(self) -> FactoredMatrix:
         """`W_Q W_K^T` of every head, [layer head d_model d_model]: rows are destinations, columns sources."""
-        return FactoredMatrix(self.W_Q, self._per_query_head(self.W_K).mT)
+        return FactoredMatrix(self.W_Q, self.W_K.mT)
 
     @property
     def OV(self) -> FactoredMatrix:
-        """`W_V W_O` of every head, [layer head d_model d_model]: from the source's residual to the output."""
-        return FactoredMatrix(self._per_query_head(self.W_V), self.W_O)
+        """`W_V W_O` of every head, [layer head d_model d_model]: from the source's residual to the output.
+
+        Raises:
+            AttributeError: heads have gates, or read latents: no product of weights describes what they write.
+        """
+        if self.cfg.attention_gate:
+            raise AttributeError("OV")
+        return FactoredMatrix(self.W_V, self.W_O)
 
     def _per_query_head(self, stacked: Tensor) -> Tensor:
-        return stacked.repeat_interleave(self.cfg.n_heads // self.cfg.n_kv_heads, dim=1)
+        return per_query_head(stacked, self.cfg.n_heads, dim=1)
 
     def all_composition_scores(self, mode: Literal["Q", "K", "V"]) -> Float[Tensor, "layer head layer head"]:
         """Return how much each head's output is read by each later head, [writer layer, head, reader layer, head].

@@ -1,4 +1,4 @@
-"""Latent attention: DeepSeek-V2 and V3, GLM 4 MoE Lite, MiniCPM3 and Youtu."""
+"""Latent attention: DeepSeek-V2 and V3, GLM 4 MoE Lite, MiniCPM3, Youtu and LongCat-Flash."""
 
 from __future__ import annotations
 
@@ -33,6 +33,25 @@ YARN: dict[str, Any] = {
 }
 UNSCALED = {"rope_type": "default", "rope_theta": 100.0}
 MUP = {"embeddings": {"scale_emb": 1}, "depth": {"scale_depth": None}, "logits": {"dim_model_base": None}}
+
+LONGCAT: dict[str, Any] = {
+    "hidden_size": 24,
+    "num_layers": 2,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 32,
+    "ffn_hidden_size": 40,
+    "q_lora_rank": 10,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "head_dim": 4,
+    "v_head_dim": 5,
+    "moe_topk": 3,
+    "n_routed_experts": 4,
+    "zero_expert_num": 2,
+    "expert_ffn_hidden_size": 12,
+    "routed_scaling_factor": 1.7,
+}
 
 ROWS = (
     Row(
@@ -132,5 +151,29 @@ ROWS = (
         "YoutuForCausalLM",
         "YoutuConfig",
         {**LATENT, "q_lora_rank": None, "attention_bias": True, "tie_word_embeddings": True},
+    ),
+    Row(
+        "longcat-flash",
+        "LongcatFlashForCausalLM",
+        "LongcatFlashConfig",
+        LONGCAT,
+        features={
+            "scale": {"routed_scaling_factor": 1.0},
+            "chosen": {"moe_topk": 2},
+            "identities": {"n_routed_experts": 6, "zero_expert_num": 0},
+        },
+    ),
+    Row(
+        "longcat-flash-biases-no-identities-tied",
+        "LongcatFlashForCausalLM",
+        "LongcatFlashConfig",
+        {
+            **LONGCAT,
+            "zero_expert_num": 0,
+            "attention_bias": True,
+            "rope_parameters": YARN,
+            "tie_word_embeddings": True,
+        },
+        pos=24,
     ),
 )

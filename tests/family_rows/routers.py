@@ -24,6 +24,17 @@ MINIMAX: dict[str, Any] = {
 }
 ERNIE: dict[str, Any] = {**DENSE, "moe_num_experts": 6, "moe_k": 3}
 EXAONE: dict[str, Any] = {**DENSE, **GROUPS, "num_experts": 8, "num_hidden_layers": 4, "sliding_window": 5}
+AFMOE: dict[str, Any] = {
+    **DENSE,
+    "num_hidden_layers": 4,
+    "num_dense_layers": 1,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "route_scale": 1.7,
+    "sliding_window": 5,
+    "global_attn_every_n_layers": 2,
+    "mup_enabled": True,
+}
 HY_V3: dict[str, Any] = {**DENSE, "num_experts": 6, "num_experts_per_tok": 3}
 
 ROUTER_FEATURES: dict[str, Any] = {
@@ -135,6 +146,32 @@ ROWS = (
             "mlp_bias": True,
             "mlp_layer_types": ["sparse", "dense", "sparse"],
             "num_shared_experts": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
+    Row(
+        "afmoe",
+        "AfmoeForCausalLM",
+        "AfmoeConfig",
+        AFMOE,
+        features={
+            "scale": {"route_scale": 1.0},
+            "embedding-scale": {"mup_enabled": False},
+            "layer-types": {"layer_types": ["full_attention"] * 4},
+            "windows": {"sliding_window": 20},
+            "dense-layer": {"num_dense_layers": 0},
+        },
+    ),
+    Row(
+        "afmoe-biases-one-shared-expert-tied",
+        "AfmoeForCausalLM",
+        "AfmoeConfig",
+        {
+            **AFMOE,
+            "attention_bias": True,
+            "num_shared_experts": 1,
+            "num_dense_layers": 2,
+            "mup_enabled": False,
             "tie_word_embeddings": True,
         },
     ),

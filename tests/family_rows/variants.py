@@ -1,4 +1,4 @@
-"""Other relatives of Llama: from Cohere, Granite and GLM to EXAONE, ERNIE, Hunyuan and nanochat."""
+"""Other relatives of Llama, from Cohere, Granite and GLM to nanochat, and the decoders of ModernBERT."""
 
 from __future__ import annotations
 
@@ -63,6 +63,21 @@ GRANITE: dict[str, Any] = {
 
 WINDOWS: dict[str, Any] = {**COMMON, "num_hidden_layers": 4, "sliding_window": 4}
 GLOBAL_FIRST = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+
+MODERNBERT: dict[str, Any] = {
+    "hidden_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "max_position_embeddings": 32,
+    "local_attention": 10,
+    "pad_token_id": 2,
+    "layer_types": ["full_attention", "sliding_attention"] * 2,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+    },
+}
 
 ROWS = (
     Row(
@@ -302,5 +317,32 @@ ROWS = (
             "tie_word_embeddings": True,
         },
         features=UNSCALED,
+    ),
+    Row(
+        "modernbert-decoder",
+        "ModernBertDecoderForCausalLM",
+        "ModernBertDecoderConfig",
+        MODERNBERT,
+        features={
+            "windows": {"local_attention": 40},
+            "layer-types": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+            "two-bases": {"rope_parameters": {**MODERNBERT["rope_parameters"], "sliding_attention": ROTARY}},
+            "activation-of-the-head": {"classifier_activation": "relu"},
+        },
+    ),
+    Row(
+        "modernbert-decoder-biases-untied",
+        "ModernBertDecoderForCausalLM",
+        "ModernBertDecoderConfig",
+        {
+            **MODERNBERT,
+            "norm_bias": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "classifier_bias": True,
+            "classifier_activation": "silu",
+            "decoder_bias": False,
+            "tie_word_embeddings": False,
+        },
     ),
 )

@@ -55,6 +55,8 @@ def draw_fields(rng: random.Random) -> dict[str, Any]:
         "parallel_attn_mlp": True,
         "final_rms": True,
         "final_norm": False,
+        "first_norm": False,
+        "unembed_act_fn": rng.choice(["relu", "silu"]),
         "norm_placement": rng.choice(["before_and_after", "after", "residual"]),
         "post_embedding_ln": True,
         "embedding_scale": 2.5,
@@ -78,6 +80,7 @@ def draw_attention(rng: random.Random, n_heads: int, n_layers: int) -> dict[str,
         "attn_scores_soft_cap": 1.5,
         "clip_qkv": 0.7,
         "attention_sinks": True,
+        "attention_gate": True,
         "attention_dir": "bidirectional",
     }
     fields = {name: value for name, value in sometimes.items() if rng.random() < 0.2}
@@ -104,6 +107,7 @@ def draw_latents(rng: random.Random) -> dict[str, Any]:
         "qk_norm_per_head_gains": False,
         "qk_norm_after_rotary": False,
         "clip_qkv": None,
+        "attention_gate": False,
         "positional_embedding_type": "rotary",
         "rotary_dim": rng.choice([2, d_head - 2]),
         "d_latent_kv": rng.choice([3, 5]),
@@ -147,6 +151,8 @@ def draw_experts(rng: random.Random, n_layers: int) -> dict[str, Any]:
         "norm_topk_prob": False,
         "moe_layers": [rng.random() < 0.6 for _ in range(n_layers)],
         "gated_limit": 0.8,
+        "identity_experts": 1,
+        "shortcut_experts": True,
     }
     fields |= {name: value for name, value in sometimes.items() if rng.random() < 0.3}
     if rng.random() < 0.5:

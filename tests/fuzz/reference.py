@@ -32,6 +32,8 @@ class Reference:
         self.w.setdefault("unembed.W_U", self.w["embed.W_E"].T)
         self.n_heads = config["n_heads"]
         self.n_kv_heads = config["n_key_value_heads"] or self.n_heads
+        # What the experts of a block write, for the next to add.
+        self.carried = torch.zeros(())
 
     def run(self, tokens: Tensor, edit: Edit, *, head_copies: bool = False) -> dict[str, Tensor]:
         """Return every activation of one prompt, by name, without batch axis.
@@ -61,9 +63,18 @@ class Reference:
         if self.c["final_norm"]:
             kind = self.kind()
             stream = self.norm("ln_final", stream, "RMS" if kind and self.c["final_rms"] else kind, see)
+        if self.c["unembed_act_fn"] is not None:
+            stream = self.transformed(stream, see)
         logits = see("unembed.hook_in", stream) @ self.w["unembed.W_U"] + self.w["unembed.b_U"]
         see("unembed.hook_out", capped(logits * self.c["logit_scale"], self.c["output_logits_soft_cap"]))
         return seen
+
+    def transformed(self, x: Tensor, see: Edit) -> Tensor:
+        """Return what the unembedding reads, where a layer with an activation function comes first."""
+        at = "unembed.transform"
+        x = see(f"{at}.hook_pre", x @ self.w[f"{at}.W_dense"] + self.w[f"{at}.b_dense"])
+        x = see(f"{at}.hook_post", ACTIVATIONS[self.c["unembed_act_fn"]](x))
+        return self.norm(f"{at}.ln", x, self.kind(), see)
 
     def embedded(self, tokens: Tensor, see: Edit) -> Tensor:
         x = self.w["embed.W_E"][tokens] * self.c["embedding_scale"]
@@ -129,7 +140,7 @@ class Block:
     def head_inputs(self, stream: Tensor, extra: Tensor | None) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return each head's input of queries, keys and values, after the norm."""
         n, m = self.model.n_heads, self.model.n_kv_heads
-        before = self.placement in ("before", "before_and_after")
+        before = self.placement in ("before", "before_and_after") and (self.layer > 0 or self.c["first_norm"])
         self.shared = shared = self.norm("ln1", stream) if before else stream
         if not self.head_copies:
             q, k, v = [shared] * n, [shared] * m, [shared] * m
@@ -173,7 +184,12 @@ class Block:
         else:
             pattern = scores.softmax(-1)
         pattern = self.see("attn.hook_pattern", pattern)
-        z = self.see("attn.hook_z", torch.stack([pattern[h] @ v[:, h // group] for h in range(len(pattern))], 1))
+        z = torch.stack([pattern[h] @ v[:, h // group] for h in range(len(pattern))], 1)
+        if self.c["attention_gate"]:
+            W_G, b_G = self.weight("attn.W_G"), self.weight("attn.b_G")
+            opened = torch.stack([(q_in[h] @ W_G[h] + b_G[h]).sigmoid() for h in range(len(W_G))], 1)
+            z = z * self.see("attn.hook_gate", opened)
+        z = self.see("attn.hook_z", z)
         W_O = self.weight("attn.W_O")
         result = self.see("attn.hook_result", torch.stack([z[:, h] @ W_O[h] for h in range(len(W_O))], 1))
         return result.sum(1) + self.weight("attn.b_O")
@@ -273,9 +289,13 @@ class Block:
         x = self.see("hook_mlp_in", stream.clone())
         if self.placement in ("before", "before_and_after"):
             x = self.norm("ln2", x)
-        layers = self.c["moe_layers"]
-        has_experts = self.c["num_experts"] is not None and (layers is None or layers[self.layer])
-        out = self.experts(x) if has_experts else self.dense("mlp", x)
+        layers, shortcut = self.c["moe_layers"], self.c["shortcut_experts"]
+        if shortcut and self.layer % 2 == 0:
+            self.model.carried = self.see("hook_shortcut_out", self.experts(x, "shortcut"))
+        has_experts = self.c["num_experts"] is not None and not shortcut and (layers is None or layers[self.layer])
+        out = self.experts(x, "mlp") if has_experts else self.dense("mlp", x)
+        if shortcut and self.layer % 2:
+            out = out + self.model.carried
         if self.placement in ("before_and_after", "after"):
             out = self.norm("ln2_post", out)
         return self.see("hook_mlp_out", out)
@@ -292,15 +312,15 @@ class Block:
         post = self.see(f"{at}.hook_post", post)
         return post @ self.weight(f"{at}.W_out") + self.weight(f"{at}.b_out")
 
-    def experts(self, x: Tensor) -> Tensor:
-        scores = x @ self.weight("mlp.W_router") + self.weight("mlp.b_router")
+    def experts(self, x: Tensor, at: str) -> Tensor:
+        scores = x @ self.weight(f"{at}.W_router") + self.weight(f"{at}.b_router")
         weights = scores.sigmoid() if self.c["router_scores"] == "sigmoid" else scores.softmax(-1)
-        weights = self.see("mlp.hook_expert_weights", weights)
-        chosen = torch.stack([self.choice(row) for row in weights])
-        chosen = self.see("mlp.hook_expert_indices", chosen)
-        out = self.dense("mlp.shared", x) if self.c["d_shared_expert"] is not None else torch.zeros_like(x)
+        weights = self.see(f"{at}.hook_expert_weights", weights)
+        chosen = torch.stack([self.choice(row, at) for row in weights])
+        chosen = self.see(f"{at}.hook_expert_indices", chosen)
+        out = self.dense(f"{at}.shared", x) if self.c["d_shared_expert"] is not None else torch.zeros_like(x)
         if self.c["shared_expert_gate"]:
-            out = out * (x @ self.weight("mlp.W_shared_gate") + self.weight("mlp.b_shared_gate")).sigmoid()
+            out = out * (x @ self.weight(f"{at}.W_shared_gate") + self.weight(f"{at}.b_shared_gate")).sigmoid()
         rows = []
         for pos in range(len(x)):
             total = weights[pos, chosen[pos]].sum() if self.c["norm_topk_prob"] else 1.0
@@ -308,14 +328,14 @@ class Block:
                 total = max(total, weights.new_tensor(self.c["norm_topk_min"]))
             row = out[pos]
             for expert in chosen[pos].tolist():
-                row = row + self.c["routed_scale"] * weights[pos, expert] / total * self.expert(expert, x[pos])
+                row = row + self.c["routed_scale"] * weights[pos, expert] / total * self.expert(expert, x[pos], at)
             rows.append(row)
         return torch.stack(rows)
 
-    def choice(self, weights: Tensor) -> Tensor:
+    def choice(self, weights: Tensor, at: str) -> Tensor:
         """The experts of one token: those with the largest corrected weights, of the best groups."""
         if self.c["router_correction"]:
-            weights = weights + self.weight("mlp.b_correction")
+            weights = weights + self.weight(f"{at}.b_correction")
         groups = self.c["expert_groups"] or 1
         members = torch.arange(len(weights)).chunk(groups)
         by = {"max": 1, "top2": 2}[self.c["expert_group_score"]]
@@ -324,17 +344,19 @@ class Block:
         allowed = torch.cat([members[group] for group in best])
         return allowed[weights[allowed].argsort(descending=True)][: self.c["experts_per_token"]]
 
-    def expert(self, expert: int, x: Tensor) -> Tensor:
-        hidden = x @ self.weight("mlp.W_in")[expert] + self.weight("mlp.b_in")[expert]
+    def expert(self, expert: int, x: Tensor, at: str) -> Tensor:
+        if expert >= self.c["num_experts"] - self.c["identity_experts"]:
+            return x
+        hidden = x @ self.weight(f"{at}.W_in")[expert] + self.weight(f"{at}.b_in")[expert]
         if self.c["gated_mlp"]:
-            gate = x @ self.weight("mlp.W_gate")[expert] + self.weight("mlp.b_gate")[expert]
+            gate = x @ self.weight(f"{at}.W_gate")[expert] + self.weight(f"{at}.b_gate")[expert]
             limit = self.c["gated_limit"]
             if limit is not None:
                 gate, hidden = gate.clamp(max=limit), hidden.clamp(-limit, limit) + 1
             hidden = self.activated(gate, "mlp") * hidden
         else:
             hidden = self.activated(hidden, "mlp")
-        return hidden @ self.weight("mlp.W_out")[expert] + self.weight("mlp.b_out")[expert]
+        return hidden @ self.weight(f"{at}.W_out")[expert] + self.weight(f"{at}.b_out")[expert]
 
     def activated(self, x: Tensor, at: str) -> Tensor:
         name = self.c["act_fn"]

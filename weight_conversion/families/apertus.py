@@ -13,13 +13,14 @@ __all__ = ["FAMILY", "config", "rules"]
 
 
 def config(fields: ConfigFields) -> Arguments:
-    """Map an `ApertusConfig`."""
+    """Map an `ApertusConfig`, or an `Apertus1p5TextConfig`, whose unembedding may be of the first tokens only."""
     fields.ignore("hidden_dropout")
     # Published files give these fields; transformers does not read them.
     fields.require("mlp_bias", False)
     fields.require("post_norm", False)
     fields.require("qk_norm", True)
-    return {**llama.config(fields), "gated_mlp": False, "use_qk_norm": True}
+    d_vocab_out = fields.get("output_vocab_size", None) or fields.take("vocab_size")
+    return {**llama.config(fields), "gated_mlp": False, "use_qk_norm": True, "d_vocab_out": d_vocab_out}
 
 
 def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
@@ -48,4 +49,4 @@ def _activation(source: str) -> tuple[Entry, ...]:
     )
 
 
-FAMILY = Family("Apertus", ("ApertusForCausalLM",), config, rules, prepend_bos=True)
+FAMILY = Family("Apertus", ("ApertusForCausalLM", "Apertus1p5TextForCausalLM"), config, rules, prepend_bos=True)

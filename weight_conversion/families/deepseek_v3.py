@@ -1,4 +1,4 @@
-"""DeepSeek-V3 and R1 (DeepSeek-AI 2024, "DeepSeek-V3 Technical Report"), and Kimi K2, which is built so too."""
+"""DeepSeek-V3 and R1 (DeepSeek-AI 2024, "DeepSeek-V3 Technical Report"), Kimi K2 and Sarvam-105B, built so too."""
 
 from __future__ import annotations
 
@@ -38,4 +38,4 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     )
 
 
-FAMILY = Family("DeepSeek-V3", ("DeepseekV3ForCausalLM",), config, rules)
+FAMILY = Family("DeepSeek-V3", ("DeepseekV3ForCausalLM", "SarvamMLAForCausalLM"), config, rules)

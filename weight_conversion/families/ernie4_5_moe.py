@@ -7,7 +7,7 @@ from weight_conversion import tables
 from weight_conversion.families import llama
 from weight_conversion.family import Family
 from weight_conversion.fields import Arguments, ConfigFields
-from weight_conversion.mixtures import ignore_training, mixture_rules
+from weight_conversion.mixtures import ignore_training, mixture_rules, widths
 from weight_conversion.rules import Drop, RuleTable
 
 __all__ = ["FAMILY", "config", "rules"]
@@ -17,14 +17,12 @@ def config(fields: ConfigFields) -> Arguments:
     """Map an `Ernie4_5_MoeConfig`."""
     ignore_training(fields)
     every, first, last = (fields.take(f"moe_layer_{name}") for name in ("interval", "start_index", "end_index"))
-    width = fields.take("moe_intermediate_size")
     return {
         **llama.config(fields),
         "rotary_adjacent_pairs": True,
         "num_experts": fields.take("moe_num_experts"),
         "experts_per_token": fields.take("moe_k"),
-        "d_expert": width,
-        "d_shared_expert": width * fields.take("moe_num_shared_experts") or None,
+        **widths(fields, "moe_num_shared_experts"),
         "norm_topk_min": fields.take("moe_norm_min"),
         "router_correction": True,
         "router_in_float32": True,

@@ -13,8 +13,10 @@ __all__ = ["FAMILY", "config", "rules"]
 
 
 def config(fields: ConfigFields) -> Arguments:
-    """Map the fields of a config.json whose `model_type` is "exaone"."""
-    fields.ignore("attention_dropout", "embed_dropout")
+    """Map the fields of a config.json whose `model_type` is "exaone", by its published names."""
+    fields.ignore("attention_dropout", "embed_dropout", "pretraining_tp")
+    for bias in ("attention_bias", "mlp_bias"):
+        fields.require(bias, False)
     d_model, n_heads = fields.take("hidden_size"), fields.take("num_attention_heads")
     width = d_model // n_heads
     # The published code does not read it.
@@ -31,7 +33,7 @@ def config(fields: ConfigFields) -> Arguments:
         "eps": fields.take("layer_norm_epsilon"),
         "normalization_type": "RMS",
         "tie_word_embeddings": fields.take("tie_word_embeddings"),
-        **rotary(fields, width, parameters=plain_parameters(fields)),
+        **rotary(fields, width, parameters=fields.get("rope_parameters", None) or plain_parameters(fields)),
     }
 
 
@@ -62,5 +64,11 @@ FAMILY = Family(
         "max_position_embeddings": 2048,
         "num_key_value_heads": None,
         "tie_word_embeddings": True,
+    },
+    # As transformers writes them from 5.24 on.
+    renamed={
+        "num_hidden_layers": "num_layers",
+        "rms_norm_eps": "layer_norm_epsilon",
+        "hidden_act": "activation_function",
     },
 )

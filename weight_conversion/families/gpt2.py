@@ -7,6 +7,7 @@ from weight_conversion import tables
 from weight_conversion.family import Family, Sites
 from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Rule, RuleTable
+from weight_conversion.sizes import gpt2_sizes
 
 __all__ = ["FAMILY", "blocks", "config", "rules"]
 
@@ -18,19 +19,10 @@ def config(fields: ConfigFields) -> Arguments:
     # Fields of old files, which transformers does not read.
     fields.ignore("n_ctx", "predict_special_tokens")
     fields.require("n_special", 0)
-    d_model = fields.take("n_embd")
     return {
-        "n_layers": fields.take("n_layer"),
-        "d_model": d_model,
-        "n_heads": fields.take("n_head"),
-        "d_mlp": fields.take("n_inner") or 4 * d_model,
-        "n_ctx": fields.take("n_positions"),
-        "d_vocab": fields.take("vocab_size"),
-        "act_fn": fields.take("activation_function"),
-        "eps": fields.take("layer_norm_epsilon"),
+        **gpt2_sizes(fields),
         "use_attn_scale": fields.take("scale_attn_weights"),
         "scale_attn_by_inverse_layer_idx": fields.take("scale_attn_by_inverse_layer_idx"),
-        "normalization_type": "LN",
         "positional_embedding_type": "standard",
         "tie_word_embeddings": fields.get("tie_word_embeddings", True),
     }

@@ -7,6 +7,7 @@ from weight_conversion import tables
 from weight_conversion.family import Family, Sites
 from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Rule, RuleTable
+from weight_conversion.sizes import gpt2_sizes
 
 __all__ = ["FAMILY", "config", "rules"]
 
@@ -22,19 +23,10 @@ def config(fields: ConfigFields) -> Arguments:
     # Settings of an old version, about inference.
     fields.ignore("inference_runner", "max_batch_size", "max_sequence_length", "pad_key_length")
     fields.ignore("pre_allocate_kv_cache", "validate_runner_input")
-    d_model, n_heads = fields.take("n_embd"), fields.take("n_head")
     return {
-        "n_layers": fields.take("n_layer"),
-        "d_model": d_model,
-        "n_heads": n_heads,
-        "n_key_value_heads": 1 if fields.take("multi_query") else n_heads,
-        "d_mlp": fields.take("n_inner") or 4 * d_model,
-        "n_ctx": fields.take("n_positions"),
-        "d_vocab": fields.take("vocab_size"),
-        "act_fn": fields.take("activation_function"),
-        "eps": fields.take("layer_norm_epsilon"),
+        **gpt2_sizes(fields),
+        "n_key_value_heads": 1 if fields.take("multi_query") else None,
         "use_attn_scale": fields.take("scale_attn_weights"),
-        "normalization_type": "LN",
         "positional_embedding_type": "standard",
         "tie_word_embeddings": fields.take("tie_word_embeddings"),
     }

@@ -7,6 +7,7 @@ from weight_conversion import tables
 from weight_conversion.family import Family, Sites
 from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rules import Entry, RuleTable
+from weight_conversion.sizes import gpt2_sizes
 
 __all__ = ["FAMILY", "around", "config", "rules"]
 
@@ -19,17 +20,8 @@ def config(fields: ConfigFields) -> Arguments:
     # Fields of old files, each with the value of the one model that has them.
     fields.require("rotary", True)
     fields.require("scale_attn_weights", True)
-    d_model = fields.take("n_embd")
     return {
-        "n_layers": fields.take("n_layer"),
-        "d_model": d_model,
-        "n_heads": fields.take("n_head"),
-        "d_mlp": fields.take("n_inner") or 4 * d_model,
-        "n_ctx": fields.take("n_positions"),
-        "d_vocab": fields.take("vocab_size"),
-        "act_fn": fields.take("activation_function"),
-        "eps": fields.take("layer_norm_epsilon"),
-        "normalization_type": "LN",
+        **gpt2_sizes(fields),
         "parallel_attn_mlp": True,
         "positional_embedding_type": "rotary",
         "rotary_dim": fields.take("rotary_dim"),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
+from weight_conversion.families import llama
 from weight_conversion.family import Family, Sites
 from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rotary import rotary
 from weight_conversion.rules import Rule, RuleTable
-from weight_conversion.sizes import d_head, sizes
+from weight_conversion.sizes import d_head
 
 __all__ = ["FAMILY", "around", "body", "config", "rules"]
 
@@ -20,14 +21,11 @@ def config(fields: ConfigFields) -> Arguments:
 
 def body(fields: ConfigFields) -> Arguments:
     """Map all but the positions."""
-    fields.ignore("attention_dropout", "output_router_logits", "router_aux_loss_coef")
+    fields.ignore("output_router_logits", "router_aux_loss_coef")
     return {
-        **sizes(fields),
-        "gated_mlp": True,
+        **llama.body(fields),
         "num_experts": fields.take("num_local_experts"),
         "experts_per_token": fields.take("num_experts_per_tok"),
-        "eps": fields.take("rms_norm_eps"),
-        "normalization_type": "RMS",
         "attn_scale": 1 / fields.take("attention_multiplier"),
         "embedding_scale": fields.take("embedding_multiplier"),
         "logit_scale": 1 / fields.take("logits_scaling"),

@@ -7,7 +7,7 @@ from weight_conversion import tables
 from weight_conversion.families import llama
 from weight_conversion.family import Family
 from weight_conversion.fields import Arguments, ConfigFields
-from weight_conversion.mixtures import ignore_training, mixture_rules, where_sparse
+from weight_conversion.mixtures import ignore_training, mixture_rules, where_sparse, widths
 from weight_conversion.rules import RuleTable
 
 __all__ = ["FAMILY", "config", "rules"]
@@ -18,14 +18,12 @@ def config(fields: ConfigFields) -> Arguments:
     ignore_training(fields)
     # In what precision experts and shared expert are added; see `router_in_float32` for the router.
     fields.ignore("enable_moe_fp32_combine")
-    width = fields.take("moe_intermediate_size")
     return {
         **llama.config(fields),
         "use_qk_norm": True,
         "num_experts": fields.take("num_experts"),
         "experts_per_token": fields.take("num_experts_per_tok"),
-        "d_expert": width,
-        "d_shared_expert": width * (fields.take("num_shared_experts") or 0) or None,
+        **widths(fields, "num_shared_experts"),
         "routed_scale": fields.take("router_scaling_factor"),
         "router_scores": "sigmoid",
         "router_correction": True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from hooked_lm.config import HookedTransformerConfig
-from weight_conversion import tables
 from weight_conversion.families import llama
 from weight_conversion.family import Family
 from weight_conversion.fields import Arguments, ConfigFields, HFConfig
@@ -11,7 +10,7 @@ from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
 from weight_conversion.sizes import d_head
 
-__all__ = ["FAMILY", "config", "rules"]
+__all__ = ["DEFAULTS", "FAMILY", "config", "rules"]
 
 
 def config(fields: ConfigFields) -> Arguments:
@@ -30,30 +29,24 @@ def _rotary_parameters(given: HFConfig) -> HFConfig:
 
 def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     """Map the tensors of an `InternLMForCausalLM`."""
-    block, bias = "layers.{layer}", fields.take("bias")
-    return (
-        *tables.embeddings(cfg),
-        *tables.norm(f"{block}.input_layernorm", "blocks.{layer}.ln1"),
-        *tables.attention(f"{block}.self_attn", qkv_bias=bias, out_bias=bias),
-        *tables.stored_rotary(f"{block}.self_attn"),
-        *tables.norm(f"{block}.post_attention_layernorm", "blocks.{layer}.ln2"),
-        *tables.gated_mlp(f"{block}.mlp"),
-        *tables.norm("norm", "ln_final"),
-    )
+    bias = fields.take("bias")
+    return llama.table(cfg, qkv_bias=bias, out_bias=bias)
 
+
+# Fields that a config.json may leave out, here and in InternLM2.
+DEFAULTS: HFConfig = {
+    "bias": True,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "num_key_value_heads": None,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
 
 FAMILY = Family(
     "InternLM",
     ("InternLMForCausalLM",),
     config,
     rules,
-    defaults={
-        "bias": True,
-        "hidden_act": "silu",
-        "max_position_embeddings": 2048,
-        "num_key_value_heads": None,
-        "rms_norm_eps": 1e-6,
-        "rotary": {"type": "dynamic", "base": 10000},
-        "tie_word_embeddings": False,
-    },
+    defaults={**DEFAULTS, "rotary": {"type": "dynamic", "base": 10000}},
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
-from weight_conversion.families import llama
+from weight_conversion.families import internlm, llama
 from weight_conversion.family import Family
 from weight_conversion.fields import Arguments, ConfigFields
 from weight_conversion.rotary import plain_parameters, rotary
@@ -42,12 +42,5 @@ FAMILY = Family(
     rules,
     embedding="tok_embeddings.weight",
     unembedding="output.weight",
-    defaults={
-        "bias": True,
-        "hidden_act": "silu",
-        "max_position_embeddings": 2048,
-        "num_key_value_heads": None,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-    },
+    defaults=internlm.DEFAULTS,
 )

@@ -10,7 +10,7 @@ from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
 from weight_conversion.sizes import d_head, sizes
 
-__all__ = ["FAMILY", "body", "config", "rules"]
+__all__ = ["FAMILY", "body", "config", "rules", "table"]
 
 
 def config(
@@ -44,13 +44,26 @@ def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     """Map the tensors of a `LlamaForCausalLM`."""
     # Configs of CWM, whose tensors have these names too, have no such field.
     bias = fields.get("attention_bias", False)
+    return table(cfg, qkv_bias=bias, out_bias=bias, mlp_bias=fields.take("mlp_bias"))
+
+
+def table(
+    cfg: HookedTransformerConfig, *, qkv_bias: bool = False, out_bias: bool = False, mlp_bias: bool = False
+) -> RuleTable:
+    """Return the rows of Llama's tensors and of those of the families that differ from it in their biases.
+
+    Args:
+        cfg: the config.
+        qkv_bias, out_bias, mlp_bias: which linear layers have a bias.
+    """
+    block = "layers.{layer}"
     return (
         *tables.embeddings(cfg),
-        *tables.norm("layers.{layer}.input_layernorm", "blocks.{layer}.ln1"),
-        *tables.attention("layers.{layer}.self_attn", qkv_bias=bias, out_bias=bias),
-        *tables.stored_rotary("layers.{layer}.self_attn"),
-        *tables.norm("layers.{layer}.post_attention_layernorm", "blocks.{layer}.ln2"),
-        *tables.gated_mlp("layers.{layer}.mlp", bias=fields.take("mlp_bias")),
+        *tables.norm(f"{block}.input_layernorm", "blocks.{layer}.ln1"),
+        *tables.attention(f"{block}.self_attn", qkv_bias=qkv_bias, out_bias=out_bias),
+        *tables.stored_rotary(f"{block}.self_attn"),
+        *tables.norm(f"{block}.post_attention_layernorm", "blocks.{layer}.ln2"),
+        *tables.gated_mlp(f"{block}.mlp", bias=mlp_bias),
         *tables.norm("norm", "ln_final"),
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from hooked_lm.config import HookedTransformerConfig
-from weight_conversion import tables
 from weight_conversion.families import llama
 from weight_conversion.family import Family
 from weight_conversion.fields import Arguments, ConfigFields
@@ -29,16 +28,7 @@ def _windows(fields: ConfigFields) -> Arguments:
 
 def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     """Map the tensors of a `MistralForCausalLM` or `MinistralForCausalLM`."""
-    block = "layers.{layer}"
-    return (
-        *tables.embeddings(cfg),
-        *tables.norm(f"{block}.input_layernorm", "blocks.{layer}.ln1"),
-        *tables.attention(f"{block}.self_attn"),
-        *tables.stored_rotary(f"{block}.self_attn"),
-        *tables.norm(f"{block}.post_attention_layernorm", "blocks.{layer}.ln2"),
-        *tables.gated_mlp(f"{block}.mlp"),
-        *tables.norm("norm", "ln_final"),
-    )
+    return llama.table(cfg)
 
 
 FAMILY = Family("Mistral", ("MistralForCausalLM",), config, rules, prepend_bos=True)

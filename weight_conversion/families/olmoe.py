@@ -4,31 +4,26 @@ from __future__ import annotations
 
 from hooked_lm.config import HookedTransformerConfig
 from weight_conversion import tables
+from weight_conversion.families import llama
 from weight_conversion.family import Family
 from weight_conversion.fields import Arguments, ConfigFields
-from weight_conversion.rotary import rotary
 from weight_conversion.rules import RuleTable
-from weight_conversion.sizes import d_head, sizes
 
 __all__ = ["FAMILY", "config", "rules"]
 
 
 def config(fields: ConfigFields) -> Arguments:
     """Map an `OlmoeConfig`."""
-    fields.ignore("attention_dropout", "output_router_logits", "router_aux_loss_coef")
+    fields.ignore("output_router_logits", "router_aux_loss_coef")
     return {
-        **sizes(fields),
-        "gated_mlp": True,
+        **llama.config(fields),
         "num_experts": fields.take("num_experts"),
         "experts_per_token": fields.take("num_experts_per_tok"),
         "norm_topk_prob": fields.take("norm_topk_prob"),
-        "eps": fields.take("rms_norm_eps"),
-        "normalization_type": "RMS",
         "use_qk_norm": True,
         "qk_norm_across_heads": True,
         # FlexOlmo, which shares this mapping, clips nothing.
         "clip_qkv": fields.get("clip_qkv", None),
-        **rotary(fields, d_head(fields)),
     }
 
 

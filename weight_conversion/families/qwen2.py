@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from hooked_lm.config import HookedTransformerConfig
-from weight_conversion import tables
 from weight_conversion.families import llama
 from weight_conversion.family import Family
 from weight_conversion.fields import Arguments, ConfigFields
@@ -22,16 +21,7 @@ def config(fields: ConfigFields) -> Arguments:
 
 def rules(cfg: HookedTransformerConfig, fields: ConfigFields) -> RuleTable:
     """Map the tensors of a `Qwen2ForCausalLM`."""
-    block = "layers.{layer}"
-    return (
-        *tables.embeddings(cfg),
-        *tables.norm(f"{block}.input_layernorm", "blocks.{layer}.ln1"),
-        *tables.attention(f"{block}.self_attn", qkv_bias=True),
-        *tables.stored_rotary(f"{block}.self_attn"),
-        *tables.norm(f"{block}.post_attention_layernorm", "blocks.{layer}.ln2"),
-        *tables.gated_mlp(f"{block}.mlp"),
-        *tables.norm("norm", "ln_final"),
-    )
+    return llama.table(cfg, qkv_bias=True)
 
 
 FAMILY = Family("Qwen2", ("Qwen2ForCausalLM", "Qwen2Model"), config, rules, prepend_bos=False)
