@@ -130,7 +130,14 @@ DERIVATIVES = (
     Breakage(
         "lazy-cache-is-made-in-a-transform",
         "hooked_lm/activation_cache/recording.py",
-        r"if \(lazy or offload is not None\) and transforms_active\(\):",
+        r"if not \(keep_graph or transforms_active\(\)\):",
+        "if not keep_graph:",
+        FUNC,
+    ),
+    Breakage(
+        "norm-is-fused-in-a-transform",
+        "hooked_lm/components/norm.py",
+        r"if transforms_active\(\):",
         "if False:",
         FUNC,
     ),
@@ -147,5 +154,34 @@ DERIVATIVES = (
         r"self\.cache_dict\.update\(dict\.fromkeys\(\(name, \*same\), usable\)\)",
         "pass",
         INFERENCE,
+    ),
+    # Detached caches
+    Breakage(
+        "cache-between-two-editors-parts-their-tensor",
+        "hooked_lm/hooks/point.py",
+        r"if shared and not \(handle\.keep_graph and x\.requires_grad\):",
+        "if shared and not x.requires_grad:",
+        ("test_detached_caches.py",),
+    ),
+    Breakage(
+        "default-cache-keeps-its-graph",
+        "hooked_lm/hooks/recorder.py",
+        r"x if self\.keep_graph else x\.detach\(\)",
+        "x",
+        ("test_detached_caches.py",),
+    ),
+    Breakage(
+        "unfiltered-cache-does-not-read-the-flags",
+        "hooked_lm/activation_cache/recording.py",
+        r"return asked or super\(\)\.is_recorded_by_default\(point\)",
+        "return super().is_recorded_by_default(point)",
+        ("test_caching.py",),
+    ),
+    Breakage(
+        "run-goes-through-what-a-detached-cache-records",
+        "hooked_lm/hooks/point.py",
+        r"gradients and point\.keeps_graph\)\)",
+        "gradients))",
+        ("test_detached_caches.py",),
     ),
 )
