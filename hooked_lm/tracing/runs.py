@@ -81,6 +81,9 @@ class Run:
         Args:
             metric: one of `hooked_lm.metrics`.
             logits: those of the run at the metric's position.
+
+        Raises:
+            TraceError: no metric of the package's, logits of another run or position, or a metric that does not fit.
         """
         if self.spec.decoding is not None:
             raise TraceError(
@@ -122,6 +125,9 @@ class Run:
 
         Args:
             interventions: one, or several. Positions count each prompt's own tokens.
+
+        Raises:
+            TraceError: something else, or an intervention that does not fit the run.
         """
         several = [interventions] if isinstance(interventions, Intervention) else list(interventions)
         for one in several:
@@ -151,7 +157,11 @@ class Site(Value):
 
     @property
     def type(self) -> TensorType:  # type: ignore[override]
-        """Its axes, their sizes and the kind of its entries."""
+        """Its axes, their sizes and the kind of its entries.
+
+        Raises:
+            TraceError: all positions of prompts of unequal lengths, which make no tensor.
+        """
         try:
             return selected_type(self.name, self._whole, self.run.spec, self.part)
         except ValueError as error:
@@ -175,6 +185,9 @@ class Site(Value):
             **selections: `pos`, `head`, `feature`, `batch`, and `step` of a generation: an integer, which drops the
                 axis, a slice or several integers. Positions are those of each prompt's own tokens; negative ones count
                 from its end.
+
+        Raises:
+            TraceError: no such selection, or out of range.
         """
         unknown = [name for name in selections if name not in Select.__dataclass_fields__]
         if unknown:
@@ -251,6 +264,9 @@ class Site(Value):
         Args:
             how: `"replace"`, `"add"`, `"scale"` or `"zero"`.
             value: as for `replace`; None to zero.
+
+        Raises:
+            TraceError: no such edit, or a value that does not broadcast to the part.
         """
         if how not in OPERATIONS or (how == "zero") != (value is None):
             raise TraceError(

@@ -99,6 +99,9 @@ class Trace:
             input: a string, a list of strings of any lengths, tokens [batch pos], or a list of lists of tokens.
             prepend_bos: for strings; by default the model's.
             attention_mask: [batch pos] of a tensor of tokens, 0 at padding.
+
+        Raises:
+            TraceError: the model does not take them.
         """
         self._check_open()
         try:
@@ -112,6 +115,9 @@ class Trace:
 
         Args:
             spec: the tokens.
+
+        Raises:
+            TraceError: no prompt, too long a one, or tokens that the model does not have.
         """
         cfg = self.target.cfg
         if not spec.tokens or min(spec.lengths) < 1 or max(spec.lengths) > cfg.n_ctx:
@@ -177,6 +183,9 @@ class Trace:
             seed: of the draws.
             eos_token_id: tokens that end a prompt; None for no end.
             use_past_kv_cache: read only the newest token at each step. The values are the same without.
+
+        Raises:
+            TraceError: prompts, or options, that the model does not take.
         """
         self._check_open()
         ends = () if eos_token_id is None else entries_of(eos_token_id) or (eos_token_id,)
@@ -208,6 +217,9 @@ class Trace:
 
         Args:
             name: as in `model.named_parameters()`, `"blocks.0.attn.W_O"`.
+
+        Raises:
+            TraceError: there is no such parameter.
         """
         shape = self.target.weight_shape(name)
         if shape is None:
@@ -254,6 +266,9 @@ class Trace:
         Args:
             values: the values.
             axis: where the new axis is.
+
+        Raises:
+            TraceError: no value, or values of different shapes.
         """
         made = [self.as_value(one) for one in values]
         if not made:
@@ -292,6 +307,9 @@ class Trace:
         Args:
             piece: `"ln_final"`, `"unembed"` or `"logits_of"` for a stream [..., d_model]; `"embed"` for tokens.
             operand: the value.
+
+        Raises:
+            TraceError: no such piece, or a value that it does not take.
         """
         if piece not in _PIECES:
             raise TraceError(f"a piece of the model is one of {', '.join(_PIECES)}, got {piece!r}", calling_line())
@@ -316,6 +334,9 @@ class Trace:
 
         Returns:
             A value with the shape of the activation, or a list of those.
+
+        Raises:
+            TraceError: several numbers, or something that is no activation of a run of prompts.
         """
         if not isinstance(scalar, Value) or scalar.type.numel != 1 or scalar.type.kind != "float":
             given = scalar.type if isinstance(scalar, Value) else repr(scalar)
@@ -343,6 +364,9 @@ class Trace:
             name: of the operation.
             *operands: values, tensors and numbers.
             **params: its parameters.
+
+        Raises:
+            TraceError: no such operation, or operands or parameters that do not fit.
         """
         values = [self.as_value(one) for one in operands]
         types = [one.type for one in values]

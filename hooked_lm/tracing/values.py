@@ -224,6 +224,9 @@ class Value:
         Args:
             axis: a name or an index.
             entries: an integer, which drops the axis, or several.
+
+        Raises:
+            TraceError: no such axis or entry.
         """
         several = entries_of(entries)
         found = [entries] if several is None else list(several)
