@@ -313,8 +313,11 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
             tokens = self._check_tokens(self.hook_tokens(tokens.clone()))
             prompt = replace(prompt, tokens=tokens)
         residual = self.hook_embed(self.embed(tokens))
-        # As many positions as there are prompts after the hooks at hook_embed, which may have changed their number.
-        like = tokens if residual.shape[0] == tokens.shape[0] else tokens.new_zeros(residual.shape[:2])
+        like = tokens
+        has_positions = self.cfg.positional_embedding_type in ("standard", "shortformer")
+        if has_positions and residual.shape[0] != tokens.shape[0] and not is_live(self.hook_pos_embed):
+            # Hooks at hook_embed have changed the number of prompts; hooks at hook_pos_embed would do so themselves.
+            like = tokens.new_zeros(residual.shape[:2])
         shortformer_pos = self._shortformer_pos(prompt, like)
         if self.cfg.positional_embedding_type == "standard":
             residual = residual + self._positions(layout, like)

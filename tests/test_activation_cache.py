@@ -324,6 +324,9 @@ def test_some_neurons_are_picked_by_a_slice(neuron_slice: Any) -> None:
     results = cache.get_neuron_results(1, neuron_slice=neuron_slice, pos_slice=-1)
     expected = cache["post", 1][:, -1, picked, None] * model.blocks[1].mlp.W_out[picked]
     torch.testing.assert_close(results, expected, **EXACT)
+    for onto in (model.W_U[:, 3], model.W_U[:, :4]):
+        projected = cache.get_neuron_results(1, neuron_slice, -1, project_output_onto=onto)
+        torch.testing.assert_close(projected, expected @ onto, **EXACT)
 
 
 @pytest.mark.parametrize("name", ["LN", "RMS", "LNPre", "no norms"])

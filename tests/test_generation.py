@@ -243,12 +243,12 @@ def test_a_model_without_tokenizer_has_no_end_to_stop_at() -> None:
         tiny_model().generate(tiny_tokens(), 3, **GREEDY)
 
 
-def test_text_goes_up_to_and_with_the_end() -> None:
+def test_text_goes_up_to_the_end_without_special_tokens() -> None:
     model = text_model()
     mary = model.to_single_token(" Mary")
     with model.hooks(fwd_hooks=say_rows([[mary, BOS, mary, mary], [mary, mary, mary, BOS]])):
         out = model.generate(["John", "When John"], 4, **GREEDY)
-    assert out == ["John Mary<|endoftext|>", "When John Mary Mary Mary<|endoftext|>"]
+    assert out == ["John Mary", "When John Mary Mary Mary"]
 
 
 def test_more_steps_than_needed_are_not_taken() -> None:
@@ -323,14 +323,15 @@ def test_return_types_decide_between_text_and_tokens() -> None:
     expected = greedy_by_hand(model, tokens, 5)
     text = model.to_string(expected[0, 1:])
     assert model.generate("When John", 5, **options) == text
-    assert model.generate(["When John"], 5, **options) == [text]
+    assert model.generate(["When John"], 5, **options) == text
+    assert model.generate(["When John", "When John"], 5, **options) == [text, text]
     assert model.generate("When John", 5, return_type="str", **options) == text
     assert torch.equal(model.generate("When John", 5, return_type="tokens", **options), expected)
     assert torch.equal(model.generate(tokens, 5, **options), expected)
     assert torch.equal(model.generate(tokens[0], 5, **options), expected[0])
     assert torch.equal(model.generate(tokens, 5, return_type="tokens", **options), expected)
-    assert model.generate(tokens, 5, return_type="str", **options) == ["<|endoftext|>" + text]
-    assert model.generate(tokens[0], 5, return_type="str", **options) == "<|endoftext|>" + text
+    assert model.generate(tokens, 5, return_type="str", **options) == text
+    assert model.generate(tokens[0], 5, return_type="str", **options) == text
     no_bos = model.generate("When John", 5, prepend_bos=False, **options)
     assert no_bos == model.to_string(greedy_by_hand(model, tokens[:, 1:], 5)[0])
 

@@ -80,7 +80,7 @@ def test_new_tokens_after_embeddings_are_text() -> None:
     model = text_model()
     tokens = model.to_tokens("When John")
     new = model.generate(tokens, 3, **OPTIONS)[:, tokens.shape[1] :]
-    assert model.generate(model.embed(tokens), 3, return_type="str", **OPTIONS) == [model.to_string(new[0])]
+    assert model.generate(model.embed(tokens), 3, return_type="str", **OPTIONS) == model.to_string(new[0])
     embeds = model.generate("When John", 3, return_type="embeds", **OPTIONS)
     assert torch.equal(embeds, model.embed(torch.cat((tokens, new), 1)))
     assert model.generate(tokens[0], 3, return_type="embeds", **OPTIONS).shape == embeds.shape[1:]

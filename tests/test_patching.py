@@ -119,6 +119,16 @@ def test_block_every_stacks_the_stream_attention_and_mlp() -> None:
     torch.testing.assert_close(every, torch.stack(parts))
 
 
+def test_the_metric_has_two_names() -> None:
+    model = tiny_model()
+    for name in ("block_every", "resid_pre"):
+        function = getattr(patching, f"get_act_patch_{name}")
+        grid = function(model, CORRUPTED, CLEAN, metric=METRIC, verbose=False)
+        torch.testing.assert_close(grid, patched(model, name))
+        with pytest.raises(TypeError, match=f"get_act_patch_{name} got metric= and patching_metric="):
+            function(model, CORRUPTED, CLEAN, metric=METRIC, patching_metric=METRIC)
+
+
 @pytest.mark.parametrize("positions", ["all_pos", "by_pos"])
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 def test_head_every_stacks_output_query_key_value_and_pattern_and_repeats_shared_heads(

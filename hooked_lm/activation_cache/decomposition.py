@@ -127,16 +127,25 @@ class ActivationCache(ResidualStreams):
     # Neurons
 
     def get_neuron_results(
-        self, layer: int, neuron_slice: object = None, pos_slice: object = None
-    ) -> Float[Tensor, "*batch_and_pos neuron d_model"]:
+        self,
+        layer: int,
+        neuron_slice: object = None,
+        pos_slice: object = None,
+        project_output_onto: Float[Tensor, " d_model *out"] | None = None,
+    ) -> Float[Tensor, "*batch_and_pos neuron d_model"] | Float[Tensor, "*batch_and_pos neuron *out"]:
         """Return the output of each neuron of a layer: its activation times its row of `W_out`.
 
         Args:
             layer: the block of the neurons.
             neuron_slice, pos_slice: neurons and positions to keep, anything `Slice` takes.
+            project_output_onto: a direction [d_model], or several [d_model out], to return only the outputs' products
+                with, [... neuron] or [... neuron out].
         """
         post, W_out = self._neurons(layer, Slice.unwrap(neuron_slice), self._positions(pos_slice))
-        return post[..., None] * W_out
+        if project_output_onto is None:
+            return post[..., None] * W_out
+        projected = W_out @ project_output_onto
+        return post * projected if projected.ndim == 1 else post[..., None] * projected
 
     def _neurons(self, layer: int, neurons: Slice, positions: Slice) -> tuple[Tensor, Tensor]:
         """Return activations [batch pos neuron] and output weights [neuron d_model] of some neurons."""

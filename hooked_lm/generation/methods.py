@@ -84,8 +84,8 @@ class TextGeneration(TextInterface, Intervening):
 
         Returns:
             Tokens [batch pos] ([pos] if so given), padding included; their embeddings [batch pos d_model]; or the text
-            without padding and the BOS that was put in front, up to and with the first end-of-sequence token. Of a
-            prompt of embeddings there is no text: tokens and strings are those of the new tokens alone.
+            up to the first end-of-sequence token, without special tokens, and a list of texts for several prompts. Of
+            a prompt of embeddings there is no text: tokens and strings are those of the new tokens alone.
 
         Raises:
             ValueError: prompt and new tokens exceed `n_ctx`, or an option is out of range.
@@ -123,9 +123,8 @@ class TextGeneration(TextInterface, Intervening):
             return_type = "embeds" if embeds is not None else "tokens" if texts is None else "str"
         one_row = isinstance(input, Tensor) and input.ndim == 1
         if return_type == "str":
-            added = [0] * len(out) if texts is None else [self._n_added(text, prepend_bos) for text in texts]
-            strings = self._texts(out, mask, tokens.shape[1], ends, added)
-            return strings[0] if one_row or isinstance(input, str) else strings
+            strings = self._texts(out, mask, tokens.shape[1], ends)
+            return strings[0] if len(strings) == 1 else strings
         out = self._looked_up(embeds, out) if return_type == "embeds" else out
         return out[0] if one_row else out
 
@@ -206,14 +205,13 @@ class TextGeneration(TextInterface, Intervening):
             raise ValueError(f"return_type is 'input', 'str' or 'tokens', not {return_type!r}")
         if integer(max_tokens_per_yield, "max_tokens_per_yield") < 1:
             raise ValueError(f"max_tokens_per_yield is at least 1, got {max_tokens_per_yield}")
-        tokens, mask, texts = self._prompts(input, prepend_bos, padding_side, None)
+        tokens, mask, _ = self._prompts(input, prepend_bos, padding_side, None)
         as_text = return_type == "str"
         if as_text and tokens.shape[0] != 1:
             raise ValueError(
                 f"one prompt at a time can be streamed as text, got {tokens.shape[0]}: pass return_type='tokens'"
             )
         self._check_room(tokens, max_new_tokens)
-        skip = 0 if texts is None else self._n_added(texts[0], prepend_bos)
         sampling = Sampling(do_sample, top_k, top_p, temperature, freq_penalty)
         ends = self._ends(stop_at_eos, eos_token_id)
         steps = decode_steps(
@@ -229,18 +227,18 @@ class TextGeneration(TextInterface, Intervening):
 
         pieces = _new_tokens(tokens, steps, max_tokens_per_yield)
         if as_text:
-            yield from self._text_pieces(pieces, skip)
+            yield from self._text_pieces(pieces)
         else:
             for new, _ in pieces:
                 yield new[0] if isinstance(input, Tensor) and input.ndim == 1 else new
 
-    def _text_pieces(self, pieces: Iterator[tuple[Tensor, bool]], skip: int) -> Iterator[str]:
-        """Yield the text that each piece [1 pos] adds, without the first `skip` tokens."""
+    def _text_pieces(self, pieces: Iterator[tuple[Tensor, bool]]) -> Iterator[str]:
+        """Yield the text that each piece [1 pos] adds, without special tokens."""
         so_far: Tensor | None = None
         sent = text = ""
         for new, last in pieces:
-            so_far = new[:, skip:] if so_far is None else torch.cat((so_far, new), 1)
-            text = str(self.to_string(so_far[0]))
+            so_far = new if so_far is None else torch.cat((so_far, new), 1)
+            text = self._plain_text(so_far[0])
             # The bytes of a character may be spread over tokens: an unfinished character waits for the next piece.
             finished = text if last else text.rstrip("\ufffd")
             yield finished[len(sent) :]
@@ -325,18 +323,20 @@ class TextGeneration(TextInterface, Intervening):
             raise ValueError("stop_at_eos needs an end-of-sequence token: pass eos_token_id, or stop_at_eos=False")
         return (self.tokenizer.eos_token_id,)
 
-    def _texts(
-        self, tokens: Tensor, mask: Tensor | None, n_prompt: int, ends: tuple[int, ...], added: list[int]
-    ) -> list[str]:
-        """Return each row as text, without padding and the tokens added, up to the first end-of-sequence token."""
+    def _texts(self, tokens: Tensor, mask: Tensor | None, n_prompt: int, ends: tuple[int, ...]) -> list[str]:
+        """Return each row as text, without padding and special tokens, up to the first end-of-sequence token."""
         strings = []
         for index, row in enumerate(tokens):
             prompt = row[:n_prompt] if mask is None else row[:n_prompt][mask[index].bool()]
             new = row[n_prompt:].tolist()
             stops = [at for at, token in enumerate(new) if token in ends]
             kept = new[: stops[0] + 1] if stops else new
-            strings.append(str(self.to_string(prompt[added[index] :].tolist() + kept)))
+            strings.append(self._plain_text(prompt.tolist() + kept))
         return strings
+
+    def _plain_text(self, tokens: Sequence[int] | Tensor) -> str:
+        """Return the text of a sequence of tokens without the special ones."""
+        return str(tokenization.decode(self._require_tokenizer(), tokens, special=False))
 
 
 def _new_tokens(tokens: Tensor, steps: Iterator[Tensor], per_piece: int) -> Iterator[tuple[Tensor, bool]]:

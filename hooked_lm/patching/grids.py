@@ -5,8 +5,9 @@ Arguments, options and errors are those of `get_act_patch`, which patches any gr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import TypeVar, Unpack
+from typing import TypeVar, Unpack, cast
 
 import torch
 from jaxtyping import Float
@@ -99,15 +100,24 @@ def _swept(
 
 
 def _classic(function: _Function) -> _Function:
-    """Add the arguments to a docstring; they are the same for all classic functions."""
+    """Add the arguments to a docstring, the same for all classic functions, and take the metric as `metric=` too."""
     if function.__doc__ is not None:  # None under `python -OO`
         function.__doc__ += """
 
     Args:
-        model, corrupted_tokens, clean_cache, patching_metric: as for `get_act_patch`.
+        model, corrupted_tokens, clean_cache, patching_metric: as for `get_act_patch`; `metric=` is a second name.
         options: `attention_mask`, `per_prompt`, `memory_budget` and `verbose`, as for `get_act_patch`.
     """
-    return function
+
+    @functools.wraps(function)
+    def by_either_name(*args: object, **kwargs: object) -> object:
+        if "metric" in kwargs:
+            if "patching_metric" in kwargs:
+                raise TypeError(f"{function.__name__} got metric= and patching_metric=, two names of one thing")
+            kwargs["patching_metric"] = kwargs.pop("metric")
+        return function(*args, **kwargs)
+
+    return cast(_Function, by_either_name)
 
 
 @_classic

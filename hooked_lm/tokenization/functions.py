@@ -29,7 +29,6 @@ __all__ = [
     "encode",
     "infer_attention_mask",
     "infer_cached_padding",
-    "n_added",
     "prepare_tokenizer",
     "single_token",
     "str_tokens",
@@ -183,16 +182,6 @@ def _begun(start: list[int], tokens: list[int]) -> list[int]:
     return tokens if start and tokens[:1] == start else start + tokens
 
 
-def n_added(tokenizer: Tokenizer, text: str, prepend_bos: bool) -> int:
-    """Return how many tokens `tokenize` puts in front of a text: 1 for BOS, or 0.
-
-    Args:
-        tokenizer, text, prepend_bos: as for `tokenize`.
-    """
-    tokens = encode(tokenizer, text)
-    return len(_begun(_start(tokenizer, prepend_bos), tokens)) - len(tokens)
-
-
 def check_padding_side(padding_side: str) -> None:
     """Check that a padding side is `"left"` or `"right"`.
 
@@ -277,12 +266,15 @@ def token_rows(tokens: Prompts | int) -> Tensor:
     return tensor.long()
 
 
-def decode(tokenizer: Tokenizer, tokens: Tensor | np.ndarray | Sequence[int] | int) -> str | list[str]:
+def decode(
+    tokenizer: Tokenizer, tokens: Tensor | np.ndarray | Sequence[int] | int, special: bool = True
+) -> str | list[str]:
     """Return the string of one sequence of tokens, or the list of strings of a batch.
 
     Args:
         tokenizer: any.
         tokens: a token, [pos] or [batch pos].
+        special: with the special tokens among them, such as BOS.
 
     Raises:
         ValueError: they have more axes.
@@ -291,8 +283,9 @@ def decode(tokenizer: Tokenizer, tokens: Tensor | np.ndarray | Sequence[int] | i
     if rows.ndim > 2:
         raise ValueError(f"expected one sequence of tokens or a batch [batch pos], got shape {tuple(rows.shape)}")
     if rows.ndim == 2:
-        return [str(decode(tokenizer, row)) for row in rows]
-    return str(tokenizer.decode(rows.reshape(-1).tolist(), clean_up_tokenization_spaces=False))
+        return [str(decode(tokenizer, row, special)) for row in rows]
+    ids = rows.reshape(-1).tolist()
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False, skip_special_tokens=not special))
 
 
 def str_tokens(tokenizer: Tokenizer, tokens: Tensor | np.ndarray | Sequence[int]) -> list[str]:

@@ -119,10 +119,6 @@ class TextInterface(nn.Module):
                 "trained with it"
             )
 
-    def _n_added(self, text: str, prepend_bos: bool | None) -> int:
-        """How many tokens are put in front of a text."""
-        return tokenization.n_added(self._require_tokenizer(), text, self._prepends_bos(prepend_bos))
-
     def _check_tokens(self, given: Prompts | int) -> Tensor:
         """Return tokens in any form as [batch pos] on the model's device, checked against its vocabulary."""
         tokens = tokenization.token_rows(given)

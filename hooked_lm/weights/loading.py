@@ -271,7 +271,7 @@ class WeightLoading(WeightProcessing):
         self.load_state_dict(weights)
         self.processed = ("fold_ln",) if unfolded else ()
         self.process_weights_(
-            fold_ln, center_writing_weights, center_unembed, fold_value_biases, refactor_factored_attn_matrices
+            fold_ln, center_writing_weights, center_unembed, refactor_factored_attn_matrices, fold_value_biases
         )
 
 

@@ -41,13 +41,13 @@ class WeightProcessing(nn.Module):
         fold_ln: bool | None = None,
         center_writing_weights: bool | None = None,
         center_unembed: bool | None = None,
-        fold_value_biases: bool | None = None,
         refactor_factored_attn_matrices: bool | None = None,
+        fold_value_biases: bool | None = None,
     ) -> None:
         """Process the model's weights in place, by the steps that preserve its function.
 
         Args:
-            fold_ln, center_writing_weights, center_unembed, fold_value_biases, refactor_factored_attn_matrices: True or
+            fold_ln, center_writing_weights, center_unembed, refactor_factored_attn_matrices, fold_value_biases: True or
                 False for a step; None for the default of `from_pretrained`. A step that would change the function is
                 left out, with a warning if it was True.
         """

@@ -77,6 +77,9 @@ KNOWN = (
     Known(r"properties/config_values\[no_scale\]", "attn_scale", "the number that scores are divided by"),
     Known(r"text/padding_and_losses.*", "loss of padded texts", "padding has no part in a loss"),
     Known(r"uses/saved_configs.*", r"config|state/.*", "fields and buffers of its own: both are read"),
+    Known(r"generation/penalties.*", "repetition|greedy with frequency", "a penalty acts wherever it is asked for"),
+    Known(r"generation/streamed.*", r"texts.*", 'return_type="str" yields text'),
+    Known(r"generation/from_embeddings.*", "tokens|embeddings", "new tokens stand behind the prompt, not twice as far"),
     Known(r"tools/detected_heads.*", r".* abs|.*, abs", "not rounded to three places"),
 )
 
