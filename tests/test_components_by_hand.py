@@ -95,7 +95,7 @@ def test_every_classic_name_is_a_component() -> None:
         assert getattr(components, name)(cfg).cfg.n_key_value_heads == 1
     assert components.RMSNorm(FIELDS, length=4).w.shape == (4,)
     for name in ("BertBlock", "T5Attention"):
-        with pytest.raises(ImportError, match=f"has no {name}: there are decoders only here"):
+        with pytest.raises(ImportError, match=f"has no attribute '{name}'.*there are decoders only here"):
             getattr(components, name)
     assert not hasattr(components, "Attentoin")
 

@@ -2,6 +2,7 @@
 
 from typing import NoReturn
 
+from hooked_lm._support.replaced import missing
 from hooked_lm.components.attention import Attention
 from hooked_lm.components.block import TransformerBlock
 from hooked_lm.components.embed import Embed, Unembed
@@ -46,7 +47,6 @@ _ABSENT = {
 
 
 def __getattr__(name: str) -> NoReturn:
-    if name in _ABSENT:
-        # ImportError, since `from hooked_lm.components import name` would replace the text of an AttributeError.
-        raise ImportError(f"hooked_lm.components has no {name}: {_ABSENT[name]}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    error = missing(__name__, name, _ABSENT)
+    # ImportError, since `from hooked_lm.components import name` would replace the text of an AttributeError.
+    raise ImportError(str(error)) if name in _ABSENT else error
