@@ -408,6 +408,15 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
         initialize_weights(self, self.cfg)
         self.processed = ()
 
+    def to(self, *args: object, print_details: bool = True, **kwargs: object) -> Self:
+        """Move the model to a device, or change its precision; return it.
+
+        Args:
+            *args, **kwargs: as for `torch.nn.Module.to`.
+            print_details: taken for code of the classic library, and without effect: nothing is printed.
+        """
+        return super().to(*args, **kwargs)  # type: ignore[call-overload, no-any-return]
+
     def mps(self) -> HookedTransformer:
         """Move the model to Apple's GPU."""
         return self.to("mps")

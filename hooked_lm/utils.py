@@ -37,6 +37,7 @@ from hooked_lm.tokenization import (
 )
 from hooked_lm.tokenization import with_bos_string as get_input_with_manually_prepended_bos
 from hooked_lm.tokenization import without_bos as get_tokens_with_bos_removed
+from hooked_lm.tokenization.linked import TextDefaults, linked
 from hooked_lm.weights.initialization import (
     calc_fan_in_and_fan_out,
     init_kaiming_normal_,
@@ -221,8 +222,16 @@ def get_offset_position_ids(past_kv_pos_offset: int, attention_mask: Tensor) -> 
 
 
 def get_tokenizer_with_bos(tokenizer: Tokenizer) -> Tokenizer:
-    """Return a copy of a tokenizer that has a BOS token, with a padding token; a ValueError if it has no BOS."""
-    return tokenization.with_bos(tokenizer)
+    """Return a copy of a tokenizer that puts BOS in front of a text, with a padding token.
+
+    Args:
+        tokenizer: of the transformers library.
+
+    Raises:
+        ValueError: it has no BOS token.
+    """
+    made = tokenization.with_bos(tokenizer)
+    return linked(made, TextDefaults(True, made.padding_side))
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,23 @@ from dataclasses import dataclass
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.tokenization.functions import Tokenizer
 
-__all__ = ["linked", "unlinked"]
+__all__ = ["TextDefaults", "linked", "unlinked"]
 
 # A class of tokenizers; the type checker knows neither it nor its instances.
 TokenizerClass = Tokenizer
+
+
+@dataclass
+class TextDefaults:
+    """The settings of text that a tokenizer without a model follows, under the names of a config's fields.
+
+    Attributes:
+        default_prepend_bos: put BOS in front of a text.
+        default_padding_side: `"left"` or `"right"`.
+    """
+
+    default_prepend_bos: bool
+    default_padding_side: str
 
 
 @dataclass
@@ -21,19 +34,19 @@ class _Link:
     """What a linked tokenizer knows of its model.
 
     Attributes:
-        cfg: the model's config.
+        cfg: the model's config, or the settings in its place.
         plain: the tokenizer's class before it was linked.
         own_post_processor: what came with the tokenizer, once it has been read.
         state: whether BOS is put in front, and which, as of the last text; None before the first.
     """
 
-    cfg: HookedTransformerConfig
+    cfg: HookedTransformerConfig | TextDefaults
     plain: TokenizerClass
     own_post_processor: object = None
     state: tuple[bool, str | None] | None = None
 
 
-def linked(tokenizer: Tokenizer, cfg: HookedTransformerConfig) -> Tokenizer:
+def linked(tokenizer: Tokenizer, cfg: HookedTransformerConfig | TextDefaults) -> Tokenizer:
     """Make a tokenizer follow a config, and the config follow the tokenizer; return the tokenizer.
 
     `tokenizer.padding_side` is `cfg.default_padding_side` from now on, under two names, and what the tokenizer puts in
@@ -42,7 +55,7 @@ def linked(tokenizer: Tokenizer, cfg: HookedTransformerConfig) -> Tokenizer:
     Args:
         tokenizer: the model's own copy. One of other classes than those of transformers, whose class cannot be
             changed, only gets the padding side that the config has now.
-        cfg: the model's config.
+        cfg: the model's config, or the settings in its place.
     """
     tokenizer.padding_side = cfg.default_padding_side
     plain: TokenizerClass = type(tokenizer)
