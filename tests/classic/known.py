@@ -64,11 +64,13 @@ KNOWN = (
     Known(r"models/activation_gradients.*", r".*\.ln1\..*_grad", "one norm for q, k and v: its gradient is their sum"),
     Known(r"models/logits_under_masks\[(alibi|local|embedding_norm|gemma)\]", "holes", "holes are as if left out"),
     Known(r"models/logits_under_masks\[bidirectional\]", ".*", "masks act in bidirectional attention too"),
+    Known(r"components/attention\[bidirectional\]", "masked", "masks act in bidirectional attention too"),
     Known(r"caches/accumulated.*", r"normed for (layer 1|an MLP)", "statistics of each partial sum, at every layer"),
     Known(r"caches/head_results.*", "remainder of none", "what enters layer 0, not the last layer's output"),
     Known(rf"caches/(decomposed|head_results|neuron_results|full_decomposition){UNFOLDED}", "normed", "gains act"),
     Known(rf"caches/(attributed_logits|normed_stacks){UNFOLDED}", "(?!recomputed).*", "gains act"),
     Known(r"patching/patterns.*", "by_pos", "[layer pos head], as the other grids by position"),
+    Known(r"patching/heads_.*\[ungrouped\]", "[kv]", "every key and value there is, not the first few"),
     Known(r"matrices/singular_values", r".* Vh", "Vh is V transposed, as everywhere else"),
     Known(r"matrices/singular_values", r".* shapes/4", "Vh is V transposed, as everywhere else"),
     Known(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.classic.outcomes import HERE, classic_shapes, here, stored, there
-from tests.classic.rules import parameter, tokens
+from tests.classic.rules import numbers, parameter, tokens
 from tests.classic.rules import state as state_of
 
 
@@ -76,6 +76,15 @@ def test_a_masked_token_is_as_if_it_were_left_out(config: str) -> None:
     mask = torch.tensor([[1, 0, 1, 1, 1]])
     alone = model(given[mask.bool()][None])
     assert close(model(given, attention_mask=mask)[mask.bool()][None], alone)
+
+
+def test_a_masked_token_is_left_out_of_bidirectional_attention_called_by_hand() -> None:
+    attn, stream = model_of("bidirectional").blocks[1].attn, numbers("stream", (1, 5, 8))
+    mask = torch.tensor([[1, 0, 1, 1, 1]])
+    left = stream[mask.bool()][None]
+    masked = attn(query_input=stream, key_input=stream, value_input=stream, attention_mask=mask)
+    assert close(masked[mask.bool()][None], attn(left, left, left))
+    assert not close(masked, attn(stream, stream, stream))
 
 
 def test_the_gradient_of_a_norm_is_the_sum_over_queries_keys_and_values() -> None:
@@ -277,6 +286,16 @@ def test_products_keep_the_inner_dimension() -> None:
 def test_grids_of_patterns_by_position_have_the_axes_of_the_others(config: str) -> None:
     name = f"patching/patterns[{config}]"
     assert close(here(name)["by_pos"], there(name)["by_pos"].mT)
+
+
+@pytest.mark.parametrize("scenario", ["heads_by_position", "heads_at_all_positions"])
+@pytest.mark.parametrize("which", ["k", "v"])
+def test_grids_of_ungrouped_keys_and_values_have_every_query_head(scenario: str, which: str) -> None:
+    """There they stop after as many heads as there are key-value heads, 2 of 4."""
+    ours, theirs = (run(f"patching/{scenario}[ungrouped]")[which] for run in (here, there))
+    assert (ours.shape[-1], theirs.shape[-1]) == (4, 2)
+    assert close(ours[..., :2], theirs)
+    assert bool((ours[..., 2:] != 0).any())
 
 
 def test_scores_of_heads_are_not_rounded() -> None:
