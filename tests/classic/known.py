@@ -82,8 +82,6 @@ KNOWN = (
     Known(r"generation/penalties.*", "repetition|greedy with frequency", "a penalty acts wherever it is asked for"),
     Known(r"generation/streamed.*", r"texts.*", 'return_type="str" yields text'),
     Known(r"generation/from_embeddings.*", "tokens|embeddings", "new tokens stand behind the prompt, not twice as far"),
-    Known(r"components/attention\[bidirectional\]", "masked", "masks act in bidirectional attention too"),
-    Known(r"patching/heads_.*\[ungrouped\]", "[kv]", "a column for each head that there is a hook for"),
     Known(r"text/other_tokenizers.*", "prepends", "a field that describes the checkpoint, and is left as it was"),
     Known(r"tools/evaluations.*", "accuracy/.*", "other words and templates"),
     Known(r"tools/detected_heads.*", r".* abs|.*, abs", "not rounded to three places"),
