@@ -72,6 +72,8 @@ def test_bad_tokens_raise(what: str, call: str) -> None:
     given, error, message = BAD_TOKENS[what]
     if call == "generate_stream" and what in ("no positions", "no prompts"):
         message = f"{message}|one prompt at a time"
+    if call == "generate" and what == "floats":
+        message = "a prompt of floats is embeddings"
     model = tiny_model()
     with unharmed(model), pytest.raises(error, match=message):
         CALLS[call](model, given)
