@@ -55,7 +55,7 @@ def routed(row: Row, folder: Path) -> tuple[HookedTransformer, Any, tuple[Tensor
     ours = HookedTransformer.from_pretrained_no_processing(folder)
     tokens = row.tokens()
     logits = theirs(tokens, output_router_logits=True).router_logits
-    return ours, ours.run_with_cache(tokens)[1], tuple(layer.unflatten(0, tokens.shape) for layer in logits)
+    return ours, ours.run_with_cache(tokens, names_filter="*")[1], tuple(layer.unflatten(0, tokens.shape) for layer in logits)
 
 
 @pytest.mark.parametrize("row_id", ["mixtral", "qwen2-moe", "olmoe", "granite-moe", "gpt-oss"])
@@ -193,7 +193,7 @@ def test_the_correction_changes_the_choice_of_experts_and_not_their_weights(row_
     theirs, tokens = row.build(), row.tokens()
     theirs.save_pretrained(tmp_path)
     ours = HookedTransformer.from_pretrained_no_processing(tmp_path)
-    logits, cache = ours.run_with_cache(tokens)
+    logits, cache = ours.run_with_cache(tokens, names_filter="*")
     layer = max(layer for layer in range(ours.cfg.n_layers) if ours.cfg.has_experts(layer))
     weights, chosen = (cache[f"blocks.{layer}.mlp.hook_expert_{what}"] for what in ("weights", "indices"))
     largest = weights.topk(chosen.shape[-1]).indices

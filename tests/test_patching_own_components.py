@@ -146,7 +146,7 @@ def test_the_stages_of_stock_blocks_would_give_something_else(
     model = changed_model(component, way)
     how: dict[str, Any] = {"routes": "mlps", **QUIET}
     right = patching.path_patch(model, CORRUPTED, CLEAN, METRIC, SENDERS, "logits", **how)
-    monkeypatch.setattr(path, "not_stock", lambda *_: None)
+    monkeypatch.setattr(path, "stages_obstacle", lambda *_: None)
     wrong = patching.path_patch(model, CORRUPTED, CLEAN, METRIC, SENDERS, "logits", **how)
     assert (right - wrong).abs().max() > 1e-3
 
