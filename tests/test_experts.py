@@ -55,7 +55,11 @@ def routed(row: Row, folder: Path) -> tuple[HookedTransformer, Any, tuple[Tensor
     ours = HookedTransformer.from_pretrained_no_processing(folder)
     tokens = row.tokens()
     logits = theirs(tokens, output_router_logits=True).router_logits
-    return ours, ours.run_with_cache(tokens, names_filter="*")[1], tuple(layer.unflatten(0, tokens.shape) for layer in logits)
+    return (
+        ours,
+        ours.run_with_cache(tokens, names_filter="*")[1],
+        tuple(layer.unflatten(0, tokens.shape) for layer in logits),
+    )
 
 
 @pytest.mark.parametrize("row_id", ["mixtral", "qwen2-moe", "olmoe", "granite-moe", "gpt-oss"])

@@ -157,11 +157,12 @@ def test_another_config_cannot_be_put_in_its_place() -> None:
 def test_the_table_of_this_file_has_every_field_that_describes_an_architecture() -> None:
     scalings = ("NTK_", "yarn_", "use_yarn", "use_NTK", "dynamic_", "use_dynamic", "longrope_", "use_longrope")
     acting = {"attn_scores_soft_cap", "output_logits_soft_cap", "attention_dir", "n_ctx", "dtype", "device"}
+    acting.add("ungroup_grouped_query_attention")
     described = {
         *("qk_norm_type", "qk_norm_across_heads", "qk_norm_per_head_gains", "qk_norm_after_rotary"),
         *("rotary_base_local", "rotary_adjacent_pairs", "rotary_layers", "alibi_in_bfloat16", "moe_layers", "d_expert"),
         *("d_shared_expert", "shared_expert_gate", "norm_topk_prob", "sparsemixer_jitter", "gated_limit", "n_params"),
-        *("use_normalization_before_and_after", "ungroup_grouped_query_attention"),
+        "use_normalization_before_and_after",
         *("query_scale_beta", "query_scale_ctx_len", "d_latent_kv", "d_latent_q", "d_value", "latent_eps"),
         *("norm_topk_min", "routed_scale", "router_scores", "router_correction", "router_in_float32"),
         *("expert_groups", "expert_groups_per_token", "expert_group_score", "identity_experts", "shortcut_experts"),
