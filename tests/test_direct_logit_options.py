@@ -63,7 +63,7 @@ def test_neurons_of_dense_layers_can_be_split_where_others_hold_experts() -> Non
     attribution = attributed(recorded(model), "neuron", layers=[1])
     assert attribution.grid.shape == (1, 48, BATCH)
     assert "0_mlp_out" in attribution.rest_labels
-    with pytest.raises(ValueError, match=r"layers \[0\] are mixtures of experts"):
+    with pytest.raises(ValueError, match=r"layers \[0\] add the output of experts"):
         attributed(recorded(model), "neuron")
 
 

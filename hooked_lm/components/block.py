@@ -95,7 +95,7 @@ class TransformerBlock(HookHolder):
         if not isinstance(layout, SequenceLayout):
             layout, past = sequence_by_hand(resid_pre, layout, past, past_kv_cache_entry, attention_mask)
             added = shortformer_pos_embed if shortformer_pos is None else shortformer_pos
-            with in_pass(Pass(layout.n_past, mask=layout.real_queries)):
+            with in_pass(Pass(layout.n_past, mask=layout.real_queries), whole=False):
                 return self.forward(resid_pre, layout, past, added)
         resid_pre = self.hook_resid_pre(resid_pre)
         q_in, k_in, v_in = self.attention_inputs(resid_pre, shortformer_pos)

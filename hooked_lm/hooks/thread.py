@@ -134,15 +134,18 @@ def current_pass() -> Pass:
 
 
 @contextmanager
-def in_pass(running: Pass) -> Generator[None, None, None]:
+def in_pass(running: Pass, whole: bool = True) -> Generator[None, None, None]:
     """Make a pass the current one within a `with` block; afterwards the earlier one is restored, also on errors.
 
     Args:
         running: the pass.
+        whole: of a model; False for a block that is called by itself.
     """
     before = here.running, here.first_read
     # A run that a hook makes reads a text of its own.
-    here.running, here.first_read, here.runs_models = running, None, True
+    here.running, here.first_read = running, None
+    # A block by itself may be a part of a checkpointed run that autograd recomputes: see `_refuse_recomputation`.
+    here.runs_models = here.runs_models or whole
     if here.begun is not None:
         here.begun.append(running)
     try:
