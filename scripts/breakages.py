@@ -65,9 +65,9 @@ BREAKAGES = (
     ),
     Breakage(
         "padding-counts-as-positions",
-        f"{COMPONENTS}/sequence.py",
-        r"self\.valid\.long\(\)\.cumsum\(-1\) - 1",
-        "torch.ones_like(self.valid).long().cumsum(-1) - 1",
+        f"{COMPONENTS}/positions.py",
+        r"valid\.long\(\)\.cumsum\(-1\) - 1",
+        "torch.ones_like(valid).long().cumsum(-1) - 1",
         ("test_padding.py",),
     ),
     Breakage(
@@ -79,9 +79,9 @@ BREAKAGES = (
     ),
     Breakage(
         "group-of-queries-reads-the-wrong-key-head",
-        f"{COMPONENTS}/attention.py",
-        r"\bk\.repeat_interleave\(group, (?:dim=)?2\)",
-        "k.repeat(1, 1, group, 1)",
+        f"{COMPONENTS}/projections.py",
+        r"x\.repeat_interleave\(group, dim=dim\)",
+        "torch.cat([x] * group, dim)",
         ("test_architectures.py", "test_hook_sites.py"),
     ),
     # Norms and MLPs
@@ -225,8 +225,8 @@ BREAKAGES = (
     Breakage(
         "frequency-penalty-is-a-bonus",
         "hooked_lm/generation/decoding.py",
-        r"logits - self\.freq_penalty \* counts",
-        "logits + self.freq_penalty * counts",
+        r"- self\.freq_penalty \* counts",
+        "+ self.freq_penalty * counts",
         ("test_generation_sampling.py",),
     ),
     Breakage(
@@ -254,8 +254,8 @@ BREAKAGES = (
     Breakage(
         "rewound-cache-keeps-a-position",
         "hooked_lm/kv_cache.py",
-        r"self\._length = min\(length, self\._length\)",
-        "self._length = min(length + 1, self._length)",
+        r"self\._n_values = min\(length, self\._length\)",
+        "self._n_values = min(length + 1, self._length)",
         ("test_kv_cache.py", "test_bad_input.py"),
     ),
     Breakage(

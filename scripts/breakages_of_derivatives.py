@@ -144,8 +144,8 @@ DERIVATIVES = (
     Breakage(
         "returned-inference-tensor-goes-on-as-it-is",
         "hooked_lm/hooks/handle.py",
-        r"as_differentiable\(self\._checked\(returned, x\)\)",
-        "self._checked(returned, x)",
+        r"as_differentiable\(self\._checked\(returned, x, mixed\)\)",
+        "self._checked(returned, x, mixed)",
         INFERENCE,
     ),
     Breakage(
