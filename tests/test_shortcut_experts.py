@@ -26,6 +26,7 @@ SHORTCUT: dict[str, Any] = {
     "num_experts": 4,
     "identity_experts": 1,
     "experts_per_token": 2,
+    "norm_topk_prob": True,
     "normalization_type": "RMS",
 }
 BESIDE = "the output of experts goes from one block to the next beside the stream"

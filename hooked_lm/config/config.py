@@ -110,7 +110,7 @@ class HookedTransformerConfig(Lockable):
         d_expert: hidden width of an expert; `d_mlp` by default.
         d_shared_expert: hidden width of the shared expert, which every token uses; None for none.
         shared_expert_gate: the output of the shared expert is multiplied by a sigmoid of `x W_shared_gate`.
-        norm_topk_prob: the chosen experts' weights are rescaled to sum to one.
+        norm_topk_prob: the chosen experts' weights are rescaled to sum to one (in Mixtral, Qwen3 MoE and most others).
         norm_topk_min: the least sum that they are divided by.
         routed_scale: the chosen experts' weights are multiplied by it in the end.
         router_scores: an expert's weight is the `"softmax"` of the router's scores, or the `"sigmoid"` of its own.
@@ -226,7 +226,7 @@ class HookedTransformerConfig(Lockable):
     d_expert: int | None = None
     d_shared_expert: int | None = None
     shared_expert_gate: bool = False
-    norm_topk_prob: bool = True
+    norm_topk_prob: bool = False
     norm_topk_min: float = 0.0
     routed_scale: float = 1.0
     router_scores: str = "softmax"

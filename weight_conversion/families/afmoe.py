@@ -38,6 +38,7 @@ def config(fields: ConfigFields) -> Arguments:
         "embedding_scale": math.sqrt(fields.take("hidden_size")) if fields.take("mup_enabled") else 1.0,
         "num_experts": fields.take("num_experts"),
         "experts_per_token": fields.take("num_experts_per_tok"),
+        "norm_topk_prob": True,
         "d_expert": width,
         "d_shared_expert": width * fields.take("num_shared_experts") or None,
         "routed_scale": float(fields.take("route_scale")),

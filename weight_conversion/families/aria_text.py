@@ -24,6 +24,7 @@ def config(fields: ConfigFields) -> Arguments:
         **llama.config(fields),
         "num_experts": fields.take("moe_num_experts"),
         "experts_per_token": fields.take("moe_topk"),
+        "norm_topk_prob": True,
         # One expert, as wide as so many.
         "d_shared_expert": fields.take("intermediate_size") * shared,
     }

@@ -41,6 +41,7 @@ def config(fields: ConfigFields) -> Arguments:
         "moe_layers": sparse,
         "num_experts": fields.take("num_experts"),
         "experts_per_token": fields.take("num_experts_per_tok"),
+        "norm_topk_prob": True,
         "d_expert": wide,
         "d_shared_expert": wide * fields.take("num_shared_experts") or None,
         "d_mlp": fields.take("prefix_dense_intermediate_size") or wide,

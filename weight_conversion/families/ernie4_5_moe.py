@@ -22,6 +22,7 @@ def config(fields: ConfigFields) -> Arguments:
         "rotary_adjacent_pairs": True,
         "num_experts": fields.take("moe_num_experts"),
         "experts_per_token": fields.take("moe_k"),
+        "norm_topk_prob": True,
         **widths(fields, "moe_num_shared_experts"),
         "norm_topk_min": fields.take("moe_norm_min"),
         "router_correction": True,

@@ -32,6 +32,7 @@ def config(fields: ConfigFields) -> Arguments:
         "gated_limit": fields.take("swiglu_limit"),
         "num_experts": fields.take("num_local_experts"),
         "experts_per_token": fields.take("num_experts_per_tok"),
+        "norm_topk_prob": True,
         "eps": fields.take("rms_norm_eps"),
         "normalization_type": "RMS",
         "attention_sinks": True,

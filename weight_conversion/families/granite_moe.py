@@ -26,6 +26,7 @@ def body(fields: ConfigFields) -> Arguments:
         **llama.body(fields),
         "num_experts": fields.take("num_local_experts"),
         "experts_per_token": fields.take("num_experts_per_tok"),
+        "norm_topk_prob": True,
         "attn_scale": 1 / fields.take("attention_multiplier"),
         "embedding_scale": fields.take("embedding_multiplier"),
         "logit_scale": 1 / fields.take("logits_scaling"),

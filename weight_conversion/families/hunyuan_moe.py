@@ -20,6 +20,7 @@ def config(fields: ConfigFields) -> Arguments:
         **hunyuan_dense.config(fields),
         "num_experts": _same_in_all_layers(fields, "num_experts"),
         "experts_per_token": _same_in_all_layers(fields, "moe_topk"),
+        "norm_topk_prob": True,
         "d_shared_expert": fields.take("intermediate_size"),
     }
 

@@ -23,6 +23,7 @@ def config(fields: ConfigFields) -> Arguments:
         "use_qk_norm": True,
         "num_experts": fields.take("num_experts"),
         "experts_per_token": fields.take("num_experts_per_tok"),
+        "norm_topk_prob": True,
         **widths(fields, "num_shared_experts"),
         "routed_scale": fields.take("router_scaling_factor"),
         "router_scores": "sigmoid",

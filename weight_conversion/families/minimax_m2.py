@@ -33,6 +33,7 @@ def config(fields: ConfigFields) -> Arguments:
         "qk_norm_across_heads": True,
         "num_experts": fields.take("num_local_experts"),
         "experts_per_token": fields.take("num_experts_per_tok"),
+        "norm_topk_prob": True,
         "router_scores": "sigmoid",
         "router_correction": True,
     }

@@ -19,6 +19,7 @@ def config(fields: ConfigFields) -> Arguments:
         **llama.config(fields),
         "num_experts": fields.take("num_local_experts"),
         "experts_per_token": fields.take("num_experts_per_tok"),
+        "norm_topk_prob": True,
         "window_size": fields.take("sliding_window"),
     }
 
