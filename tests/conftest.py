@@ -44,6 +44,13 @@ LONG = (
     *("training", "path_patching", "patching", "lazy_cache", "attribution_patching", "generation", "wheel"),
     *("demo", "tour", "fuzz", "generation_interventions", "classic_reference"),
 )
+# Files that run the same components many thousands of times. Checking shapes and types there takes three times as long as
+# the runs; those components are checked by the tests of architectures, families and sites.
+CHECKED_ELSEWHERE = {
+    *("attribution_patching", "autocast", "every_own_component", "fuzz", "generation", "generation_interventions"),
+    *("lazy_cache", "lazy_cache_changes", "observing", "observing_architectures", "patching", "patching_clean"),
+    *("patching_own_components", "path_patching", "random_graphs", "torch_func"),
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -99,3 +106,10 @@ def reader_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def no_type_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values that the annotations exclude reach the code, as they do outside the tests."""
     monkeypatch.setattr(jaxtyping_config, "jaxtyping_disable", True)
+
+
+@pytest.fixture(autouse=True)
+def checked_where_it_pays(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes and types are checked, but for the files whose components are checked elsewhere."""
+    if subject(request.path) in CHECKED_ELSEWHERE:
+        monkeypatch.setattr(jaxtyping_config, "jaxtyping_disable", True)

@@ -328,6 +328,7 @@ def test_every_activation_is_what_the_equations_say(name: str) -> None:
             )
 
 
+@pytest.mark.usefixtures("no_type_checks")
 @every_architecture
 def test_an_edit_at_any_site_does_what_the_equations_say_returned_or_in_place(name: str) -> None:
     model = model_of(name)
@@ -378,6 +379,7 @@ def test_an_edit_of_integers_does_what_the_equations_say(name: str) -> None:
 # Gradients
 
 
+@pytest.mark.usefixtures("no_type_checks")
 @every_architecture
 def test_the_gradient_at_any_site_is_the_finite_difference(name: str) -> None:
     model = model_of(name)
