@@ -44,8 +44,8 @@ LONG = (
     *("training", "path_patching", "patching", "lazy_cache", "attribution_patching", "generation", "wheel"),
     *("demo", "tour", "fuzz", "generation_interventions", "classic_reference"),
 )
-# Files that run the same components many thousands of times. Checking shapes and types there takes three times as long as
-# the runs; those components are checked by the tests of architectures, families and sites.
+# Files that run the same components many thousands of times. Checking shapes and types there takes three times as long
+# as the runs; those components are checked by the tests of architectures, families and sites.
 CHECKED_ELSEWHERE = {
     *("attribution_patching", "autocast", "every_own_component", "fuzz", "generation", "generation_interventions"),
     *("lazy_cache", "lazy_cache_changes", "observing", "observing_architectures", "patching", "patching_clean"),
