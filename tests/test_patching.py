@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hooked_lm import HookedTransformer, UnknownHookError, metrics, patching
 from hooked_lm.circuits.induction import repeated_random_tokens
+from hooked_lm.patching.patches import PATCHES
 from tests.helpers import tiny_model, tiny_tokens
 
 CLEAN, CORRUPTED = tiny_tokens(pos=5, seed=1), tiny_tokens(pos=5, seed=2)
@@ -282,6 +283,17 @@ def test_a_data_frame_of_indices_gives_one_value_per_row() -> None:
     grid = patched(model, "attn_out")
     torch.testing.assert_close(result, torch.stack([grid[1, 2], grid[0, -1], grid[1, 0]]))
     assert returned is rows
+
+
+@pytest.mark.parametrize("name", list(PATCHES))
+def test_every_single_grid_returns_the_data_frame_of_its_cells_if_asked(name: str) -> None:
+    model = tiny_model()
+    prompts = (model, *(tiny_tokens(1, 4, seed=seed) for seed in (0, 1)))
+    function = getattr(patching, f"get_act_patch_{name}")
+    grid, rows = function(*prompts, lambda logits: logits[0, -1, 3], return_index_df=True)
+    torch.testing.assert_close(grid, function(*prompts, lambda logits: logits[0, -1, 3], return_index_df=False))
+    assert list(rows.columns) == list(PATCHES[name].axes)
+    assert [grid[tuple(cell)].item() for cell in rows.to_numpy()] == grid.flatten().tolist()
 
 
 def test_the_index_data_frame_lists_the_grid_in_its_order() -> None:

@@ -19,7 +19,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hooked_lm._support.extras import require_pandas
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.hooks import HookPoint
 from hooked_lm.metrics import Metric, one_number
@@ -65,6 +64,7 @@ from hooked_lm.patching.setters import (
     layer_pos_patch_setter,
 )
 from hooked_lm.patching.sites import Clean, axes_at, clean_activations, read_prompts
+from hooked_lm.patching.tables import data_frame, make_df_from_ranges
 from hooked_lm.sweep import AnyMetric, sweep
 from hooked_lm.sweep.options import DEFAULT_MEMORY_BUDGET
 from hooked_lm.tokenization import Prompts
@@ -199,7 +199,7 @@ def generic_activation_patch(
     result = scores if shape is None else scores.reshape(*shape, *scores.shape[1:])
     if not return_index_df:
         return result
-    return result, index_df if index_df is not None else _data_frame(indices, index_axis_names or ())
+    return result, index_df if index_df is not None else data_frame(indices, index_axis_names or ())
 
 
 def _one_by_one(
@@ -286,23 +286,3 @@ def _rows(table: object) -> list[list[object]]:
     if not hasattr(table, "itertuples"):
         raise TypeError(f"index_df is a pandas DataFrame with one row per cell, got {type(table).__name__}")
     return [list(row) for row in table.itertuples(index=False, name=None)]
-
-
-# A DataFrame, here and below; naming its type would import pandas.
-def _data_frame(indices: Sequence[Sequence[object]], names: Sequence[str]) -> Any:
-    return require_pandas("a table of indices").DataFrame(indices, columns=list(names))
-
-
-def make_df_from_ranges(column_max_ranges: Sequence[int], column_names: Sequence[str]) -> Any:
-    """Return a data frame with a row for every cell of a grid, the last column counting fastest. Needs pandas.
-
-    Args:
-        column_max_ranges: how many entries each axis has.
-        column_names: the axes.
-
-    Raises:
-        ValueError: the two are not equally many.
-    """
-    if len(column_max_ranges) != len(column_names):
-        raise ValueError(f"{len(column_max_ranges)} ranges for {len(column_names)} columns")
-    return _data_frame(list(itertools.product(*map(range, column_max_ranges))), column_names)

@@ -13,9 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_lm._support.extras import require_pandas
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.patching.patches import PATCHES, Patch, patch_cells, patch_sites
 from hooked_lm.patching.sites import Clean, clean_activations, read_prompts
+from hooked_lm.patching.tables import make_df_from_ranges
 from hooked_lm.sweep import AnyMetric, sweep
 from hooked_lm.sweep.options import SweepOptions, check_options
 from hooked_lm.tokenization import Prompts
@@ -106,8 +108,10 @@ def _classic(function: _Function) -> _Function:
 
     Args:
         model, corrupted_tokens, clean_cache, patching_metric: as for `get_act_patch`; `metric=` is a second name.
-        options: `attention_mask`, `per_prompt`, `memory_budget` and `verbose`, as for `get_act_patch`.
+        options: `attention_mask`, `per_prompt`, `memory_budget` and `verbose`, as for `get_act_patch`; of a single grid
+            `return_index_df=True`, which returns a pair of it and the data frame of its indices (needs pandas).
     """
+    patch = PATCHES.get(function.__name__.removeprefix("get_act_patch_"))
 
     @functools.wraps(function)
     def by_either_name(*args: object, **kwargs: object) -> object:
@@ -115,7 +119,11 @@ def _classic(function: _Function) -> _Function:
             if "patching_metric" in kwargs:
                 raise TypeError(f"{function.__name__} got metric= and patching_metric=, two names of one thing")
             kwargs["patching_metric"] = kwargs.pop("metric")
-        return function(*args, **kwargs)
+        if patch is None or not kwargs.pop("return_index_df", False):
+            return function(*args, **kwargs)
+        require_pandas("a table of indices")
+        grid = function(*args, **kwargs)
+        return grid, make_df_from_ranges(grid.shape[: len(patch.axes)], patch.axes)
 
     return cast(_Function, by_either_name)
 
