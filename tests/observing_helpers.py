@@ -49,6 +49,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "router_scores": "sigmoid",
         "router_correction": True,
         "routed_scale": 1.7,
+        "norm_topk_prob": True,
         "expert_groups": 3,
         "expert_groups_per_token": 2,
         "act_fn": "silu",

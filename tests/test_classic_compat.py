@@ -206,6 +206,11 @@ def test_a_classic_mixture_rescales_the_chosen_experts_weights() -> None:
                 hidden = gate * (x[0, pos] @ mlp.W_in[expert] + mlp.b_in[expert])
                 expected[0, pos] += weight * (hidden @ mlp.W_out[expert] + mlp.b_out[expert])
         assert torch.allclose(mlp(x), expected, atol=1e-10)
+    # Version 3.9 has the field, False unless it is given.
+    assert not HookedTransformer({**fields, "norm_topk_prob": False}).cfg.norm_topk_prob
+    assert not HookedTransformerConfig(
+        n_layers=2, d_model=12, n_ctx=8, d_head=4, act_fn="silu", num_experts=4, experts_per_token=2
+    ).norm_topk_prob
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,8 @@ def test_what_cannot_be_kept_says_what_replaces_it() -> None:
         model.blocks[0](x, entry)
     with pytest.raises(ValueError, match=r"attention_mask has shape \[batch key\] = \[1 4\].*got \[1, 3\]"):
         model.blocks[0](x, attention_mask=torch.ones(1, 3))
+    with pytest.raises(Exception, match="shortformer_pos"):
+        model.blocks[0](x, None, None, torch.ones(1, 4))
     with pytest.raises(AttributeError, match=r"assigning mask would change nothing.*hook_attn_scores"):
         attn.mask = torch.ones(16, 16, dtype=torch.bool)
     with pytest.raises(AttributeError, match=r"assigning rotary_sin would change nothing.*rotary_base="):

@@ -170,7 +170,7 @@ def quantise(model: GptOssForCausalLM, folder: Path) -> None:
 
 
 def test_zeroing_every_expert_s_weight_leaves_a_token_with_nothing_from_them() -> None:
-    model = tiny_model(num_experts=4, experts_per_token=2, gated_mlp=True, act_fn="silu")
+    model = tiny_model(num_experts=4, experts_per_token=2, norm_topk_prob=True, gated_mlp=True, act_fn="silu")
     tokens = tiny_tokens()
     silent = [(f"blocks.{layer}.mlp.hook_expert_weights", lambda weights, hook: 0 * weights) for layer in range(2)]
     without_mlps = [(f"blocks.{layer}.hook_mlp_out", lambda out, hook: 0 * out) for layer in range(2)]
@@ -179,7 +179,7 @@ def test_zeroing_every_expert_s_weight_leaves_a_token_with_nothing_from_them() -
 
 
 def test_weights_that_a_hook_has_made_negative_are_rescaled_as_others_are() -> None:
-    model = tiny_model(num_experts=2, experts_per_token=2, gated_mlp=True, act_fn="silu")
+    model = tiny_model(num_experts=2, experts_per_token=2, norm_topk_prob=True, gated_mlp=True, act_fn="silu")
     tokens, site = tiny_tokens(), "blocks.0.mlp.hook_expert_weights"
     negated = model.run_with_hooks(tokens, fwd_hooks=[(site, lambda weights, hook: -3 * weights)])
     torch.testing.assert_close(negated, model(tokens))

@@ -54,7 +54,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "latent attention": LATENT,
     "a layer before the unembedding, no first norm": {"unembed_act_fn": "silu", "first_norm": False},
     "gated attention": {"attention_gate": True, "n_key_value_heads": 1},
-    "experts": {"num_experts": 3, "experts_per_token": 2, "act_fn": "silu", "gated_mlp": True},
+    "experts": {
+        "num_experts": 3,
+        "experts_per_token": 2,
+        "norm_topk_prob": True,
+        "act_fn": "silu",
+        "gated_mlp": True,
+    },
     "sinks, windows": {"attention_sinks": True, "window_size": 3, "attn_types": ["local", "global", "local"]},
 }
 

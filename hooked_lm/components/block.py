@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_lm.components.attention import Attention
-from hooked_lm.components.by_hand import call_own, sequence_by_hand
+from hooked_lm.components.by_hand import call_own, positions_by_hand, sequence_by_hand
 from hooked_lm.components.head_inputs import HeadInputs, per_head_inputs
 from hooked_lm.components.latent_attention import LatentAttention, make_attention
 from hooked_lm.components.mlp import MLP, GatedMLP
@@ -90,11 +90,11 @@ class TransformerBlock(HookHolder):
             attention_mask: [batch key], 0 at padding, over the positions of the cache and the new ones.
 
         Raises:
-            TypeError, ValueError: as `components.by_hand.sequence_by_hand`.
+            TypeError, ValueError: as `components.by_hand.sequence_by_hand`, and `positions_by_hand`.
         """
         if not isinstance(layout, SequenceLayout):
             layout, past = sequence_by_hand(resid_pre, layout, past, past_kv_cache_entry, attention_mask)
-            added = shortformer_pos_embed if shortformer_pos is None else shortformer_pos
+            added = positions_by_hand(resid_pre, shortformer_pos_embed if shortformer_pos is None else shortformer_pos)
             with in_pass(Pass(layout.n_past, mask=layout.real_queries), whole=False):
                 return self.forward(resid_pre, layout, past, added)
         resid_pre = self.hook_resid_pre(resid_pre)

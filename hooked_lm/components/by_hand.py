@@ -14,7 +14,7 @@ from hooked_lm.components.sequence import SequenceLayout
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.kv_cache import HookedTransformerKeyValueCacheEntry
 
-__all__ = ["call_own", "refuse_position_bias", "sequence_by_hand", "valid_positions", "window_of"]
+__all__ = ["call_own", "positions_by_hand", "refuse_position_bias", "sequence_by_hand", "valid_positions", "window_of"]
 
 _Past = HookedTransformerKeyValueCacheEntry | None
 
@@ -57,6 +57,24 @@ def sequence_by_hand(
     if valid is not None:
         valid = valid.to(x.device)
     return SequenceLayout(x.shape[1], n_past, x.device, valid, additive_mask), past
+
+
+def positions_by_hand(x: Tensor, positions: Tensor | None) -> Tensor | None:
+    """Return positions to add to the inputs of queries and keys, as they came.
+
+    Args:
+        x: the input they are added to, [batch pos d_model].
+        positions: of the same shape, or with one prompt for all; None for none.
+
+    Raises:
+        ValueError: another shape, such as that of a mask in their place.
+    """
+    if positions is not None and (positions.ndim != 3 or positions.shape[1:] != x.shape[1:]):
+        raise ValueError(
+            f"shortformer_pos is added to the stream {list(x.shape)}, got {list(positions.shape)}: "
+            "a mask is given as attention_mask="
+        )
+    return positions
 
 
 def valid_positions(attention_mask: Tensor | None, batch: int, n_keys: int) -> Bool[Tensor, "batch key"] | None:

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-__all__ = ["RENAMED", "RETIRED", "ConfigDict", "FieldValue", "checked_fields"]
+__all__ = ["RENAMED", "RETIRED", "ConfigDict", "FieldValue", "checked_fields", "completed"]
 
 # A field's value as a caller gives it, or as JSON holds it: which type it has to be depends on the field's name, and
 # `checks` looks at it when the config is made.
@@ -59,3 +59,16 @@ def checked_fields(fields: Mapping[str, object], known: Collection[str]) -> dict
         elif ... not in RETIRED[name] and value not in RETIRED[name]:
             raise ValueError(f"{name}={value!r} is not supported; only {RETIRED[name][0]!r} is")
     return kept
+
+
+def completed(config_dict: ConfigDict) -> ConfigDict:
+    """Return a dictionary with what a config saved before version 3 meant and had no field for.
+
+    Args:
+        config_dict: as saved, or as written by hand, which is returned as it is.
+    """
+    saved_whole = "n_params" in config_dict and config_dict.get("num_experts") is not None
+    if saved_whole and "norm_topk_prob" not in config_dict:
+        # Until then every mixture divided the chosen experts' weights by their sum.
+        return {**config_dict, "norm_topk_prob": True}
+    return config_dict

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hooked_lm.config.checks import fill_and_check
-from hooked_lm.config.classic import ConfigDict, FieldValue, checked_fields
+from hooked_lm.config.classic import ConfigDict, FieldValue, checked_fields, completed
 from hooked_lm.config.lock import Lockable, plain
 
 __all__ = ["HookedTransformerConfig"]
@@ -394,7 +394,7 @@ class HookedTransformerConfig(Lockable):
         """
         if not isinstance(config_dict, dict):
             raise TypeError(f"a config is built from a dictionary, got {type(config_dict).__name__}")
-        fields = dict(config_dict)
+        fields = dict(completed(config_dict))
         missing = [name for name in ("n_layers", "d_model", "n_ctx") if name not in fields]
         if missing:
             raise ValueError(f"the config lacks {', '.join(missing)}; it has {sorted(fields)}")

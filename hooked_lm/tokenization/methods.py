@@ -88,6 +88,8 @@ class TextInterface(nn.Module):
                 stacklevel=2,
             )
         self._tokenizer = linked(prepared, self.cfg)
+        # What code for the classic library asks before it adds or removes a BOS by hand.
+        self.cfg.tokenizer_prepends_bos = bool(self.cfg.default_prepend_bos)
 
     def _require_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:

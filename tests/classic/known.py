@@ -82,7 +82,6 @@ KNOWN = (
     Known(r"generation/penalties.*", "repetition|greedy with frequency", "a penalty acts wherever it is asked for"),
     Known(r"generation/streamed.*", r"texts.*", 'return_type="str" yields text'),
     Known(r"generation/from_embeddings.*", "tokens|embeddings", "new tokens stand behind the prompt, not twice as far"),
-    Known(r"text/other_tokenizers.*", "prepends", "a field that describes the checkpoint, and is left as it was"),
     Known(r"tools/evaluations.*", "accuracy/.*", "other words and templates"),
     Known(r"tools/detected_heads.*", r".* abs|.*, abs", "not rounded to three places"),
 )
