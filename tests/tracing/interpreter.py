@@ -17,6 +17,11 @@ from hooked_lm.names import selected_axis
 from hooked_lm.tracing.graph import Apply, Compute, Constant, Gradient, Graph, Read, Score, Select, Weight, Write
 from hooked_lm.tracing.ops import OPS
 
+
+class UndefinedGradientError(Exception):
+    """A gradient of a number that is not finite: what it is where the number does not depend on is left open."""
+
+
 Perturbation = dict[tuple[int, str, int], list[Tensor | None]]
 
 
@@ -162,6 +167,8 @@ class _Interpreter:
         within = _Interpreter(self.model, self.graph, {(read.run, read.site, read.version): zeros})
         with torch.enable_grad():
             scalar = torch.as_tensor(within.value(node.scalar))
+            if not scalar.isfinite():
+                raise UndefinedGradientError
             shapes = [within._activation(read, prompt) for prompt in range(len(zeros))]
         axes = self.model.hook_dict[read.site].axes
         parts = []

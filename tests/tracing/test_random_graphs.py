@@ -18,7 +18,7 @@ from hooked_lm.tracing.reading import from_bytes
 from hooked_lm.tracing.target import Target
 from hooked_lm.tracing.wire import to_bytes
 from tests.tracing.draw import CONFIGS, model_of, record
-from tests.tracing.interpreter import interpret
+from tests.tracing.interpreter import UndefinedGradientError, interpret
 
 # The full run draws 2,000: HOOKED_LM_TRACES=2000.
 CASES = int(os.environ.get("HOOKED_LM_TRACES", "60"))
@@ -62,7 +62,11 @@ def test_random_traces_give_what_the_naive_interpreter_gives(which: int, seed: i
     together = outcome(which, graph)
     for name, node in graph.saves.items():
         assert tuple(together[name].shape) == graph.nodes[node].type.shape
-    assert_close(together, interpret(model_of(which), graph))
+    try:
+        expected = interpret(model_of(which), graph)
+    except UndefinedGradientError:
+        assume(False)
+    assert_close(together, expected)
     assert_close(outcome(which, graph, together=False), together)
 
 
