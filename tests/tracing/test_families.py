@@ -16,6 +16,8 @@ from tests.tracing.interpreter import interpret
 
 # A variant of a family differs in a config field that the tests of families hold.
 FIRST_ROWS = list({row.architecture: row for row in reversed(ROWS)}.values())
+# Shapes are checked by the tests of families.
+pytestmark = pytest.mark.usefixtures("no_type_checks")
 families = pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in FIRST_ROWS])
 
 
