@@ -29,6 +29,7 @@ __all__ = [
     "logit_diff",
     "metric_names",
     "one_number",
+    "preferred",
     "prob",
     "rank",
     "register_metric",
@@ -195,13 +196,21 @@ def logit_diff(answer: Tokens, wrong: Tokens, pos: int = -1) -> Metric:
     Raises:
         ValueError: answers and wrong ones for different numbers of prompts.
     """
-    right, other = _column(answer, "answer"), _column(wrong, "wrong")
-    if len({right.shape[0], other.shape[0]} - {1}) > 1:
-        raise ValueError(f"logit_diff has {right.shape[0]} answers and {other.shape[0]} wrong ones")
-    batch = max(right.shape[0], other.shape[0])
-    tokens = torch.cat((right.expand(batch, 1), other.expand(batch, 1)), 1)
-    made = _made_by("logit_diff", answer=right, wrong=other, pos=pos)
+    tokens, made = _pairs("logit_diff", answer, wrong, pos)
     return Metric("logit difference", pos, tokens, lambda read: read[..., 0] - read[..., 1], **made)
+
+
+def preferred(answer: Tokens, wrong: Tokens, pos: int = -1) -> Metric:
+    """Return the metric "the answer has a larger logit than the wrong one": 1 or 0 per prompt.
+
+    Args:
+        answer, wrong, pos: as for `logit_diff`.
+
+    Raises:
+        ValueError: answers and wrong ones for different numbers of prompts.
+    """
+    tokens, made = _pairs("preferred", answer, wrong, pos)
+    return Metric("preferred", pos, tokens, lambda read: (read[..., 0] > read[..., 1]).to(read.dtype), **made)
 
 
 def prob(answer: Tokens, pos: int = -1) -> Metric:
@@ -291,6 +300,16 @@ def _made_by(maker: str, **arguments: object) -> _MadeBy:
     return {"maker": maker, "arguments": plain}
 
 
+def _pairs(maker: str, answer: Tokens, wrong: Tokens, pos: int) -> tuple[Int[Tensor, "batch_or_1 2"], _MadeBy]:
+    """Answers beside wrong ones, and what makes the metric anew."""
+    right, other = _column(answer, "answer"), _column(wrong, "wrong")
+    if len({right.shape[0], other.shape[0]} - {1}) > 1:
+        raise ValueError(f"{maker} has {right.shape[0]} answers and {other.shape[0]} wrong ones")
+    batch = max(right.shape[0], other.shape[0])
+    tokens = torch.cat((right.expand(batch, 1), other.expand(batch, 1)), 1)
+    return tokens, _made_by(maker, answer=right, wrong=other, pos=pos)
+
+
 def _column(tokens: object, what: str) -> Tensor:
     """Tokens as [batch_or_1 1]."""
     if isinstance(tokens, str) or (isinstance(tokens, list) and any(isinstance(one, str) for one in tokens)):
@@ -309,7 +328,7 @@ def _pick(read: Tensor, column: Tensor) -> Tensor:
 
 # The functions that make metrics, by name. Their arguments differ; all return a Metric.
 _MAKERS: dict[str, Callable[..., Metric]] = {
-    maker.__name__: maker for maker in (logit, logit_diff, prob, log_prob, rank, accuracy, kl_to)
+    maker.__name__: maker for maker in (logit, logit_diff, preferred, prob, log_prob, rank, accuracy, kl_to)
 }
 _BUILT_IN = frozenset(_MAKERS)
 

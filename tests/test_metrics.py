@@ -14,7 +14,7 @@ from torch import Tensor
 from hooked_lm import Intervention, patching
 from hooked_lm.components.attention import Attention
 from hooked_lm.components.embed import Unembed
-from hooked_lm.metrics import Metric, accuracy, kl_to, log_prob, logit, logit_diff, prob, rank
+from hooked_lm.metrics import Metric, accuracy, kl_to, log_prob, logit, logit_diff, preferred, prob, rank
 from hooked_lm.sweep import sweep
 from tests.helpers import counted, tiny_model, tiny_tokens
 from tests.metrics_helpers import (
@@ -37,6 +37,10 @@ SCORES: dict[str, tuple[Callable[..., Metric], Callable[[list[float], int], floa
     "logit difference": (
         lambda answer, pos: logit_diff(answer, 0, pos),
         lambda row, answer: row[answer] - row[0],
+    ),
+    "preferred": (
+        lambda answer, pos: preferred(answer, 0, pos),
+        lambda row, answer: float(row[answer] > row[0]),
     ),
     "log-probability": (log_prob, lambda row, answer: log_probs_by_hand(row)[answer]),
     "probability": (prob, lambda row, answer: math.exp(log_probs_by_hand(row)[answer])),

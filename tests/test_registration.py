@@ -278,7 +278,7 @@ def test_what_is_no_activation_function_is_refused(name: str, function: Any, mat
 
 
 def test_every_metric_of_the_module_is_known_by_its_name() -> None:
-    named = ("logit", "logit_diff", "prob", "log_prob", "rank", "accuracy", "kl_to")
+    named = ("logit", "logit_diff", "preferred", "prob", "log_prob", "rank", "accuracy", "kl_to")
     assert metrics.metric_names() == named
     for name in named:
         assert get_metric(name) is getattr(metrics, name)

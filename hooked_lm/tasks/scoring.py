@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from hooked_lm.hooked_model import HookedModel
-from hooked_lm.tasks.task_set import TaskSet
+from hooked_lm.tasks.task_set import TaskSet, TaskTokens
 
 __all__ = ["Score", "score"]
 
@@ -43,22 +45,13 @@ def score(model: HookedModel, examples: TaskSet, batch: int = 64) -> Score:
     Raises:
         ValueError: the tokenizer does not suit the examples; see `TaskSet.check`.
     """
-    answer_logits, wrong_logits, top, probabilities = [], [], [], []
+    scores: dict[str, list[Tensor]] = defaultdict(list)
     for group in examples.groups(model.tokenizer):
         tokens = group.tokens(model)
         for start in range(0, len(group), batch):
             rows = slice(start, start + batch)
-            logits = model(tokens.clean[rows], logits_to_keep=1)[:, -1]
-            answers = tokens.answers[rows, None]
-            answer_logits.append(logits.gather(-1, answers))
-            wrong_logits.append(logits.gather(-1, tokens.wrong[rows, None]))
-            top.append(logits.argmax(-1, keepdim=True) == answers)
-            probabilities.append(logits.softmax(-1).gather(-1, answers))
-    difference = torch.cat(answer_logits) - torch.cat(wrong_logits)
-    return Score(
-        n=len(examples),
-        top=torch.cat(top).double().mean().item(),
-        preferred=(difference > 0).double().mean().item(),
-        logit_diff=difference.double().mean().item(),
-        probability=torch.cat(probabilities).double().mean().item(),
-    )
+            some = TaskTokens(tokens.clean[rows], tokens.corrupted[rows], tokens.answers[rows], tokens.wrong[rows])
+            logits = model(some.clean, logits_to_keep=1)
+            for name, metric in some.metrics().items():
+                scores[name].append(metric.per_prompt(logits))
+    return Score(n=len(examples), **{name: torch.cat(parts).double().mean().item() for name, parts in scores.items()})

@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooked_lm import metrics
 from hooked_lm.hooked_model import HookedModel
+from hooked_lm.metrics import Metric
 from hooked_lm.tokenization import Tokenizer, single_token, tokenize
 
 __all__ = ["Example", "Task", "TaskSet", "TaskTokens", "check_choice", "check_count"]
@@ -43,6 +45,18 @@ class TaskTokens:
     corrupted: Int[Tensor, "batch pos"]
     answers: Int[Tensor, " batch"]
     wrong: Int[Tensor, " batch"]
+
+    def metrics(self) -> dict[str, Metric]:
+        """Return what a `Score` is the mean of, by its fields: metrics of the clean prompts' last position.
+
+        They have a maker and arguments, so that a trace or a sweep can take them, also to another machine.
+        """
+        return {
+            "top": metrics.accuracy(self.answers),
+            "preferred": metrics.preferred(self.answers, self.wrong),
+            "logit_diff": metrics.logit_diff(self.answers, self.wrong),
+            "probability": metrics.prob(self.answers),
+        }
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Traces of every family: reads, edits, patches between prompts of unequal lengths and gradients, as plain runs give."""
+"""Traces of every family: reads, edits, patches between prompts and gradients are what plain runs give."""
 
 from __future__ import annotations
 
