@@ -284,14 +284,15 @@ class Trace:
         """
         return self.op("cat", *values, axis=axis)
 
-    def randn(self, *shape: int, seed: int) -> Value:
+    def randn(self, *shape: int | Sequence[int], seed: int) -> Value:
         """Return normal random numbers, which the seed decides.
 
         Args:
-            *shape: the sizes.
+            *shape: the sizes, one by one or as one list.
             seed: of the draw.
         """
-        return self.op("randn", shape=list(shape), seed=seed)
+        sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
+        return self.op("randn", shape=list(sizes), seed=seed)
 
     def logits_of(self, residual: Value) -> Value:
         """Return the logits of a residual stream after the last block: final norm, then unembedding.
