@@ -153,6 +153,7 @@ class Site(Value):
         self.trace = run.trace
         self._node: int | None = None
         self._name: str | None = None
+        self._type: TensorType | None = None
         self._whole = self.trace.target.type_of(name, run.spec, part.step)
 
     @property
@@ -163,7 +164,9 @@ class Site(Value):
             TraceError: all positions of prompts of unequal lengths, which make no tensor.
         """
         try:
-            return selected_type(self.name, self._whole, self.run.spec, self.part)
+            if self._type is None:
+                self._type = selected_type(self.name, self._whole, self.run.spec, self.part)
+            return self._type
         except ValueError as error:
             raise TraceError(str(error), calling_line()) from error
 

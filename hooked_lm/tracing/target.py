@@ -33,6 +33,8 @@ class Target:
     weight_shape: Callable[[str], tuple[int, ...] | None]
     read: Callable[..., list[list[int]]]
     places: Mapping[str, int] = field(init=False)
+    # Types of whole activations, by site and the prompts' lengths: a grid asks for the same ones in every cell.
+    _types: dict[tuple[str, tuple[int, ...]], TensorType] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "places", {name: index for index, name in enumerate(self.axes)})
@@ -87,6 +89,14 @@ class Target:
             run: the run.
             step: the steps of a generation; None for all.
         """
+        if run.decoding is not None:
+            return self._type_of(site, run, step)
+        key = (site, run.lengths)
+        if key not in self._types:
+            self._types[key] = self._type_of(site, run, step)
+        return self._types[key]
+
+    def _type_of(self, site: str, run: RunSpec, step: Entries) -> TensorType:
         sizes: list[int | None] = []
         for axis in self.axes[site]:
             if axis in POSITION_AXES:
