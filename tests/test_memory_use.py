@@ -13,9 +13,10 @@ from hooked_lm import HookedTransformer
 from hooked_lm.cli import app
 from hooked_lm.cli.memory import MemoryUse, memory_report, memory_use
 from hooked_lm.demo import MODEL
+from scripts.memory_table import CONFIGS, PAGE, memory_page
 from tests.helpers import tiny_config
 
-CONFIGS: dict[str, dict[str, Any]] = {
+TINY: dict[str, dict[str, Any]] = {
     "plain": {},
     "grouped queries, rotary, gated": {
         "n_heads": 4,
@@ -35,9 +36,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", TINY)
 def test_bytes_are_those_of_a_real_model(name: str, dtype: torch.dtype) -> None:
-    cfg = tiny_config(**CONFIGS[name], dtype=dtype)
+    cfg = tiny_config(**TINY[name], dtype=dtype)
     use, model = memory_use(cfg, dtype, length=7), HookedTransformer(cfg)
     assert use.weights == sum(one.nbytes for one in model.parameters())
     tokens = torch.arange(7)[None]
@@ -58,24 +59,25 @@ def test_the_whole_context_is_the_default_length() -> None:
     assert memory_use(tiny_config(), torch.float32) == memory_use(tiny_config(), torch.float32, 16)
 
 
-def test_a_model_of_70_billion_parameters_is_counted_without_memory() -> None:
-    fields: dict[str, Any] = {
-        "n_layers": 80,
-        "d_model": 8192,
-        "n_heads": 64,
-        "d_head": 128,
-        "n_key_value_heads": 8,
-        "d_mlp": 28672,
-        "d_vocab": 128256,
-        "positional_embedding_type": "rotary",
-        "rotary_dim": 128,
-        "gated_mlp": True,
-        "act_fn": "silu",
-        "normalization_type": "RMS",
-    }
-    use = memory_use(tiny_config(**fields), torch.bfloat16)
-    assert use.cache_per_token == 320 * 1024
-    assert 141.0e9 < use.weights < 141.3e9
+# Parameters of the published checkpoints.
+PUBLISHED = {
+    "GPT-2": 124_439_808,
+    "Llama 3.1 8B": 8_030_261_248,
+    "Mixtral 8x7B": 46_702_792_704,
+    "Llama 3.1 70B": 70_553_706_496,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_are_counted_without_memory(name: str) -> None:
+    # Above them by the biases that checkpoints lack, which the model holds as zeros.
+    above = memory_use(CONFIGS[name], torch.bfloat16).weights / 2 / PUBLISHED[name] - 1
+    assert 0 <= above < 1e-3
+
+
+def test_the_page_is_what_the_script_writes() -> None:
+    assert memory_page() == PAGE.read_text()
+    assert all(said in PAGE.read_text() for said in ("320 KiB a token", "40 KiB on each device", "17.6 GB for each"))
 
 
 def test_sizes_are_written_in_binary_units() -> None:

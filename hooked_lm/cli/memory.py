@@ -13,7 +13,7 @@ from hooked_lm.kv_cache import HookedTransformerKeyValueCache
 from hooked_lm.names import POSITION_AXES
 from hooked_lm.transformer import HookedTransformer
 
-__all__ = ["PRECISIONS", "MemoryUse", "memory_report", "memory_use"]
+__all__ = ["PRECISIONS", "MemoryUse", "memory_report", "memory_use", "readable_bytes"]
 
 PRECISIONS: Mapping[str, torch.dtype] = {
     "float64": torch.float64,
@@ -74,7 +74,9 @@ def memory_report(uses: Mapping[str, MemoryUse]) -> str:
     """
     length = next(iter(uses.values())).length
     head = ("precision", "weights", "cache per token", f"activations of {length:,} tokens")
-    rows = [(name, *map(_readable, (use.weights, use.cache_per_token, use.activations))) for name, use in uses.items()]
+    rows = [
+        (name, *map(readable_bytes, (use.weights, use.cache_per_token, use.activations))) for name, use in uses.items()
+    ]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     return "\n".join("  " + "  ".join(map(str.rjust, row, widths)) for row in (head, *rows))
 
@@ -90,8 +92,12 @@ def _entries(model: HookedTransformer, name: str, length: int) -> int:
     return count
 
 
-def _readable(n_bytes: int) -> str:
-    """Return a number of bytes in the largest binary unit that leaves at least 1."""
+def readable_bytes(n_bytes: int) -> str:
+    """Return a number of bytes in the largest binary unit that leaves at least 1, to four digits.
+
+    Args:
+        n_bytes: the number.
+    """
     size, units = float(n_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
     while size >= 1024 and len(units) > 1:
         size, units = size / 1024, units[1:]
