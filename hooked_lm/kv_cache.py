@@ -65,6 +65,11 @@ class HookedTransformerKeyValueCacheEntry:
         return entry
 
     @property
+    def allocated(self) -> tuple[Tensor, Tensor]:
+        """The whole buffers of keys and values, room for further positions included."""
+        return self._keys, self._values
+
+    @property
     def past_keys(self) -> Float[Tensor, "batch pos kv_head d_head"]:
         """The keys stored, [batch pos kv_head d_head]."""
         return self._keys[:, : self._length]

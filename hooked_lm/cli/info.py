@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -29,11 +30,15 @@ _PLACES = {
 Kernels = Annotated[
     bool, typer.Option("--kernels", help="Say too which kernels compute matrix products on this machine's processor.")
 ]
+Memory = Annotated[
+    bool, typer.Option("--memory", help="Say too how much memory weights, cache and activations take, by precision.")
+]
 
 
 def info(
     model: ModelName,
     kernels: Kernels = False,
+    memory: Memory = False,
     json_path: JsonPath = None,
     revision: Revision = None,
     ignored: IgnoredFields = None,
@@ -52,7 +57,14 @@ def info(
             from hooked_lm.components.kernels import describe_kernels
 
             data["kernels"] = describe_kernels()
-        give_out(report(data), data, json_path)
+        text = report(data)
+        if memory:
+            from hooked_lm.cli.memory import PRECISIONS, memory_report, memory_use
+
+            uses = {name: memory_use(loaded.cfg, dtype) for name, dtype in PRECISIONS.items()}
+            data["memory"] = {name: asdict(use) for name, use in uses.items()}
+            text += f"\n{memory_report(uses)}"
+        give_out(text, data, json_path)
 
 
 def describe(model: HookedTransformer) -> PlainData:
