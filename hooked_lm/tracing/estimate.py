@@ -107,7 +107,9 @@ def _layers(planned: PlannedPass, graph: Graph, cfg: HookedTransformerConfig) ->
 
 
 def _weights_per_layer(cfg: HookedTransformerConfig) -> int:
-    """The weights of a block that a token is multiplied by."""
+    """The weights of a block that a token is multiplied by; of a block with experts, where some have them."""
     heads = cfg.d_model * cfg.d_head * 2 * (cfg.n_heads + cfg.n_kv_heads)
-    hidden = 0 if cfg.attn_only else (cfg.d_mlp or 0) * cfg.d_model * (3 if cfg.gated_mlp else 2)
-    return heads + hidden * (cfg.experts_per_token or 1)
+    width = cfg.d_mlp or 0
+    if cfg.experts_per_token is not None:
+        width = (cfg.d_expert or width) * cfg.experts_per_token + (cfg.d_shared_expert or 0)
+    return heads + (0 if cfg.attn_only else width * cfg.d_model * (3 if cfg.gated_mlp else 2))
