@@ -30,9 +30,15 @@ def model_of(which: int) -> HookedTransformer:
     return _models[which]
 
 
-def record(trace: Trace, seed: int) -> bool:
-    """Record a random experiment; return whether it has anything to run."""
-    drawing = _Drawing(trace, random.Random(seed))
+def record(trace: Trace, seed: int, moves_only: bool = False) -> bool:
+    """Record a random experiment; return whether it has anything to run.
+
+    Args:
+        trace: takes it.
+        seed: of the draws.
+        moves_only: runs of one prompt, whose activations go from place to place and are not computed with.
+    """
+    drawing = _Drawing(trace, random.Random(seed), moves_only)
     drawing.begin()
     for _ in range(drawing.random.randint(3, 12)):
         try:
@@ -45,18 +51,26 @@ def record(trace: Trace, seed: int) -> bool:
 
 
 class _Drawing:
-    def __init__(self, trace: Trace, generator: random.Random) -> None:
-        self.trace, self.random = trace, generator
+    def __init__(self, trace: Trace, generator: random.Random, moves_only: bool) -> None:
+        self.trace, self.random, self.moves_only = trace, generator, moves_only
         self.runs: list[Run] = []
         self.pool: list[Value] = []
         self.sites = [name for name in trace.target.axes if not name.endswith(("hook_tokens", "expert_indices"))]
+        self.kinds = ["read", "compute", "write", "read", "compute", "write", "combine", "score", "lens", "gradient"]
+        self.kinds.append("constant")
+        if moves_only:
+            self.kinds = ["read", "read", "write", "write"]
+            self.sites = [name for name in self.sites if not name.startswith("unembed.")]
 
     def begin(self) -> None:
         vocab = self.trace.target.cfg.d_vocab
         for _ in range(self.random.randint(1, 3)):
             equal = self.random.random() < 0.5
             length = self.random.randint(3, 6)
-            lengths = [length if equal else self.random.randint(3, 6) for _ in range(self.random.randint(1, 3))]
+            lengths = [
+                length if equal else self.random.randint(3, 6)
+                for _ in range(self.random.randint(1, 1 if self.moves_only else 3))
+            ]
             self.runs.append(
                 self.trace.prompts([[self.random.randrange(vocab) for _ in range(one)] for one in lengths])
             )
@@ -79,20 +93,7 @@ class _Drawing:
         return run[name].at(**{name: one for name, one in chosen.items() if one is not None})
 
     def step(self) -> None:
-        kinds = [
-            "read",
-            "read",
-            "compute",
-            "compute",
-            "combine",
-            "write",
-            "write",
-            "score",
-            "lens",
-            "gradient",
-            "constant",
-        ]
-        getattr(self, self.random.choice(kinds))()
+        getattr(self, self.random.choice(self.kinds))()
 
     def read(self) -> None:
         part = self.part()
@@ -139,11 +140,16 @@ class _Drawing:
 
     def write(self) -> None:
         part = self.part()
+        if self.moves_only and self.trace.target.axes[part.name] != ("batch", "pos", "d_model"):
+            return  # an edited tensor may lie in memory otherwise here and there, and attention then rounds otherwise
         how = self.random.choice(["replace", "add", "scale", "zero"])
         if how == "zero":
             part.zero()
             return
         fitting = [one for one in self.pool if _fits(one, part)]
+        if self.moves_only:
+            part.write(how, self.random.choice(fitting[-3:] or [self.any()]))
+            return
         part.write(how, self.random.choice([*fitting[-3:], self.any().tanh().mean(), 0.3]))
 
     def score(self) -> None:

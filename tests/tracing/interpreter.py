@@ -25,16 +25,22 @@ class UndefinedGradientError(Exception):
 Perturbation = dict[tuple[int, str, int], list[Tensor | None]]
 
 
-def interpret(model: HookedTransformer, graph: Graph) -> dict[str, Tensor]:
-    """What a trace saves, by name."""
-    reading = _Interpreter(model, graph, {})
+def interpret(model: HookedTransformer, graph: Graph, watched: bool = False) -> dict[str, Tensor]:
+    """What a trace saves, by name.
+
+    Args:
+        model: the model.
+        graph: the trace.
+        watched: every run records all sites that the trace has in it, so that the model takes the same kernels.
+    """
+    reading = _Interpreter(model, graph, {}, watched)
     with torch.no_grad():
         return {name: torch.as_tensor(reading.value(node)).detach() for name, node in graph.saves.items()}
 
 
 class _Interpreter:
-    def __init__(self, model: HookedTransformer, graph: Graph, added: Perturbation) -> None:
-        self.model, self.graph, self.added = model, graph, added
+    def __init__(self, model: HookedTransformer, graph: Graph, added: Perturbation, watched: bool = False) -> None:
+        self.model, self.graph, self.added, self.watched = model, graph, added, watched
         self.places = {name: index for index, name in enumerate(model.hook_dict)}
         self.known: dict[int, Tensor | float] = {}
 
@@ -100,15 +106,22 @@ class _Interpreter:
             written = sum(other.site == site for _, _, other in writes)
             last = node.version if site == node.site else written
             self._add_perturbation(hooks, node.run, site, last, prompt)
+        tokens = torch.tensor([self.graph.runs[node.run].tokens[prompt]])
+        if self.watched:
+            with self.model.hooks(fwd_hooks=hooks):
+                return self.model.run_with_cache(tokens, names_filter=self._sites(node.run))[1][node.site]
         kept: list[Tensor] = []
 
         def keep(x: Tensor, hook: object) -> Tensor:
             kept.append(x)
             return x
 
-        tokens = torch.tensor([self.graph.runs[node.run].tokens[prompt]])
         self.model.run_with_hooks(tokens, prepend_bos=False, fwd_hooks=[*hooks, (node.site, keep)])
         return kept[0]
+
+    def _sites(self, run: int) -> list[str]:
+        found = {one.site for one in self.graph.nodes if isinstance(one, (Read, Write)) and one.run == run}
+        return sorted(found)
 
     def _add_perturbation(
         self, hooks: list[tuple[str, Callable[..., Tensor]]], run: int, site: str, version: int, prompt: int
