@@ -38,6 +38,17 @@ class ShortcutBlock(TransformerBlock):
         past: HookedTransformerKeyValueCacheEntry | None = None,
         shortformer_pos: Float[Tensor, "batch pos d_model"] | None = None,
     ) -> Float[Tensor, "out_batch pos d_model"]:
+        """Return the residual stream after the block, as `TransformerBlock.forward` does.
+
+        Args:
+            resid_pre: the residual stream before it.
+            layout: lengths, padding and positions of the pass, which carries what the experts write.
+            past: this layer's key-value cache, which is extended by the new positions.
+            shortformer_pos: positions that are added to the inputs of queries and keys.
+
+        Raises:
+            ValueError: it is called by hand, without a layout.
+        """
         if layout is None:
             raise ValueError(self._alone())
         resid_pre = self.hook_resid_pre(resid_pre)
