@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn, Self, TypeAlias
 
 import numpy as np
@@ -123,6 +123,19 @@ class Value:
 
     def __array__(self, *args: object, **kwargs: object) -> NoReturn:
         raise self._no_numbers("the array")
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., object], types: object, args: Sequence[object] = (), kwargs: object = None
+    ) -> object:
+        name = getattr(func, "__name__", str(func))
+        if args and isinstance(args[0], Tensor):
+            return NotImplemented  # a tensor's operator: Python asks this class next
+        raise TraceError(
+            f"torch.{name} takes tensors, and a value of a trace has no numbers before the trace has run: use the "
+            f"value's own methods, t.op(name, ...) for any of tracing.OPS, or torch.{name} on what was saved",
+            calling_line(),
+        )
 
     # Operations
 

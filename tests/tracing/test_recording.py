@@ -376,3 +376,21 @@ def test_kl_to_reads_the_reference_at_its_position() -> None:
         found = t.prompts([PROMPTS[2]]).metric(kl_to(reference)).save()
     wanted = kl_to(reference).per_prompt(alone(PROMPTS[2])[None])
     torch.testing.assert_close(found.value, wanted, rtol=0, atol=1e-12)
+
+
+def test_functions_of_torch_say_what_to_use_and_operators_of_tensors_work() -> None:
+    model = tiny_model()
+    with model.trace(run=False) as t:
+        x = t.prompts([[1, 2, 3]])["resid_post", 0].at(pos=-1)
+        for call in (
+            lambda: torch.softmax(x, -1),
+            lambda: torch.stack([x, x]),
+            lambda: torch.where(x > 0, x, 0.0),
+            lambda: torch.einsum("bd,bd->b", x, x),
+            lambda: torch.nn.functional.relu(x),
+        ):
+            with pytest.raises(TraceError, match=r"torch\.\w+ takes tensors.*tracing\.OPS"):
+                call()
+        ones = torch.ones(12, dtype=torch.float64)
+        for made in (ones + x, ones - x, ones * x, ones / x, ones < x, ones == x):
+            assert made.shape == (1, 12)
