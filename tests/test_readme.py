@@ -56,6 +56,12 @@ def grad_mode_as_it_was() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a page writes lands in no checkout."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
 def registries_as_they_were() -> Iterator[None]:
     """What a page registers is gone after it."""
     registries: tuple[dict[Any, Any], ...] = (
