@@ -394,3 +394,10 @@ def test_functions_of_torch_say_what_to_use_and_operators_of_tensors_work() -> N
         ones = torch.ones(12, dtype=torch.float64)
         for made in (ones + x, ones - x, ones * x, ones / x, ones < x, ones == x):
             assert made.shape == (1, 12)
+
+
+def test_the_sizes_of_a_draw_may_stand_one_by_one_or_in_a_list() -> None:
+    with MODEL.trace() as t:
+        drawn = [t.randn(*sizes, seed=3).save() for sizes in ((2, 3), ([2, 3],), (torch.Size([2, 3]),))]
+    expected = torch.randn(2, 3, generator=torch.Generator().manual_seed(3))
+    assert all(torch.equal(one.value, expected) for one in drawn)
