@@ -55,7 +55,8 @@ class TraceEstimate:
         return max((one.memory for one in self.passes), default=0)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.passes)} passes, {self.flops / 1e9:.3g} GFLOP, {self.memory / 2**20:.3g} MiB at most"]
+        number = "1 pass" if len(self.passes) == 1 else f"{len(self.passes)} passes"
+        lines = [f"{number}, {self.flops / 1e9:.3g} GFLOP, {self.memory / 2**20:.3g} MiB at most"]
         for one in self.passes:
             lines.append(
                 f"  {one.kind}: {one.prompts} prompts, {one.tokens} tokens, {one.layers} layers, "

@@ -485,4 +485,8 @@ class Trace:
 
     def _check_open(self) -> None:
         if self.results is not None:
-            raise TraceError("this trace has run: record what comes next in another one", calling_line())
+            raise TraceError(
+                "this trace has run: record what comes next in another one, and compute on the .value of what was "
+                "saved. A with block runs it at its end; call run() only after model.trace(run=False)",
+                calling_line(),
+            )

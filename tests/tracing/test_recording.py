@@ -189,6 +189,7 @@ def test_twelve_patched_runs_and_their_source_take_one_pass() -> None:
         grid = t.stack(outputs).save()
     estimate = t.estimate()
     assert [(one.kind, one.prompts) for one in estimate.passes] == [("pass", 13)]
+    assert str(estimate).startswith("1 pass, ")
     assert grid.shape == (12, 1, 20)
 
 
@@ -350,8 +351,10 @@ def test_a_trace_runs_once_and_an_error_in_its_block_runs_nothing() -> None:
     with MODEL.trace() as t:
         value = t.prompts(PROMPTS[:1]).logits.save()
     for use in (t.run, lambda: t.prompts([[1]]), value.save, lambda: value + 1):
-        with pytest.raises(TraceError, match="has run"):
+        with pytest.raises(TraceError, match=r"has run: .* compute on the \.value of what was saved"):
             use()
+    with pytest.raises(TraceError, match=r"call run\(\) only after model\.trace\(run=False\)"):
+        t.__exit__(None, None, None)  # the end of a block in which it was run already
     trace = MODEL.trace()
     kept = trace.prompts(PROMPTS[:1]).logits.save()
     trace.__exit__(RuntimeError, RuntimeError("an error in the block"), None)
