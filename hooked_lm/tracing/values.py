@@ -21,6 +21,11 @@ __all__ = ["Value", "ValueLike", "plain_params"]
 # What operations take: a value of the trace, or a tensor, an array or a number as it is.
 ValueLike: TypeAlias = "Value | Tensor | np.ndarray | float"
 
+# What torch calls the operators of a tensor with a value on its right.
+_OPERATORS = frozenset(
+    {"add", "sub", "rsub", "mul", "div", "truediv", "matmul", "lt", "le", "gt", "ge", "eq", "ne", "pow"}
+)
+
 
 class Value:
     """Something that a trace will compute.
@@ -129,7 +134,7 @@ class Value:
         cls, func: Callable[..., object], types: object, args: Sequence[object] = (), kwargs: object = None
     ) -> object:
         name = getattr(func, "__name__", str(func))
-        if args and isinstance(args[0], Tensor):
+        if args and isinstance(args[0], Tensor) and name.strip("_") in _OPERATORS:
             return NotImplemented  # a tensor's operator: Python asks this class next
         raise TraceError(
             f"torch.{name} takes tensors, and a value of a trace has no numbers before the trace has run: use the "
