@@ -301,7 +301,7 @@ def _made_by(maker: str, **arguments: object) -> _MadeBy:
 
 
 def _pairs(maker: str, answer: Tokens, wrong: Tokens, pos: int) -> tuple[Int[Tensor, "batch_or_1 2"], _MadeBy]:
-    """Answers beside wrong ones, and what makes the metric anew."""
+    """Each prompt's answer and wrong token, and the metric's maker with its arguments."""
     right, other = _column(answer, "answer"), _column(wrong, "wrong")
     if len({right.shape[0], other.shape[0]} - {1}) > 1:
         raise ValueError(f"{maker} has {right.shape[0]} answers and {other.shape[0]} wrong ones")

@@ -58,11 +58,11 @@ CONFIGS: dict[str, HookedTransformerConfig] = {
 _TEXT = """\
 # Plan the memory of a large model
 
-`hooked-lm info MODEL --memory` shows what a model takes in each precision. Some published models, with their weights in
-float32 and bfloat16, and in bfloat16 what one token takes in the key-value cache and what `run_with_cache` without
-`names_filter` records of one prompt of {length:,} tokens:
+`hooked-lm info MODEL --memory` prints how much memory a model needs in each precision. The table has some published
+models. Keys and values are those of one token in the key-value cache; the activation cache is that of
+`run_with_cache` without `names_filter`, for one prompt of {length:,} tokens. Both are in bfloat16.
 
-| model | weights, float32 | weights, bfloat16 | cache per token | activation cache |
+| model | weights, float32 | weights, bfloat16 | keys and values per token | activation cache |
 |---|---:|---:|---:|---:|
 {rows}
 

@@ -146,6 +146,22 @@ def test_the_tokenizer_of_a_model_encodes_as_the_model_does(prepend: bool) -> No
         model.cfg.default_prepend_bos = not prepend
 
 
+@pytest.mark.parametrize("prepend", [True, False])
+def test_the_config_says_whether_the_tokenizer_puts_bos_in_front(prepend: bool) -> None:
+    model = text_model(tiny_tokenizer(), default_prepend_bos=prepend)
+    for _ in range(2):
+        assert model.cfg.tokenizer_prepends_bos is model.cfg.default_prepend_bos
+        # As scripts for the classic library tokenize by hand.
+        wanted, there = model.cfg.default_prepend_bos, model.cfg.tokenizer_prepends_bos
+        text = model.tokenizer.bos_token + "Mary" if wanted and not there else "Mary"
+        tokens = model.tokenizer(text)["input_ids"]
+        tokens = tokens[1:] if there and not wanted else tokens
+        assert tokens == model.to_tokens("Mary")[0].tolist()
+        model.cfg.default_prepend_bos = not prepend
+    assert text_model(PlainTokenizer()).cfg.tokenizer_prepends_bos is None
+    assert HookedTransformer(tiny_config()).cfg.tokenizer_prepends_bos is None
+
+
 def test_a_tokenizer_written_in_python_encodes_as_the_model_does(tmp_path: Path) -> None:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "mary", "john"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))

@@ -69,7 +69,7 @@ def positions_by_hand(x: Tensor, positions: Tensor | None) -> Tensor | None:
     Raises:
         ValueError: another shape, such as that of a mask in their place.
     """
-    if positions is not None and (positions.ndim != 3 or positions.shape[1:] != x.shape[1:]):
+    if positions is not None and positions.shape not in (x.shape, (1, *x.shape[1:])):
         raise ValueError(
             f"shortformer_pos is added to the stream {list(x.shape)}, got {list(positions.shape)}: "
             "a mask is given as attention_mask="

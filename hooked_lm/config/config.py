@@ -128,7 +128,9 @@ class HookedTransformerConfig(Lockable):
             -1 means `0.8 / sqrt(d_model)` for `"gpt2"` and a gain of 1 for the others.
         n_params: weights of attention and MLPs, counted whatever is given.
         dtype, device: of a new model's parameters.
-        default_prepend_bos, default_padding_side, tokenizer_name, tokenizer_prepends_bos: about text.
+        default_prepend_bos, default_padding_side, tokenizer_name: about text.
+        tokenizer_prepends_bos: whether the model's tokenizer puts BOS in front, as `default_prepend_bos` says; None
+            without a tokenizer, or with one that does not follow the config.
         model_name, original_architecture, from_checkpoint, checkpoint_index, checkpoint_label_type, checkpoint_value:
             where the weights come from.
         use_attn_result, use_split_qkv_input, use_attn_in, use_hook_mlp_in, use_hook_tokens: whether a cache without

@@ -85,6 +85,16 @@ def unlinked(tokenizer: Tokenizer) -> Tokenizer:
     return plain
 
 
+def follows_bos(tokenizer: Tokenizer) -> bool:
+    """Return whether what a tokenizer puts in front of a text follows its model's config.
+
+    Args:
+        tokenizer: any.
+    """
+    makes_inputs = hasattr(tokenizer, "backend_tokenizer") or hasattr(tokenizer, "build_inputs_with_special_tokens")
+    return makes_inputs and isinstance(getattr(tokenizer, "model_link", None), _Link)
+
+
 def _padding_side(self: Tokenizer) -> str:
     return str(self.model_link.cfg.default_padding_side)
 

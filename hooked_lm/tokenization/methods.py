@@ -18,7 +18,7 @@ from hooked_lm._support.torch_internals import values_readable
 from hooked_lm.components import Embed, Unembed
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.tokenization import LogitTokens, PaddingSide, Prompts, TokenBatch, Tokenizer
-from hooked_lm.tokenization.linked import linked, unlinked
+from hooked_lm.tokenization.linked import follows_bos, linked, unlinked
 
 __all__ = ["Text", "TextInterface", "check_attention_mask", "describe", "mask_tensor"]
 
@@ -88,8 +88,9 @@ class TextInterface(nn.Module):
                 stacklevel=2,
             )
         self._tokenizer = linked(prepared, self.cfg)
-        # What code for the classic library asks before it adds or removes a BOS by hand.
-        self.cfg.tokenizer_prepends_bos = bool(self.cfg.default_prepend_bos)
+        # What code for the classic library asks before it adds or removes a BOS by hand. The config keeps it in step.
+        follows = follows_bos(self._tokenizer)
+        self.cfg.tokenizer_prepends_bos = bool(self.cfg.default_prepend_bos) if follows else None
 
     def _require_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:

@@ -20,6 +20,9 @@ CONFIGS: list[dict[str, Any]] = [
     {"positional_embedding_type": "alibi", "normalization_type": None},
     {"num_experts": 4, "experts_per_token": 2, "gated_mlp": True},
 ]
+# The kinds of lines, each as often as it is drawn.
+MOVES = ("read", "read", "write", "write")
+COMPUTATIONS = ("compute", "compute", "combine", "score", "lens", "gradient", "constant")
 _models: dict[int, HookedTransformer] = {}
 
 
@@ -56,10 +59,8 @@ class _Drawing:
         self.runs: list[Run] = []
         self.pool: list[Value] = []
         self.sites = [name for name in trace.target.axes if not name.endswith(("hook_tokens", "expert_indices"))]
-        self.kinds = ["read", "compute", "write", "read", "compute", "write", "combine", "score", "lens", "gradient"]
-        self.kinds.append("constant")
+        self.kinds = MOVES if moves_only else (*MOVES, *COMPUTATIONS)
         if moves_only:
-            self.kinds = ["read", "read", "write", "write"]
             self.sites = [name for name in self.sites if not name.startswith("unembed.")]
 
     def begin(self) -> None:
