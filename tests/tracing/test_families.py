@@ -37,7 +37,8 @@ def record(trace: Trace, row: Row, model: HookedTransformer) -> Trace:
     target["z", middle].at(pos=-1, head=0).scale(1.5)
     target["pattern", last].at(pos=-1, head=-1).scale(0.5)
     target["attn_out", last].at(pos=slice(-2, None)).add(source["attn_out", 0].at(pos=-1, batch=0))
-    target[f"blocks.{last}.hook_mlp_out"].at(pos=0).zero()
+    # Each prompt's own first token, which later ones attend to in the layers above.
+    target["blocks.0.hook_mlp_out"].at(pos=0).zero()
     target["resid_post", last].at(pos=slice(-4, None)).save("stream")
     source["q", last].at(pos=-1).save("queries")
     score = target.metric(log_prob(5))
