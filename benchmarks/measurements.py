@@ -43,6 +43,7 @@ TARGETS: dict[tuple[str, str], float] = {
     ("attribution 1x128", THREE): 1.0,
     ("attribution 1x128", FOUR): 1.0,
     ("attribution 1x128", NNSIGHT): 1.0,
+    ("traced residual grid 12x32", "ours, sweep"): 1.05,
     ("generation of 50, batch 1", TRANSFORMERS): 0.9,
     ("generation of 50, batch 1", THREE): 0.4,
     ("generation of 50, batch 8", TRANSFORMERS): 0.9,
@@ -358,7 +359,32 @@ def _small(scale: Scale) -> list[Measurement]:
             scale.some(0.6),
         ),
     ]
-    return [*tasks, *_generations(scale, "", "small", vocab, scale.batches)]
+    return [*tasks, *_generations(scale, "", "small", vocab, scale.batches), *_traces(scale, vocab, n_layers, short)]
+
+
+def _traces(scale: Scale, vocab: int, n_layers: int, short: list[list[int]]) -> list[Task]:
+    n_pos = scale.grids[0]
+    prompts, _ = make_prompts(n_pos, vocab)
+    grid = {"clean": prompts.clean.tolist(), "corrupted": prompts.corrupted.tolist(), "answer": ANSWER, "wrong": WRONG}
+    own = {"who": (OURS,), "group": "Traces", "model": "small"}
+    return [
+        Task(
+            name=f"traced forward 1x{len(short[0])}",
+            task="traced_forward",
+            arguments={"tokens": short},
+            rounds=scale.rounds,
+            beside={"ours, forward": "forward"},
+            **own,
+        ),
+        Task(
+            name=f"traced residual grid {n_layers}x{n_pos}",
+            task="traced_grid",
+            arguments=grid,
+            rounds=scale.some(0.6),
+            beside={"ours, sweep": "swept_grid"},
+            **own,
+        ),
+    ]
 
 
 def _generations(scale: Scale, prefix: str, model: str, vocab: int, batches: tuple[int, ...]) -> list[Task]:

@@ -527,6 +527,8 @@ def test_a_quick_run_skips_missing_peers_by_name_and_everybody_computes_the_same
     assert set(results["residual grid 2x4, one token differs"]["values"]) == {OURS, "ours, plain loop", "transformers"}
     lazy = results["lazy cache 1x32: bytes held"]["values"]
     assert lazy[OURS][0] < lazy["ours, full cache"][0] / 10
+    assert set(results["traced residual grid 2x4"]["values"]) == {OURS, "ours, sweep"}
+    assert set(results["traced forward 1x16"]["values"]) == {OURS, "ours, forward"}
     assert set(names) <= results.keys()
     assert report["machine"]["threads"] == 1
     assert "more rows, float32" in report["machine"]["kernels"]

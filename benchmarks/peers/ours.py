@@ -42,6 +42,9 @@ class Ours(Classic):
         own: dict[str, Callable[..., Task]] = {
             "lazy_cache": partial(self.full_cache, lazy=True),
             "eager_forward": self.eager_forward,
+            "traced_forward": self.traced_forward,
+            "traced_grid": self.traced_grid,
+            "swept_grid": self.swept_grid,
         }
         return {**super().tasks(), **own}
 
@@ -56,6 +59,44 @@ class Ours(Classic):
         prompt = torch.tensor(tokens)
         hooks = [(name, lambda pattern, hook: None) for name in names]
         return Task(lambda: self.model.run_with_hooks(prompt, fwd_hooks=hooks), lambda logits: {"logits": logits})
+
+    # Traces, beside what they are made of
+
+    def traced_forward(self, tokens: Tokens) -> Task:
+        """A trace that reads the logits, recorded and run."""
+        prompt = torch.tensor(tokens)
+
+        def run() -> Tensor:
+            with self.model.trace() as t:
+                logits = t.prompts(prompt).logits.save()
+            return logits.value
+
+        return Task(run, lambda logits: {"logits": logits})
+
+    def traced_grid(self, clean: Tokens, corrupted: Tokens, answer: int, wrong: int) -> Task:
+        """The grid of the stream before each layer at each position, written as loops in one trace."""
+        prompts, patched, metric = torch.tensor(clean), torch.tensor(corrupted), logit_diff(answer, wrong)
+
+        def run() -> Tensor:
+            with self.model.trace() as t:
+                source, cells = t.prompts(prompts), []
+                for layer in range(self.model.cfg.n_layers):
+                    for pos in range(prompts.shape[1]):
+                        cell = t.prompts(patched)
+                        cell["resid_pre", layer].at(pos=pos).replace(source["resid_pre", layer].at(pos=pos))
+                        cells.append(cell.metric(metric).mean())
+                grid = t.stack(cells).save()
+            return grid.value
+
+        return Task(run, lambda grid: {"grid": grid})
+
+    def swept_grid(self, clean: Tokens, corrupted: Tokens, answer: int, wrong: int) -> Task:
+        """The same grid by its function, the run of the clean prompts included."""
+        prompts, patched, metric = torch.tensor(clean), torch.tensor(corrupted), logit_diff(answer, wrong)
+        return Task(
+            lambda: patching.get_act_patch_resid_pre(self.model, patched, prompts, metric, verbose=False),
+            lambda grid: {"grid": grid.flatten()},
+        )
 
     # Patching: cell by cell, as one does without a sweep, and whole grids
 
