@@ -229,8 +229,8 @@ ASSIGNABLE: Mapping[str, Callable[[HookedTransformerConfig, str, object], object
 }
 
 
-# A field that says of the model's tokenizer, if there is one, what another says of the model.
-_SAID_OF_THE_TOKENIZER = {"default_prepend_bos": "tokenizer_prepends_bos"}
+# Assigning the first field sets the second too, unless that is None: the model's tokenizer follows the config.
+_FOLLOWERS = {"default_prepend_bos": "tokenizer_prepends_bos"}
 
 
 def _assign(cfg: HookedTransformerConfig, name: str, value: object, lock: _Lock) -> None:
@@ -252,9 +252,9 @@ def _assign(cfg: HookedTransformerConfig, name: str, value: object, lock: _Lock)
         if not _is_same(getattr(cfg, name), present):
             return
     object.__setattr__(cfg, name, value)
-    of_tokenizer = _SAID_OF_THE_TOKENIZER.get(name)
-    if of_tokenizer is not None and getattr(cfg, of_tokenizer) is not None:
-        object.__setattr__(cfg, of_tokenizer, value)
+    follower = _FOLLOWERS.get(name)
+    if follower is not None and getattr(cfg, follower) is not None:
+        object.__setattr__(cfg, follower, value)
 
 
 def _is_same(present: object, value: object) -> bool:
