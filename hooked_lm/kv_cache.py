@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -202,7 +202,12 @@ class HookedTransformerKeyValueCache:
 
     @classmethod
     def init_cache(
-        cls, cfg: HookedTransformerConfig, device: torch.device | str | None, batch_size: int = 1, capacity: int = 0
+        cls,
+        cfg: HookedTransformerConfig,
+        device: torch.device | str | None,
+        batch_size: int = 1,
+        capacity: int = 0,
+        block_devices: Sequence[torch.device] | None = None,
     ) -> HookedTransformerKeyValueCache:
         """Return an empty cache for a model's config, with room for `capacity` positions.
 
@@ -211,10 +216,11 @@ class HookedTransformerKeyValueCache:
             device: where the model is.
             batch_size: how many prompts.
             capacity: positions to make room for; the cache grows beyond.
+            block_devices: where each block is, if they are not all there.
         """
+        places: Sequence[torch.device | str | None] = block_devices or [device] * cfg.n_layers
         entries = [
-            HookedTransformerKeyValueCacheEntry.init_cache_entry(cfg, device, batch_size, capacity)
-            for _ in range(cfg.n_layers)
+            HookedTransformerKeyValueCacheEntry.init_cache_entry(cfg, place, batch_size, capacity) for place in places
         ]
         return cls(entries, torch.empty(batch_size, 0, dtype=torch.long, device=device))
 

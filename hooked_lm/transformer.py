@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -35,7 +35,7 @@ from hooked_lm.tokenization.inputs import InputReading
 from hooked_lm.tracing.methods import Tracing
 from hooked_lm.weights.initialization import initialize_weights
 from hooked_lm.weights.saving import WeightSaving
-from hooked_lm.weights.views import WeightViews
+from hooked_lm.weights.spreading import Spreading
 
 __all__ = ["ForwardOutput", "HookedTransformer", "Loss", "ModelInput", "Output", "ReturnType"]
 
@@ -54,7 +54,7 @@ class Output(NamedTuple):
 ForwardOutput = Tensor | Output | None
 
 
-class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration, Caching, Tracing):
+class HookedTransformer(Spreading, WeightSaving, InputReading, TextGeneration, Caching, Tracing):
     """A transformer with a named hook point at every activation.
 
     Args:
@@ -211,12 +211,17 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
     ) -> ForwardOutput:
         """Run embedding, blocks and unembedding, as far as the options select them."""
         prompt, residual, shortformer_pos = self._entered(prompt)
+        layout, over = prompt.layout, self.spread_over
         for layer, block in enumerate(islice(self.blocks, start, stop), start):
             past = None if past_kv_cache is None else past_kv_cache[layer]
+            if over is not None:
+                residual, layout, shortformer_pos = over.entering(layer, residual, layout, shortformer_pos)
             if type(block) in (TransformerBlock, ShortcutBlock):
-                residual = block(residual, prompt.layout, past, shortformer_pos)
+                residual = block(residual, layout, past, shortformer_pos)
             else:
-                residual = call_own(block, (residual,), prompt.layout, past, shortformer_pos)
+                residual = call_own(block, (residual,), layout, past, shortformer_pos)
+        if over is not None:
+            residual = residual.to(over.home)
         if stop_at_layer is not None:
             return residual
         normalized = self.ln_final(residual)
@@ -392,16 +397,12 @@ class HookedTransformer(WeightSaving, WeightViews, InputReading, TextGeneration,
             batch_size: the number of prompts.
             capacity: the number of positions to allocate.
         """
-        return HookedTransformerKeyValueCache.init_cache(self.cfg, self.embed.W_E.device, batch_size, capacity)
+        home, over = self.embed.W_E.device, self.spread_over
+        return HookedTransformerKeyValueCache.init_cache(
+            self.cfg, home, batch_size, capacity, None if over is None else over.blocks
+        )
 
     # Housekeeping
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Update the config's dtype and device after `.to()`, `.half()`, `.cuda()` and similar calls."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if hasattr(self, "unembed"):
-            self.cfg.set_unlocked(dtype=self.W_U.dtype, device=str(self.W_U.device))
-        return self
 
     def init_weights(self) -> None:
         """Draw the weights anew by `cfg.init_mode`, with `cfg.seed` the same ones; biases become zero, gains one."""

@@ -382,7 +382,7 @@ _REPLACED = {
     "move_to_and_update_config": "use model.to, which keeps model.cfg up to date",
     "print_gpu_mem": "use torch.cuda.memory_allocated",
     "warn_if_mps": "a device is used as it is named",
-    "get_device_for_block_index": "a model is on one device, model.cfg.device",
+    "get_device_for_block_index": "model.spread_over has the devices of a model that was spread",
     "get_best_available_device": "a model is on one device, model.cfg.device",
 }
 

@@ -158,7 +158,8 @@ class ActivationCache(ResidualStreams):
             neurons = Slice([neurons.slice])
         require_stock("a neuron's output", f"blocks.{layer}.mlp", self.model.blocks[layer].mlp)
         post = positions.apply(self["post", layer], dim=-2)
-        return neurons.apply(post, dim=-1), neurons.apply(self.model.blocks[layer].mlp.W_out, dim=0)
+        W_out = neurons.apply(self.model.blocks[layer].mlp.W_out, dim=0)
+        return neurons.apply(post, dim=-1), W_out.to(post.device)
 
     @overload
     def stack_neuron_results(
@@ -241,7 +242,7 @@ class ActivationCache(ResidualStreams):
         norm, scale = self._norm_and_scale(layer, False, positions)
         if norm is not None:
             W_out = W_out - W_out.mean(-1, keepdim=True) if norm.centred else W_out
-            W_out = W_out if norm.w is None else W_out * norm.w
+            W_out = W_out if norm.w is None else W_out * norm.w.to(W_out.device)
             post = post / scale
         return self._write(post, W_out, layer, positions, False, onto)
 
@@ -353,7 +354,7 @@ class ActivationCache(ResidualStreams):
 def _head_results(
     z: Float[Tensor, "*batch_and_pos head d_head"], W_O: Float[Tensor, "head d_head d_model"]
 ) -> Float[Tensor, "*batch_and_pos head d_model"]:
-    return einsum(z, W_O, "... head d_head, head d_head d_model -> ... head d_model")
+    return einsum(z, W_O.to(z.device), "... head d_head, head d_head d_model -> ... head d_model")
 
 
 def _spread(projected: Tensor, between: int) -> Tensor:

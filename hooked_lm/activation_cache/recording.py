@@ -20,6 +20,7 @@ from hooked_lm.activation_cache.mapping import CacheModel
 from hooked_lm.activation_cache.of_model import sizes_of
 from hooked_lm.activation_cache.replay import ForwardCall, record_run
 from hooked_lm.components.sequence import kept_positions
+from hooked_lm.components.spread import Spread
 from hooked_lm.components.stock import not_stock
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.hooks import HookHandle, HookPoint, ModelOutput, passes_begun
@@ -33,6 +34,8 @@ __all__ = ["Caching"]
 
 class Caching(TextInterface, Intervening):
     """`run_with_cache` of `HookedTransformer`."""
+
+    spread_over: Spread | None
 
     @overload  # type: ignore[override]  # unlike the base, it returns an ActivationCache by default
     def run_with_cache(
@@ -112,6 +115,8 @@ class Caching(TextInterface, Intervening):
         Raises:
             ValueError: options that exclude each other, or `lazy` or `offload` under `torch.func`.
         """
+        if device is None and self.spread_over is not None:
+            device = self.spread_over.home
         if lazy or offload is not None:
             _check_values_suffice(lazy, keep_graph)
         if names_filter is not None and not isinstance(names_filter, str) and not callable(names_filter):

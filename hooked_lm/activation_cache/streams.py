@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hooked_lm._support.integers import integer
 from hooked_lm.activation_cache.mapping import CachedActivations
 from hooked_lm.components.norm import NoNorm, Norm
+from hooked_lm.components.spread import applied
 from hooked_lm.components.stock import require_stock
 from hooked_lm.hooks import without_hooks
 from hooked_lm.names import ActivationKey, UnknownHookError
@@ -232,7 +233,7 @@ class ResidualStreams(CachedActivations):
             if norm is None:
                 return stack
             with without_hooks():
-                normalized: Tensor = norm(stack)
+                normalized: Tensor = applied(norm, stack)
             return normalized
         norm, scale = self._norm_and_scale(layer, mlp_input, positions)
         assert norm is not None
@@ -242,7 +243,7 @@ class ResidualStreams(CachedActivations):
             scale = scale if has_batch_dim or batch.mode == "int" else scale[0]
         stack = stack - stack.mean(-1, keepdim=True) if norm.centred else stack
         stack = stack / scale
-        return stack if norm.w is None else stack * norm.w
+        return stack if norm.w is None else stack * norm.w.to(stack.device)
 
     def _stack_of(self, stack: Tensor, run: Sequence[int] | None, batch: Slice, has_batch_dim: bool) -> Tensor:
         """Return the part of a stack that belongs to some prompts.

@@ -65,7 +65,8 @@ class RecordedRun:
         return index
 
     def exact(self, x: Tensor) -> Tensor:
-        """Return half precision as float32, and anything else as it is."""
+        """Return half precision as float32, and anything else as it is; on the device of the logits."""
+        x = x.to(self.device)
         return x.float() if self.half else x
 
     def whole(self, name: str) -> Tensor:

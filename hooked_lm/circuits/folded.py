@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -35,8 +36,9 @@ def folded_ov(model: HookedModel, layer: int) -> FactoredMatrix:
     """
     require_additive(model)
     block = _block(model, layer, "an OV circuit", by_values=True)
-    W_V = per_query_head(read_through(block.ln1, _exact(block.attn.W_V)), model.cfg.n_heads)
-    return FactoredMatrix(W_V, linear_part(block.ln1_post, _exact(block.attn.W_O)))
+    home = model.embed.W_E.device
+    W_V = per_query_head(read_through(block.ln1, _exact(block.attn.W_V, home)), model.cfg.n_heads)
+    return FactoredMatrix(W_V, linear_part(block.ln1_post, _exact(block.attn.W_O, home)))
 
 
 def folded_qk(model: HookedModel, layer: int) -> FactoredMatrix:
@@ -52,9 +54,9 @@ def folded_qk(model: HookedModel, layer: int) -> FactoredMatrix:
     require_additive(model)
     require_scores_by_head(model)
     block = _block(model, layer, "a QK circuit", by_values=False)
-    attn = block.attn
-    W_Q = head_norm_linear_part(attn.q_norm, read_through(block.ln1, _exact(attn.W_Q)))
-    W_K = head_norm_linear_part(attn.k_norm, read_through(block.ln1, _exact(attn.W_K)))
+    attn, home = block.attn, model.embed.W_E.device
+    W_Q = head_norm_linear_part(attn.q_norm, read_through(block.ln1, _exact(attn.W_Q, home)))
+    W_K = head_norm_linear_part(attn.k_norm, read_through(block.ln1, _exact(attn.W_K, home)))
     return FactoredMatrix(W_Q, per_query_head(W_K, model.cfg.n_heads).mT)
 
 
@@ -63,14 +65,14 @@ def linear_part(norm: nn.Module, rows: Float[Tensor, "*leading d_model"]) -> Flo
     if not isinstance(norm, Norm):
         return rows
     rows = rows - rows.mean(-1, keepdim=True) if norm.centred else rows
-    return rows if norm.w is None else rows * norm.w.to(rows.dtype)
+    return rows if norm.w is None else rows * norm.w.to(rows)
 
 
 def read_through(norm: nn.Module, W: Float[Tensor, "*head d_model column"]) -> Float[Tensor, "*head d_model column"]:
     """Return weights that read before a norm what `W` reads after it, apart from the norm's scale and bias."""
     if not isinstance(norm, Norm):
         return W
-    W = W if norm.w is None else W * _exact(norm.w)[:, None]
+    W = W if norm.w is None else W * _exact(norm.w, W.device)[:, None]
     return W - W.mean(-2, keepdim=True) if norm.centred else W
 
 
@@ -90,7 +92,7 @@ def head_norm_linear_part(
     if norm.w is None:
         return rows
     gain = norm.w if head is None or norm.w.ndim == 1 else norm.w[head]
-    return rows * gain.to(rows.dtype)[..., None, :]
+    return rows * gain.to(rows)[..., None, :]
 
 
 def require_additive(model: HookedModel) -> None:
@@ -119,6 +121,6 @@ def _block(model: HookedModel, layer: int, what: str, *, by_values: bool) -> Tra
     return model.blocks[layer]
 
 
-def _exact(weights: Tensor) -> Tensor:
+def _exact(weights: Tensor, home: torch.device) -> Tensor:
     """Detached, and in single precision at least: torch has no eigenvalues and singular values of half precision."""
-    return at_least_single(weights.detach())
+    return at_least_single(weights.detach().to(home))

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from hooked_lm.circuits.folded import head_norm_linear_part, linear_part, require_additive, require_scores_by_head
 from hooked_lm.circuits.stock_only import require_own_matrices, require_stock_attention, require_stock_unembedding
 from hooked_lm.components.norm import Norm
+from hooked_lm.components.spread import applied
 from hooked_lm.components.stock import not_stock, require_stock
 from hooked_lm.factored_matrix import FactoredMatrix
 from hooked_lm.hooked_model import HookedModel
@@ -64,10 +65,10 @@ def token_embeddings(
     if model.cfg.attn_only or model.cfg.n_layers == 0:
         raise ValueError("an effective embedding is the one after the first MLP, and this model has no MLP")
     require_stock("an effective embedding", "blocks.0", model.blocks[0], alone=True)
-    pieces = []
+    pieces, first = [], model.blocks[0]
     for part in _blocks(len(rows), model.cfg.d_mlp or model.cfg.d_model, block, "effective embedding", verbose):
         embedded = model.embed(rows[None, part])
-        pieces.append((embedded + model.blocks[0].mlp_output(embedded))[0])
+        pieces.append((embedded + applied(first, embedded, first.mlp_output))[0])
     return torch.cat(pieces)
 
 
@@ -97,8 +98,8 @@ def full_qk_circuit(
     attn = model.blocks[layer].attn
     source = head // (model.cfg.n_heads // model.cfg.n_kv_heads)
     embedded = _read_embeddings(model, layer, effective_embedding, normalize)
-    queries = head_norm_linear_part(attn.q_norm, embedded @ attn.W_Q[head], head)
-    keys = head_norm_linear_part(attn.k_norm, embedded @ attn.W_K[source], source)
+    queries = head_norm_linear_part(attn.q_norm, embedded @ attn.W_Q[head].to(embedded.device), head)
+    keys = head_norm_linear_part(attn.k_norm, embedded @ attn.W_K[source].to(embedded.device), source)
     return FactoredMatrix(queries, keys.mT)
 
 
@@ -136,8 +137,8 @@ def full_ov_circuit(
     require_stock_unembedding(model, "a full OV circuit")
     block, group = model.blocks[layer], model.cfg.n_heads // model.cfg.n_kv_heads
     embedded = _read_embeddings(model, layer, effective_embedding, normalize)
-    values = torch.cat([embedded @ block.attn.W_V[one // group] for one in heads], dim=-1)
-    written = torch.cat([block.attn.W_O[one] for one in heads])
+    values = torch.cat([embedded @ block.attn.W_V[one // group].to(embedded.device) for one in heads], dim=-1)
+    written = torch.cat([block.attn.W_O[one].to(embedded.device) for one in heads])
     for norm in (block.ln1_post, model.ln_final):
         written = linear_part(norm, written)
     return FactoredMatrix(values, written @ model.W_U)
@@ -153,8 +154,8 @@ def _read_embeddings(
     embedded, norm = token_embeddings(model, effective=effective), model.blocks[layer].ln1
     if not (normalize and isinstance(norm, Norm)):
         return linear_part(norm, embedded)
-    read = norm.without_hooks(embedded)
-    return read if norm.b is None else read - norm.b
+    read = applied(norm, embedded, norm.without_hooks)
+    return read if norm.b is None else read - norm.b.to(read.device)
 
 
 def _check_head(model: HookedModel, layer: int, head: int) -> None:

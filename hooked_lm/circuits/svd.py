@@ -138,7 +138,7 @@ class SVDInterpreter:
         if not 0 <= layer_index < self.cfg.n_layers:
             raise ValueError(f"layer {layer_index} is out of range: this model has blocks 0-{self.cfg.n_layers - 1}")
         self.model.unembed.require_linear("a singular vector in vocabulary space")
-        V = self._right_singular_vectors(vector_type, layer_index, head_index)
+        V = self._right_singular_vectors(vector_type, layer_index, head_index).to(self.model.W_U.device)
         if not 1 <= num_vectors <= V.shape[-1]:
             raise ValueError(f"num_vectors {num_vectors} is not in 1-{V.shape[-1]}, the number of singular vectors")
         return (at_least_single(self.model.W_U).T @ V[:, :num_vectors])[:, None].detach()

@@ -73,7 +73,7 @@ def get_device() -> str:
 
 
 def get_device_for_block_index(index: int, cfg: object, device: str | torch.device | None = None) -> torch.device:
-    """Return the device of a block: the model's, since a model is on one device.
+    """Return the device of a block of a model on one device. For one that was spread, see `model.spread_over`.
 
     Args:
         index: of the block.

@@ -103,7 +103,7 @@ _NAME_HINTS: dict[str, str] = {
         "determine_available_memory_for_available_devices find_embedding_device find_misplaced_modules "
         "get_best_available_cuda_device get_best_available_device is_mixed_cpu_gpu maybe_cast_floating_params "
         "move_to_and_update_config resolve_device_map sort_devices_based_on_available_memory"
-    ): "a model is on one device: pass device=, or call model.to(device)",
+    ): "pass device=, or call model.to(device) or model.spread(devices)",
     (
         "DATASET_LOADERS DATASET_NAMES MMLU_ANSWER_LETTERS MMLU_SUBJECTS download_file_from_hf evaluate "
         "evaluate_on_dataset get_dataset make_code_data_loader make_mmlu_data_loader make_owt_data_loader "

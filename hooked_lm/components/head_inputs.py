@@ -45,7 +45,7 @@ class HeadSource:
         heads = self.stream.shape[2]
         found = torch.zeros(heads, dtype=torch.bool, device=self.stream.device)
         for before, after in self.edits:
-            if before.shape != after.shape:  # a hook changed the number of prompts
+            if before.shape != after.shape or after.is_meta:  # another number of prompts, or no values to compare
                 return [True] * heads
             different = (before != after).flatten(3).any(3).flatten(0, 1).any(0)
             # With one copy per query head, a key-value head differs if one of its query heads' copies does.

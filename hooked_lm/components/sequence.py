@@ -50,6 +50,20 @@ class SequenceLayout:
         self.additive_mask = additive_mask
         self._made: dict[object, Tensor | tuple[Tensor, Tensor] | None] = {}
         self._carried: Tensor | None = None
+        self._elsewhere: dict[torch.device, SequenceLayout] = {}
+
+    def on(self, device: torch.device) -> SequenceLayout:
+        """Return this layout with its masks and tables on another device, the same one for every block there.
+
+        Args:
+            device: of the blocks.
+        """
+        if device == self.device:
+            return self
+        if device not in self._elsewhere:
+            valid, additive = (None if one is None else one.to(device) for one in (self.valid, self.additive_mask))
+            self._elsewhere[device] = SequenceLayout(self.n_queries, self.n_past, device, valid, additive)
+        return self._elsewhere[device]
 
     def carry(self, x: Float[Tensor, "batch pos d_model"]) -> None:
         """Keep what a block computes for the next block of this pass to add."""

@@ -232,5 +232,6 @@ def _first_order(model: HookedModel, patch: Patch, clean: Mapping[str, Tensor], 
         change = clean[site].to(run.values[site]) - run.values[site]
         precise = torch.promote_types(change.dtype, torch.float32)
         pattern = f"{' '.join(axes)}, {' '.join(axes)} -> {' '.join(kept)}".strip()
-        layers.append(einsum(run.grads[site].to(precise), change.to(precise), pattern))
+        effect = einsum(run.grads[site].to(precise), change.to(precise), pattern)
+        layers.append(effect.to(model.embed.W_E.device))
     return torch.stack(layers)

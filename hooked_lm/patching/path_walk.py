@@ -58,7 +58,7 @@ class StreamBatch:
         self.senders = senders
         self.first = [min(node.layer or 0 for node in nodes) for nodes in senders]
         self.active: list[int] = []
-        self.rows = self._base("resid_pre", 0)[None][:0]  # [row batch pos d_model]
+        self.rows = runs.corrupted[get_act_name("resid_pre", 0)][None][:0]  # [row batch pos d_model]
         self.valid = None if bool(runs.mask.all()) else runs.mask.bool()
 
     def through_block(self, layer: int, receivers: Sequence[Node]) -> Iterator[tuple[Node, Tensor]]:
@@ -68,6 +68,9 @@ class StreamBatch:
             layer: the block.
             receivers: those in it.
         """
+        over = self.model.spread_over
+        if over is not None:
+            self.rows = self.rows.to(over.blocks[layer])
         self._join(layer)
         if not self.active:
             return
@@ -138,18 +141,19 @@ class StreamBatch:
 
     def _layout(self) -> tuple[SequenceLayout, Tensor | None]:
         """The layout of all rows; in shortformer models also the positions that are added for queries and keys."""
-        n_pos, valid = self.rows.shape[2], self.valid
-        layout = SequenceLayout(
-            n_pos, 0, self.rows.device, None if valid is None else valid.repeat(len(self.active), 1)
-        )
+        n_pos, device = self.rows.shape[2], self.rows.device
+        valid = None if self.valid is None else self.valid.repeat(len(self.active), 1)
+        layout = SequenceLayout(n_pos, 0, device, None if valid is None else valid.to(device))
         if self.cfg.positional_embedding_type != "shortformer":
             return layout, None
-        return layout, self.model.pos_embed(self.rows[..., 0].flatten(0, 1), 0, layout.valid)
+        home = self.model.embed.W_E.device
+        like = self.rows[..., 0].flatten(0, 1).to(home)
+        return layout, self.model.pos_embed(like, 0, valid).to(device)
 
     # Rows, senders and receivers
 
     def _base(self, name: str, layer: int) -> Tensor:
-        return self.runs.corrupted[get_act_name(name, layer)]
+        return self.runs.corrupted[get_act_name(name, layer)].to(self.rows.device)
 
     def _same_for_all(self, name: str, layer: int) -> Tensor:
         """The corrupted activation, once for each row."""
@@ -182,7 +186,7 @@ class StreamBatch:
             for row, index in enumerate(self.active):
                 for node in self._sends(index, name, None):
                     site = node.site(self.cfg.n_layers)
-                    change = self.runs.clean[site].to(rows) - self.runs.corrupted[site]
+                    change = self.runs.clean[site].to(rows) - self.runs.corrupted[site].to(rows)
                     positions = list(range(rows.shape[2]) if node.pos is None else as_tuple(node.pos))
                     edited[row, :, positions] += change[:, positions]
         return edited

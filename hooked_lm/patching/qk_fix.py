@@ -91,7 +91,7 @@ def attention_effects(
             layers.append(attention.effect_of_each_key(patched))
         else:
             layers.append(attention.effect_of_all_keys(patched))
-    return torch.stack(layers)
+    return torch.stack([effect.to(layout.device) for effect in layers])
 
 
 class HeadAttention:
@@ -105,8 +105,9 @@ class HeadAttention:
     """
 
     def __init__(self, attn: Attention, run: DifferentiatedRun, layer: int, layout: SequenceLayout) -> None:
-        self.attn, self.layout = attn, layout
+        self.attn = attn
         self.q, self.k, self.v, self.z = (run.values[get_act_name(name, layer)] for name in "qkvz")
+        self.layout = layout.on(self.q.device)
         self.gate = run.values[get_act_name("gate", layer)] if attn.has_gate else None
         self.z_grad = run.grads[get_act_name("z", layer)]
         self.group = self.q.shape[2] // self.k.shape[2]

@@ -201,6 +201,8 @@ class _Engine:
         valid = None if mask is None or bool(mask.all()) else mask.bool()
         layout = SequenceLayout(self.tokens.shape[1], 0, self.model.embed.W_E.device, valid)
         shortformer = cache.get("hook_pos_embed") if self.cfg.positional_embedding_type == "shortformer" else None
+        if self.model.spread_over is not None:
+            cache = self.model.spread_over.at_sites(cache)
         return BaseRun(cache, layout, shortformer), out
 
     def joined_with(self, cell: SweepCell) -> set[str]:

@@ -107,10 +107,14 @@ class SweepWalk:
             advance: called after every layer.
         """
         with self.model.hooks(fwd_hooks=[(site, self._make) for site in self.edits]):
-            stream = self._pack([])
+            stream, over = self._pack([]), self.model.spread_over
             for layer in range(self.model.cfg.n_layers):
+                if over is not None:
+                    stream = stream.to(over.blocks[layer])
                 stream = self._block(layer, self._joined(layer, Stage.START, stream))
                 advance()
+            if over is not None:
+                stream = stream.to(over.home)
             stream = self._joined(self.model.cfg.n_layers, Stage.START, stream)
             return list(zip(self.groups, self._unpack(self.model.ln_final(stream)), strict=True))
 
@@ -139,7 +143,7 @@ class SweepWalk:
             self._prune(prune)
             return stream, stream.new_zeros(1, 0, self.model.cfg.n_heads, self.model.cfg.value_width)
         resid_pre = block.hook_resid_pre(stream)
-        positions = self._packed_positions()
+        positions = self._packed_positions(stream.device)
         read = block.attention_inputs(resid_pre, positions.shortformer)
         q, k, v = attn.queries_keys_values(*read, positions)
         gate = attn.gate(read[0])
@@ -159,7 +163,7 @@ class SweepWalk:
             k_group = self._with_past(key_site(self.model.cfg, layer), group, keys[index])
             v_group = self._with_past(get_act_name("v", layer), group, values[index])
             gate = gates[index]
-            mixed = attn.attend(q_group, k_group, v_group, self._layout(group))
+            mixed = attn.attend(q_group, k_group, v_group, self._layout(group).on(q_group.device))
             z.append(attn.gated(mixed, None if gate is None else gate[:, skipped[index] :]))
         self.current = None
         return resid_pre, self._pack(z)
@@ -193,8 +197,8 @@ class SweepWalk:
             self._layouts[key] = SequenceLayout(n_positions - group.start, group.start, self.base.layout.device, rows)
         return self._layouts[key]
 
-    def _packed_positions(self) -> _PackedPositions:
-        return _PackedPositions(self.base, [(group.start, len(group.cells)) for group in self.groups])
+    def _packed_positions(self, device: torch.device) -> _PackedPositions:
+        return _PackedPositions(self.base, [(group.start, len(group.cells)) for group in self.groups], device)
 
     # Joining
 
@@ -323,28 +327,29 @@ class SweepWalk:
 class _PackedPositions(SequenceLayout):
     """The positions of packed rows: they only serve to rotate queries and keys, and to scale queries."""
 
-    def __init__(self, base: BaseRun, groups: Sequence[tuple[int, int]]) -> None:
-        super().__init__(0, 0, base.layout.device)
-        self._base, self._groups = base, groups
+    def __init__(self, base: BaseRun, groups: Sequence[tuple[int, int]], device: torch.device) -> None:
+        super().__init__(0, 0, device)
+        self._batch, self._whole, self._groups = base.batch, base.layout.on(device), groups
         pos = base.shortformer_pos
-        self.shortformer = None if pos is None else self._packed(pos)
+        self.shortformer = None if pos is None else self._packed(pos.to(device))
 
     def rotary(self, spec: RotarySpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cosines and sines, [1 token 1 rotary_dim]."""
-        cos, sin = self._base.layout.rotary(spec, dtype)
+        cos, sin = self._whole.rotary(spec, dtype)
         return self._packed(cos), self._packed(sin)
 
     def query_scales(self, spec: QueryScaleSpec, dtype: torch.dtype) -> Tensor:
         """Return the factor on each query, [1 token 1 1]."""
-        return self._packed(self._base.layout.query_scales(spec, dtype))
+        return self._packed(self._whole.query_scales(spec, dtype))
 
     def _packed(self, table: Tensor) -> Tensor:
-        table = table.expand(self._base.batch, *table.shape[1:])
+        table = table.expand(self._batch, *table.shape[1:])
         parts = [table[:, start:].repeat(n_cells, *(1,) * (table.ndim - 1)) for start, n_cells in self._groups]
         return torch.cat([part.flatten(0, 1) for part in parts])[None]
 
 
 def _rows(rows: Tensor, more: Tensor) -> Tensor:
+    more = more.to(rows.device)  # a cell whose last edit ends a block may join where the next one is
     return torch.cat((rows, more)) if rows.shape[0] else more
 
 

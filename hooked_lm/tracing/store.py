@@ -35,7 +35,7 @@ class ValueStore:
         live: the nodes that are computed.
         apply: a piece of the model and a tensor -> the piece's output.
         weight: parameter name -> the parameter.
-        device: of the model.
+        device: where values are: that of the model's embeddings.
 
     Attributes:
         results: name -> saved tensor.
@@ -122,7 +122,8 @@ class ValueStore:
             index: its node.
             value: the value: of a read, the part of the activation.
         """
-        stack = [(index, value)]
+        # The blocks of a model may be on several devices; what is computed of their activations is on one.
+        stack = [(index, value.to(self.device) if isinstance(value, Tensor) else value)]
         while stack:
             at, made = stack.pop()
             self._values[at] = made
@@ -151,7 +152,7 @@ class ValueStore:
         if isinstance(node, Constant):
             return node.value.to(self.device) if isinstance(node.value, Tensor) else node.value
         if isinstance(node, Weight):
-            return self._weight(node.name)
+            return self._weight(node.name).to(self.device)
         if isinstance(node, Gradient):
             return self._gradient(node, index)
         if isinstance(node, Apply):
@@ -179,7 +180,7 @@ class ValueStore:
                 found = torch.autograd.grad(scalar, whole, retain_graph=self._open_gradients > 0, allow_unused=True)
             for one, x, gradient in zip(asked, whole, found, strict=True):
                 part = self._watched[self._of_read(one)][1]
-                self._gradients[one] = part(torch.zeros_like(x) if gradient is None else gradient)
+                self._gradients[one] = part(torch.zeros_like(x) if gradient is None else gradient).to(self.device)
         return self._gradients.pop(index)
 
     def _of_read(self, gradient: int) -> int:

@@ -52,7 +52,7 @@ class Target:
             tokens, mask = model.tokens_and_mask(prompts, attention_mask, **options)  # type: ignore[arg-type]
             if mask is None:
                 return tokens.tolist()
-            return [row[keep.bool()].tolist() for row, keep in zip(tokens, mask, strict=True)]
+            return [row[keep.to(row.device).bool()].tolist() for row, keep in zip(tokens, mask, strict=True)]
 
         axes = {name: point.axes for name, point in model.hook_dict.items() if point.axes}
 

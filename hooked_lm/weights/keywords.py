@@ -11,12 +11,12 @@ __all__ = ["check_same", "check_without_effect"]
 # Keywords that cannot act here, and the reason. Values that ask for nothing (None, False, one device) give no warning.
 _WITHOUT_EFFECT = {
     "attn_implementation": "attention is this library's own",
-    "device_map": "a model is on one device: pass device=",
+    "device_map": "load on one device, then model.spread(devices)",
     "force_download": "delete the checkpoint from the cache instead",
     "load_in_4bit": "weights are plain numbers: pass dtype=torch.bfloat16 for a smaller model",
     "load_in_8bit": "weights are plain numbers: pass dtype=torch.bfloat16 for a smaller model",
     "low_cpu_mem_usage": "loading takes about one copy of the weights as it is",
-    "n_devices": "a model is on one device: pass device=",
+    "n_devices": "load on one device, then model.spread(devices)",
     "resume_download": "the hub's client resumes by itself",
 }
 

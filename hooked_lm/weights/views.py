@@ -26,7 +26,7 @@ _READ_FROM_LATENTS = ("W_Q", "W_K", "W_V", "b_Q", "b_K", "b_V", "QK", "OV")
 _REPLACED = {
     "load_sample_training_dataset": "load texts with datasets.load_dataset",
     "sample_datapoint": "load texts with datasets.load_dataset, and tokenize one with model.to_tokens",
-    "move_model_modules_to_device": "a model is on one device: use model.to(device)",
+    "move_model_modules_to_device": "use model.to(device), or model.spread(devices)",
     "get_residual": "use model(tokens, stop_at_layer=0), or input_to_embed",
     "get_pos_offset": "use past_kv_cache.length",
     "check_hooks_to_add": "a hook is checked when it is added",
@@ -59,7 +59,8 @@ class WeightViews(nn.Module):
             raise ValueError(
                 f"{name} does not stack: its shapes are {shapes}, layer by layer. Take blocks[layer].{module}.{name}"
             )
-        return torch.stack(layers)
+        # A model on several devices has its stacks where its embeddings are.
+        return torch.stack([layer.to(self.embed.W_E.device) for layer in layers])
 
     # Any: parameters, buffers and modules all come through torch's lookup.
     def __getattr__(self, name: str) -> Any:
@@ -257,8 +258,8 @@ class WeightViews(nn.Module):
             raise ValueError("which experts' biases are written depends on the tokens: pass include_mlp_biases=False")
         total = torch.zeros(self.cfg.d_model, dtype=self.embed.W_E.dtype, device=self.embed.W_E.device)
         for block in self.blocks[: layer + int(mlp_input)]:
-            total = total + block.attn.b_O
+            total = total + block.attn.b_O.to(total.device)
         if include_mlp_biases and not self.cfg.attn_only:
             for block in self.blocks[:layer]:
-                total = total + block.mlp.b_out
+                total = total + block.mlp.b_out.to(total.device)
         return total
