@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # Tests run in as many processes as there are processors. A file's tests stay together, since they share what they make.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check format lint types tests core test-real test-compat breakages fuzz bench notebooks docs certificates clean
+.PHONY: demo test check format lint types tests core test-real test-compat test-ray breakages fuzz bench notebooks docs certificates clean
 
 demo: $(VENV)/.installed-viz
 	$(BIN)/hooked-lm demo --html demo.html
@@ -57,6 +57,16 @@ $(COMPAT)/.installed: pyproject.toml constraints.txt
 	$(COMPAT)/bin/python -m pip install --quiet --no-deps sae-lens==6.54.12 circuitsvis==1.43.3
 	touch $@
 
+# Sweeps by Ray actors, in an environment of their own: a quarter of a gigabyte, and a cluster that wants quiet processors.
+RAY := .venv-ray
+test-ray: $(RAY)/.installed
+	RAY_raylet_start_wait_time_s=120 $(RAY)/bin/python -m pytest -m ray -s tests/ray
+
+$(RAY)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ray]'
+	touch $@
+
 # Does the suite notice faults? Minutes; see scripts/breakages.py.
 breakages: $(VENV)/.installed-dev
 	$(BIN)/python -m scripts.break_on_purpose
@@ -90,4 +100,4 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(REAL) $(COMPAT) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis demo.html
+	rm -rf $(VENV) $(REAL) $(COMPAT) $(RAY) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis demo.html

@@ -25,6 +25,7 @@ from hooked_lm.patching.patches import PATCHES, Patch, patch_cells, patch_sites
 from hooked_lm.patching.sites import clean_activations, clean_prompts, read_prompts
 from hooked_lm.sweep import sweep
 from hooked_lm.sweep.options import DEFAULT_MEMORY_BUDGET
+from hooked_lm.sweep.workers import Workers
 from hooked_lm.tokenization import Prompts
 
 __all__ = [
@@ -98,6 +99,7 @@ def patch_pairs(
     attention_mask: Int[Tensor, "pair pos"] | None = None,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     verbose: bool = True,
+    workers: Workers | None = None,
 ) -> PairScores:
     """Return a grid's scores for every pair of a clean and a corrupted prompt, with their mean and its interval.
 
@@ -114,7 +116,7 @@ def patch_pairs(
         n_resamples: number of bootstrap draws.
         seed: for the draws.
         attention_mask: [pair pos], 0 at padding, of both runs.
-        memory_budget, verbose: as for `sweep`.
+        memory_budget, verbose, workers: as for `sweep`.
 
     Raises:
         UnknownHookError: the model has no such activation.
@@ -143,6 +145,7 @@ def patch_pairs(
         per_prompt=True,
         memory_budget=memory_budget,
         verbose=verbose,
+        workers=workers,
     ).reshape(*shape, -1)
     scores = in_unit(patched)
     low, high = bootstrap_interval(scores, confidence, n_resamples, seed)

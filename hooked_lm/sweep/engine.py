@@ -7,6 +7,7 @@ and recomputes only the activations that a cell can change.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -24,11 +25,17 @@ from hooked_lm.sweep.options import DEFAULT_MEMORY_BUDGET
 from hooked_lm.sweep.plan import Stage, SweepCell, plan_cell, reads_per_head
 from hooked_lm.sweep.scoring import FunctionScorer, MetricScorer, Scorer
 from hooked_lm.sweep.walk import BaseRun, SweepWalk, key_site
+from hooked_lm.sweep.wire import SweepPart, part_from_bytes, part_to_bytes, scores_from_bytes, scores_to_bytes
+from hooked_lm.sweep.workers import Workers, check_workers
 from hooked_lm.tokenization import Prompts
 
-__all__ = ["AnyMetric", "sweep"]
+__all__ = ["AnyMetric", "run_part", "sweep"]
 
 AnyMetric = Metric | Callable[[Tensor], Tensor | float]
+# Cells that a worker runs one by one before it answers.
+_RUNS_IN_A_PART = 16
+# Cells that walk together at most. More are no faster, and workers can only share out whole chunks.
+_CELLS_IN_A_CHUNK = 1024
 
 
 @torch.no_grad()
@@ -44,6 +51,7 @@ def sweep(
     incremental: bool = True,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     verbose: bool = True,
+    workers: Workers | None = None,
 ) -> Float[Tensor, " cell"] | Float[Tensor, "cell batch"]:
     """Return the metric of every cell, computed on the model's logits under the cell's interventions.
 
@@ -66,11 +74,16 @@ def sweep(
         incremental: False runs the model once per cell.
         memory_budget: approximate memory, in bytes, for the activations of one batched incremental forward.
         verbose: show a progress bar.
+        workers: of `hooked_lm.workers`, which run parts of the sweep on models of their own. The scores are those of
+            this process, to the bit where the workers compute with as many threads on the same build. Needs a metric of
+            `hooked_lm.metrics`, and a model without hooks.
 
     Raises:
         UnknownHookError: a site that the model does not have.
         ValueError: a position, head or feature out of range, a value that does not broadcast (both raise before
-            anything runs), or a metric that returns NaN or something other than a number.
+            anything runs), or a metric that returns NaN or something other than a number; workers that have another
+            model, or a metric or hooks that they cannot have.
+        WorkerError: a part failed in a worker, or was lost with two of them.
     """
     if isinstance(cells, Intervention) or isinstance(always, Intervention):
         raise TypeError("cells and always are lists of interventions, got a single Intervention: put it into a list")
@@ -87,14 +100,67 @@ def sweep(
         attention_mask = torch.ones_like(tokens)
     if isinstance(metric, Metric):
         metric.check_run(tokens, model.cfg.d_vocab_out, attention_mask)
+    if workers is not None:
+        check_workers(model, metric, workers)
     _check(model, [*plans, tuple(always)], tokens)
     engine = _Engine(model, tokens, attention_mask, metric, tuple(always), memory_budget)
     obstacle = walking_obstacle(model, always) if incremental else "asked for"
     described = "sweep" if obstacle is None else f"one run per cell ({obstacle})"
     with tqdm(total=len(plans), disable=not verbose, desc=described, leave=False) as bar:
-        results = engine.run(plans, incremental=obstacle is None, advance=bar.update)
+        results = engine.run(plans, incremental=obstacle is None, advance=bar.update, workers=workers)
     _check_numbers(results, plans)
     return results if per_prompt else results.mean(-1)
+
+
+@torch.no_grad()
+def run_part(model: HookedModel, content: bytes) -> bytes:
+    """Return the scores of a part of a sweep, as a worker does: bytes in, bytes out.
+
+    Args:
+        model: the worker's.
+        content: as `sweep.wire.part_to_bytes` makes it.
+
+    Raises:
+        UnknownHookError, ValueError: it is no part of a sweep, or does not fit the model.
+    """
+    part = part_from_bytes(content)
+    tokens, mask = model.tokens_and_mask(part.tokens, part.mask)
+    assert mask is not None
+    part.metric.check_run(tokens, model.cfg.d_vocab_out, mask)
+    _check(model, [*part.cells, part.always], tokens)
+    engine = _Engine(model, tokens, mask, part.metric, part.always, DEFAULT_MEMORY_BUDGET)
+    results = engine.no_scores(len(part.cells))
+    if part.names is None:
+        for index, interventions in enumerate(part.cells):
+            results[index] = engine.scores(engine.plain(interventions))
+        return scores_to_bytes(results)
+    obstacle = walking_obstacle(model, part.always)
+    if obstacle is not None:
+        raise ValueError(f"this part of a sweep walks, and here one cannot: {obstacle}")
+    chunk = []
+    for index, (plan, first) in enumerate(zip(part.cells, part.firsts, strict=True)):
+        cell = plan_cell(index, plan, model.cfg, tokens.shape[1]) if plan else None
+        if cell is None or first >= tokens.shape[1]:
+            raise ValueError(f"cell {index} of this part cannot walk from position {first}: run it whole")
+        chunk.append(replace(cell, first=first))
+    names = sorted({*part.names, *engine.base_names(chunk)})
+    base, out = engine.base_run(names)
+    walk = _Walk(tuple(names), base, engine.scorer(out, part.cells), chunk)
+    engine.score_chunk(walk, chunk, results)
+    return scores_to_bytes(results)
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """A base run, and the cells that walk from it.
+
+    names: the activations of the base run.
+    """
+
+    names: tuple[str, ...]
+    base: BaseRun
+    scorer: Scorer
+    cells: list[SweepCell]
 
 
 class _Engine:
@@ -114,22 +180,66 @@ class _Engine:
         self.cfg = model.cfg
 
     def run(
-        self, plans: Sequence[tuple[Intervention, ...]], *, incremental: bool, advance: Callable[[int], object]
+        self,
+        plans: Sequence[tuple[Intervention, ...]],
+        *,
+        incremental: bool,
+        advance: Callable[[int], object],
+        workers: Workers | None = None,
     ) -> Float[Tensor, "cell batch"]:
-        n_scores = self.tokens.shape[0] if isinstance(self.metric, Metric) else 1
-        precise = torch.promote_types(self.model.embed.W_E.dtype, torch.float32)
-        results = torch.zeros(len(plans), n_scores, dtype=precise, device=self.model.embed.W_E.device)
+        results = self.no_scores(len(plans))
         planned = [
             plan_cell(index, plan, self.cfg, self.tokens.shape[1]) if plan else None for index, plan in enumerate(plans)
         ]
         walked = [cell for cell in planned if cell is not None] if incremental else []
         left = sorted(set(range(len(plans))) - {cell.index for cell in walked})
-        if walked:
-            self.walk(walked, plans, results, advance)
+        walk = self.walk(walked, plans, results, advance) if walked else None
+        chunks = [] if walk is None else list(self.chunks(walk.cells))
+        if workers is not None:
+            self.distribute(workers, walk, chunks, left, plans, results, advance)
+            return results
+        for chunk in chunks:
+            assert walk is not None
+            self.score_chunk(walk, chunk, results)
+            advance(len(chunk))
         for index in left:
             results[index] = self.scores(self.plain(plans[index]))
             advance(1)
         return results
+
+    def no_scores(self, n_cells: int) -> Float[Tensor, "cell batch"]:
+        """Return room for the scores of so many cells."""
+        n_scores = self.tokens.shape[0] if isinstance(self.metric, Metric) else 1
+        precise = torch.promote_types(self.model.embed.W_E.dtype, torch.float32)
+        return torch.zeros(n_cells, n_scores, dtype=precise, device=self.model.embed.W_E.device)
+
+    def distribute(
+        self,
+        workers: Workers,
+        walk: _Walk | None,
+        chunks: Sequence[Sequence[SweepCell]],
+        left: Sequence[int],
+        plans: Sequence[tuple[Intervention, ...]],
+        results: Tensor,
+        advance: Callable[[int], object],
+    ) -> None:
+        """Let workers score chunks of a walk, and the cells that are left by whole runs."""
+        assert isinstance(self.metric, Metric)
+        assert self.attention_mask is not None
+        given = SweepPart(self.tokens, self.attention_mask, self.metric, self.always, ())
+        parts: list[tuple[Sequence[int], SweepPart]] = []
+        for chunk in chunks:
+            assert walk is not None
+            firsts = tuple(cell.first for cell in chunk)
+            parts.append(([cell.index for cell in chunk], replace(given, names=walk.names, firsts=firsts)))
+        parts += [(left[start : start + _RUNS_IN_A_PART], given) for start in range(0, len(left), _RUNS_IN_A_PART)]
+        bodies = (
+            part_to_bytes(replace(part, cells=tuple(plans[index] for index in indices))) for indices, part in parts
+        )
+        for number, answer in workers.run_all(bodies):
+            indices = parts[number][0]
+            results[indices] = scores_from_bytes(answer).to(results)
+            advance(len(indices))
 
     def plain(self, interventions: Sequence[Intervention]) -> Float[Tensor, "batch pos vocab"]:
         """Return the logits of one whole run."""
@@ -152,8 +262,10 @@ class _Engine:
         plans: Sequence[tuple[Intervention, ...]],
         results: Tensor,
         advance: Callable[[int], object],
-    ) -> None:
-        base, out = self.base_run(cells)
+    ) -> _Walk:
+        """Make the base run of some cells, and score those that it shows to have no effect."""
+        names = self.base_names(cells)
+        base, out = self.base_run(names)
         scorer = self.scorer(out, plans)
         changing = [from_first_change(cell, base.cache, self.model.hook_dict) for cell in cells]
         # A change after the last position that the metric reads has no effect either.
@@ -162,11 +274,13 @@ class _Engine:
         if without_effect:
             results[without_effect] = scorer.base_score.to(results.dtype)
             advance(len(without_effect))
-        for chunk in self.chunks(walked):
-            for group, normalized in SweepWalk(self.model, base, chunk, scorer.first_read).run(lambda: None):
-                for index, scores in scorer.scores(group, normalized):
-                    results[index] = scores.to(results.dtype)
-            advance(len(chunk))
+        return _Walk(tuple(names), base, scorer, walked)
+
+    def score_chunk(self, walk: _Walk, chunk: Sequence[SweepCell], results: Tensor) -> None:
+        """Write the scores of a chunk of cells."""
+        for group, normalized in SweepWalk(self.model, walk.base, chunk, walk.scorer.first_read).run(lambda: None):
+            for index, scores in walk.scorer.scores(group, normalized):
+                results[index] = scores.to(results.dtype)
 
     def scorer(self, out: Float[Tensor, "batch pos out"], plans: Sequence[tuple[Intervention, ...]]) -> Scorer:
         """Return what scores the walk's rows, from the output of the base run."""
@@ -174,11 +288,8 @@ class _Engine:
             return MetricScorer(self.model, self.metric, out)
         return FunctionScorer(self.model, self.metric, out, lambda index: self.plain(plans[index]))
 
-    def base_run(self, cells: Sequence[SweepCell]) -> tuple[BaseRun, Float[Tensor, "batch pos out"]]:
-        """Return the base run, with the activations that rows start from and attend to, and its output.
-
-        The output is the residual after the last layer for a `Metric`, and the logits for another function.
-        """
+    def base_names(self, cells: Sequence[SweepCell]) -> list[str]:
+        """Return the names of the activations that rows of these cells start from and attend to."""
         layers = range(self.cfg.n_layers)
         names = {key_site(self.cfg, layer) for layer in layers} | {get_act_name("v", layer) for layer in layers}
         names |= {get_act_name("resid_pre", layer) for layer in layers}
@@ -189,10 +300,17 @@ class _Engine:
             names |= {site for site in sites if is_compared(self.model.hook_dict[site])}
         if self.cfg.positional_embedding_type == "shortformer":
             names.add("hook_pos_embed")
+        return sorted(names)
+
+    def base_run(self, names: Sequence[str]) -> tuple[BaseRun, Float[Tensor, "batch pos out"]]:
+        """Return the base run, with the activations of these names, and its output.
+
+        The output is the residual after the last layer for a `Metric`, and the logits for another function.
+        """
         with self.model.intervening(self.always):
             out, cache = self.model.run_with_cache(
                 self.tokens,
-                names_filter=sorted(names),
+                names_filter=list(names),
                 attention_mask=self.attention_mask,
                 return_cache_object=False,
                 stop_at_layer=self.cfg.n_layers if isinstance(self.metric, Metric) else None,
@@ -234,7 +352,8 @@ class _Engine:
         apart = {cell.index: reads_per_head(cell.on_the_way) for cell in cells}
         for cell in sorted(cells, key=lambda cell: (apart[cell.index], cell.layer, cell.stage, cell.first)):
             needed = (n_positions - cell.first) * per_position + per_cell
-            if chunk and (used + needed > self.memory_budget or apart[cell.index] != apart[chunk[-1].index]):
+            full = len(chunk) == _CELLS_IN_A_CHUNK or used + needed > self.memory_budget
+            if chunk and (full or apart[cell.index] != apart[chunk[-1].index]):
                 yield chunk
                 chunk, used = [], 0
             chunk.append(cell)

@@ -12,12 +12,11 @@ from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import NoReturn, TypeGuard
 
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor
 
+from hooked_lm._support.framing import unframed
 from hooked_lm._support.plain_data import PlainData
-from hooked_lm._support.reading import parse_json, readable
+from hooked_lm._support.reading import readable
 from hooked_lm._support.versions import check_version
 from hooked_lm.generation.decoding import Sampling
 from hooked_lm.metrics import get_metric
@@ -29,7 +28,7 @@ from hooked_lm.tracing.runs import Run, Site
 from hooked_lm.tracing.target import Target
 from hooked_lm.tracing.trace import Trace
 from hooked_lm.tracing.values import Value
-from hooked_lm.tracing.wire import FORMAT, LONGEST_JSON, OPS_VERSION, VERSION
+from hooked_lm.tracing.wire import FORMAT, OPS_VERSION, VERSION
 
 __all__ = ["from_bytes", "load_graph"]
 
@@ -46,19 +45,7 @@ def from_bytes(content: bytes, target: Target) -> Graph:
     Raises:
         TraceError: anything else, or a trace that does not fit the model.
     """
-    if len(content) < 8:
-        raise TraceError(f"a trace begins with the length of its JSON, 8 bytes; there are {len(content)}")
-    length = int.from_bytes(content[:8], "little")
-    if length > min(LONGEST_JSON, len(content) - 8):
-        raise TraceError(f"a trace of {len(content)} bytes says that {length} of them are JSON")
-    try:
-        text = content[8 : 8 + length].decode()
-        document = parse_json(text, "the trace", TraceError, finite=True)
-        tensors = load(content[8 + length :])
-    except UnicodeDecodeError as error:
-        raise TraceError(f"the trace is not text in UTF-8: {error}") from error
-    except (SafetensorError, ValueError, KeyError, OverflowError, RuntimeError, TypeError) as error:
-        raise error if isinstance(error, TraceError) else TraceError(f"the trace's tensors: {error}") from error
+    document, tensors = unframed(content, "trace", TraceError)
     for name, tensor in tensors.items():
         if tensor_hash(tensor) != name:
             raise TraceError(f"the tensor {name[:12]!r} is not the one that the trace was made with")

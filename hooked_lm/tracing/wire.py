@@ -7,16 +7,15 @@ finite numbers only. `tracing.reading` reads them. See docs/formats.md.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors.torch import save
 from torch import Tensor
 
 from hooked_lm._support.files import write_whole
+from hooked_lm._support.framing import framed
 from hooked_lm.tracing.canonical import canonical, tensor_hash
 from hooked_lm.tracing.errors import TraceError
 from hooked_lm.tracing.graph import (
@@ -35,10 +34,9 @@ from hooked_lm.tracing.graph import (
 )
 from hooked_lm.tracing.target import Target
 
-__all__ = ["FORMAT", "LONGEST_JSON", "OPS_VERSION", "VERSION", "content_hash", "save_graph", "to_bytes"]
+__all__ = ["FORMAT", "OPS_VERSION", "VERSION", "content_hash", "save_graph", "to_bytes"]
 
 FORMAT, VERSION, OPS_VERSION = "hooked_lm trace", 1, 1
-LONGEST_JSON = 2**24  # bytes
 
 
 def to_bytes(graph: Graph, target: Target) -> bytes:
@@ -86,8 +84,7 @@ def to_bytes(graph: Graph, target: Target) -> bytes:
         "nodes": [described(index, node) for index, node in enumerate(made.nodes)],
         "saves": made.saves,
     }
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-    return len(text).to_bytes(8, "little") + text + save(dict(sorted(tensors.items())))
+    return framed(document, tensors)
 
 
 def _run(run: RunSpec) -> dict[str, object]:
