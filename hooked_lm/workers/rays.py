@@ -78,7 +78,7 @@ class _Ray:
     """An actor, seen from this process: what to call to run a body there, and to end it."""
 
     def __init__(self, ray: ModuleType, run: Callable[[bytes], object], end: Callable[[], object]) -> None:
-        self._ray, self._run, self.close = ray, run, end
+        self._ray, self._run, self._end = ray, run, end
 
     def run(self, body: bytes) -> bytes:
         try:
@@ -88,3 +88,6 @@ class _Ray:
         except self._ray.exceptions.RayTaskError as error:
             raise RuntimeError(f"{type(error.cause).__name__}: {error.cause}") from error
         return answer
+
+    def close(self) -> None:
+        self._end()
