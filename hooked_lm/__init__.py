@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from hooked_lm import metrics as metrics
     from hooked_lm import patching as patching
     from hooked_lm import plotting as plotting
+    from hooked_lm import remote as remote
     from hooked_lm import sweep as sweep
     from hooked_lm import tasks as tasks
+    from hooked_lm import tracing as tracing
     from hooked_lm import training as training
     from hooked_lm import utils as utils
     from hooked_lm import weights as weights
+    from hooked_lm import workers as workers
     from hooked_lm.activation_cache import ActivationCache as ActivationCache
     from hooked_lm.certificate import Certificate as Certificate
     from hooked_lm.certificate import verify as verify
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from hooked_lm.kv_cache import HookedTransformerKeyValueCache as HookedTransformerKeyValueCache
     from hooked_lm.names import NamesFilter as NamesFilter
     from hooked_lm.names import UnknownHookError as UnknownHookError
+    from hooked_lm.remote.client import connect as connect
     from hooked_lm.slicing import Slice as Slice
     from hooked_lm.tokenization import USE_DEFAULT_VALUE as USE_DEFAULT_VALUE
     from hooked_lm.transformer import HookedTransformer as HookedTransformer
@@ -68,6 +72,7 @@ __all__ = [
     "circuits",
     "compat",
     "components",
+    "connect",
     "evals",
     "experiments",
     "head_detector",
@@ -76,13 +81,16 @@ __all__ = [
     "metrics",
     "patching",
     "plotting",
+    "remote",
     "save_interventions",
     "sweep",
     "tasks",
+    "tracing",
     "training",
     "utils",
     "verify",
     "weights",
+    "workers",
 ]
 
 # Where each name lives; a name that is not here is a module of this package.
@@ -102,6 +110,7 @@ _HOMES = {
     "Output": "hooked_lm.transformer",
     "SVDInterpreter": "hooked_lm.circuits.svd",
     "USE_DEFAULT_VALUE": "hooked_lm.tokenization",
+    "connect": "hooked_lm.remote.client",
     "Slice": "hooked_lm.slicing",
     "UnknownHookError": "hooked_lm.names",
     "load_interventions": "hooked_lm.interventions",

@@ -11,7 +11,7 @@ import sys
 import typer
 
 import hooked_lm
-from hooked_lm.cli import demo, heads, info, lens, patch, verify
+from hooked_lm.cli import demo, heads, info, lens, patch, serve, verify
 
 __all__ = ["app", "main", "version"]
 
@@ -32,6 +32,7 @@ app.command()(lens.lens)
 app.command()(heads.heads)
 app.command()(patch.patch)
 app.command()(verify.verify)
+app.command()(serve.serve)
 
 
 def main() -> None:

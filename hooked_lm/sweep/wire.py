@@ -14,9 +14,17 @@ from hooked_lm.interventions import Intervention
 from hooked_lm.interventions.files import interventions_from_json, interventions_to_json
 from hooked_lm.metrics import Metric, get_metric
 
-__all__ = ["SWEEP_FORMAT", "SweepPart", "part_from_bytes", "part_to_bytes", "scores_from_bytes", "scores_to_bytes"]
+__all__ = [
+    "SWEEP_FORMAT",
+    "SWEEP_VERSION",
+    "SweepPart",
+    "part_from_bytes",
+    "part_to_bytes",
+    "scores_from_bytes",
+    "scores_to_bytes",
+]
 
-SWEEP_FORMAT, _VERSION = "hooked_lm sweep", 1
+SWEEP_FORMAT, SWEEP_VERSION = "hooked_lm sweep", 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +74,7 @@ def part_to_bytes(part: SweepPart) -> bytes:
             arguments[name] = value
     document: PlainData = {
         "format": SWEEP_FORMAT,
-        "version": _VERSION,
+        "version": SWEEP_VERSION,
         "metric": metric.maker,
         "arguments": arguments,
         "walk": None if part.names is None else {"names": list(part.names), "firsts": list(part.firsts)},
@@ -90,7 +98,7 @@ def part_from_bytes(content: bytes) -> SweepPart:
     document, tensors = unframed(content, "part of a sweep")
     if not isinstance(document, dict) or document.get("format") != SWEEP_FORMAT:
         raise ValueError(f"this is not a {SWEEP_FORMAT}")
-    check_version("the part of a sweep", document.get("version"), _VERSION)
+    check_version("the part of a sweep", document.get("version"), SWEEP_VERSION)
     expected = {"format", "version", "cells", "always", "metric", "arguments", "walk"}
     if set(document) != expected or not {"tokens", "mask"} <= set(tensors):
         raise ValueError(f"a part of a sweep has the keys {', '.join(sorted(expected))}, tokens and a mask")

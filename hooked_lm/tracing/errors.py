@@ -16,11 +16,13 @@ class TraceError(ValueError):
 
     Attributes:
         line: the file and line of the code that recorded the part at fault, `"notebook.py:12"`; None if it is unknown.
+        reason: the message without the line.
+        node: the number of the node at fault, in a trace that is read from bytes; None if it is unknown.
     """
 
-    def __init__(self, message: str, line: str | None = None) -> None:
+    def __init__(self, message: str, line: str | None = None, node: int | None = None) -> None:
         super().__init__(message if line is None else f"{message} (recorded at {line})")
-        self.line = line
+        self.line, self.reason, self.node = line, message, node
 
 
 def calling_line() -> str | None:

@@ -9,7 +9,7 @@ from hooked_lm.names import layer_of
 from hooked_lm.tracing.graph import Graph, Read
 from hooked_lm.tracing.planner import PlannedPass, TracePlan, bytes_per_position
 
-__all__ = ["PassEstimate", "TraceEstimate", "estimate_plan"]
+__all__ = ["PassEstimate", "TraceEstimate", "estimate_plan", "estimate_runs"]
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,36 @@ def _of_pass(planned: PlannedPass, graph: Graph, cfg: HookedTransformerConfig) -
     if decoding is not None:
         length += decoding.max_new_tokens - 1
     layers = cfg.n_layers if decoding is not None or planned.cells is not None else _layers(planned, graph, cfg)
-    tokens = prompts * length
+    kind = "generation" if decoding is not None else "sweep" if planned.cells is not None else "pass"
+    return estimate_runs(kind, cfg, prompts, length, layers, gradients=planned.gradients)
+
+
+def estimate_runs(
+    kind: str,
+    cfg: HookedTransformerConfig,
+    prompts: int,
+    length: int,
+    layers: int | None = None,
+    *,
+    gradients: bool = False,
+) -> PassEstimate:
+    """Return what it costs to run prompts of one length.
+
+    Args:
+        kind: for the estimate.
+        cfg: the model's config.
+        prompts: how many.
+        length: of each.
+        layers: how many blocks run; None for all.
+        gradients: with a backward pass.
+    """
+    layers, tokens = cfg.n_layers if layers is None else layers, prompts * length
     per_token = 2.0 * layers * _weights_per_layer(cfg) + 4.0 * layers * length * cfg.n_heads * cfg.d_head / 2
     flops = tokens * per_token
     if layers == cfg.n_layers:
         flops += 2.0 * prompts * cfg.d_model * cfg.d_vocab_out
-    kind = "generation" if decoding is not None else "sweep" if planned.cells is not None else "pass"
     memory = tokens * bytes_per_position(cfg)
-    return PassEstimate(kind, prompts, tokens, layers, flops * (3 if planned.gradients else 1), memory)
+    return PassEstimate(kind, prompts, tokens, layers, flops * (3 if gradients else 1), memory)
 
 
 def _layers(planned: PlannedPass, graph: Graph, cfg: HookedTransformerConfig) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooked_lm.generation.decoding import decode_steps
 from hooked_lm.hooked_model import HookedModel
-from hooked_lm.hooks import HookHandle
+from hooked_lm.hooks import HookHandle, HookPoint
 from hooked_lm.names import layer_of
 from hooked_lm.sweep import sweep
 from hooked_lm.sweep.exactness import walking_obstacle
@@ -22,7 +22,9 @@ from hooked_lm.tracing.site_hooks import SiteHook, StepCount, StepHook
 from hooked_lm.tracing.store import ValueStore
 from hooked_lm.tracing.target import Target
 
-__all__ = ["plan_of", "run_trace"]
+__all__ = ["Watch", "plan_of", "run_trace"]
+
+Watch = Callable[[int, int], None]
 
 
 def run_trace(
@@ -32,6 +34,7 @@ def run_trace(
     *,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     together: bool = True,
+    watch: Watch | None = None,
 ) -> dict[str, Tensor]:
     """Return what a trace saves.
 
@@ -41,16 +44,18 @@ def run_trace(
         target: what the trace was recorded for.
         memory_budget: approximate memory, in bytes, for the activations of one pass.
         together: make several runs in one pass.
+        watch: called with the index of a pass and the layer it has come to, at its start and after every block (of a
+            sweep at its start only). What it raises ends the run.
 
     Raises:
         TraceError: values go around in a circle, or an operation fails.
     """
     plan = plan_of(model, graph, target, memory_budget=memory_budget, together=together)
-    executor = _Executor(model, graph, plan.live, memory_budget)
+    executor = _Executor(model, graph, plan.live, memory_budget, watch)
     with torch.no_grad():
         executor.store.begin()
-        for one in plan.passes:
-            executor.run(one)
+        for number, one in enumerate(plan.passes):
+            executor.run(number, one)
     return {name: executor.store.results[name] for name in graph.saves}
 
 
@@ -82,14 +87,20 @@ def plan_of(
 class _Executor:
     """The state of a trace while it runs."""
 
-    def __init__(self, model: HookedModel, graph: Graph, live: set[int], memory_budget: int) -> None:
-        self.model, self.graph, self.memory_budget = model, graph, memory_budget
+    def __init__(
+        self, model: HookedModel, graph: Graph, live: set[int], memory_budget: int, watch: Watch | None
+    ) -> None:
+        self.model, self.graph, self.memory_budget, self.watch = model, graph, memory_budget, watch
+        self.number = 0
         self.store = ValueStore(graph, live, self._apply, self._weight, model.embed.W_E.device)
         # A piece of the model that a value is put through is not a part of the run: the trace's hooks leave it alone.
         self.paused = False
 
-    def run(self, planned: PlannedPass) -> None:
+    def run(self, number: int, planned: PlannedPass) -> None:
         """Make one pass, one generation or one sweep."""
+        self.number = number
+        if self.watch is not None:
+            self.watch(number, 0)
         if planned.cells is not None:
             self._sweep(planned.runs, planned.cells)
             return
@@ -130,7 +141,7 @@ class _Executor:
             point = self.model.hook_dict[name]
             handles.append(HookHandle(point, hook, reads_only=hook.reads_only, by_keyword=False, this_thread=True))
         new = []
-        with drawing_from(decoding.seed, tokens.device), self.model.attached(handles):
+        with drawing_from(decoding.seed, tokens.device), self.model.attached([*handles, *self._watching()]):
             for token in decode_steps(
                 self.model,  # type: ignore[arg-type]
                 tokens,
@@ -145,6 +156,26 @@ class _Executor:
                 steps.now += 1
         for index in planned.generated:
             self.store.put(index, torch.stack(new, 1))
+
+    def _watching(self) -> list[HookHandle]:
+        """Handles that report each block's end to the watcher, and change nothing."""
+        watch = self.watch
+        if watch is None:
+            return []
+
+        def reporting(layer: int) -> Callable[[Tensor, HookPoint], None]:
+            def report(x: Tensor, point: HookPoint) -> None:
+                watch(self.number, layer)
+
+            return report
+
+        points = ((layer, f"blocks.{layer}.hook_resid_post") for layer in range(self.model.cfg.n_layers))
+        return [
+            HookHandle(
+                self.model.hook_dict[name], reporting(layer + 1), reads_only=True, by_keyword=False, this_thread=True
+            )
+            for layer, name in points
+        ]
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Prompts as tokens [batch pos] padded on the left, and their mask."""
@@ -169,7 +200,7 @@ class _Executor:
             point = self.model.hook_dict[name]
             handles.append(HookHandle(point, hook, reads_only=hook.reads_only, by_keyword=False, this_thread=True))
         grad = torch.enable_grad() if planned.gradients else nullcontext()
-        with grad, self.model.attached(handles):
+        with grad, self.model.attached([*handles, *self._watching()]):
             self.model(tokens, attention_mask=mask, padding_side="left", **self._extent(planned, rows, longest))
 
     def _extent(self, planned: PlannedPass, rows: dict[int, RunRows], longest: int) -> dict[str, object]:

@@ -70,7 +70,7 @@ def _graph(document: object, tensors: Mapping[str, Tensor], target: Target) -> G
         try:
             rebuilding.add_node(node)
         except (ValueError, UnknownHookError) as error:
-            raise TraceError(f"node {index} of the trace: {error}") from error
+            raise TraceError(f"node {index} of the trace: {_reason(error)}", node=index) from error
     return rebuilding.finished(document["saves"])
 
 
@@ -286,6 +286,11 @@ def _decoding(entry: object) -> Decoding:
 
 def _is_index(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _reason(error: Exception) -> str:
+    # The line is that of the reader's caller, and says nothing of the trace.
+    return error.reason if isinstance(error, TraceError) else str(error)
 
 
 def _never(graph: Graph) -> NoReturn:
