@@ -19,6 +19,7 @@ __all__ = ["Disconnected", "Transport"]
 # What a proxy says while the server behind it restarts.
 _PASSING = (502, 503, 504)
 _PIECE = 2**20
+_LONGEST = 2**28  # bytes of JSON: the manifest has a tokenizer
 
 
 class Disconnected(Exception):
@@ -59,7 +60,7 @@ class Transport:
         while True:
             try:
                 with self._open(method, path, body) as answer:
-                    content = parse_json(answer.read().decode(), "the server's answer")
+                    content = _data(_whole(answer))
             except Disconnected as error:
                 waited.wait(error)
                 continue
@@ -128,7 +129,7 @@ class Transport:
                 content += piece
         except (OSError, http.client.HTTPException) as error:
             raise Disconnected(str(error)) from error
-        if expected is not None and len(content) - begun < expected:
+        if expected is None or len(content) - begun < expected:  # without a length, its headers are cut
             raise Disconnected(f"{len(content) - begun} of {expected} bytes came")
 
     def _open(
@@ -144,7 +145,7 @@ class Transport:
             return opened
         except urllib.error.HTTPError as answer:
             with answer:
-                failure = _failure(answer)
+                failure = read_error(_data(_whole(answer)), answer.code)
             if failure.kind == "unknown" and failure.status in _PASSING:
                 raise Disconnected(f"the server is away: {failure.status}") from answer
             raise failure from None
@@ -152,12 +153,24 @@ class Transport:
             raise Disconnected(str(error)) from error
 
 
-def _failure(answer: urllib.error.HTTPError) -> RemoteError:
+def _whole(answer: http.client.HTTPResponse | urllib.error.HTTPError) -> bytes:
+    """An answer's body; one that is cut is no answer. A server of another kind may leave out the length."""
+    said = answer.headers.get("Content-Length", "")
     try:
-        content = parse_json(answer.read(2**20).decode(), "the server's answer")
-    except (ValueError, OSError, http.client.HTTPException):
-        content = None
-    return read_error(content, answer.code)
+        content: bytes = answer.read(_LONGEST)
+    except (OSError, http.client.HTTPException) as error:
+        raise Disconnected(str(error)) from error
+    if len(content) < (int(said) if said.isdecimal() else 1):
+        raise Disconnected(f"{len(content)} bytes of an answer came")
+    return content
+
+
+def _data(content: bytes) -> object:
+    """The content of JSON; None of anything else."""
+    try:
+        return parse_json(content.decode(), "the server's answer")
+    except ValueError:
+        return None
 
 
 class _Patience:

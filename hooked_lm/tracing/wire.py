@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def to_bytes(graph: Graph, target: Target) -> bytes:
                 )
             arguments = {name: plain(value) for name, value in node.metric.arguments.items()}
             return {"kind": "score", "metric": node.metric.maker, "arguments": arguments, "logits": node.logits}
-        return _described(node, plain)
+        return _described(node, made.runs, plain)
 
     document = {
         "format": FORMAT,
@@ -102,9 +102,12 @@ def content_hash(graph: Graph, target: Target) -> str:
     return hashlib.sha256(to_bytes(graph, target)).hexdigest()
 
 
-def _described(node: Node, plain: Callable[[object], object]) -> dict[str, object]:
+def _described(node: Node, runs: Sequence[RunSpec], plain: Callable[[object], object]) -> dict[str, object]:
     if isinstance(node, (Read, Write)):
         select = {name: list(one) if isinstance(one, tuple) else one for name, one in node.select.chosen().items()}
+        if "pos" in select and runs[node.run].steps(node.select.step) != [0]:
+            # A step after the first has one position, which is not that of the prompt's beginning.
+            select["pos"] = [-1] if isinstance(select["pos"], list) else -1
         where = {"run": node.run, "site": node.site, "select": select}
         if isinstance(node, Read):
             return {"kind": "read", **where, "version": node.version}

@@ -199,3 +199,20 @@ def test_every_single_changed_byte_of_the_json_is_read_alike_or_refused() -> Non
             from_bytes(bytes(content), TARGET)
         except TraceError:
             continue
+
+
+def test_reads_and_edits_at_the_steps_of_a_generation_survive_their_bytes() -> None:
+    trace = MODEL.trace(run=False)
+    text = trace.generate([[1, 2], [3]], 4)
+    for step in (slice(1, None), 2, [0, 3], slice(None)):
+        text["resid_post", 0].at(pos=-1, step=step).add(1.0)
+        text["resid_post", 1].at(pos=[-1], step=step).save(f"state {step}")
+    text["resid_post", 1].at(pos=0, step=0).save("first")
+    content = to_bytes(trace.graph, trace.target)
+    again = from_bytes(content, TARGET)
+    assert to_bytes(again, TARGET) == content
+    rebuilt = MODEL.trace(run=False)
+    rebuilt.graph = again
+    expected = trace.run()
+    found = rebuilt.run()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
