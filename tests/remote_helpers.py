@@ -66,7 +66,9 @@ def listening(service: Service, heartbeat: float = 10.0) -> Generator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    config = uvicorn.Config(make_app(service, heartbeat), host="127.0.0.1", port=port, log_level="error", ws="none")
+    config = uvicorn.Config(
+        make_app(service, heartbeat), host="127.0.0.1", port=port, log_level="error", lifespan="off"
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

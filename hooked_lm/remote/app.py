@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from hooked_lm._support.plain_data import PlainData
 from hooked_lm.remote.jobs import Job
+from hooked_lm.remote.metering import log
 from hooked_lm.remote.protocol import PROTOCOL, PROTOCOL_HEADER, RemoteError
 from hooked_lm.remote.service import Service
 from hooked_lm.remote.tokens import User
@@ -66,6 +67,9 @@ class _Endpoints:
                 response = _error(error)
             except ClientDisconnect:
                 response = Response(status_code=499)
+            except Exception as error:
+                log("fault", path=request.url.path, error=f"{type(error).__name__}: {error}")
+                response = _error(RemoteError(500, "fault", "the server has a fault here, which its log tells"))
             self.service.counts.add("requests_total", f'status="{response.status_code}"')
             response.headers[PROTOCOL_HEADER] = str(PROTOCOL)
             return response

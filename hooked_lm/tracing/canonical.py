@@ -11,6 +11,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, replace
+from itertools import groupby, pairwise
 
 from torch import Tensor
 
@@ -31,7 +32,7 @@ from hooked_lm.tracing.graph import (
     Select,
     Write,
 )
-from hooked_lm.tracing.planner import first_moment, last_moment, live_nodes, sequence
+from hooked_lm.tracing.planner import Moment, first_moment, last_moment, live_nodes, sequence
 from hooked_lm.tracing.target import Target
 
 __all__ = ["canonical", "tensor_hash"]
@@ -59,7 +60,7 @@ def canonical(graph: Graph, target: Target) -> Graph:
         TraceError: values go around in a circle.
     """
     live = live_nodes(graph, target)
-    needs = {index: _needs(graph, target, index, live) for index in live}
+    needs = _needs(graph, target, live)
     order = _topological(needs, graph)
     # By what it is computed from, without regard to the other edits of its run.
     alone = _hashes(graph, order, needs, {})
@@ -74,21 +75,31 @@ def canonical(graph: Graph, target: Target) -> Graph:
     return _renumbered(graph, live, needs, runs, final)
 
 
-def _needs(graph: Graph, target: Target, index: int, live: set[int]) -> set[int]:
-    """The nodes that come before a node: its inputs, the edits upstream of what it reads, and the order at a site."""
-    node = graph.nodes[index]
-    needs = set(node.inputs)
-    if isinstance(node, Write):
-        for other in live:
-            earlier = graph.nodes[other]
-            same = isinstance(earlier, (Read, Write)) and (earlier.run, earlier.site) == (node.run, node.site)
-            if same and sequence(earlier) < sequence(node):
-                needs.add(other)
-    if isinstance(node, (Read, Generated)):
-        reached = last_moment(graph, target, node)
-        for other, write in graph.writes(node.run):
-            if other in live and first_moment(graph, target, write) < reached:
-                needs.add(other)
+def _needs(graph: Graph, target: Target, live: set[int]) -> dict[int, set[int]]:
+    """The nodes that come before each: its inputs, the edits upstream of what it reads, and the order at a site."""
+    writes: dict[int, list[tuple[Moment, int]]] = defaultdict(list)  # of each run
+    at_site: dict[tuple[int, str], list[tuple[int, int]]] = defaultdict(list)
+    for index in live:
+        node = graph.nodes[index]
+        if isinstance(node, Write):
+            writes[node.run].append((first_moment(graph, target, node), index))
+        if isinstance(node, (Read, Write)):
+            at_site[node.run, node.site].append((sequence(node), index))
+    # Each edit needs those before it, so what is next to it is enough of what is at its site.
+    before: dict[int, set[int]] = {}
+    for events in at_site.values():
+        steps = [{index for _, index in step} for _, step in groupby(sorted(events), key=lambda one: one[0])]
+        for earlier, later in pairwise([set[int](), *steps]):
+            before |= dict.fromkeys(later, earlier)
+    needs: dict[int, set[int]] = {}
+    for index in live:
+        node = graph.nodes[index]
+        needs[index] = set(node.inputs)
+        if isinstance(node, Write):
+            needs[index] |= before[index]
+        if isinstance(node, (Read, Generated)):
+            reached = last_moment(graph, target, node)
+            needs[index].update(write for moment, write in writes[node.run] if moment < reached)
     return needs
 
 

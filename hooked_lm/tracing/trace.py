@@ -358,7 +358,7 @@ class Trace:
 
     # Recording
 
-    def op(self, name: str, *operands: ValueLike, **params: object) -> Value:
+    def op(self, name: str, /, *operands: ValueLike, **params: object) -> Value:
         """Return an operation of the table, by name.
 
         Args:

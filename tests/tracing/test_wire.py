@@ -216,3 +216,12 @@ def test_reads_and_edits_at_the_steps_of_a_generation_survive_their_bytes() -> N
     expected = trace.run()
     found = rebuilt.run()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("taken", ["name", "self", "operands"])
+def test_a_parameter_with_the_name_of_an_argument_is_an_unknown_one(taken: str) -> None:
+    def change(document: Any) -> None:
+        next(node for node in document["nodes"] if node["kind"] == "op")["params"][taken] = 1
+
+    with pytest.raises(TraceError, match="param"):
+        from_bytes(changed(change), TARGET)
