@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 from torch import Tensor, nn
 
 from hooked_lm.components import Embed, PosEmbed, TransformerBlock, Unembed
+from hooked_lm.components.ranks import Ranks
 from hooked_lm.components.spread import Spread
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookFunction, HookHandle, HookPoint, HookSpec, ModelOutput
@@ -32,6 +33,7 @@ class HookedModel(Protocol):
         blocks, embed, pos_embed, ln_final, unembed: the parts of the network. `pos_embed` only with learned positions.
         tokenizer: None for a model whose input is tokens only.
         processed: the processing steps applied to the weights, by name.
+        ranks: the processes that share out its heads and neurons; None for a model that has them all.
         spread_over: the devices of a model that is on several; None for one device.
     """
 
@@ -43,6 +45,7 @@ class HookedModel(Protocol):
     unembed: Unembed
     processed: tuple[str, ...]
     spread_over: Spread | None
+    ranks: Ranks | None
 
     @property
     def blocks(self) -> Sequence[TransformerBlock]: ...

@@ -398,8 +398,10 @@ class HookedTransformer(Spreading, WeightSaving, InputReading, TextGeneration, C
             capacity: the number of positions to allocate.
         """
         home, over = self.embed.W_E.device, self.spread_over
+        # A rank keeps the keys and values of its own heads.
+        cfg = self.blocks[0].cfg if self.ranks is not None else self.cfg
         return HookedTransformerKeyValueCache.init_cache(
-            self.cfg, home, batch_size, capacity, None if over is None else over.blocks
+            cfg, home, batch_size, capacity, None if over is None else over.blocks
         )
 
     # Housekeeping

@@ -19,6 +19,6 @@ ORDER = (
         "sweep",
         "tracing",
     ),
-    *("transformer", "certificate", "remote", "workers", "patching", "circuits", "utils", "head_detector"),
+    *("transformer", "certificate", "parallel", "remote", "workers", "patching", "circuits", "utils", "head_detector"),
     *("training", "tasks", "evals", "experiments", "plotting", "demo", "__init__", "cli", "compat"),
 )

@@ -19,6 +19,7 @@ from hooked_lm.components.linear import linear
 from hooked_lm.components.norm import make_qk_norm
 from hooked_lm.components.positions import AlibiSpec, QueryScaleSpec, RotarySpec, rotate
 from hooked_lm.components.projections import input_projection, per_query_head, project
+from hooked_lm.components.ranks import Ranks, SplitAxis
 from hooked_lm.components.sequence import SequenceLayout
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.config.classic import ConfigDict
@@ -52,6 +53,11 @@ class Attention(ClassicAttention):
         W_G [head d_model d_head], b_G [head d_head] with `attention_gate`.
     """
 
+    # The processes that share out the heads; None in a model that has them all.
+    ranks: Ranks | None = None
+    # Whether the norm of queries and keys is over all heads together.
+    norms_all_heads = False
+
     def __init__(
         self,
         cfg: HookedTransformerConfig | ConfigDict,
@@ -74,7 +80,7 @@ class Attention(ClassicAttention):
         self.sinks = nn.Parameter(torch.zeros(heads)) if cfg.attention_sinks else None
         self.q_norm = make_qk_norm(cfg, heads, axes="batch pos head d_head")
         self.k_norm = make_qk_norm(cfg, kv_heads, axes="batch pos kv_head d_head")
-        self.norm_after_rotary = cfg.qk_norm_after_rotary
+        self.norm_after_rotary, self.norms_all_heads = cfg.qk_norm_after_rotary, cfg.qk_norm_across_heads
 
         self.hook_q = HookPoint("batch pos head d_head")
         self.hook_k = HookPoint("batch pos kv_head d_head")
@@ -204,8 +210,17 @@ class Attention(ClassicAttention):
         else:
             projected = self.ungrouped(x, W, b)
         if which != "V" and not self.norm_after_rotary:
-            projected = (self.q_norm if which == "Q" else self.k_norm)(projected)
+            projected = self.normalized(projected, self.q_norm if which == "Q" else self.k_norm)
         return projected if self.clip is None else projected.clamp(-self.clip, self.clip)
+
+    def normalized(
+        self, x: Float[Tensor, "batch pos head d_head"], norm: nn.Module
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        """Return queries or keys after their norm, which may be over the heads of all ranks together."""
+        if self.ranks is None or not self.norms_all_heads:
+            return norm(x)  # type: ignore[no-any-return]
+        axis = SplitAxis(2, 1 if norm is self.q_norm else self.ranks.kv_copies)
+        return self.ranks.part(norm(self.ranks.whole(x, axis)), axis)
 
     def ungrouped(
         self,
@@ -229,7 +244,7 @@ class Attention(ClassicAttention):
             cos, sin = layout.rotary(self.rotary, q.dtype)
             q, k = rotate(q, self.rotary, cos, sin), rotate(k, self.rotary, cos, sin)
         if self.norm_after_rotary:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.normalized(q, self.q_norm), self.normalized(k, self.k_norm)
         if self.query_scale is not None:
             q = q * layout.query_scales(self.query_scale, q.dtype)
         return (q, k) if self.rotary is None else (self.hook_rot_q(q), self.hook_rot_k(k))
@@ -300,8 +315,14 @@ class Attention(ClassicAttention):
                 einsum(z, self.W_O, "batch pos head d_value, head d_value d_model -> batch pos head d_model")
             )
             if carries:
-                return result.sum(-2) + self.b_O
-        return linear(z.flatten(-2), self.W_O.flatten(0, 1).T, self.b_O)
+                return self._over_ranks(result.sum(-2))
+        if self.ranks is None:
+            return linear(z.flatten(-2), self.W_O.flatten(0, 1).T, self.b_O)
+        return self._over_ranks(linear(z.flatten(-2), self.W_O.flatten(0, 1).T))
+
+    def _over_ranks(self, written: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """What the heads of all ranks write, and `b_O`."""
+        return (written if self.ranks is None else self.ranks.summed(written)) + self.b_O
 
 
 def _rotary(cfg: HookedTransformerConfig, layer_id: int, *, local: bool) -> RotarySpec | None:

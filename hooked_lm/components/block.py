@@ -120,13 +120,19 @@ class TransformerBlock(HookHolder):
         if any_live(points):
             ln1 = None if self.norms_stream else self.ln1
             heads = (self.n_heads, self.cfg.n_hooked_kv_heads)
-            q, k, v = per_head_inputs(ln1, points, resid_pre, *heads, with_shared=self.reads_latents)
+            ranks = self.attn.ranks
+            copied = ranks is not None and ranks.kv_copies > 1 and not self.cfg.ungroup_grouped_query_attention
+            q, k, v = per_head_inputs(
+                ln1, points, resid_pre, *heads, with_shared=self.reads_latents, ranks=ranks if copied else None
+            )
         else:
             q = k = v = resid_pre if self.norms_stream else self.ln1(resid_pre)
         if shortformer_pos is not None:
             q = q + (shortformer_pos if q.ndim == 3 else shortformer_pos[:, :, None])
             k = k + (shortformer_pos if k.ndim == 3 else shortformer_pos[:, :, None])
-        return q, k, v
+        ranks = self.attn.ranks
+        # Latents belong to every rank, and heads begin behind them.
+        return (q, k, v) if ranks is None or self.reads_latents else ranks.entering_together(q, k, v)
 
     def attention_output(self, written: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "out_batch pos d_model"]:
         """Return attention's contribution to the stream, given the output of its heads together."""

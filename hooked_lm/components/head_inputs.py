@@ -20,6 +20,7 @@ from torch.autograd.function import FunctionCtx
 
 from hooked_lm._support.torch_internals import transforms_active
 from hooked_lm.components.norm import is_plain_norm
+from hooked_lm.components.ranks import Ranks
 from hooked_lm.hooks import HookPoint, any_live, carries_run, is_live, may_edit_forward
 from hooked_lm.hooks.thread import GradientSwitch, editing_hooks_only, switched_gradients
 
@@ -81,6 +82,7 @@ def per_head_inputs(
     n_kv_heads: int,
     *,
     with_shared: bool = False,
+    ranks: Ranks | None = None,
 ) -> HeadInputs:
     """Return the normalised inputs of queries, keys and values, [batch pos d_model] or with a head axis.
 
@@ -90,13 +92,15 @@ def per_head_inputs(
         resid_pre: the residual stream at the block's input.
         n_heads, n_kv_heads: the number of copies for queries, and for keys and values.
         with_shared: where heads have copies, one more follows, the shared stream's, which no hook at the copies edits.
+        ranks: processes that share out the heads, if several of them have the same key-value heads.
     """
     attn_in, q_input, k_input, v_input = points
     source = HeadSource(resid_pre).through(attn_in, n_heads)
+    of_groups = source if ranks is None else _over_ranks(source, resid_pre, n_kv_heads, ranks)
     sources = (
         source.through(q_input, n_heads),
-        source.through(k_input, n_kv_heads),
-        source.through(v_input, n_kv_heads),
+        of_groups.through(k_input, n_kv_heads),
+        of_groups.through(v_input, n_kv_heads),
     )
     shared = resid_pre
     if ln1 is None:
@@ -112,6 +116,17 @@ def per_head_inputs(
         return q, k, v
     q, k, v = (one if one.ndim == 3 else torch.cat((one, shared[:, :, None]), 2) for one in (q, k, v))
     return q, k, v
+
+
+def _over_ranks(
+    source: HeadSource, resid_pre: Float[Tensor, "batch pos d_model"], n_kv_heads: int, ranks: Ranks
+) -> HeadSource:
+    """The mean copy of each key-value head's query heads, those on other ranks among them."""
+    if source.stream.ndim == 3:
+        return source
+    own = source.stream.unflatten(2, (n_kv_heads, -1)).mean(3)
+    mean = ranks.mean_of_copies(own)
+    return HeadSource(mean, ((resid_pre[:, :, None].expand_as(mean), mean),))
 
 
 class ReadOfCopies:

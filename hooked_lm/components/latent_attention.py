@@ -104,15 +104,15 @@ class LatentAttention(Attention):
     def queries(self, x: Float[Tensor, "batch pos *head d_model"]) -> Float[Tensor, "out_batch pos head d_head"]:
         """Return queries before rotation."""
         if not self.has_query_latent:
-            return project(self._own_copies(x), self.W_Q, self.b_Q)
+            return project(self._entering(self._own_copies(x)), self.W_Q, self.b_Q)
         (latent,) = self._latents([x], self.compress_q, self.latent_q_norm, self.hook_latent_q)
-        return project(latent, self.W_UQ, None)
+        return project(self._entering(latent), self.W_UQ, None)
 
     def keys(
         self, x: Float[Tensor, "batch pos *head d_model"], latent: Float[Tensor, "batch pos *latent_head d_latent_kv"]
     ) -> Float[Tensor, "out_batch pos head d_head"]:
         """Return keys before rotation: first the dimensions that will rotate, read from `x`, then the latent's."""
-        rotating = linear(x, self.W_KR.T, self.b_KR)
+        rotating = self._entering(linear(x, self.W_KR.T, self.b_KR))
         rotating = rotating if rotating.ndim == 4 else rotating[:, :, None].expand(-1, -1, self.n_heads, -1)
         return torch.cat((rotating, project(latent, self.W_UK, None)), -1)
 
@@ -123,7 +123,12 @@ class LatentAttention(Attention):
     ) -> tuple[Tensor, Tensor]:
         """Return the latents that keys and values are read from: one tensor, where their inputs are one."""
         found = self._latents([key_input, value_input], self.compress_kv, self.latent_kv_norm, self.hook_latent_kv)
-        return found[0], found[1]
+        latent = self._entering(found[0])
+        return latent, latent if found[1] is found[0] else self._entering(found[1])
+
+    def _entering(self, x: Tensor) -> Tensor:
+        """What every rank has, where the heads of this one begin to use it."""
+        return x if self.ranks is None else self.ranks.entering(x)
 
     def compress_kv(self, x: Float[Tensor, "batch pos *head d_model"]) -> Float[Tensor, "out_batch pos *head latent"]:
         """Return the latent of keys and values."""

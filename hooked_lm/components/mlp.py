@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from hooked_lm.components.activations import make_activation
 from hooked_lm.components.linear import linear
 from hooked_lm.components.norm import make_norm
+from hooked_lm.components.ranks import Ranks
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.config.classic import ConfigDict
 from hooked_lm.hooks import HookHolder, HookPoint
@@ -21,6 +22,9 @@ class MLP(HookHolder):
 
     With `solu_ln` the activation is normalised before `W_out`; `hook_mid` is before that norm, `hook_post` after.
     """
+
+    # The processes that share out the neurons; None in a model that has them all.
+    ranks: Ranks | None = None
 
     def __init__(self, cfg: HookedTransformerConfig | ConfigDict) -> None:
         super().__init__()
@@ -41,10 +45,11 @@ class MLP(HookHolder):
         self.hook_post = HookPoint("batch pos d_mlp")
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "out_batch pos d_model"]:
+        x = x if self.ranks is None else self.ranks.entering(x)
         post = self.act_fn(self.hook_pre(linear(x, self.W_in.T, self.b_in)))
         if self.ln is not None:
             post = self.ln(self.hook_mid(post))
-        return linear(self.hook_post(post), self.W_out.T, self.b_out)
+        return _written(self, self.hook_post(post))
 
 
 class GatedMLP(HookHolder):
@@ -56,6 +61,8 @@ class GatedMLP(HookHolder):
         cfg: the architecture.
         d_mlp: hidden width, by default the config's.
     """
+
+    ranks: Ranks | None = None
 
     def __init__(self, cfg: HookedTransformerConfig | ConfigDict, d_mlp: int | None = None) -> None:
         super().__init__()
@@ -73,9 +80,17 @@ class GatedMLP(HookHolder):
         self.hook_post = HookPoint("batch pos d_mlp")
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "out_batch pos d_model"]:
+        x = x if self.ranks is None else self.ranks.entering(x)
         gate = self.act_fn(self.hook_pre(linear(x, self.W_gate.T, self.b_gate)))
         factor = self.hook_pre_linear(linear(x, self.W_in.T, self.b_in))
-        return linear(self.hook_post(gate * factor), self.W_out.T, self.b_out)
+        return _written(self, self.hook_post(gate * factor))
+
+
+def _written(mlp: MLP | GatedMLP, post: Float[Tensor, "batch pos d_mlp"]) -> Float[Tensor, "out_batch pos d_model"]:
+    """What the neurons write, those of all ranks."""
+    if mlp.ranks is None:
+        return linear(post, mlp.W_out.T, mlp.b_out)
+    return mlp.ranks.summed(linear(post, mlp.W_out.T)) + mlp.b_out
 
 
 def _width(cfg: HookedTransformerConfig) -> int:

@@ -12,6 +12,7 @@ from hooked_lm._support.torch_internals import values_readable
 from hooked_lm.components.activations import make_activation
 from hooked_lm.components.linear import linear
 from hooked_lm.components.mlp import GatedMLP
+from hooked_lm.components.ranks import Ranks
 from hooked_lm.components.routing import among_best_groups, expert_weights, rescaled
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.config.classic import ConfigDict
@@ -37,6 +38,9 @@ class MoE(HookHolder):
         `identity_experts` of the experts that the router scores have none of these.
         The shared expert is an MLP, `shared`; its gate is W_shared_gate [d_model 1], b_shared_gate [1].
     """
+
+    # The processes that share out the experts' neurons; None in a model that has them all.
+    ranks: Ranks | None = None
 
     def __init__(self, cfg: HookedTransformerConfig | ConfigDict) -> None:
         super().__init__()
@@ -71,6 +75,8 @@ class MoE(HookHolder):
         weights = self.hook_expert_weights(expert_weights(self.router_scores(x), self.cfg))
         indices = self.hook_expert_indices(self.choose(weights))
         weights = rescaled(weights.gather(-1, indices), self.cfg).to(x.dtype)
+        if self.ranks is not None:
+            return self.over_ranks(self.ranks, x, indices, weights)
         out = torch.zeros_like(x) if self.shared is None else self.shared_output(x)
         if not (torch.compiler.is_compiling() or values_readable(indices)):
             return out + self.of_every_expert(x, indices, weights)
@@ -79,6 +85,34 @@ class MoE(HookHolder):
             contribution = self.expert(expert, x[batch, pos]) * weights[batch, pos, slot, None]
             out.index_put_((batch, pos), contribution, accumulate=True)
         return out
+
+    def over_ranks(
+        self, ranks: Ranks, x: Float[Tensor, "batch pos d_model"], indices: Tensor, weights: Tensor
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Return the experts' weighted sum, where each rank has a share of the neurons of every expert.
+
+        That shares out the work however tokens choose, which whole experts on a rank would not.
+
+        Args:
+            ranks: the group.
+            x: the tokens' input.
+            indices: [batch pos chosen], the chosen experts.
+            weights: the weight of each.
+        """
+        of_part, weights_of_part = ranks.entering(x), ranks.entering(weights)
+        partial, rest = torch.zeros_like(x), torch.zeros_like(x)
+        for expert in indices.unique().tolist():
+            batch, pos, slot = torch.where(indices == expert)
+            weight = weights[batch, pos, slot, None]
+            if expert >= len(self.W_in):  # the identity
+                rest.index_put_((batch, pos), x[batch, pos] * weight, accumulate=True)
+                continue
+            hidden = self.hidden(expert, of_part[batch, pos])
+            written = linear(hidden, self.W_out[expert].T) * weights_of_part[batch, pos, slot, None]
+            partial.index_put_((batch, pos), written, accumulate=True)
+            rest.index_put_((batch, pos), self.b_out[expert] * weight, accumulate=True)
+        shared = 0.0 if self.shared is None else self.shared_output(x)
+        return ranks.summed(partial) + rest + shared
 
     def of_every_expert(
         self, x: Float[Tensor, "batch pos d_model"], indices: Tensor, weights: Float[Tensor, "batch pos chosen"]
@@ -136,12 +170,14 @@ class MoE(HookHolder):
         """Return one expert's output for the tokens that chose it."""
         if expert >= len(self.W_in):
             return x
+        return linear(self.hidden(expert, x), self.W_out[expert].T, self.b_out[expert])
+
+    def hidden(self, expert: int, x: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token d_mlp"]:
+        """Return one expert's neurons for the tokens that chose it, as `W_out` reads them."""
         hidden = linear(x, self.W_in[expert].T, self.b_in[expert])
         if self.gated:
             gate = linear(x, self.W_gate[expert].T, self.b_gate[expert])
             if self.limit is not None:
                 gate, hidden = gate.clamp(max=self.limit), hidden.clamp(-self.limit, self.limit) + 1
-            hidden = self.act_fn(gate) * hidden
-        else:
-            hidden = self.act_fn(hidden)
-        return linear(hidden, self.W_out[expert].T, self.b_out[expert])
+            return self.act_fn(gate) * hidden
+        return self.act_fn(hidden)

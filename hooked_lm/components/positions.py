@@ -311,11 +311,15 @@ def query_scales(spec: QueryScaleSpec, positions: Int[Tensor, "batch query"]) ->
 
 @dataclass(frozen=True)
 class AlibiSpec:
-    """ALiBi: a slope per head, times `scale`; rounded to bfloat16 where a model was trained so."""
+    """ALiBi: a slope per head, times `scale`; rounded to bfloat16 where a model was trained so.
+
+    With `part` it is for the heads from its first number to its second, not included.
+    """
 
     n_heads: int
     scale: float = 1.0
     in_bfloat16: bool = False
+    part: tuple[int, int] | None = None
 
 
 def alibi_slopes(n_heads: int, device: torch.device) -> Float[Tensor, " head"]:

@@ -143,7 +143,7 @@ class SequenceLayout:
         """
         key = (spec, dtype)
         if key not in self._made:
-            slopes = alibi_slopes(spec.n_heads, self.device)[:, None, None]
+            slopes = alibi_slopes(spec.n_heads, self.device)[slice(*(spec.part or (None,)))][:, None, None]
             if spec.in_bfloat16:
                 slopes = slopes.bfloat16()
                 bias = slopes * self._key_positions()[:, None, None, :]

@@ -97,7 +97,8 @@ def not_stock(root: nn.Module, *, name: str = "", alone: bool = False) -> str | 
         reason = _own_override(module, classes)
         if reason is None and isinstance(module, HookPoint):
             reason = _misplaced(module, place if named else module.name, again=module in seen)
-        if reason is None and cfg is not None and vars(module).get("cfg", cfg) is not cfg:
+        own = vars(module).get("cfg", cfg)
+        if reason is None and cfg is not None and own is not cfg and getattr(own, "whole", None) is not cfg:
             reason = "has a config of its own"
         if reason is not None:
             return f"{place or 'the model'} {reason}"
@@ -113,6 +114,8 @@ def stages_obstacle(model: nn.Module) -> str | None:
     """
     if any(isinstance(block, ShortcutBlock) for block in model.modules()):
         return "the output of experts goes from one block to the next beside the stream"
+    if getattr(model, "ranks", None) is not None:
+        return "its heads are shared out among several processes"
     return not_stock(model)
 
 
@@ -126,6 +129,11 @@ def require_stock(what: str, name: str, component: nn.Module, *, alone: bool = F
     Raises:
         ValueError: the component is overridden.
     """
+    if any(getattr(module, "ranks", None) is not None for module in component.modules()):
+        raise ValueError(
+            f"{what} is worked out from weights, and this process has a part of those of {name}: load the model on one "
+            "device, or take whole weights from the model's own properties (model.W_O)"
+        )
     reason = not_stock(component, name=name, alone=alone)
     if reason is not None:
         raise ValueError(

@@ -201,6 +201,7 @@ def decode_steps(
         # An explicit mask, so that the model does not infer padding from the tokens.
         attention_mask = torch.ones_like(tokens)
     written: list[Tensor] = []
+    ranks = getattr(model, "ranks", None)  # each may have drawn another token
 
     def text() -> tuple[Tensor, Tensor]:
         """Return the tokens so far and their mask."""
@@ -227,6 +228,8 @@ def decode_steps(
         if logits_of_steps is not None:
             logits_of_steps.append(logits[:, -1].clone())
         chosen = sampling.pick(logits[:, -1], *(text() if sampling.reads_text else ()))
+        if ranks is not None:
+            chosen = ranks.from_first(chosen)
         if eos_token_ids:
             chosen = torch.where(finished, ends[0], chosen)
             finished |= torch.isin(chosen, ends)

@@ -12,7 +12,7 @@ Hooks get tensors under one contract:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -27,6 +27,14 @@ __all__ = ["HookPoint", "TorchHook", "any_live", "carries_run", "is_live", "may_
 
 # Any: torch gives its hooks the arguments and outputs of the module, of whatever types.
 TorchHook = Callable[..., Any]
+
+
+class Shares(Protocol):
+    """How an activation of which this process has a part is made whole, and the part taken again."""
+
+    def whole(self, x: Tensor) -> Tensor: ...
+
+    def part(self, x: Tensor) -> Tensor: ...
 
 
 class HookPoint(nn.Module):
@@ -49,6 +57,8 @@ class HookPoint(nn.Module):
 
     # Whether calls go through torch's module call: torch's own hooks were registered, or a subclass overrides forward.
     _always_runs = False
+    # Where processes share out an axis of the activation: how hooks get the whole of it.
+    shares: Shares | None = None
 
     def __init__(
         self,
@@ -79,6 +89,12 @@ class HookPoint(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the activation after its hooks."""
+        if self.shares is None:
+            return self._hooked(x)
+        # Every process has the same hooks, so all of them gather here or none does.
+        return self.shares.part(self._hooked(self.shares.whole(x))) if self.live else x
+
+    def _hooked(self, x: Tensor) -> Tensor:
         x = _through(self.fwd_hooks, x)
         handles = [handle for handle in tuple(self.bwd_hooks) if handle.acts]
         return self._watched(x, handles) if handles else x

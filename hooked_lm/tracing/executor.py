@@ -239,7 +239,8 @@ class _Executor:
         return None if len(found) == longest else sorted(found)
 
     def _weight(self, name: str) -> Tensor:
-        return dict(self.model.named_parameters())[name].detach()
+        weight, ranks = dict(self.model.named_parameters())[name].detach(), self.model.ranks
+        return weight if ranks is None else ranks.whole_parameter(name, weight)
 
     def _apply(self, piece: str, operand: Tensor) -> Tensor:
         self.paused = True

@@ -58,7 +58,9 @@ class Target:
 
         def weight_shape(name: str) -> tuple[int, ...] | None:
             found = dict(model.named_parameters()).get(name)
-            return None if found is None else tuple(found.shape)
+            if found is None:
+                return None
+            return tuple(found.shape) if model.ranks is None else model.ranks.whole_shape(name, tuple(found.shape))
 
         return cls(model.cfg, axes, weight_shape, read)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hooked_lm import bundled
 from hooked_lm._support.plain_data import PlainData
@@ -172,7 +172,7 @@ class WeightLoading(WeightProcessing):
                 model = cls(after, move_to_device=False)
         if loaded.tokenizer is not None:
             model.tokenizer = loaded.tokenizer
-        placement = ParameterPlacement(model, device)
+        placement = cls._placement(model, device)
         for chunk in loaded.weights:
             if untied_by_processing and "embed.W_E" in chunk:
                 chunk["unembed.W_U"] = chunk["embed.W_E"].T
@@ -182,6 +182,11 @@ class WeightLoading(WeightProcessing):
         model.cfg.set_unlocked(device=str(torch.device(device)))
         model.processed, model.origin = (*loaded.processed, *plan), loaded.origin
         return model
+
+    @classmethod
+    def _placement(cls, model: nn.Module, device: str | torch.device) -> ParameterPlacement:
+        """What puts loaded tensors into a model's parameters."""
+        return ParameterPlacement(model, device)
 
     # Any: the keyword arguments are those of from_pretrained, each of its own type.
     @classmethod

@@ -31,6 +31,8 @@ class WeightProcessing(nn.Module):
 
     def own_tensors(self) -> Weights:
         """Return the state dict, without an unembedding that is the transpose of the embedding."""
+        if getattr(self, "ranks", None) is not None:
+            raise ValueError("this process has a part of the model's weights: save and process the model on one device")
         weights: Weights = dict(self.state_dict())
         if self.cfg.tie_word_embeddings:
             weights.pop("unembed.W_U", None)

@@ -40,6 +40,8 @@ class Spreading(WeightViews):
         Raises:
             ValueError: no device, one that is given twice, or numbers that are not those of the blocks.
         """
+        if self.ranks is not None:
+            raise ValueError("a model whose heads are shared out among processes is not spread over devices too")
         names = [torch.device(one) for one in devices]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"spread takes one device or more, each of them once; got {[str(one) for one in names]}")

@@ -13,6 +13,7 @@ from hooked_lm._support.integers import integer
 from hooked_lm._support.replaced import missing
 from hooked_lm.components import Embed, PosEmbed, TransformerBlock, Unembed
 from hooked_lm.components.projections import per_query_head
+from hooked_lm.components.ranks import Ranks
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.factored_matrix import FactoredMatrix, composition_scores
 
@@ -49,11 +50,16 @@ class WeightViews(nn.Module):
     embed: Embed
     pos_embed: PosEmbed
     unembed: Unembed
+    # The processes that share out heads and neurons; None in a model that has them all.
+    ranks: Ranks | None = None
 
     def _stack(self, module: str, name: str) -> Tensor:
         if len(self.blocks) == 0:
             raise AttributeError(name)
         layers = [getattr(getattr(block, module), name) for block in self.blocks]
+        if self.ranks is not None:
+            names = (f"blocks.{layer}.{module}.{name}" for layer in range(len(layers)))
+            layers = [self.ranks.whole_parameter(*one) for one in zip(names, layers, strict=True)]
         if len({layer.shape for layer in layers}) > 1:
             shapes = ", ".join(str(tuple(layer.shape)) for layer in layers)
             raise ValueError(

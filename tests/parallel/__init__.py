@@ -1,0 +1,1 @@
+"""Models shared out among processes."""
