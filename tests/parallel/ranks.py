@@ -107,15 +107,9 @@ def edited(model: HookedTransformer, tokens: Tensor) -> dict[str, Tensor]:
         for site, fields in EDITS.items():
             for layer in range(model.cfg.n_layers):
                 name = f"blocks.{layer}.{site}"
-                if name in model.hook_dict and "feature" not in fields:
-                    kept = {
-                        key: one for key, one in fields.items() if key != "head" or model.cfg.n_kv_heads > 1 or one == 0
-                    }
-                    edit = Intervention(name, "scale", 1.7, **kept)
-                elif name in model.hook_dict:
-                    edit = Intervention(name, "add", 0.3, **fields)
-                else:
+                if name not in model.hook_dict:
                     continue
+                edit = Intervention(name, "scale", 1.7, **fields)
                 found[name] = model.run(tokens, interventions=[edit])
     return found
 
