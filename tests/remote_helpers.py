@@ -19,8 +19,8 @@ from hooked_lm import HookedTransformer, metrics
 from hooked_lm.remote.app import make_app
 from hooked_lm.remote.limits import Limits
 from hooked_lm.remote.service import Service
+from hooked_lm.remote.source import ModelSource
 from hooked_lm.remote.tokens import UserTable
-from hooked_lm.remote.worker import ModelSource
 from hooked_lm.tracing import Trace
 from hooked_lm.tracing.wire import to_bytes
 from tests.helpers import tiny_model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ import typer
 from hooked_lm.cli.inputs import Device, Revision, check_device, one_line_errors
 
 if TYPE_CHECKING:
-    from hooked_lm.remote.worker import ModelSource
+    from hooked_lm.remote.source import ModelSource
 
 __all__ = ["serve"]
 
@@ -29,6 +30,7 @@ def serve(
     device: Device = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; by default the checkpoint's.")] = None,
     revision: Revision = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes that share out each model's heads and neurons.")] = 1,
     processing: Annotated[bool, typer.Option(help="Fold and centre the weights, as from_pretrained does.")] = True,
     seconds: Annotated[float, typer.Option(min=0.1, help="The most that a job may take.")] = 600.0,
 ) -> None:
@@ -48,7 +50,12 @@ def serve(
                 "traces there"
             )
         _log_lines()
-        _run(_sources(models, revision, device, dtype, processing), host, port, tokens, replicas, seconds)
+        sources = _sources(models, revision, device, dtype, processing, _ranks(ranks, replicas, len(models)))
+        if int(os.environ.get("RANK", "0")) > 0:
+            from hooked_lm.remote.follower import follow
+
+            follow(next(iter(sources.values())), int(os.environ["RANK"]), None)
+        _run(sources, host, port, tokens, replicas, seconds)
 
 
 def _run(
@@ -81,11 +88,23 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+def _ranks(asked: int, replicas: int, n_models: int) -> int:
+    """The processes of each model: as many as were asked for, or as `torch.distributed.run` has started."""
+    from hooked_lm.remote.group import launched
+
+    started = launched()
+    if started == 1:
+        return asked
+    if asked not in (1, started) or replicas > 1 or n_models > 1:
+        raise ValueError(f"torch.distributed.run has started {started} processes: they serve one model, once")
+    return started
+
+
 def _sources(
-    models: list[str], revision: str | None, device: str, dtype: str | None, processing: bool
+    models: list[str], revision: str | None, device: str, dtype: str | None, processing: bool, ranks: int
 ) -> dict[str, ModelSource]:
     """Return where each model comes from, by the name under which it is served."""
-    from hooked_lm.remote.worker import ModelSource
+    from hooked_lm.remote.source import ModelSource
 
     found: dict[str, ModelSource] = {}
     for given in models:
@@ -94,7 +113,7 @@ def _sources(
         name = name if equals else Path(given).name
         if not name or name in found:
             raise ValueError(f"two models cannot be served as {name!r}: give one as NAME={place}")
-        found[name] = ModelSource(place, revision, device, dtype, processing)
+        found[name] = ModelSource(place, revision, device, dtype, processing, ranks)
     return found
 
 

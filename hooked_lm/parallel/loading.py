@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hooked_lm._support.plain_data import PlainData
 from hooked_lm.components.positions import AlibiSpec
 from hooked_lm.components.ranks import PointOfRanks, Ranks
 from hooked_lm.components.shortcut import make_block
@@ -45,13 +46,12 @@ def shard(
     return _built(model, ranks, weights, device)
 
 
-# Any: the options of from_pretrained, each of its own type.
 def load(
     name_or_path: str | Path,
     group: dist.ProcessGroup | None = None,
     *,
     device: str | torch.device = "cpu",
-    **options: Any,
+    **options: object,
 ) -> HookedTransformer:
     """Return a checkpoint's model, of which this process has a part; see `shard`. No process ever holds all of it.
 
@@ -87,7 +87,7 @@ def load(
             placement.ranks = _ranks(model, group)
             return placement
 
-    whole = Whole.from_pretrained(name_or_path, device="cpu", **options)
+    whole = Whole.from_pretrained(name_or_path, device="cpu", **cast(PlainData, options))
     return _built(whole, _ranks(whole, group), kept, torch.device(device))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
-from typing import Any
 
 from hooked_lm.components.ranks import SplitAxis
 from hooked_lm.config import HookedTransformerConfig
@@ -93,9 +92,8 @@ class PartOfConfig(HookedTransformerConfig):
 
     whole: HookedTransformerConfig
 
-    # Any: a config has fields of many types.
-    def __getattribute__(self, name: str) -> Any:
-        own = object.__getattribute__(self, "__dict__")
+    def __getattribute__(self, name: str) -> object:
+        own: dict[str, object] = object.__getattribute__(self, "__dict__")
         if name in own:
             return own[name]
         if name in _FIELDS:

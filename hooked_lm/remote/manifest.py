@@ -8,17 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-from transformers import AutoTokenizer
+from torch import Tensor
 
 from hooked_lm._support.plain_data import PlainData
 from hooked_lm._support.tensor_bytes import bytes_of
 from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.hooked_model import HookedModel
 from hooked_lm.sweep.exactness import walking_obstacle
 from hooked_lm.tokenization import Tokenizer
 from hooked_lm.tracing.target import Target
 from hooked_lm.transformer import HookedTransformer
 
-__all__ = ["TOKENIZER_FILES", "manifest_of", "target_of", "tokenizer_of"]
+__all__ = ["TOKENIZER_FILES", "manifest_of", "target_of", "tokenizer_of", "weights_sha256"]
 
 # A client writes these files, and no others, to a folder of its own.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -33,19 +34,33 @@ def manifest_of(model: HookedTransformer) -> PlainData:
     config = model.cfg.to_dict()
     config.update(device=None, tokenizer_name=None)
     files = _tokenizer_files(model.tokenizer)
-    weights = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        weights.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} ".encode())
-        weights.update(bytes_of(parameter.detach().cpu()).numpy().data)
+
+    def shape(name: str, part: Tensor) -> tuple[int, ...]:
+        return tuple(part.shape) if model.ranks is None else model.ranks.whole_shape(name, tuple(part.shape))
+
     return {
         "config": config,
         "axes": [[name, list(point.axes)] for name, point in model.hook_dict.items() if point.axes],
-        "weights": {name: list(one.shape) for name, one in model.named_parameters()},
-        "weights_sha256": weights.hexdigest(),
+        "weights": {name: list(shape(name, one)) for name, one in model.named_parameters()},
+        "weights_sha256": weights_sha256(model),
         "tokenizer": files,
         "tokenizer_sha256": hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest(),
         "can_sweep": walking_obstacle(model, ()) is None,
     }
+
+
+def weights_sha256(model: HookedModel) -> str:
+    """Return the SHA-256 of a model's parameters: names, dtypes, shapes and contents.
+
+    Args:
+        model: the model.
+    """
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        one = parameter.detach() if model.ranks is None else model.ranks.whole_parameter(name, parameter.detach())
+        found.update(f"{name} {one.dtype} {tuple(one.shape)} ".encode())
+        found.update(bytes_of(one.cpu()).numpy().data)
+    return found.hexdigest()
 
 
 def _tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, str]:
@@ -72,6 +87,8 @@ def tokenizer_of(manifest: PlainData) -> Tokenizer | None:
     strange = sorted(set(files) - set(TOKENIZER_FILES))
     if strange:
         raise ValueError(f"the server sends {strange[0]!r} with the tokenizer; there are {', '.join(TOKENIZER_FILES)}")
+    from transformers import AutoTokenizer
+
     with tempfile.TemporaryDirectory() as folder:
         for name, text in files.items():
             (Path(folder) / name).write_text(text, "utf-8")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
 import threading
 import time
 from dataclasses import asdict
@@ -11,12 +13,14 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from hooked_lm._support.plain_data import PlainData
+from hooked_lm.remote.group import launched
 from hooked_lm.remote.jobs import Job, JobQueue
 from hooked_lm.remote.limits import Limits
 from hooked_lm.remote.metering import Counts, log
 from hooked_lm.remote.protocol import RemoteError, packed, read_error, unpacked
 from hooked_lm.remote.results import ResultStore
-from hooked_lm.remote.worker import ModelSource, serve_requests
+from hooked_lm.remote.source import ModelSource
+from hooked_lm.remote.worker import serve_requests
 
 __all__ = ["Replica"]
 
@@ -87,6 +91,10 @@ class Replica:
         self.process.kill()
         self.process.join(_GRACE)
         self._pipe.close()
+        if self._source.ranks > 1 and launched() > 1:
+            # Whoever started the group's processes starts all of them again, this one among them.
+            log("group lost", model=self._source.name)
+            os.kill(os.getpid(), signal.SIGKILL)
         pause = 1.0
         while not self._closing:
             try:

@@ -19,8 +19,8 @@ from hooked_lm.remote.metering import Counts, log
 from hooked_lm.remote.protocol import RemoteError
 from hooked_lm.remote.replicas import Replica
 from hooked_lm.remote.results import ResultStore
+from hooked_lm.remote.source import ModelSource
 from hooked_lm.remote.tokens import User, UserTable
-from hooked_lm.remote.worker import ModelSource
 from hooked_lm.sweep.wire import SWEEP_FORMAT, part_from_bytes
 from hooked_lm.tracing.errors import TraceError
 from hooked_lm.tracing.estimate import estimate_plan

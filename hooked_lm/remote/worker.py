@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 import torch
@@ -16,50 +15,26 @@ from torch import Tensor
 
 from hooked_lm._support.plain_data import PlainData
 from hooked_lm.names import UnknownHookError
+from hooked_lm.remote.group import Followers, Member, launched
 from hooked_lm.remote.manifest import manifest_of
 from hooked_lm.remote.protocol import RemoteError, packed, unpacked
+from hooked_lm.remote.source import ModelSource
 from hooked_lm.sweep.engine import run_part
 from hooked_lm.sweep.wire import SWEEP_FORMAT
 from hooked_lm.tracing.errors import TraceError
 from hooked_lm.tracing.estimate import estimate_runs
-from hooked_lm.tracing.executor import run_trace
+from hooked_lm.tracing.executor import Watch, run_trace
 from hooked_lm.tracing.graph import Graph
 from hooked_lm.tracing.reading import from_bytes
 from hooked_lm.tracing.target import Target
 from hooked_lm.transformer import HookedTransformer
 
-__all__ = ["ModelSource", "results_as_bytes", "serve_requests"]
+__all__ = ["Stopped", "introduce", "results_as_bytes", "run_job", "serve_requests"]
 
 _BETWEEN_REPORTS = 0.1  # seconds
 
 
-@dataclass(frozen=True)
-class ModelSource:
-    """Which model a worker loads.
-
-    Attributes:
-        name: as for `from_pretrained`.
-        revision: branch, tag or commit on the hub.
-        device: where it runs.
-        dtype: `"float64"`; None for that of the checkpoint.
-        processing: make the processing steps of `from_pretrained`.
-    """
-
-    name: str
-    revision: str | None = None
-    device: str = "cpu"
-    dtype: str | None = None
-    processing: bool = True
-
-    def load(self) -> HookedTransformer:
-        """Return the model."""
-        build = HookedTransformer.from_pretrained
-        if not self.processing:
-            build = HookedTransformer.from_pretrained_no_processing
-        return build(self.name, revision=self.revision, device=self.device, dtype=self.dtype)
-
-
-class _Stopped(Exception):
+class Stopped(Exception):
     """A job that was cancelled, or ran too long."""
 
 
@@ -72,21 +47,44 @@ def serve_requests(connection: Connection, source: str) -> None:
     """
     # A Ctrl-C reaches the whole group: the server decides when its workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    given = ModelSource(**json.loads(source))
     try:
-        model = ModelSource(**json.loads(source)).load()
-        manifest = manifest_of(model)
+        member = _first_of(given) if given.ranks > 1 else None
+        model = given.load() if member is None else member.model
+        manifest, rate, target = introduce(model)
     except (ValueError, OSError, RuntimeError) as error:
         connection.send_bytes(packed({"kind": "unloadable", "message": str(error)}))
         return
-    connection.send_bytes(packed({"kind": "manifest", "manifest": manifest, "rate": _rate(model)}))
-    target = Target.of(model)
+    connection.send_bytes(packed({"kind": "manifest", "manifest": manifest, "rate": rate}))
     while True:
         try:
             head, body = unpacked(connection.recv_bytes())
-            if head["kind"] == "run":
-                connection.send_bytes(_answer(model, target, connection, head, body))
+            if head["kind"] != "run":
+                continue
+            if member is not None:
+                member.send(head, body)
+            connection.send_bytes(_answer(model, target, connection, head, body, member))
         except (EOFError, BrokenPipeError):
             return
+
+
+def _first_of(source: ModelSource) -> Member:
+    """The first process of a group, the others of which `torch.distributed.run` has started or this one starts."""
+    if launched() > 1:
+        return Member(source, 0, None)
+    followers = Followers(source)
+    member = Member(source, 0, followers.store)
+    member.followers = followers
+    return member
+
+
+def introduce(model: HookedTransformer) -> tuple[PlainData, float, Target]:
+    """Return what is told of a model: its manifest, operations in a second, and what traces are read against.
+
+    Args:
+        model: the worker's, or this process's part of it.
+    """
+    return manifest_of(model), _rate(model), Target.of(model)
 
 
 def _rate(model: HookedTransformer) -> float:
@@ -100,19 +98,46 @@ def _rate(model: HookedTransformer) -> float:
     return estimate_runs("pass", model.cfg, 1, length).flops / (time.perf_counter() - begun)
 
 
-def _answer(model: HookedTransformer, target: Target, connection: Connection, head: PlainData, body: bytes) -> bytes:
+def run_job(
+    model: HookedTransformer, target: Target, head: PlainData, body: bytes, watch: Watch
+) -> tuple[list[PlainData], bytes]:
+    """Run a trace or a part of a sweep; return warnings and result.
+
+    Args:
+        model: the worker's.
+        target: what traces are read against.
+        head: of the job: its format, and whether several runs go into one pass.
+        body: its bytes.
+        watch: as for `run_trace`.
+
+    Raises:
+        TraceError, ValueError, UnknownHookError: it does not fit the model.
+        Stopped: by the watch.
+    """
+    if head["format"] == SWEEP_FORMAT:
+        return [], run_part(model, body)
+    graph = from_bytes(body, target)
+    # Lines are the client's to know: errors name the node instead.
+    graph.lines = {index: str(index) for index in range(len(graph.nodes))}
+    results = run_trace(model, graph, target, together=head["together"], watch=watch)
+    return _warnings(graph, results), results_as_bytes(results)
+
+
+def _answer(
+    model: HookedTransformer,
+    target: Target,
+    connection: Connection,
+    head: PlainData,
+    body: bytes,
+    member: Member | None,
+) -> bytes:
     """Run one job, and return the message that ends it."""
     _reset_peak(model)
     try:
-        watch = _watcher(connection, head["job"], time.monotonic() + head["seconds"])
-        if head["format"] == SWEEP_FORMAT:
-            return packed({"kind": "done", "warnings": []}, run_part(model, body))
-        graph = from_bytes(body, target)
-        # Lines are the client's to know: errors name the node instead.
-        graph.lines = {index: str(index) for index in range(len(graph.nodes))}
-        results = run_trace(model, graph, target, together=head["together"], watch=watch)
-        return packed({"kind": "done", "warnings": _warnings(graph, results)}, results_as_bytes(results))
-    except _Stopped as stop:
+        watch = _watcher(connection, head["job"], time.monotonic() + head["seconds"], member)
+        warned, result = run_job(model, target, head, body, watch)
+        return packed({"kind": "done", "warnings": warned}, result)
+    except Stopped as stop:
         status, kind = (504, "time") if str(stop) else (409, "cancelled")
         failure = RemoteError(status, kind, str(stop) or "the job was cancelled")
     except TraceError as error:
@@ -122,7 +147,19 @@ def _answer(model: HookedTransformer, target: Target, connection: Connection, he
         failure = RemoteError(422, "sweep", str(error))
     except (MemoryError, RuntimeError) as error:
         failure = _fault(error, model, head["memory"])
+        if member is not None:
+            _leave(connection, failure)
     return packed({"kind": "failed", "failure": failure.as_data()})
+
+
+def _leave(connection: Connection, failure: RemoteError) -> None:
+    """End a process whose group has come apart: the group is started again.
+
+    A want of memory is told before; else another process is lost, and the job is run again.
+    """
+    if failure.kind == "memory":
+        connection.send_bytes(packed({"kind": "failed", "failure": failure.as_data()}))
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _fault(error: Exception, model: HookedTransformer, planned: int) -> RemoteError:
@@ -151,20 +188,22 @@ def _peak(model: HookedTransformer) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _watcher(connection: Connection, job: str, deadline: float) -> Callable[[int, int], None]:
+def _watcher(connection: Connection, job: str, deadline: float, member: Member | None) -> Watch:
     """Return what reports progress, and raises where the job was cancelled or runs too long."""
     reported = {"at": 0.0, "number": -1.0}
 
     def watch(number: int, layer: int) -> None:
+        cancelled = False
         while connection.poll():
             head, _ = unpacked(connection.recv_bytes())
-            if head == {"kind": "cancel", "job": job}:
-                raise _Stopped("")
+            cancelled = cancelled or head == {"kind": "cancel", "job": job}
         now = time.monotonic()
+        if member is not None:
+            member.agreed(cancelled or now > deadline)
+        if cancelled:
+            raise Stopped("")
         if now > deadline:
-            raise _Stopped(
-                f"the job ran longer than this server allows; it had come to pass {number + 1} layer {layer}"
-            )
+            raise Stopped(f"the job ran longer than this server allows; it had come to pass {number + 1} layer {layer}")
         if number != reported["number"] or now - reported["at"] > _BETWEEN_REPORTS:
             connection.send_bytes(packed({"kind": "progress", "pass": number + 1, "layer": layer}))
             reported.update(at=now, number=number)

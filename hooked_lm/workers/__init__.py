@@ -8,6 +8,7 @@ from hooked_lm.sweep.workers import WorkerError
 from hooked_lm.workers.local import InProcess
 from hooked_lm.workers.pool import Pool, Worker, WorkerLost
 from hooked_lm.workers.rays import RayActors
+from hooked_lm.workers.servers import Servers
 from hooked_lm.workers.spawned import Spawned
 
-__all__ = ["InProcess", "Pool", "RayActors", "Spawned", "Worker", "WorkerError", "WorkerLost"]
+__all__ = ["InProcess", "Pool", "RayActors", "Servers", "Spawned", "Worker", "WorkerError", "WorkerLost"]

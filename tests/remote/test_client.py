@@ -12,17 +12,20 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import hooked_lm
-from hooked_lm import HookedTransformer, metrics
+from hooked_lm import HookedTransformer, Intervention, metrics
 from hooked_lm.remote import RemoteError, RemoteModel
 from hooked_lm.remote.service import Service
+from hooked_lm.sweep import sweep
 from hooked_lm.tracing import TraceError
-from tests.helpers import tiny_tokens
+from hooked_lm.workers import Servers
+from tests.helpers import tiny_model, tiny_tokens
 from tests.remote_helpers import listening, saved_model, service_of, small_trace, token_of, users_table
 
 QUIET: dict[str, Any] = {"verbose": False}
@@ -395,3 +398,28 @@ def test_the_wire_of_an_experiment_is_small(url: str, model: HookedTransformer) 
         assert sum(proxy.passed) - before < 64 * 1024
     expected = experiment(model)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_servers_are_workers_of_a_sweep(there: RemoteModel, model: HookedTransformer, monkeypatch: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    cells = [
+        Intervention(f"blocks.{one % 4}.hook_resid_mid", "add", torch.randn(12, generator=generator), pos=one % 7)
+        for one in range(200)
+    ]
+    options: dict[str, Any] = {"memory_budget": 2 * 7 * 12 * 112 * 4 * 25, **QUIET}
+    tokens, metric = tiny_tokens(2, 7), metrics.logit_diff([3, 4], [5, 6])
+    expected = sweep(model, tokens, cells, metric, **options)
+    with Servers(model, there, there) as workers:
+        assert torch.equal(sweep(model, tokens, cells, metric, workers=workers, **options), expected)
+        # A server that is gone is done without.
+        lost = workers.workers[0]
+        monkeypatch.setattr(lost, "there", SimpleNamespace(run_body=_refused))
+        assert torch.equal(sweep(model, tokens, cells, metric, workers=workers, **options), expected)
+    with pytest.raises(ValueError, match="is another model than this one"):
+        Servers(tiny_model(n_layers=4, dtype=torch.float32, seed=3), there)
+    with pytest.raises(ValueError, match="takes models on servers"):
+        Servers(model)
+
+
+def _refused(body: bytes) -> bytes:
+    raise ConnectionError("gone")

@@ -128,7 +128,7 @@ def test_equal_traces_of_one_user_are_one_job(service: Service, ann: TestClient,
     # A dropped result is made anew, for another attempt.
     service.results.drop(first)
     refused(ann.get(f"/v1/jobs/{first}/result"), 410, "gone", "run the trace again")
-    assert ann.post(f"{JOBS}?attempt=b", content=body).json()["state"] == "queued"
+    assert ann.post(f"{JOBS}?attempt=b", content=body).json()["job"] == first
     assert ended(ann, first)["state"] == "done"
 
 
