@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from hooked_lm import HookedTransformer
 from hooked_lm.cli import app
 from hooked_lm.cli.memory import MemoryUse, memory_report, memory_use
 from hooked_lm.demo import MODEL
+from hooked_lm.metrics import logit
+from hooked_lm.patching.patches import PATCHES, patch_cells, patch_sites
+from hooked_lm.sweep.engine import _Engine
+from hooked_lm.sweep.plan import plan_cell
 from scripts.memory_table import CONFIGS, PAGE, memory_page
 from tests.helpers import tiny_config
 
@@ -77,12 +83,13 @@ def test_published_sizes_are_counted_without_memory(name: str) -> None:
 
 def test_the_page_is_what_the_script_writes() -> None:
     assert memory_page() == PAGE.read_text()
-    assert all(said in PAGE.read_text() for said in ("320 KiB a token", "40 KiB on each device", "17.6 GB for each"))
+    text = " ".join(PAGE.read_text().split())
+    assert all(said in text for said in ("320 KiB a token", "40 KiB on each device", "17.6 GB for each", "0.12 s for it"))
 
 
 def test_sizes_are_written_in_binary_units() -> None:
-    text = memory_report({"bfloat16": MemoryUse(3 * 2**30, 320 * 1024, 999, 2048)})
-    assert all(said in text for said in ("3 GiB", "320 KiB", "999 B", "activations of 2,048 tokens"))
+    text = memory_report({"bfloat16": MemoryUse(3 * 2**30, 320 * 1024, 999, 77, 2048)})
+    assert all(said in text for said in ("3 GiB", "320 KiB", "999 B", "77 B", "activations of 2,048 tokens"))
 
 
 def test_info_shows_memory_by_precision_when_asked() -> None:
@@ -93,3 +100,36 @@ def test_info_shows_memory_by_precision_when_asked() -> None:
     text = CliRunner().invoke(app, ["info", MODEL, "--memory"]).output
     assert "cache per token" in text
     assert "cache per token" not in CliRunner().invoke(app, ["info", MODEL]).output
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_bytes_of_a_grid_are_those_that_a_sweep_keeps(name: str) -> None:
+    cfg = tiny_config(**TINY[name], dtype=torch.float64)
+    model, tokens = HookedTransformer(cfg), torch.arange(7)[None]
+    grid = PATCHES["resid_pre"]
+    sites = patch_sites(model, grid)
+    clean = model.run_with_cache(tokens, names_filter=sites, return_cache_object=False)[1]
+    cells, _ = patch_cells(model, grid, clean)
+    planned = [plan_cell(index, (cell,), cfg, 7) for index, cell in enumerate(cells)]
+    engine = _Engine(model, tokens, torch.ones_like(tokens), logit(1), (), 2**20)
+    base, _ = engine.base_run(engine.base_names([one for one in planned if one]))
+    kept = sum(one.nbytes for one in base.cache.values()) + sum(one.nbytes for one in clean.values())
+    assert memory_use(cfg, torch.float64, 7).patching_grid == kept
+
+
+def test_a_config_without_weights_is_enough(tmp_path: Path) -> None:
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=60, n_positions=32)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "whole")
+    for place, name in ((tmp_path / "config", "whole"), (tmp_path / "own", "ours")):
+        place.mkdir()
+        if name == "ours":
+            HookedTransformer.from_pretrained_no_processing(tmp_path / "whole", tokenizer=False).save_pretrained(
+                tmp_path / "ours"
+            )
+        (place / "config.json").write_text((tmp_path / name / "config.json").read_text())
+        shown = CliRunner().invoke(app, ["info", str(place), "--memory", "--json", "-"])
+        assert shown.exit_code == 0, shown.output
+        whole = CliRunner().invoke(app, ["info", str(tmp_path / name), "--memory", "--json", "-"])
+        found, expected = json.loads(shown.stdout), json.loads(whole.stdout)
+        for key in ("memory", "n_layers", "n_parameters", "n_hook_points", "tied_embeddings", "positions"):
+            assert found[key] == expected[key], key

@@ -54,6 +54,7 @@ __all__ = [
     "Loaded",
     "Tokenizer",
     "Weights",
+    "architecture_of",
     "load",
     "load_tokenizer",
     "read_family",
@@ -223,7 +224,7 @@ def _from_huggingface_folder(folder: Path, content: HFConfig, how: _Choices) -> 
     from transformers import CONFIG_MAPPING, AutoConfig
 
     named = content.get("architectures") and not is_multimodal(content)
-    family = family_of(_architecture(content)) if named else None
+    family = family_of(architecture_of(content)) if named else None
     if "model_type" not in content:
         raise CheckpointError(f"{folder / 'config.json'} has no model_type, so no defaults for its fields are known")
     if not isinstance(content["model_type"], str):
@@ -300,7 +301,7 @@ def _convert(
     if is_multimodal(fields):
         fields, tensors = text_part(fields, tensors)
         reference = Reference.of_model_type(fields.get("model_type"))
-    architecture = _architecture(fields)
+    architecture = architecture_of(fields)
     fields = {**fields, "architectures": [architecture]}
     absent = [name for name in how.ignored if name not in fields]
     if absent:
@@ -329,8 +330,15 @@ def _convert(
     return Loaded(cfg, weights, how.given_tokenizer, origin=fields)
 
 
-def _architecture(fields: Mapping[str, FieldValue]) -> str:
-    """The class name that a config gives; without one, that of transformers' causal language model for its type."""
+def architecture_of(fields: Mapping[str, FieldValue]) -> str:
+    """Return the class name that a config gives; without one, that of transformers' causal model for its type.
+
+    Args:
+        fields: of the config.
+
+    Raises:
+        CheckpointError: it gives several, or none that is known.
+    """
     architectures = fields.get("architectures") or []
     if not isinstance(architectures, (list, tuple)):
         raise CheckpointError(f"architectures in the config is a list of one name; got {architectures!r}")

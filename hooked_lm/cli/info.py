@@ -46,12 +46,7 @@ def info(
     """Say what a model is: its architecture, its size, its tokenizer, its hook points."""
     with one_line_errors():
         check_outputs(json_path)
-        from hooked_lm.transformer import HookedTransformer
-
-        # Without processing: the weights as they were trained, and those that are not needed are not read.
-        loaded = HookedTransformer.from_pretrained_no_processing(
-            model, revision=revision, ignore_config_fields=ignored or ()
-        )
+        loaded = _loaded(model, revision, ignored or ())
         data = describe(loaded)
         if kernels:
             from hooked_lm.components.kernels import describe_kernels
@@ -65,6 +60,21 @@ def info(
             data["memory"] = {name: asdict(use) for name, use in uses.items()}
             text += f"\n{memory_report(uses)}"
         give_out(text, data, json_path)
+
+
+def _loaded(model: str, revision: str | None, ignored: Sequence[str]) -> HookedTransformer:
+    """The model; of a folder without weights, one that has none."""
+    import torch
+
+    from hooked_lm.transformer import HookedTransformer
+    from weight_conversion.config_only import read_config, without_weights
+
+    if without_weights(model):
+        cfg = read_config(model, ignored).replace(init_weights=False, device=None, tokenizer_name=None)
+        with torch.device("meta"):
+            return HookedTransformer(cfg, move_to_device=False)
+    # Without processing: the weights as they were trained, and those that are not needed are not read.
+    return HookedTransformer.from_pretrained_no_processing(model, revision=revision, ignore_config_fields=ignored)
 
 
 def describe(model: HookedTransformer) -> PlainData:

@@ -10,7 +10,8 @@ import torch
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.interventions import axis_size
 from hooked_lm.kv_cache import HookedTransformerKeyValueCache
-from hooked_lm.names import POSITION_AXES
+from hooked_lm.names import POSITION_AXES, get_act_name
+from hooked_lm.sweep.walk import key_site
 from hooked_lm.transformer import HookedTransformer
 
 __all__ = ["PRECISIONS", "MemoryUse", "memory_report", "memory_use", "readable_bytes"]
@@ -30,12 +31,15 @@ class MemoryUse:
         weights: of all parameters; buffers, which are small, are not counted.
         cache_per_token: of the key-value cache, for one token of one prompt.
         activations: of a cache without `names_filter`, of one prompt of `length` tokens.
+        patching_grid: of what a grid of `resid_pre` at every layer and position keeps of that prompt: the clean
+            streams, and of the base run streams, keys and values. The cells themselves take `memory_budget`.
         length: that prompt's tokens.
     """
 
     weights: int
     cache_per_token: int
     activations: int
+    patching_grid: int
     length: int
 
 
@@ -62,6 +66,7 @@ def memory_use(cfg: HookedTransformerConfig, dtype: torch.dtype, length: int | N
         weights=sum(one.nbytes for one in model.parameters()),
         cache_per_token=sum(one.nbytes for entry in stored for one in entry.allocated),
         activations=dtype.itemsize * sum(_entries(model, name, length) for name in model.names_to_cache(None)),
+        patching_grid=dtype.itemsize * sum(_entries(model, name, length) for name in _kept_by_a_grid(cfg)),
         length=length,
     )
 
@@ -73,12 +78,22 @@ def memory_report(uses: Mapping[str, MemoryUse]) -> str:
         uses: name of the precision -> the bytes.
     """
     length = next(iter(uses.values())).length
-    head = ("precision", "weights", "cache per token", f"activations of {length:,} tokens")
+    head = ("precision", "weights", "cache per token", f"activations of {length:,} tokens", "patching grid of them")
     rows = [
-        (name, *map(readable_bytes, (use.weights, use.cache_per_token, use.activations))) for name, use in uses.items()
+        (name, *map(readable_bytes, (use.weights, use.cache_per_token, use.activations, use.patching_grid)))
+        for name, use in uses.items()
     ]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     return "\n".join("  " + "  ".join(map(str.rjust, row, widths)) for row in (head, *rows))
+
+
+def _kept_by_a_grid(cfg: HookedTransformerConfig) -> list[str]:
+    """The activations that a grid of `resid_pre` keeps; the clean streams, which are there twice, twice."""
+    layers = range(cfg.n_layers)
+    streams = [get_act_name("resid_pre", layer) for layer in layers]
+    last = [get_act_name("resid_post", cfg.n_layers - 1)] if cfg.n_layers else []
+    keys_and_values = [name for layer in layers for name in (key_site(cfg, layer), get_act_name("v", layer))]
+    return [*streams, *streams, *last, *keys_and_values]
 
 
 def _entries(model: HookedTransformer, name: str, length: int) -> int:
