@@ -30,7 +30,11 @@ class WeightProcessing(nn.Module):
     unembed: Unembed
 
     def own_tensors(self) -> Weights:
-        """Return the state dict, without an unembedding that is the transpose of the embedding."""
+        """Return the state dict, without an unembedding that is the transpose of the embedding.
+
+        Raises:
+            ValueError: this process has a part of the weights.
+        """
         if getattr(self, "ranks", None) is not None:
             raise ValueError("this process has a part of the model's weights: save and process the model on one device")
         weights: Weights = dict(self.state_dict())
