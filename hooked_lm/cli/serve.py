@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["serve"]
 
+_MOST_CONNECTIONS = 1024  # at a time; beyond them a client is told to come back
+
 
 def serve(
     models: Annotated[
@@ -71,7 +73,15 @@ def _run(
     users = UserTable() if tokens is None else UserTable.read(tokens)
     service = Service(sources, users, Limits(seconds=seconds), replicas)
     try:
-        config = uvicorn.Config(make_app(service), host=host, port=port, log_config=None, timeout_graceful_shutdown=5)
+        config = uvicorn.Config(
+            make_app(service),
+            host=host,
+            port=port,
+            log_config=None,
+            limit_concurrency=_MOST_CONNECTIONS,
+            timeout_graceful_shutdown=5,
+            lifespan="off",
+        )
         server = uvicorn.Server(config)
         typer.echo(f"Serving {', '.join(sources)} at http://{host}:{port}. Ctrl-C ends it.", err=True)
         server.run()
