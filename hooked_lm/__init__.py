@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hooked_lm import metrics as metrics
     from hooked_lm import patching as patching
     from hooked_lm import plotting as plotting
+    from hooked_lm import probing as probing
     from hooked_lm import sweep as sweep
     from hooked_lm import tasks as tasks
     from hooked_lm import training as training
@@ -76,6 +77,7 @@ __all__ = [
     "metrics",
     "patching",
     "plotting",
+    "probing",
     "save_interventions",
     "sweep",
     "tasks",
