@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hooked_lm import compat as compat
     from hooked_lm import components as components
     from hooked_lm import evals as evals
+    from hooked_lm import examples as examples
     from hooked_lm import experiments as experiments
     from hooked_lm import head_detector as head_detector
     from hooked_lm import interventions as interventions
@@ -70,6 +71,7 @@ __all__ = [
     "compat",
     "components",
     "evals",
+    "examples",
     "experiments",
     "head_detector",
     "interventions",

@@ -20,5 +20,17 @@ ORDER = (
         "tracing",
     ),
     *("transformer", "certificate", "workers", "patching", "circuits", "utils", "head_detector"),
-    *("training", "tasks", "evals", "experiments", "plotting", "probing", "demo", "__init__", "cli", "compat"),
+    *(
+        "training",
+        "tasks",
+        "evals",
+        "experiments",
+        "plotting",
+        "probing",
+        "examples",
+        "demo",
+        "__init__",
+        "cli",
+        "compat",
+    ),
 )
