@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -72,8 +72,6 @@ def max_activating(
     if max_tokens is not None and integer(max_tokens, "max_tokens") < 1:
         raise ValueError(f"max_tokens is 1 or more, or None; got {max_tokens}")
     units = Units.at(model, site, features, heads, direction)
-    layer = layer_of(units.site)
-    stop = None if layer is None else model.cfg.stop_after(layer)
     kept, names, n_texts, n_tokens = Highest(k, context, one_per_text), tuple[str, ...](), 0, 0
     with tqdm(disable=not verbose, desc="texts", leave=False) as bar:
         for batch in batches(corpus, batch_size):
@@ -83,15 +81,7 @@ def max_activating(
             if read is None:
                 continue
             tokens, mask, texts = read
-            _, cache = model.run_with_cache(
-                tokens,
-                attention_mask=mask,
-                names_filter=units.site,
-                stop_at_layer=stop,
-                return_type=None,
-                return_cache_object=False,
-            )
-            activation = cache[units.site]
+            activation = _activation(model, tokens, mask, units.site)
             names, scored = names or units.names(activation), scored_tokens(model, tokens, mask)
             n_tokens += int(scored.sum())
             device = activation.device
@@ -113,3 +103,19 @@ def max_activating(
         n_texts=n_texts,
         n_tokens=n_tokens,
     )
+
+
+def _activation(
+    model: HookedModel, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], site: str
+) -> Float[Tensor, "batch pos *head width"]:
+    """The activation at a site; no layer after it is run."""
+    layer = layer_of(site)
+    _, cache = model.run_with_cache(
+        tokens,
+        attention_mask=mask,
+        names_filter=site,
+        stop_at_layer=None if layer is None else model.cfg.stop_after(layer),
+        return_type=None,
+        return_cache_object=False,
+    )
+    return cache[site]

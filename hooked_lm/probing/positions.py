@@ -147,7 +147,7 @@ def activations_at(
             attention_mask=prompts.mask[batch],
             names_filter=names,
             pos_slice=columns.to(prompts.tokens.device),
-            stop_at_layer=model.cfg.stop_after(chosen[-1]),
+            stop_at_layer=model.cfg.stop_after(max(chosen)),
             return_cache_object=False,
         )
         rows = tokens.rows[there] - batch.start

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_lm._support.precision import at_least_single
+from hooked_lm._support.precision import at_least_single, not_autocast
 from hooked_lm.probing.labels import Label, Labels, encode_labels
 
 __all__ = ["KINDS", "Kind", "Probe", "check_settings", "fit_probe"]
@@ -53,7 +53,8 @@ class Probe:
             raise ValueError(
                 f"this probe reads activations [*example {self.weights.shape[-1]}], got {tuple(activations.shape)}"
             )
-        return activations.to(self.weights) @ self.weights.T + self.bias
+        with not_autocast(self.weights):
+            return activations.to(self.weights) @ self.weights.T + self.bias
 
     def predict(self, activations: Float[Tensor, "example d"]) -> list[Label]:
         """Return the predicted label of each example.
@@ -78,7 +79,6 @@ class Probe:
         return torch.nn.functional.normalize(self.weights[1] - self.weights[0], dim=0)
 
 
-@torch.no_grad()
 def fit_probe(
     activations: Float[Tensor, "example d"], labels: Labels, kind: Kind = "logistic", l2: float = 0.01
 ) -> Probe:
@@ -111,8 +111,8 @@ def fit_probe(
     n_wrong = int((~activations.isfinite()).any(-1).sum())
     if n_wrong:
         raise ValueError(f"{n_wrong} of {len(activations)} activations have entries that are NaN or infinite")
-    # Without inference mode: tensors made in it could not be written to by the optimizer.
-    with torch.inference_mode(False), torch.autocast(activations.device.type, enabled=False):
+    # Tensors made in inference mode could not be written to by the optimizer; and to leave it turns gradients on.
+    with torch.inference_mode(False), torch.no_grad(), not_autocast(activations):
         x = activations.to("cpu" if activations.device.type == "mps" else activations.device).double()
         mean = x.mean(0)
         x = x - mean
