@@ -71,6 +71,16 @@ def test_the_model_runs_once_for_each_batch_and_keeps_only_the_positions(monkeyp
     assert got.shape == (3, 10, 12)
 
 
+def test_a_batch_is_no_longer_than_its_longest_prompt(
+    monkeypatch: pytest.MonkeyPatch, model: HookedTransformer
+) -> None:
+    texts = ["Rome.", "Paris", CORPUS[0], CORPUS[1]]
+    calls = counted(monkeypatch, HookedTransformer, "forward")
+    activations_at(model, TokensAt.of(model, texts), batch_size=2, verbose=False)
+    lengths = [model.to_tokens(text).shape[1] for text in texts]
+    assert [call[1].shape[1] for call in calls] == [max(lengths[:2]), max(lengths[2:])]
+
+
 def test_padding_of_tokens_is_left_out_by_their_mask() -> None:
     model, prompts = tiny_model(), tiny_tokens(batch=2, pos=7)
     mask = torch.ones_like(prompts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -309,3 +310,34 @@ def test_labels_may_be_true_and_false() -> None:
     probe = fit_probe(x, labels.bool())
     assert probe.classes == (0, 1)
     assert float(probe.direction @ direction) > 0.9
+
+
+def test_entries_are_compared_by_value_in_whatever_they_come() -> None:
+    """Tensors without axes hash by identity: each would be a group or a type of its own."""
+    groups, types, labels = (torch.arange(120) % n for n in (30, 7, 2))
+    expected = LabelledExamples.divided(labels, groups, types)
+    for kind in (list, np.asarray, lambda one: list(np.asarray(one)), lambda one: one.tolist()):
+        got = LabelledExamples.divided(kind(labels), kind(groups), kind(types))
+        assert torch.equal(got.held_out, expected.held_out)
+        assert torch.equal(got.controls, expected.controls)
+        assert got.classes == expected.classes == (0, 1)
+    named = LabelledExamples.divided(np.array(["a", "b"])[labels.numpy()])
+    assert named.classes == ("a", "b")
+
+
+def test_a_label_that_was_never_fitted_counts_as_wrong() -> None:
+    labels = ["a", "b"] * 20
+    held_out = LabelledExamples.divided(torch.arange(40) % 2).held_out.tolist()
+    labels[held_out.index(True)] = "rare"
+    x = torch.tensor([[{"a": -1.0, "b": 1.0, "rare": 9.0}[label]] for label in labels])
+    found = probe_activations(x, labels)
+    assert found.probe.classes == ("a", "b")
+    assert found.accuracy == 0.9
+
+
+def test_probes_score_under_autocast_in_their_own_precision() -> None:
+    x, labels, _ = planted(n=100, d=6, dtype=torch.float32)
+    probe = fit_probe(x, labels)
+    alone = probe.scores(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(probe.scores(x), alone)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_lm.patching.statistics import bootstrap_interval
-from hooked_lm.probing.labels import LabelledExamples, Labels
+from hooked_lm.probing.labels import Entries, LabelledExamples, Labels
 from hooked_lm.probing.probe import Kind, Probe, check_settings, fit_probe
 
 __all__ = ["ProbeResult", "evaluate_probe", "probe_activations"]
@@ -23,7 +22,8 @@ class ProbeResult:
     Attributes:
         probe: fitted to the examples that are not held out.
         accuracy: the share of held-out examples whose label it predicts.
-        low, high: the ends of the bootstrap interval of the accuracy; groups of examples are drawn.
+        low, high: the ends of the bootstrap interval of the accuracy; groups of examples are drawn. It has no width
+            where all n held-out examples are right, and then up to 3/n of all examples may still be wrong.
         confidence: of the interval.
         fitted_accuracy: the same share of the examples that it was fitted to.
         majority: the share of held-out examples with the commonest label among those fitted: the accuracy of a probe
@@ -59,8 +59,8 @@ def probe_activations(
     *,
     kind: Kind = "logistic",
     l2: float = 0.01,
-    groups: Sequence[Hashable] | Tensor | None = None,
-    types: Sequence[Hashable] | Tensor | None = None,
+    groups: Entries | None = None,
+    types: Entries | None = None,
     n_controls: int = 3,
     test_share: float = 0.25,
     confidence: float = 0.95,

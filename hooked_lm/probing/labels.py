@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from hooked_lm._support.integers import integer, is_integer
+from hooked_lm._support.integers import integer
 
-__all__ = ["Label", "LabelledExamples", "Labels", "encode_labels"]
+__all__ = ["Entries", "Label", "LabelledExamples", "Labels", "encode_labels", "listed"]
 
 Label = str | int
-Labels = Sequence[str] | Sequence[int] | Tensor
+Labels = Sequence[str] | Sequence[int] | Tensor | np.ndarray
+# Anything that can be compared, one for each example or prompt.
+Entries = Sequence[Hashable] | Tensor | np.ndarray
 
 # Random functions that are drawn for one control task before it is given up: each has to use two classes at least.
 _MOST_DRAWS = 100
@@ -44,8 +47,8 @@ class LabelledExamples:
     def divided(
         cls,
         labels: Labels,
-        groups: Sequence[Hashable] | Tensor | None = None,
-        types: Sequence[Hashable] | Tensor | None = None,
+        groups: Entries | None = None,
+        types: Entries | None = None,
         *,
         n_controls: int = 3,
         test_share: float = 0.25,
@@ -106,23 +109,32 @@ def encode_labels(labels: Labels) -> tuple[tuple[Label, ...], Int[Tensor, " exam
     Raises:
         ValueError: they are neither strings nor whole numbers, or fewer than two differ.
     """
-    given: list[object] = list(labels.tolist() if isinstance(labels, Tensor) else labels)
+    given = listed(labels)
     strings = [one for one in given if isinstance(one, str)]
-    numbers = [int(one) for one in given if isinstance(one, bool) or is_integer(one)]  # type: ignore[call-overload]
-    plain: Sequence[Label] = strings if len(strings) == len(given) else numbers
+    numbers = [int(one) for one in given if isinstance(one, int)]
+    plain: list[str] | list[int] = strings if len(strings) == len(given) else numbers
     if len(plain) != len(given) or not given:
         names = ", ".join(sorted({type(one).__name__ for one in given})) or "none"
         raise ValueError(f"labels are strings or whole numbers, one for each example; got {names}")
-    classes: tuple[Label, ...] = tuple(sorted(set(strings) or set(numbers)))
+    classes: tuple[Label, ...] = tuple(sorted(set(plain)))
     if len(classes) < 2:
         raise ValueError(f"a probe tells labels apart, and all {len(plain)} examples have {classes[0]!r}")
     place = {label: index for index, label in enumerate(classes)}
     return classes, torch.tensor([place[one] for one in plain])
 
 
-def _numbered(entries: Sequence[Hashable] | Tensor, n_examples: int, what: str) -> Int[Tensor, " example"]:
+def listed(entries: Sequence[object] | Tensor | np.ndarray) -> list[object]:
+    """Return entries as a list of plain values: tensors and arrays among them are compared by value, not as objects.
+
+    Args:
+        entries: a sequence, tensor or array.
+    """
+    return [one.tolist() if isinstance(one, (Tensor, np.ndarray, np.generic)) else one for one in entries]
+
+
+def _numbered(entries: Entries, n_examples: int, what: str) -> Int[Tensor, " example"]:
     """Number what is equal alike, in order of first occurrence."""
-    given = entries.tolist() if isinstance(entries, Tensor) else list(entries)
+    given: list[Hashable] = listed(entries)
     if len(given) != n_examples:
         raise ValueError(f"{len(given)} {what} came for {n_examples} examples: give one for each")
     numbers: dict[Hashable, int] = {}

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,7 +16,7 @@ from hooked_lm._support.integers import integer
 from hooked_lm.circuits.last_token import chosen_layers
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.probing.evaluation import ProbeResult, evaluate_probe
-from hooked_lm.probing.labels import LabelledExamples, Labels
+from hooked_lm.probing.labels import Entries, LabelledExamples, Labels, listed
 from hooked_lm.probing.positions import Positions, TokensAt, activations_at
 from hooked_lm.probing.probe import Kind, check_settings
 from hooked_lm.tokenization import Prompts
@@ -138,8 +139,8 @@ def probe_layers(
     layers: Sequence[int] | None = None,
     kind: Kind = "logistic",
     l2: float = 0.01,
-    groups: Sequence[Hashable] | Tensor | None = None,
-    types: Literal["token"] | Sequence[Hashable] | Tensor | None = None,
+    groups: Entries | None = None,
+    types: Literal["token"] | Entries | None = None,
     n_controls: int = 3,
     test_share: float = 0.25,
     confidence: float = 0.95,
@@ -204,17 +205,17 @@ def probe_layers(
 
 
 def _by_example(
-    given: Sequence[object] | Tensor, tokens: TokensAt, what: str, by_prompt: bool = False
+    given: Sequence[object] | Tensor | np.ndarray, tokens: TokensAt, what: str, by_prompt: bool = False
 ) -> list[Hashable]:
     """What is given for each prompt, or for each of its positions, as one for each example."""
     n_prompts = len(tokens.prompts)
-    entries = given.tolist() if isinstance(given, Tensor) else list(given)
+    entries = listed(given)
     if len(entries) != n_prompts or isinstance(given, str):
         raise ValueError(f"{what} are one for each of the {n_prompts} prompts, got {len(entries)}")
     counts = tokens.rows.bincount(minlength=n_prompts).tolist()
     found: list[Hashable] = []
     for row, (entry, count) in enumerate(zip(entries, counts, strict=True)):
-        several = [entry] * count if by_prompt or not isinstance(entry, (list, tuple, Tensor)) else list(entry)
+        several = [entry] * count if by_prompt or not isinstance(entry, (list, tuple)) else list(entry)
         if len(several) != count:
             raise ValueError(f"prompt {row} has {count} positions and {len(several)} {what}: give one for each")
         found += several

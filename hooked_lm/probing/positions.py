@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -14,12 +15,13 @@ from hooked_lm._support.integers import is_integer
 from hooked_lm.circuits.last_token import LastTokenPrompts, chosen_layers
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.patching.patches import Patch, patch_sites
+from hooked_lm.probing.labels import listed
 from hooked_lm.tokenization import Prompts
 
 __all__ = ["Positions", "TokensAt", "activations_at"]
 
 # Of every prompt: one position for all of them, or for each prompt one or several.
-Positions = int | Sequence[int] | Sequence[Sequence[int]] | Tensor
+Positions = int | Sequence[int] | Sequence[Sequence[int]] | Tensor | np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +93,7 @@ class TokensAt:
 def _by_prompt(pos: Positions, n_prompts: int) -> list[tuple[int, ...]]:
     if is_integer(pos):
         return [(int(pos),)] * n_prompts  # type: ignore[arg-type]
-    given = pos.tolist() if isinstance(pos, Tensor) else list(pos)  # type: ignore[arg-type]
+    given = listed(pos)  # type: ignore[arg-type]
     several = [tuple(one) if isinstance(one, (list, tuple, range)) else (one,) for one in given]
     if len(several) != n_prompts or not all(is_integer(one) for entry in several for one in entry):
         raise ValueError(
@@ -141,10 +143,13 @@ def activations_at(
         there = (tokens.rows >= batch.start) & (tokens.rows < batch.stop)
         if not there.any():
             continue
-        columns, place = tokens.columns[there].unique(return_inverse=True)
+        # Columns before the longest prompt of the batch are padding in all of its prompts.
+        mask = prompts.mask[batch]
+        start = int(mask.argmax(1).min())
+        columns, place = (tokens.columns[there] - start).unique(return_inverse=True)
         _, cache = model.run_with_cache(
-            prompts.tokens[batch],
-            attention_mask=prompts.mask[batch],
+            prompts.tokens[batch, start:],
+            attention_mask=mask[:, start:],
             names_filter=names,
             pos_slice=columns.to(prompts.tokens.device),
             stop_at_layer=model.cfg.stop_after(max(chosen)),
