@@ -312,6 +312,7 @@ def test_labels_may_be_true_and_false() -> None:
     assert float(probe.direction @ direction) > 0.9
 
 
+@pytest.mark.usefixtures("no_type_checks")
 def test_entries_are_compared_by_value_in_whatever_they_come() -> None:
     """Tensors without axes hash by identity: each would be a group or a type of its own."""
     groups, types, labels = (torch.arange(120) % n for n in (30, 7, 2))
