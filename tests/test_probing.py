@@ -142,6 +142,7 @@ def test_probes_are_the_same_without_gradients_in_inference_mode_and_under_autoc
     for other in (inferred, autocast):
         assert torch.equal(other.weights, plain.weights)
         assert not other.weights.requires_grad
+        assert not other.weights.is_inference()
 
 
 def test_a_probe_that_does_not_converge_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +183,20 @@ def test_the_interval_draws_groups_and_not_examples() -> None:
     assert by_group.high - by_group.low > 1.8 * (by_example.high - by_example.low)
 
 
+def test_groups_count_by_their_size_in_the_interval() -> None:
+    x, labels, _ = planted(n=400, strength=0.7)
+    groups = torch.randint(0, 20, (400,), generator=generator(3)).square() // 20
+    found = probe_activations(x, labels, groups=groups, seed=4)
+    examples = LabelledExamples.divided(labels, groups, seed=4)
+    held_out, groups = examples.held_out, examples.groups
+    right = (torch.tensor(found.probe.predict(x)) == labels)[held_out].double()
+    of_group = [right[groups[held_out] == group] for group in groups[held_out].unique()]
+    shares, sizes = torch.stack([one.mean() for one in of_group]), torch.tensor([float(len(one)) for one in of_group])
+    assert len(set(sizes.tolist())) > 2
+    low, high = bootstrap_interval(shares, seed=4, weights=sizes)
+    assert (found.low, found.high) == pytest.approx((float(low), float(high)))
+
+
 def test_the_interval_of_a_weighted_mean_is_that_of_the_examples_drawn() -> None:
     """Groups of several sizes, drawn as wholes: the same draws, written out."""
     values, sizes = torch.tensor([0.2, 0.9, 0.5, 0.0], dtype=torch.float64), torch.tensor([1.0, 4.0, 2.0, 3.0])
@@ -204,6 +219,8 @@ def test_the_majority_is_that_of_the_examples_fitted() -> None:
     held_out = [label for label, out in zip(labels, examples.held_out.tolist(), strict=True) if out]
     assert found.majority == held_out.count("common") / len(held_out)
     assert (found.n_fitted, found.n_held_out) == (60, 20)
+    turned = ["a" if out or index % 3 == 0 else "b" for index, out in enumerate(examples.held_out.tolist())]
+    assert probe_activations(x, turned).majority == 0  # "b" among those fitted, "a" among those held out
 
 
 # Control tasks
@@ -247,6 +264,15 @@ def test_a_control_task_is_a_random_function_of_the_type_with_the_labels_that_th
     assert not torch.equal(examples.controls[0], examples.controls[1])
 
 
+def test_a_control_task_has_two_labels_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    types = torch.arange(100) % 2
+    examples = LabelledExamples.divided([index % 10 == 0 for index in range(100)], types=types, n_controls=20)
+    assert all(len(control.unique()) == 2 for control in examples.controls)
+    monkeypatch.setattr("hooked_lm.probing.labels._MOST_DRAWS", 0)
+    with pytest.raises(ValueError, match="0 control tasks had one label each"):
+        LabelledExamples.divided([0, 1] * 50, types=types)
+
+
 def test_control_tasks_are_scored_on_types_that_were_fitted() -> None:
     """A type that was never fitted cannot be known by heart, and would make any probe look selective."""
     types = [index % 30 if index < 600 else 1000 + index for index in range(800)]
@@ -258,7 +284,10 @@ def test_control_tasks_are_scored_on_types_that_were_fitted() -> None:
     x = torch.randn(1030, 60, generator=generator())[torch.tensor([kind % 1030 for kind in types])]
     found = probe_activations(x, torch.tensor(types) % 2, types=types)
     assert found.control_accuracy is not None
+    assert found.selectivity is not None
     assert found.control_accuracy > 0.98
+    assert abs(found.selectivity) < 0.02  # of the same examples: on all of them the probe does worse
+    assert found.accuracy < 0.95
 
 
 # What is refused

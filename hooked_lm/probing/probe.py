@@ -111,8 +111,8 @@ def fit_probe(
     n_wrong = int((~activations.isfinite()).any(-1).sum())
     if n_wrong:
         raise ValueError(f"{n_wrong} of {len(activations)} activations have entries that are NaN or infinite")
-    # Tensors made in inference mode could not be written to by the optimizer; and to leave it turns gradients on.
-    with torch.inference_mode(False), torch.no_grad(), not_autocast(activations):
+    # A probe made in inference mode could not be used where gradients are; and to leave that mode turns them on.
+    with torch.inference_mode(False), torch.no_grad():
         x = activations.to("cpu" if activations.device.type == "mps" else activations.device).double()
         mean = x.mean(0)
         x = x - mean
