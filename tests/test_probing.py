@@ -146,7 +146,7 @@ def test_probes_are_the_same_without_gradients_in_inference_mode_and_under_autoc
 
 
 def test_a_probe_that_does_not_converge_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hooked_lm.probing.probe._ITERATIONS", 2)
+    monkeypatch.setattr("hooked_lm.probing.fitting._ITERATIONS", 2)
     x, labels, _ = planted(n=100, d=6)
     with pytest.warns(UserWarning, match="has not converged after 2 iterations .*an l2 larger than 0.01"):
         fit_probe(x, labels)

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_lm.patching.statistics import bootstrap_interval
-from hooked_lm.probing.labels import Entries, LabelledExamples, Labels
+from hooked_lm.probing.division import Entries, grouped_interval
+from hooked_lm.probing.labels import LabelledExamples, Labels
 from hooked_lm.probing.probe import Kind, Probe, check_settings, fit_probe
 
 __all__ = ["ProbeResult", "evaluate_probe", "probe_activations"]
@@ -114,17 +114,14 @@ def evaluate_probe(
         raise ValueError(f"activations are [example d] with {len(examples)} labels, got {tuple(activations.shape)}")
     held_out, labels = examples.held_out, examples.labels
     probe, correct = _fitted(activations, labels, held_out, kind, l2)
-    sizes = examples.groups[held_out].bincount().double()
-    right = examples.groups[held_out].bincount(weights=correct[held_out].double())
-    there = sizes > 0
-    low, high = bootstrap_interval(right[there] / sizes[there], confidence, n_resamples, seed, weights=sizes[there])
+    low, high = grouped_interval(correct[held_out], examples.groups[held_out], confidence, n_resamples, seed)
     majority = labels[~held_out].bincount().argmax()
     control = _control_accuracy(activations, examples, kind, l2)
     return ProbeResult(
         probe=Probe(kind, tuple(examples.classes[int(one)] for one in probe.classes), probe.weights, probe.bias),
         accuracy=float(correct[held_out].double().mean()),
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
         confidence=confidence,
         fitted_accuracy=float(correct[~held_out].double().mean()),
         majority=float((labels[held_out] == majority).double().mean()),

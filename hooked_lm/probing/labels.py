@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,13 +11,12 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hooked_lm._support.integers import integer
+from hooked_lm.probing.division import Entries, hold_out, listed, numbered
 
-__all__ = ["Entries", "Label", "LabelledExamples", "Labels", "encode_labels", "listed"]
+__all__ = ["Label", "LabelledExamples", "Labels", "encode_labels"]
 
 Label = str | int
 Labels = Sequence[str] | Sequence[int] | Tensor | np.ndarray
-# Anything that can be compared, one for each example or prompt.
-Entries = Sequence[Hashable] | Tensor | np.ndarray
 
 # Random functions that are drawn for one control task before it is given up: each has to use two classes at least.
 _MOST_DRAWS = 100
@@ -77,11 +76,9 @@ class LabelledExamples:
         """
         classes, encoded = encode_labels(labels)
         n_examples = len(encoded)
-        group_of = torch.arange(n_examples) if groups is None else _numbered(groups, n_examples, "groups")
-        if not 0 < test_share < 1:
-            raise ValueError(f"test_share is between 0 and 1, got {test_share}")
+        group_of = torch.arange(n_examples) if groups is None else numbered(groups, n_examples, "groups")
         generator = torch.Generator().manual_seed(seed)
-        held_out = _hold_out(group_of, test_share, generator)
+        held_out = hold_out(group_of, test_share, generator)
         if len(encoded[~held_out].unique()) < 2:
             raise ValueError(
                 f"all {int((~held_out).sum())} examples to fit have the label {classes[int(encoded[~held_out][0])]!r}: "
@@ -91,7 +88,7 @@ class LabelledExamples:
         if types is not None:
             if integer(n_controls, "n_controls") < 1:
                 raise ValueError(f"n_controls is 1 or more, got {n_controls}; for no control task give no types")
-            type_of = _numbered(types, n_examples, "types")
+            type_of = numbered(types, n_examples, "types")
             recurring = _recurring(type_of, held_out)
             controls = torch.stack([_control(encoded, type_of, held_out, generator) for _ in range(n_controls)])
         return cls(classes, encoded, group_of, held_out, controls, recurring)
@@ -121,38 +118,6 @@ def encode_labels(labels: Labels) -> tuple[tuple[Label, ...], Int[Tensor, " exam
         raise ValueError(f"a probe tells labels apart, and all {len(plain)} examples have {classes[0]!r}")
     place = {label: index for index, label in enumerate(classes)}
     return classes, torch.tensor([place[one] for one in plain])
-
-
-def listed(entries: Sequence[object] | Tensor | np.ndarray) -> list[object]:
-    """Return entries as a list of plain values: tensors and arrays among them are compared by value, not as objects.
-
-    Args:
-        entries: a sequence, tensor or array.
-    """
-    return [one.tolist() if isinstance(one, (Tensor, np.ndarray, np.generic)) else one for one in entries]
-
-
-def _numbered(entries: Entries, n_examples: int, what: str) -> Int[Tensor, " example"]:
-    """Number what is equal alike, in order of first occurrence."""
-    given: list[Hashable] = listed(entries)
-    if len(given) != n_examples:
-        raise ValueError(f"{len(given)} {what} came for {n_examples} examples: give one for each")
-    numbers: dict[Hashable, int] = {}
-    return torch.tensor([numbers.setdefault(one, len(numbers)) for one in given])
-
-
-def _hold_out(
-    groups: Int[Tensor, " example"], test_share: float, generator: torch.Generator
-) -> Bool[Tensor, " example"]:
-    sizes = groups.bincount()
-    order = torch.randperm(len(sizes), generator=generator)
-    # A group is held out if those before it, in random order, are still too few; two groups stay on either side.
-    before = sizes[order].cumsum(0) - sizes[order]
-    n_chosen = int((before < test_share * len(groups)).sum())
-    if len(sizes) < 4:
-        raise ValueError(f"{len(sizes)} groups cannot be divided: two or more are fitted and two or more are held out")
-    chosen = order[: min(max(n_chosen, 2), len(sizes) - 2)]
-    return torch.isin(groups, chosen)
 
 
 def _recurring(types: Int[Tensor, " example"], held_out: Bool[Tensor, " example"]) -> Bool[Tensor, " example"]:

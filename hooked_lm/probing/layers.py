@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 from hooked_lm._support.integers import integer
 from hooked_lm.circuits.last_token import chosen_layers
 from hooked_lm.hooked_model import HookedModel
+from hooked_lm.probing.division import Entries, listed
 from hooked_lm.probing.evaluation import ProbeResult, evaluate_probe
-from hooked_lm.probing.labels import Entries, LabelledExamples, Labels, listed
+from hooked_lm.probing.labels import LabelledExamples, Labels
 from hooked_lm.probing.positions import Positions, TokensAt, activations_at
 from hooked_lm.probing.probe import Kind, check_settings
 from hooked_lm.tokenization import Prompts

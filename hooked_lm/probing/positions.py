@@ -15,7 +15,7 @@ from hooked_lm._support.integers import is_integer
 from hooked_lm.circuits.last_token import LastTokenPrompts, chosen_layers
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.patching.patches import Patch, patch_sites
-from hooked_lm.probing.labels import listed
+from hooked_lm.probing.division import listed
 from hooked_lm.tokenization import Prompts
 
 __all__ = ["Positions", "TokensAt", "activations_at"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,17 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_lm._support.precision import at_least_single, not_autocast
+from hooked_lm._support.precision import not_autocast
+from hooked_lm.probing.fitting import check_penalty, fit_affine, logistic, ridge
 from hooked_lm.probing.labels import Label, Labels, encode_labels
 
 __all__ = ["KINDS", "Kind", "Probe", "check_settings", "fit_probe"]
 
 Kind = Literal["linear", "logistic"]
 KINDS = ("linear", "logistic")
-
-# Iterations of L-BFGS, and the gradient (of a loss in nats, in activations of variance 1) at which it has converged.
-_ITERATIONS = 2000
-_CONVERGED = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,23 +103,9 @@ def fit_probe(
     classes, encoded = encode_labels(labels)
     if activations.ndim != 2 or len(activations) != len(encoded):
         raise ValueError(f"activations are [example d] with {len(encoded)} labels, got {tuple(activations.shape)}")
-    n_wrong = int((~activations.isfinite()).any(-1).sum())
-    if n_wrong:
-        raise ValueError(f"{n_wrong} of {len(activations)} activations have entries that are NaN or infinite")
-    # A probe made in inference mode could not be used where gradients are; and to leave that mode turns them on.
-    with torch.inference_mode(False), torch.no_grad():
-        x = activations.to("cpu" if activations.device.type == "mps" else activations.device).double()
-        mean = x.mean(0)
-        x = x - mean
-        scale = math.sqrt(float(x.square().mean()))
-        # Activations that differ by rounding alone are all the same: the probe has its bias only.
-        noise = 100 * torch.finfo(activations.dtype).eps * float(mean.square().mean().sqrt())
-        x = x / scale if scale > noise else torch.zeros_like(x)
-        y = torch.nn.functional.one_hot(encoded.to(x.device), len(classes)).to(x)
-        weights, bias = (_ridge if kind == "linear" else _logistic)(x, y, l2)
-        weights = weights / scale if scale > noise else weights
-        like = at_least_single(activations[:0])
-        return Probe(kind, classes, weights.to(like), (bias - weights @ mean).to(like))
+    y = torch.nn.functional.one_hot(encoded, len(classes))
+    weights, bias = fit_affine(activations, y, ridge if kind == "linear" else logistic, l2)
+    return Probe(kind, classes, weights, bias)
 
 
 def check_settings(kind: str, l2: float) -> None:
@@ -139,52 +120,4 @@ def check_settings(kind: str, l2: float) -> None:
     """
     if kind not in KINDS:
         raise ValueError(f"a probe's kind is 'linear' or 'logistic', got {kind!r}")
-    if not 0 < l2 < math.inf:
-        raise ValueError(f"l2 is a number above 0, got {l2!r}: without it separable classes have no best probe")
-
-
-def _ridge(
-    x: Float[Tensor, "example d"], y: Float[Tensor, "example class"], l2: float
-) -> tuple[Float[Tensor, "class d"], Float[Tensor, " class"]]:
-    n_examples, width = x.shape
-    bias = y.mean(0)
-    targets = (y - bias) / n_examples
-    # Of the two forms of the solution, the one with the smaller matrix.
-    gram = (x.T @ x if width <= n_examples else x @ x.T) / n_examples
-    gram.diagonal().add_(l2)
-    factor = torch.linalg.cholesky(gram)
-    if width <= n_examples:
-        return torch.cholesky_solve(x.T @ targets, factor).T, bias
-    return torch.cholesky_solve(targets, factor).T @ x, bias
-
-
-def _logistic(
-    x: Float[Tensor, "example d"], y: Float[Tensor, "example class"], l2: float
-) -> tuple[Float[Tensor, "class d"], Float[Tensor, " class"]]:
-    weights, bias = x.new_zeros(y.shape[1], x.shape[1]), y.mean(0).clamp(min=1 / len(y)).log()
-    optimizer = torch.optim.LBFGS(
-        [weights, bias],
-        max_iter=_ITERATIONS,
-        max_eval=2 * _ITERATIONS,
-        tolerance_grad=_CONVERGED / 100,
-        tolerance_change=1e-15,
-        history_size=20,
-        line_search_fn="strong_wolfe",
-    )
-
-    def loss_and_gradient() -> float:
-        log_probs = (x @ weights.T + bias).log_softmax(-1)
-        excess = (log_probs.exp() - y) / len(x)
-        weights.grad, bias.grad = excess.T @ x + l2 * weights, excess.sum(0)
-        return float(-(log_probs * y).sum() / len(x) + l2 / 2 * weights.square().sum())
-
-    optimizer.step(loss_and_gradient)
-    loss_and_gradient()
-    largest = max(float(one.grad.abs().max()) for one in (weights, bias) if one.grad is not None)
-    if largest > _CONVERGED:
-        warnings.warn(
-            f"the logistic probe has not converged after {_ITERATIONS} iterations (gradient {largest:.1e}): an l2 "
-            f"larger than {l2:g} makes it easier",
-            stacklevel=3,
-        )
-    return weights, bias
+    check_penalty(l2)
