@@ -16,6 +16,7 @@ from hooked_lm.probing.labels import Label, LabelledExamples, Labels
 from hooked_lm.probing.layers import LayerProbes, probe_layers
 from hooked_lm.probing.positions import Positions, TokensAt, activations_at
 from hooked_lm.probing.probe import KINDS, Kind, Probe, fit_probe
+from hooked_lm.probing.relation import RelationProbes, probe_relation
 
 __all__ = [
     "KINDS",
@@ -27,10 +28,12 @@ __all__ = [
     "Positions",
     "Probe",
     "ProbeResult",
+    "RelationProbes",
     "TokensAt",
     "activations_at",
     "evaluate_probe",
     "fit_probe",
     "probe_activations",
     "probe_layers",
+    "probe_relation",
 ]
