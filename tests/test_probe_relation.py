@@ -102,8 +102,12 @@ def test_a_relation_that_is_not_affine_is_not_faithful(affine: HookedTransformer
 
     with affine.hooks(fwd_hooks=[("hook_tokens", look), ("blocks.1.hook_resid_post", write)]):
         found = probe_relation(affine, prompts(), 1, layers=[0], verbose=False)
+        own = affine(prompts())[:, -1].argmax(-1)
     assert float(found.faithfulness[0]) < 0.4
-    assert found.majority < 0.4
+    # Of the answers fitted: of those held out, the commonest is one in ten at least.
+    fitted = torch.tensor([one for one in range(SUBJECTS) if one not in found.subjects.tolist()])
+    share = float((own[found.subjects] == own[fitted].mode().values).double().mean())
+    assert found.majority == share < 0.1
     assert found.layers == (0,)
 
 
