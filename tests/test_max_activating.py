@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from hooked_lm import HookedTransformer, HookedTransformerConfig, UnknownHookError, plotting
 from hooked_lm.examples import MaxActivating, max_activating
+from hooked_lm.examples.highest import Highest
 from tests.helpers import CORPUS, VOCAB, randomise_, tiny_config, tiny_model, tiny_tokenizer
 
 TEXTS = [*CORPUS, "Rome.", "again and again and again", "John gave Mary a drink.", "The capital, the capital of Rome:"]
@@ -141,6 +143,28 @@ def test_of_equal_activations_the_first_in_the_corpus_are_kept() -> None:
             assert of(tied, 0) == [(2.0, 0, 1), (2.0, 1, 1), (2.0, 2, 1), (1.0, 0, 0), (1.0, 0, 2)]
             single = max_activating(model, corpus, site, k=2, one_per_text=True, **how)
             assert of(single, 0) == [(2.0, 0, 1), (2.0, 1, 1)]
+
+
+@pytest.mark.parametrize("trial", range(20))
+def test_many_equal_activations_in_batches_of_any_shape_are_kept_in_order(trial: int) -> None:
+    """Four values only, and places that do not count: what is kept against a plain sort of all."""
+    random = torch.Generator().manual_seed(trial)
+    k, one_per_text = 1 + trial % 6, bool(trial % 2)
+    highest, n_texts = Highest(k, 2, one_per_text), 0
+    found: list[list[Found]] = [[] for _ in range(4)]
+    for _ in range(5):
+        batch, pos = torch.randint(1, 6, (2,), generator=random).tolist()
+        values = torch.randint(4, (batch, pos, 4), generator=random).double()
+        mask, tokens = (torch.randint(2, (batch, pos), generator=random) for _ in range(2))
+        highest.add(values, tokens, mask, mask.bool(), list(range(n_texts, n_texts + batch)))
+        for unit, row in itertools.product(range(4), range(batch)):
+            there = [(float(values[row, at, unit]), n_texts + row, at) for at in range(pos) if mask[row, at]]
+            found[unit] += sorted(there, key=lambda one: -one[0])[:1] if one_per_text else there
+        n_texts += batch
+    for unit in range(4):
+        kept = zip(*(field[unit].tolist() for field in highest.fields[:3]), strict=True)
+        expected = sorted(found[unit], key=lambda one: -one[0])[:k]
+        assert [one for one in kept if one[1] >= 0] == expected
 
 
 def test_bos_and_padding_do_not_count_even_where_they_are_the_strongest(model: HookedTransformer) -> None:

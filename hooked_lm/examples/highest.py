@@ -58,15 +58,19 @@ class Highest:
         else:
             found = rearrange(values, "batch pos unit -> unit (batch pos)")
             places = torch.arange(found.shape[1], device=values.device).expand_as(found)
-        # An activation equal to the lowest that is kept comes too late.
-        units = (found.amax(1) > self.fields[0][:, -1]).nonzero()[:, 0]
+        # An activation equal to the lowest that is kept comes too late. Most are lower: only as many as one unit has
+        # above its lowest are looked at, in their order in the corpus.
+        n_above = (found > self.fields[0][:, -1:]).sum(1)
+        units = n_above.nonzero()[:, 0]
         if not len(units):
             return
-        before = [one[units] for one in self.fields]
+        before, found = [one[units] for one in self.fields], found[units]
+        candidates = found.topk(int(n_above.max()), dim=1).indices.sort(1).values
         # What was kept stands first, and a stable sort leaves it before what equals it.
-        order = torch.cat([before[0], found[units]], 1).sort(stable=True, dim=1, descending=True).indices[:, : self.k]
+        joined = torch.cat([before[0], found.gather(1, candidates)], 1)
+        order = joined.sort(stable=True, dim=1, descending=True).indices[:, : self.k]
         is_new, rank = order >= self.k, order.clamp(max=self.k - 1)
-        place = places[units].gather(1, (order - self.k).clamp(min=0))
+        place = places[units].gather(1, candidates.gather(1, (order - self.k).clamp(min=0)))
         after = self._described(values, tokens, mask, torch.tensor(texts).to(tokens), units, place)
         for field_, old, new in zip(self.fields, before, after, strict=True):
             several = field_.ndim == 3

@@ -156,7 +156,7 @@ class MaxActivating:
     def figure(self, k: int = 10, unit: int | str = 0, title: str = "") -> HtmlFigure:
         """Return a unit's highest examples, a line each, every token on the colour of its activation.
 
-        Needs the extra `viz`.
+        A mark without colour ends an example. Needs the extra `viz`.
 
         Args:
             k, unit: as for `top`.
