@@ -87,6 +87,17 @@ def test_rows_of_tokens_of_any_lengths_are_read() -> None:
     assert result.n_texts == len(corpus)
 
 
+def test_rows_may_be_tensors_arrays_or_one_tensor() -> None:
+    model = tiny_model()
+    corpus = torch.stack([torch.arange(6), torch.arange(6) + 9, torch.tensor([5, 3, 1, 2, 4, 0])])
+    expected = max_activating(model, corpus.tolist(), ("post", 0), k=4, verbose=False)
+    for given in (corpus, list(corpus), (row.numpy() for row in corpus), (tuple(row) for row in corpus.tolist())):
+        got = max_activating(model, given, ("post", 0), k=4, verbose=False)
+        assert torch.equal(got.texts, expected.texts)
+        assert torch.equal(got.positions, expected.positions)
+        assert torch.equal(got.context_tokens, expected.context_tokens)
+
+
 def test_heads_are_found_by_their_norm_an_entry_or_a_direction() -> None:
     model, corpus, site = tiny_model(), rows(), "blocks.1.attn.hook_z"
     direction = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

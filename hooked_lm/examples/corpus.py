@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -15,7 +16,7 @@ from hooked_lm.hooked_model import HookedModel
 __all__ = ["Corpus", "batches", "read_batch", "scored_tokens"]
 
 # Texts, or the tokens of each text.
-Corpus = Iterable[str] | Iterable[Sequence[int]] | Iterable[Tensor]
+Corpus = Iterable[str] | Iterable[Sequence[int]] | Iterable[Tensor] | Iterable[np.ndarray] | Tensor
 
 
 def batches(corpus: Corpus, batch_size: int) -> Iterator[list[str] | list[list[int]]]:
@@ -39,9 +40,10 @@ def batches(corpus: Corpus, batch_size: int) -> Iterator[list[str] | list[list[i
         elif not texts and all(row is not None and all(map(is_integer, row)) for row in rows):
             yield [[integer(token, "token") for token in row or ()] for row in rows]
         else:
+            kinds = ", ".join(sorted({type(one).__name__ for one in batch}))
             raise TypeError(
-                "a corpus has texts, or rows of tokens; this one has "
-                + ", ".join(sorted({type(one).__name__ for one in batch}))
+                f"a corpus has texts, or rows of tokens; this one has {kinds}. Of a data set give a column, "
+                "(row['text'] for row in dataset)"
             )
 
 

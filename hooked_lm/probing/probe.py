@@ -86,8 +86,9 @@ def fit_probe(
         logistic: mean cross-entropy of x W^T + b + l2/2 s^2 |W|^2
 
     So `l2` means the same at every layer whatever the size of the stream there, and a rotation of the activations
-    changes no prediction. The linear probe is solved in closed form, the logistic by L-BFGS; both in float64, on the
-    activations' device where that has it.
+    changes no prediction. Where a few entries are a thousand times larger than all others (massive activations), they
+    set `s^2`: take a smaller `l2`, or a normalized site. The linear probe is solved in closed form, the logistic by
+    L-BFGS; both in float64, on the activations' device where that has it.
 
     Args:
         activations: one row for each example.
