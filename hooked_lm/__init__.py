@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from hooked_lm import compat as compat
     from hooked_lm import components as components
     from hooked_lm import evals as evals
+    from hooked_lm import examples as examples
     from hooked_lm import experiments as experiments
     from hooked_lm import head_detector as head_detector
     from hooked_lm import interventions as interventions
     from hooked_lm import metrics as metrics
     from hooked_lm import patching as patching
     from hooked_lm import plotting as plotting
+    from hooked_lm import probing as probing
     from hooked_lm import remote as remote
     from hooked_lm import sweep as sweep
     from hooked_lm import tasks as tasks
@@ -74,6 +76,7 @@ __all__ = [
     "components",
     "connect",
     "evals",
+    "examples",
     "experiments",
     "head_detector",
     "interventions",
@@ -81,6 +84,7 @@ __all__ = [
     "metrics",
     "patching",
     "plotting",
+    "probing",
     "remote",
     "save_interventions",
     "sweep",

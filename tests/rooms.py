@@ -20,5 +20,6 @@ ORDER = (
         "tracing",
     ),
     *("transformer", "certificate", "parallel", "remote", "workers", "patching", "circuits", "utils", "head_detector"),
-    *("training", "tasks", "evals", "experiments", "plotting", "demo", "__init__", "cli", "compat"),
+    *("training", "tasks", "evals", "experiments", "plotting", "probing", "examples", "demo"),
+    *("__init__", "cli", "compat"),
 )

@@ -235,7 +235,11 @@ def normalize_scores(
 
 
 def bootstrap_interval(
-    values: Float[Tensor, "*cell pair"], confidence: float = 0.95, n_resamples: int = 1000, seed: int = 0
+    values: Float[Tensor, "*cell pair"],
+    confidence: float = 0.95,
+    n_resamples: int = 1000,
+    seed: int = 0,
+    weights: Float[Tensor, " pair"] | None = None,
 ) -> tuple[Float[Tensor, "*cell"], Float[Tensor, "*cell"]]:
     """Return the ends of the percentile bootstrap interval of the mean over pairs (Efron 1979).
 
@@ -247,6 +251,8 @@ def bootstrap_interval(
         confidence: between 0 and 1.
         n_resamples: how many draws.
         seed: of the draws.
+        weights: positive, of the pairs in the mean, such as their sizes where a "pair" is a group of examples that
+            belong together and are drawn together; by default all the same.
 
     Raises:
         ValueError: fewer than two pairs, or a setting out of range.
@@ -258,10 +264,13 @@ def bootstrap_interval(
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(n_pairs, (n_resamples, n_pairs), generator=generator)
     times = torch.zeros(n_resamples, n_pairs, dtype=torch.float64)
-    weights = times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64)) / n_pairs
+    times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    if weights is not None:
+        times *= weights.double().cpu()
+    shares = times / times.sum(-1, keepdim=True)
     ends = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
     found = [
-        torch.quantile(part.double().cpu() @ weights.T, ends, dim=-1)
+        torch.quantile(part.double().cpu() @ shares.T, ends, dim=-1)
         for part in torch.split(values.reshape(-1, n_pairs), max(1, _CHUNK // n_resamples))
     ]
     low, high = torch.cat(found, 1).to(values).reshape(2, *values.shape[:-1])
