@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hooked_lm import head_detector as head_detector
     from hooked_lm import interventions as interventions
     from hooked_lm import metrics as metrics
+    from hooked_lm import parallel as parallel
     from hooked_lm import patching as patching
     from hooked_lm import plotting as plotting
     from hooked_lm import probing as probing
@@ -82,6 +83,7 @@ __all__ = [
     "interventions",
     "load_interventions",
     "metrics",
+    "parallel",
     "patching",
     "plotting",
     "probing",
