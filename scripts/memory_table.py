@@ -81,7 +81,7 @@ memory](memory.md) has the other ways.
 `model.spread(devices)` puts the blocks on several devices, one after the other:
 
 ```py
-model = HookedTransformer.from_pretrained("meta-llama/Llama-3.1-70B", dtype=torch.bfloat16)   # on the CPU
+model = HookedTransformer.from_pretrained("meta-llama/Llama-3.1-70B", dtype=torch.bfloat16)  # on the CPU
 model.spread([f"cuda:{{index}}" for index in range(8)])
 ```
 

@@ -137,6 +137,6 @@ def test_a_walk(model: HookedTransformer) -> None:
     run = engine._Engine(
         model, tokens(), torch.ones(2, N, dtype=torch.long), lambda logits: logits[0, -1, 0], (), 2**30
     )
-    base, _ = run.base_run([cell for cell in cells if cell])
+    base, _ = run.base_run(run.base_names([cell for cell in cells if cell]))
     walk = SweepWalk(model, base, [cell for cell in cells if cell], 0)
     assert watch(lambda: walk.run(lambda: None)) == []
