@@ -65,6 +65,9 @@ class Replica:
     def close(self) -> None:
         """End the worker. The queue must have been closed before."""
         self._closing = True
+        if self.state == "ready":
+            self._pipe.close()  # its end tells the process to end
+            self.process.join(_GRACE)
         self.process.kill()
         self._thread.join(2 * _GRACE)
         self.process.join(_GRACE)

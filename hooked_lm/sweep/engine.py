@@ -35,7 +35,7 @@ AnyMetric = Metric | Callable[[Tensor], Tensor | float]
 # Cells that a worker runs one by one before it answers.
 _RUNS_IN_A_PART = 16
 # Cells that walk together at most. More are no faster, and workers can only share out whole chunks.
-_CELLS_IN_A_CHUNK = 1024
+_CELLS_IN_A_CHUNK = 4096
 
 
 @torch.no_grad()
