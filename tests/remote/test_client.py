@@ -26,19 +26,9 @@ from hooked_lm.sweep import sweep
 from hooked_lm.tracing import TraceError
 from hooked_lm.workers import Servers
 from tests.helpers import tiny_model, tiny_tokens
-from tests.remote_helpers import listening, saved_model, service_of, small_trace, token_of, users_table
+from tests.remote_helpers import listening, service_of, small_trace, token_of, users_table
 
 QUIET: dict[str, Any] = {"verbose": False}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("served")
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> HookedTransformer:
-    return saved_model(folder / "model")
 
 
 @pytest.fixture(scope="module")

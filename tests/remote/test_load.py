@@ -28,20 +28,10 @@ from hooked_lm import HookedTransformer, metrics
 from hooked_lm.remote import RemoteError
 from hooked_lm.remote.service import Service
 from hooked_lm.tracing.wire import to_bytes
-from tests.remote_helpers import body_of, listening, saved_model, service_of, small_trace, token_of, users_table
+from tests.remote_helpers import body_of, listening, service_of, small_trace, token_of, users_table
 
 WHOLE = bool(os.environ.get("HOOKED_LM_LOAD"))
 CLIENTS, TRACES, KILLS, REQUESTS, STREAMS = (32, 20, 5, 5000, 40) if WHOLE else (8, 6, 1, 300, 2)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("served")
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> HookedTransformer:
-    return saved_model(folder / "model")
 
 
 @pytest.mark.parametrize("kills", [0, KILLS])

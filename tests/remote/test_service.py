@@ -28,19 +28,9 @@ from hooked_lm.sweep import sweep
 from hooked_lm.sweep.wire import SweepPart, part_to_bytes, scores_from_bytes
 from hooked_lm.tracing.wire import to_bytes
 from tests.helpers import tiny_tokens
-from tests.remote_helpers import body_of, saved_model, service_of, small_trace, token_of, users_table
+from tests.remote_helpers import body_of, service_of, small_trace, token_of, users_table
 
 JOBS = "/v1/models/tiny/jobs"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("served")
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> HookedTransformer:
-    return saved_model(folder / "model")
 
 
 @pytest.fixture(scope="module")
