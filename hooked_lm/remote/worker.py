@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from hooked_lm._support.memory import is_out_of_memory
 from hooked_lm._support.plain_data import PlainData
 from hooked_lm.names import UnknownHookError
 from hooked_lm.remote.group import Followers, Member, launched
@@ -163,8 +164,7 @@ def _leave(connection: Connection, failure: RemoteError) -> None:
 
 
 def _fault(error: Exception, model: HookedTransformer, planned: int) -> RemoteError:
-    short = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
-    if not short:
+    if not is_out_of_memory(error):
         return RemoteError(500, "failed", f"the run failed: {error}")
     return RemoteError(
         507,

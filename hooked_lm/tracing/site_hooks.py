@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hooked_lm._support.memory import is_out_of_memory
 from hooked_lm.hooks import HookPoint, current_pass
 from hooked_lm.tracing.errors import TraceError
 from hooked_lm.tracing.graph import Graph, Read, RunSpec, Write
@@ -210,4 +211,6 @@ def written(graph: Graph, x: Tensor, index: int, node: Write, part: Part, value:
     try:
         return part.write(x, node.how, value)
     except (RuntimeError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
         raise TraceError(f"{node.how} at {node.site!r} failed: {error}", graph.lines.get(index)) from error

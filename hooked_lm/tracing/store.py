@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hooked_lm._support.memory import is_out_of_memory
 from hooked_lm.tracing.errors import TraceError
 from hooked_lm.tracing.graph import (
     Apply,
@@ -141,6 +142,8 @@ class ValueStore:
         try:
             made = self._of(node, index)
         except (RuntimeError, IndexError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise  # no fault of the node's
             raise TraceError(f"{type(node).__name__.lower()} failed: {error}", self.graph.lines.get(index)) from error
         for one in set(node.inputs):
             self._release(one)

@@ -331,6 +331,19 @@ def test_a_job_whose_worker_is_killed_is_run_again_once(folder: Path, model: Hoo
         assert torch.equal(small_trace(there, 2).run()["score"], small_trace(model, 2).run()["score"])
 
 
+def test_memory_that_runs_out_all_the_same_is_told_with_both_peaks(folder: Path, model: HookedTransformer) -> None:
+    with service_of(folder / "model", memory=2**62, flops=1e30) as service, listening(service) as url:
+        there = hooked_lm.connect(url).model("tiny")
+        trace = there.trace(run=False, **QUIET)
+        trace.randn(2**20, 2**20, seed=0).sum().save("x")
+        with pytest.raises(RemoteError, match=r"memory ran out: .* were planned .* peak was [\d.e+]+ MiB") as error:
+            trace.run()
+        assert (error.value.status, error.value.kind) == (507, "memory")
+        pid = service.models["tiny"].replicas[0].process.pid
+        assert torch.equal(small_trace(there, 1).run()["score"], small_trace(model, 1).run()["score"])
+        assert service.models["tiny"].replicas[0].process.pid == pid  # the worker lives
+
+
 def test_a_job_that_hangs_is_ended_with_its_worker(folder: Path, monkeypatch: Any) -> None:
     from hooked_lm.remote import replicas
 
