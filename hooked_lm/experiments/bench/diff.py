@@ -166,13 +166,15 @@ def diff_records(a: Record, b: Record) -> RecordDiff:
     Raises:
         ValueError: a record's files were changed.
     """
-    names = [record.data["function"]["names"] for record in (a, b)]
+    names = [
+        {"dict": {name: {"text": one} for name, one in record.data["function"]["names"].items()}} for record in (a, b)
+    ]
     environments = [{"dict": {key: _tree(one) for key, one in record.environment.items()}} for record in (a, b)]
     return RecordDiff(
         a=a,
         b=b,
         source=tuple(_source_diff(a, b)),
-        names=tuple(_differences({"dict": names[0]}, {"dict": names[1]}, {}, {})),
+        names=tuple(_differences(names[0], names[1], {}, {})),
         arguments=tuple(
             _differences({"dict": a.data["arguments"]}, {"dict": b.data["arguments"]}, _tensors(a), _tensors(b))
         ),

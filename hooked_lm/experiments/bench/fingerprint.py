@@ -18,6 +18,8 @@ from hooked_lm.transformer import HookedTransformer
 
 __all__ = ["ModelFingerprint", "fingerprint_of", "sha256"]
 
+# Fields that do not change what a built model computes.
+_NOT_COMPUTED_WITH = ("device", "model_name", "tokenizer_name", "seed")
 _vocabularies: WeakKeyDictionary[object, tuple[int, str]] = WeakKeyDictionary()
 
 
@@ -28,7 +30,7 @@ class ModelFingerprint:
     Attributes:
         kind: the class.
         name: as its config has it; empty without one.
-        config: the SHA-256 of the config, device and name apart.
+        config: the SHA-256 of the config; device, names and seed apart.
         weights: the SHA-256 of the names, dtypes, shapes and checksums of all parameters and buffers; for a model on a
             server, what the server says.
         processed: the processing steps that were applied to the weights.
@@ -101,7 +103,7 @@ def fingerprint_of(model: object) -> ModelFingerprint | None:
         return ModelFingerprint(
             kind="RemoteModel",
             name=model.name,
-            config=sha256({**manifest["config"], "model_name": None}),
+            config=sha256({**manifest["config"], **dict.fromkeys(_NOT_COMPUTED_WITH)}),
             weights=manifest["weights_sha256"],
             tokenizer=manifest["tokenizer_sha256"] if manifest["tokenizer"] else "",
             dtype=str(manifest["config"]["dtype"]),
@@ -121,7 +123,7 @@ def fingerprint_of(model: object) -> ModelFingerprint | None:
     )
     if not isinstance(model, HookedTransformer):
         return found
-    config = {**model.cfg.to_dict(), "device": None, "model_name": None, "tokenizer_name": None}
+    config = {**model.cfg.to_dict(), **dict.fromkeys(_NOT_COMPUTED_WITH)}
     return replace(
         found,
         name=model.cfg.model_name or "",
