@@ -19,6 +19,7 @@ from hooked_lm.plotting.curves import layer_curves, log_prob_curve, training_cur
 from hooked_lm.plotting.figure import Figure, HtmlFigure
 from hooked_lm.plotting.figures import ablation_bars, attention_pattern, composition_matrix, head_scores
 from hooked_lm.plotting.graph import composition_graph
+from hooked_lm.plotting.intervals import effect_intervals
 from hooked_lm.plotting.maps import lens_table, patching_grid
 from hooked_lm.plotting.page import PageFigure, page_html, write_page
 from hooked_lm.plotting.tokens import coloured_tokens
@@ -36,6 +37,7 @@ __all__ = [
     "composition_graph",
     "composition_matrix",
     "head_scores",
+    "effect_intervals",
     "layer_curves",
     "lens_table",
     "log_prob_curve",

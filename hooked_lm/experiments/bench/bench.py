@@ -18,9 +18,11 @@ from hooked_lm.experiments.bench.recording import Recording, TraceContent
 from hooked_lm.experiments.bench.rerun import KnownObjects, Rerun, arguments_again
 from hooked_lm.experiments.bench.store import Entry, RecordStore
 from hooked_lm.experiments.bench.tools import Tool, Tools, with_tools
+from hooked_lm.hypotheses import EffectTest, controlled_test, effect_test
 from hooked_lm.remote import RemoteModel
 from hooked_lm.tracing import Trace, load
 from hooked_lm.tracing.methods import Tracing
+from hooked_lm.utils import ArrayLike
 
 __all__ = ["Bench"]
 
@@ -204,6 +206,70 @@ class Bench:
         made = Tool.of(name, tool, about)
         self.tools.add(made)
         return made
+
+    # Tests
+
+    @overload
+    def test(
+        self,
+        effect: Callable[..., ArrayLike] | ArrayLike,
+        baseline: ArrayLike | None = None,
+        /,
+        *,
+        name: str | None = None,
+        **settings: object,
+    ) -> EffectTest: ...
+
+    @overload
+    def test(
+        self, effect: None = None, baseline: None = None, /, *, name: str | None = None, **settings: object
+    ) -> Callable[[Callable[..., ArrayLike]], Callable[[], EffectTest]]: ...
+
+    def test(
+        self,
+        effect: Callable[..., ArrayLike] | ArrayLike | None = None,
+        baseline: ArrayLike | None = None,
+        /,
+        *,
+        name: str | None = None,
+        **settings: object,
+    ) -> EffectTest | Callable[..., object]:
+        """Return the test of an effect, and record it: whether it is more than chance, and more than a control's.
+
+        With a function, the effect is measured on controls too, which is what a test should do:
+        `bench.test(effect_of_ablating, heads=[(1, 2)], model=model)`, or as a decorator of the function
+        `@bench.test(heads=[(1, 2)], model=model)`, whose calls then run the test. With numbers, `bench.test(treated,
+        baseline)`, there is no control, and the verdict says so.
+
+        Args:
+            effect: a function of heads, or of labels, to the difference in each pair; or the measured numbers.
+            baseline: of numbers, those without the treatment.
+            name: of the experiment; by default the function's, or `"test"`.
+            settings: of `controlled_test` for a function (`heads`, `model`, `labels`, `n_controls`), and of
+                `effect_test` for both (`alternative`, `correction`, `alpha`, `seed`).
+
+        Raises:
+            ValueError: as `hypotheses.controlled_test` and `hypotheses.effect_test`.
+        """
+        if effect is None:
+            return lambda function: self._test_of(function, name, settings)
+        if callable(effect):
+            return cast(EffectTest, self._test_of(effect, name, settings)())
+        settings = {"baseline": baseline, **settings}
+        return self._recorded(effect_test, name or "test", None, False)(effect, **settings)  # type: ignore[return-value]
+
+    def _test_of(
+        self, effect: Callable[..., ArrayLike], name: str | None, settings: dict[str, object]
+    ) -> Callable[..., object]:
+        """A function that tests an effect; its record has the effect's source and the test's settings."""
+
+        @functools.wraps(effect)
+        def tested(**given: object) -> EffectTest:
+            return controlled_test(effect, **given)  # type: ignore[arg-type]
+
+        anything = inspect.Parameter("settings", inspect.Parameter.VAR_KEYWORD)
+        tested.__signature__ = inspect.Signature([anything])  # type: ignore[attr-defined]
+        return functools.partial(self._recorded(tested, name, None, False), **settings)
 
     # Reading
 

@@ -113,8 +113,13 @@ def _names(code: CodeType) -> set[str]:
 
 
 def _belongs(part: FunctionType | type, start: FunctionType | type) -> bool:
-    """Whether a function is of the same package as the one that is recorded, and of no installed one."""
+    """Whether a function is of the same package as the one that is recorded, and of no installed one.
+
+    Of this package, the version in the record's environment tells.
+    """
     module, home = part.__module__ or "", start.__module__ or ""
+    if home.partition(".")[0] == "hooked_lm":
+        return False
     installed = "site-packages" in str(getattr(sys.modules.get(module), "__file__", ""))
     return module.partition(".")[0] == home.partition(".")[0] and not installed
 
