@@ -15,6 +15,7 @@ if find_spec("plotly") is None:
 
 from hooked_lm.plotting.attention import attention_heads
 from hooked_lm.plotting.attribution import attribution_bars, attribution_waterfall
+from hooked_lm.plotting.bars import stacked_bars
 from hooked_lm.plotting.curves import layer_curves, log_prob_curve, training_curves
 from hooked_lm.plotting.figure import Figure, HtmlFigure
 from hooked_lm.plotting.figures import ablation_bars, attention_pattern, composition_matrix, head_scores
@@ -36,13 +37,14 @@ __all__ = [
     "coloured_tokens",
     "composition_graph",
     "composition_matrix",
-    "head_scores",
     "effect_intervals",
+    "head_scores",
     "layer_curves",
     "lens_table",
     "log_prob_curve",
     "page_html",
     "patching_grid",
+    "stacked_bars",
     "training_curves",
     "write_page",
 ]

@@ -67,3 +67,26 @@ def test_a_test_that_cannot_be_made_raises_and_is_on_record(bench: Bench) -> Non
     with pytest.raises(ValueError, match="two values or more"):
         bench.test([1.0])
     assert [entry.outcome for entry in bench.all()] == ["ValueError", "ValueError"]
+
+
+def test_a_profile_is_kept_with_the_record(bench: Bench) -> None:
+    @bench.record
+    @bench.profile
+    def product(n: int) -> float:
+        x = torch.ones(n, n)
+        return float((x @ x).sum())
+
+    assert product(8) == 8.0**3
+    record = bench.get("product")
+    assert "1 x aten::mm  [8, 8], [8, 8]" in record.data["text"]
+    assert list(record.figures) == ["00-profile"]
+    assert record.arguments == {"n": 8}
+
+
+def test_a_profiled_function_without_a_record_around_it_is_recorded(bench: Bench) -> None:
+    @bench.profile
+    def product(n: int) -> int:
+        return int(torch.ones(n).sum())
+
+    assert product(3) == 3
+    assert "aten::sum" in bench.get("product").data["text"]

@@ -14,11 +14,12 @@ from hooked_lm._support.integers import integer, is_integer
 from hooked_lm.experiments.bench.diff import RecordDiff, diff_records
 from hooked_lm.experiments.bench.listing import Versions
 from hooked_lm.experiments.bench.record import Record
-from hooked_lm.experiments.bench.recording import Recording, TraceContent
+from hooked_lm.experiments.bench.recording import Recording, TraceContent, current_scope
 from hooked_lm.experiments.bench.rerun import KnownObjects, Rerun, arguments_again
 from hooked_lm.experiments.bench.store import Entry, RecordStore
 from hooked_lm.experiments.bench.tools import Tool, Tools, with_tools
 from hooked_lm.hypotheses import EffectTest, controlled_test, effect_test
+from hooked_lm.profiling import profile_call
 from hooked_lm.remote import RemoteModel
 from hooked_lm.tracing import Trace, load
 from hooked_lm.tracing.methods import Tracing
@@ -270,6 +271,29 @@ class Bench:
         anything = inspect.Parameter("settings", inspect.Parameter.VAR_KEYWORD)
         tested.__signature__ = inspect.Signature([anything])  # type: ignore[attr-defined]
         return functools.partial(self._recorded(tested, name, None, False), **settings)
+
+    def profile(self, function: Callable[Parameters, Returned], /) -> Callable[Parameters, Returned]:
+        """Return a function whose calls are profiled: `@bench.record` over `@bench.profile`.
+
+        The table of the operations that took most is kept with the record of the run around the call; without one, the
+        call is recorded itself. The profiler slows a call down. `profiling.profile` says more of a model's forward
+        pass: time and memory by layer and part, and what hooks cost.
+
+        Args:
+            function: the experiment.
+        """
+
+        @functools.wraps(function)
+        def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Returned:
+            scope = current_scope.get()
+            if scope is None:
+                return cast(Returned, self._recorded(call, None, None, False)(*args, **kwargs))
+            result, found = profile_call(lambda: function(*args, **kwargs))
+            scope.texts.append(found.table())
+            scope.figures["profile"] = found
+            return result
+
+        return call
 
     # Reading
 

@@ -12,9 +12,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from hooked_lm._support.peak_memory import PeakMemory, peak_memory
 from hooked_lm._support.plain_data import PlainData
@@ -37,6 +38,12 @@ Returned = TypeVar("Returned")
 _IN_INDEX = 6
 
 
+class HasFigure(Protocol):
+    """A result that draws itself."""
+
+    def figure(self) -> Figure: ...
+
+
 @dataclass
 class Scope:
     """What happens within the run that is being recorded.
@@ -46,12 +53,14 @@ class Scope:
         parts: the ids of records made within.
         notes: what a reader of the record should know.
         texts: texts to keep beside the result, such as a profile's table.
+        figures: what draws a figure to keep beside the result, by name.
     """
 
     tools: list[PlainData] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    figures: dict[str, HasFigure] = field(default_factory=dict)
 
 
 current_scope: ContextVar[Scope | None] = ContextVar("current_scope", default=None)
@@ -154,6 +163,8 @@ class Recording:
         values = {} if made.error is not None else {"result": made.result}
         if self.figures and callable(getattr(made.result, "figure", None)) and not made.error:
             values["figure"] = made.result.figure()  # type: ignore[attr-defined]
+        if find_spec("plotly") is not None:
+            values |= {name: one.figure() for name, one in made.scope.figures.items()}
         results = pack(values, "result.", self.known)
         if results.not_kept:
             warnings.warn(
