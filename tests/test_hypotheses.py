@@ -1,4 +1,4 @@
-"""Tests of hypotheses: p-values that are right under the null, effects that are found, words that follow the numbers."""
+"""Tests of hypotheses: p-values right under the null, effects that are found, words that follow the numbers."""
 
 from __future__ import annotations
 

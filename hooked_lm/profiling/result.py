@@ -210,9 +210,9 @@ class Profile:
         Raises:
             ValueError: `k` is below 1.
         """
-        low, high = self.spread
+        low, high = (1000 * one for one in self.spread)
         lines = [
-            f"{1000 * self.seconds:.2f} ms a run ({1000 * low:.2f} to {1000 * high:.2f} in {self.n_repeats} runs), at most "
+            f"{1000 * self.seconds:.2f} ms a run ({low:.2f} to {high:.2f} in {self.n_repeats} runs), at most "
             f"{self.peak_bytes / 2**20:.1f} MiB beyond the weights; {self.profiler_factor:.1f} times as long under the "
             "profiler",
         ]
