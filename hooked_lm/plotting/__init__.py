@@ -21,7 +21,7 @@ from hooked_lm.plotting.figure import Figure, HtmlFigure
 from hooked_lm.plotting.figures import ablation_bars, attention_pattern, composition_matrix, head_scores
 from hooked_lm.plotting.graph import composition_graph
 from hooked_lm.plotting.intervals import effect_intervals
-from hooked_lm.plotting.maps import lens_table, patching_grid
+from hooked_lm.plotting.maps import lens_table, patching_grid, site_map
 from hooked_lm.plotting.page import PageFigure, page_html, write_page
 from hooked_lm.plotting.tokens import coloured_tokens
 
@@ -44,6 +44,7 @@ __all__ = [
     "log_prob_curve",
     "page_html",
     "patching_grid",
+    "site_map",
     "stacked_bars",
     "training_curves",
     "write_page",
