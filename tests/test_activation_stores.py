@@ -257,7 +257,7 @@ def test_rows_are_read_by_number_slice_list_and_mask(
         _ = view[torch.zeros(3)]
     with pytest.raises(IndexError, match="a mask of shape"):
         _ = view[torch.tensor([True])]
-    with pytest.raises(KeyError, match="'hook_embed' is not stored: there are blocks.0"):
+    with pytest.raises(KeyError, match=r"'hook_embed' is not stored: there are blocks\.0"):
         _ = store["hook_embed"]
     assert repr(view).startswith("StoredActivations('blocks.0.attn.hook_z', (42, ")
 
@@ -347,11 +347,11 @@ def test_a_newer_format_and_a_folder_of_something_else_are_refused(model: Hooked
     (tmp_path / "new" / "manifest.json").write_text(json.dumps({**manifest, "activation_store": 2}))
     with pytest.raises(ValueError, match="has version 2 of its format"):
         ActivationStore.open(tmp_path / "new")
-    with pytest.raises(ValueError, match="manifest.json cannot be read: No such file"):
+    with pytest.raises(ValueError, match=r"manifest\.json cannot be read: No such file"):
         ActivationStore.open(tmp_path / "nowhere")
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "shard-00000.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="holds shards without a manifest.json"):
+    with pytest.raises(ValueError, match=r"holds shards without a manifest\.json"):
         stored(model, tmp_path / "odd")
 
 

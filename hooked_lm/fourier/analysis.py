@@ -279,8 +279,8 @@ def analyse_modular(
         raise ValueError("no frequency of the embedding is above chance: give the frequencies to look at")
     site = f"blocks.{layer}.mlp.hook_post"
     logits, neurons = [], []
-    for tokens in all_pairs(p, between, after).split(batch_size):
-        tokens = tokens.to(model.W_E.device)
+    for pairs_of_batch in all_pairs(p, between, after).split(batch_size):
+        tokens = pairs_of_batch.to(model.W_E.device)
         if model.cfg.attn_only:
             logits.append(model(tokens, return_type="logits")[:, -1, :p].double().cpu())
             continue
