@@ -8,11 +8,12 @@ Ferrando et al. 2022, "Measuring the Mixture of Contextual Information in the Tr
     proximity(t) = max(0, ||y||_1 - ||y - t||_1)        importance(t) = proximity(t) / sum of all proximities
 
 From the final state of one position downwards, edges whose importance is above a threshold are kept. One forward pass.
+Where large terms cancel each other, none of them may be close to the state: the routes end there (`cancelled`).
 
-What is a term: a value includes `b_V`, so that bias counts with the position it is read at. `b_O`, and the bias of a norm
-behind the heads or on the stream, depend on no position: together they are one term of the kind "bias". `b_out` counts
-with the MLP. A norm on what heads write, or on the stream itself (post-norm), is linear once its scale is held at what
-it was in the run: a term is what arrives in the stream behind it.
+What is a term: a value includes `b_V`, so that bias counts with the position it is read at. `b_O`, and the bias of a
+norm behind the heads or on the stream, depend on no position: together they are one term of the kind "bias". `b_out`
+counts with the MLP. A norm on what heads write, or on the stream itself (post-norm), is linear once its scale is held
+at what it was in the run: a term is what arrives in the stream behind it.
 """
 
 from __future__ import annotations
@@ -225,14 +226,12 @@ class _Sum:
     def importances(self) -> tuple[dict[EdgeKind, Float[Tensor, " query"]], Float[Tensor, "query head key"] | None]:
         """Return the importances of the terms; together they sum to 1 at each position."""
         size = self.state.abs().sum(-1)
-        whole = {
-            kind: (size - (self.state - term).abs().sum(-1)).clamp(min=0) for kind, term in self.whole.items()
-        }
+        whole = {kind: (size - (self.state - term).abs().sum(-1)).clamp(min=0) for kind, term in self.whole.items()}
         total = torch.stack(list(whole.values())).sum(0)
         heads = None if self.heads is None else self.heads.proximities(self.state)
         if heads is not None:
             total = total + heads.sum((1, 2))
-        # A state that no term is close to (the zero vector) has no edges.
+        # Terms that cancel each other may all be further from the state than nothing is: then it has no edges.
         total = total.where(total > 0, 1.0)
         shares = {kind: proximity / total for kind, proximity in whole.items()}
         return shares, None if heads is None else heads / total[:, None, None]
@@ -278,7 +277,8 @@ class _HeadTerms:
         """Return the sum of all terms."""
         z = einsum(self.coefficients, self.v, "query head key, head key d_head -> query head d_head")
         z = z if self.gate is None else z * self.gate
-        return einsum(z, self.W, "query head d_head, head d_head d_model -> query d_model")
+        total: Tensor = einsum(z, self.W, "query head d_head, head d_head d_model -> query d_model")
+        return total
 
     def size(self) -> Float[Tensor, " query"]:
         """Return how large the terms could be in all; rounding errors are relative to it."""
@@ -357,15 +357,18 @@ def _walked(
     """Go down from the final state, and keep the edges above the threshold."""
     flow = torch.zeros(len(tokens), dtype=torch.float64)
     flow[start], reached = 1.0, {start}
-    edges, off, bias_flow = list[RouteEdge](), 0.0, 0.0
+    edges, cancelled, off, bias_flow = list[RouteEdge](), list[RouteNode](), 0.0, 0.0
     for depth in tqdm(range(len(steps), 0, -1), disable=not verbose, desc="routes", leave=False):
         step = steps[depth - 1]
         queries = torch.tensor(sorted(reached), device=run.device)
         terms = _sum_after(run, step, queries)
         off = max(off, terms.off(run.eps, step.stream(step.after)))
+        shares, by_head = terms.importances()
+        nothing_near = torch.stack(list(shares.values())).sum(0) + (0 if by_head is None else by_head.sum((1, 2))) == 0
+        cancelled += [_node(step, depth, int(pos)) for pos in queries[nothing_near]]
         below = torch.zeros_like(flow)
         reached = set[int]()
-        for edge in _edges(step, depth, steps, queries.tolist(), terms, threshold, flow):
+        for edge in _edges(steps, depth, queries.tolist(), shares, by_head, threshold, flow):
             edges.append(edge)
             if edge.source is None:
                 bias_flow += edge.flow
@@ -384,29 +387,41 @@ def _walked(
         edges=tuple(edges),
         inputs=flow,
         bias_flow=bias_flow,
+        cancelled=tuple(cancelled),
         n_layers=model.cfg.n_layers,
         n_heads=model.cfg.n_heads,
         off=off,
     )
 
 
+def _node(step: _Step, depth: int, pos: int) -> RouteNode:
+    return RouteNode(depth, f"{step.layer}_{step.after}", pos)
+
+
 def _edges(
-    step: _Step, depth: int, steps: list[_Step], queries: list[int], terms: _Sum, threshold: float, flow: Tensor
+    steps: list[_Step],
+    depth: int,
+    queries: list[int],
+    shares: dict[EdgeKind, Float[Tensor, " query"]],
+    by_head: Float[Tensor, "query head key"] | None,
+    threshold: float,
+    flow: Float[Tensor, " pos"],
 ) -> Iterator[RouteEdge]:
     """Yield the edges above the threshold into the states after a step, a state at a time, the strongest first."""
-    below = "0_pre" if depth == 1 else f"{steps[depth - 2].layer}_{steps[depth - 2].after}"
-    shares, heads = terms.importances()
+    step = steps[depth - 1]
     for row, pos in enumerate(queries):
-        into, arriving = RouteNode(depth, f"{step.layer}_{step.after}", pos), float(flow[pos])
-        found = list[RouteEdge]()
-        for kind, share in shares.items():
-            value = float(share[row])
-            source = None if kind == "bias" else RouteNode(depth - 1, below, pos)
-            found.append(RouteEdge(kind, step.layer, None, source, into, value, arriving * value))
-        kept = [] if heads is None else (heads[row] > threshold).nonzero().tolist()
-        for head, key in kept:
-            assert heads is not None
-            value = float(heads[row, head, key])
-            source = RouteNode(depth - 1, below, key)
-            found.append(RouteEdge("head", step.layer, head, source, into, value, arriving * value))
-        yield from sorted((one for one in found if one.importance > threshold), key=lambda one: -one.importance)
+        into, arriving = _node(step, depth, pos), float(flow[pos])
+        found: list[tuple[float, EdgeKind, int | None, int | None]] = [
+            (float(share[row]), kind, None, None if kind == "bias" else pos) for kind, share in shares.items()
+        ]
+        if by_head is not None:
+            kept = (by_head[row] > threshold).nonzero().tolist()
+            found += [(float(by_head[row, head, key]), "head", head, key) for head, key in kept]
+        for value, kind, head, key in sorted(found, key=lambda one: -one[0]):
+            if value > threshold:
+                source = None if key is None else _below(steps, depth, key)
+                yield RouteEdge(kind, step.layer, head, source, into, value, arriving * value)
+
+
+def _below(steps: list[_Step], depth: int, pos: int) -> RouteNode:
+    return RouteNode(0, "0_pre", pos) if depth == 1 else _node(steps[depth - 2], depth - 1, pos)

@@ -80,6 +80,8 @@ class InformationRoutes:
         edges: from the final state downwards.
         inputs: the flow that arrives at the embeddings of each position, [pos].
         bias_flow: the flow that ends in biases.
+        cancelled: states on the routes whose terms cancel each other, so that none is closer to the state than nothing
+            is: they have no importances, and routes end there.
         n_layers, n_heads: of the model.
         off: the largest error of a state's entry as a sum of the terms, over all states that were taken apart.
     """
@@ -91,6 +93,7 @@ class InformationRoutes:
     edges: tuple[RouteEdge, ...]
     inputs: Float[Tensor, " pos"]
     bias_flow: float
+    cancelled: tuple[RouteNode, ...]
     n_layers: int
     n_heads: int
     off: float
@@ -103,7 +106,7 @@ class InformationRoutes:
 
     @property
     def lost(self) -> float:
-        """The share of the flow that was left out with edges at or below the threshold."""
+        """The share of the flow that was left out: with edges at or below the threshold, and at `cancelled` states."""
         return 1.0 - float(self.inputs.sum()) - self.bias_flow
 
     def of_kind(self, kind: EdgeKind | None) -> list[RouteEdge]:
@@ -194,6 +197,8 @@ class InformationRoutes:
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         count = f"{len(shown)} of {len(self.of_kind(kind))} {kind or ''} edges".replace("  ", " ")
         head = f"{count} above {self.threshold:g} into {self.start.state} at position {self.start.pos}"
+        if self.cancelled:
+            head += f"; routes end at {len(self.cancelled)} states whose terms cancel each other"
         return "\n".join([head, *("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)])
 
     def __str__(self) -> str:

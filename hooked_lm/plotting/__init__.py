@@ -21,6 +21,7 @@ from hooked_lm.plotting.figures import ablation_bars, attention_pattern, composi
 from hooked_lm.plotting.graph import composition_graph
 from hooked_lm.plotting.maps import lens_table, patching_grid
 from hooked_lm.plotting.page import PageFigure, page_html, write_page
+from hooked_lm.plotting.routes import route_graph
 from hooked_lm.plotting.tokens import coloured_tokens
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "log_prob_curve",
     "page_html",
     "patching_grid",
+    "route_graph",
     "training_curves",
     "write_page",
 ]
