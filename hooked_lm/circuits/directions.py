@@ -60,8 +60,8 @@ Row = dict[str, str | int | float]
 
 # Random directions for each head, by default: so many that the smallest adjusted p-value is about 0.01.
 _DRAWS_PER_HEAD, _LEAST_DRAWS = 100, 1000
-# Numbers that are formed at a time: 64 MB in float32.
-_NUMBERS_AT_A_TIME = 2**24
+# Random directions that go through a layer's heads at a time.
+_DRAWS_AT_A_TIME = 1024
 # A direction is one if this share of its length is left without the mean.
 _LEAST_LENGTH = 1e-5
 
@@ -336,21 +336,21 @@ class _RandomDirections:
     n_draws: int
     seed: int
 
-    def blocks(self, width: int) -> Iterator[Float[Tensor, "draw rank"]]:
-        """Yield `g` in blocks, for products of so many columns."""
+    def blocks(self) -> Iterator[Float[Tensor, "draw rank"]]:
+        """Yield `g`, a block of draws at a time."""
         generator = torch.Generator().manual_seed(self.seed)
-        # Blocks of one size whatever the width: a generator gives other numbers in blocks of other sizes.
-        size = max(1, _NUMBERS_AT_A_TIME // (4 * max(width, *self.root.shape)))
-        left = torch.randn(self.n_draws, len(self.root), generator=generator, dtype=torch.float32)
-        for part in left.split(size):
-            yield part.to(self.root)
+        for start in range(0, self.n_draws, _DRAWS_AT_A_TIME):
+            n = min(_DRAWS_AT_A_TIME, self.n_draws - start)
+            yield torch.randn(n, len(self.root), generator=generator).to(self.root)
 
 
 def _random_directions(
     model: HookedModel, chance: Chance, n_draws: int | None, seed: int, centred: bool
 ) -> _RandomDirections:
     d_model, home = model.cfg.d_model, model.embed.W_E.device
-    n_draws = max(_LEAST_DRAWS, _DRAWS_PER_HEAD * model.cfg.n_layers * model.cfg.n_heads) if n_draws is None else n_draws
+    n_draws = (
+        max(_LEAST_DRAWS, _DRAWS_PER_HEAD * model.cfg.n_layers * model.cfg.n_heads) if n_draws is None else n_draws
+    )
     if integer(n_draws, "n_draws") < 2:
         raise ValueError(f"n_draws is 2 or more, got {n_draws}")
     if isinstance(chance, str) and chance == "isotropic":
@@ -400,7 +400,7 @@ def _compared(
     names, vectors = _named_directions(model, direction, of_tokens)
     vectors = _checked(vectors, names, centred)
     drawn = _random_directions(model, chance, n_draws, seed, centred)
-    lengths = torch.cat([(g @ drawn.root).norm(dim=-1) for g in drawn.blocks(model.cfg.d_model)])
+    lengths = torch.cat([(g @ drawn.root).norm(dim=-1) for g in drawn.blocks()])
     found = list[tuple[Tensor, ...]]()
     for layer in tqdm(range(model.cfg.n_layers), disable=not verbose, desc="heads", leave=False):
         M = matrices(model, layer)
@@ -409,16 +409,13 @@ def _compared(
         size = M.square().sum((1, 2)).sqrt()
         size = size.where(size > 0, 1.0)
         scores = _lengths_through(M, vectors) / size
-        width = M.shape[0] * M.shape[1]
         rooted = einsum(M, drawn.root, "head width d_model, rank d_model -> head width rank")
-        by_chance = torch.cat([_lengths_through(rooted, g) for g in drawn.blocks(width)]) / (lengths[:, None] * size)
+        by_chance = torch.cat([_lengths_through(rooted, g) for g in drawn.blocks()]) / (lengths[:, None] * size)
         found.append((scores, *_held_to(scores, by_chance)))
     # [direction layer head]; the mean of chance has no axis of directions.
     scores, expected, z, percentile, p = (torch.stack(one, -2) for one in zip(*found, strict=True))
     adjusted = holm_adjusted(p.flatten(1)).reshape(p.shape)
-    return HeadDirections(
-        kind, names, scores, expected, z, percentile, p, adjusted, drawn.description, drawn.n_draws
-    )
+    return HeadDirections(kind, names, scores, expected, z, percentile, p, adjusted, drawn.description, drawn.n_draws)
 
 
 def _checked(vectors: Tensor, names: Sequence[str], centred: bool) -> Float[Tensor, "direction d_model"]:
