@@ -23,6 +23,7 @@ from hooked_lm.plotting.graph import composition_graph
 from hooked_lm.plotting.intervals import effect_intervals
 from hooked_lm.plotting.maps import lens_table, patching_grid, site_map
 from hooked_lm.plotting.page import PageFigure, page_html, write_page
+from hooked_lm.plotting.routes import route_graph
 from hooked_lm.plotting.tokens import coloured_tokens
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "log_prob_curve",
     "page_html",
     "patching_grid",
+    "route_graph",
     "site_map",
     "stacked_bars",
     "training_curves",
