@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_lm._support.integers import integer
+from hooked_lm._support.precision import at_least_single
 from hooked_lm.circuits.last_token import chosen_layers
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.losses import lm_cross_entropy_loss
@@ -172,7 +173,8 @@ def _check_loss(model: HookedModel) -> None:
 
 def _loss(tokens: Tensor, mask: Tensor) -> Callable[[Tensor], Tensor]:
     def loss(logits: Tensor) -> Tensor:
-        return lm_cross_entropy_loss(logits, tokens.to(logits.device), mask.to(logits.device))
+        # In half precision a loss of 3 has steps of 1/64.
+        return lm_cross_entropy_loss(at_least_single(logits), tokens.to(logits.device), mask.to(logits.device))
 
     return loss
 
