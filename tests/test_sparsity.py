@@ -161,6 +161,7 @@ def test_hoyer_and_gini_of_known_vectors() -> None:
     pairs = [abs(abs(x) - abs(y)) for x, y in itertools.product(some.tolist(), repeat=2)]
     assert float(gini(some)) == pytest.approx(sum(pairs) / len(pairs) / 2 / 2.5)
     assert torch.equal(hoyer(some), hoyer(some * -7))
+    assert float(gini(some.clone().requires_grad_())) == float(gini(some))
     assert hoyer(torch.full((4,), 1e30)).item() == pytest.approx(0, abs=1e-6)
     for measure in (hoyer, gini):
         assert math.isnan(measure(torch.zeros(3)))
@@ -423,6 +424,7 @@ def test_results_as_rows_text_and_figures() -> None:
         ({"order": [3]}, ValueError, "pairs"),
         ({"value": "median"}, ValueError, "value is 'zero'"),
         ({"n_random": 1}, ValueError, "n_random"),
+        ({"confidence": 1.0}, ValueError, "confidence"),
         ({"steps": 0}, ValueError, "steps is 1 or more"),
         ({"steps": [99]}, ValueError, "steps are numbers of units"),
         ({"steps": []}, ValueError, "steps are numbers of units"),
