@@ -1,4 +1,4 @@
-"""Circuits, read from weights and activations: heads, composition, full circuits, attribution, routes, function vectors.
+"""Circuits, from weights and activations: heads, composition, full circuits, attribution, routes, function vectors.
 
 `logit_lens` is the module, as it always was: its function is `hooked_lm.circuits.logit_lens.logit_lens`.
 """

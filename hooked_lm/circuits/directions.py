@@ -423,7 +423,7 @@ def _compared(
 def _checked(vectors: Tensor, names: Sequence[str], centred: bool) -> Float[Tensor, "direction d_model"]:
     """Return directions of length 1, less their mean where that is not read."""
     left = _less_mean(vectors, centred)
-    length = torch.linalg.vector_norm(left, dim=-1)
+    length: Tensor = torch.linalg.vector_norm(left, dim=-1)
     there = length > _LEAST_LENGTH * vectors.norm(dim=-1)
     for index in (~there).nonzero().flatten().tolist():
         raise ValueError(
@@ -437,7 +437,8 @@ def _lengths_through(
     M: Float[Tensor, "head width d_model"], rows: Float[Tensor, "row d_model"]
 ) -> Float[Tensor, "row head"]:
     """Return the length of each row times each head's matrix."""
-    return torch.linalg.vector_norm((rows @ M.flatten(0, 1).mT).unflatten(-1, M.shape[:2]), dim=-1)
+    lengths: Tensor = torch.linalg.vector_norm((rows @ M.flatten(0, 1).mT).unflatten(-1, M.shape[:2]), dim=-1)
+    return lengths
 
 
 def _held_to(
