@@ -7,8 +7,8 @@ for keys and values. So a share is the composition score (Elhage et al. 2021, "A
 Circuits") of a head with a reader or a writer of this one direction.
 
 Some directions have large shares in many heads, such as those in which all embeddings vary most. So the share of a
-direction is held to those of random directions with the covariance of all of its kind, `N(0, C)`: the p-value of a head
-is `(1 + n of draws with at least its share) / (1 + n of draws)`, and is adjusted for the number of heads (Holm 1979). It
+direction is held to those of random directions with the covariance of all of its kind, `N(0, C)`. The p-value of a head
+is `(1 + n of draws with at least its share) / (1 + n of draws)`, adjusted for the number of heads (Holm 1979). It
 answers whether a head prefers the direction to others of its kind, not whether it does so in a run.
 
 The gain of a norm belongs to what reads through it: it is in `W_Q`, `W_K` and `W_V`, and in the direction that a
@@ -265,7 +265,8 @@ def reading_heads(
 def _written(model: HookedModel, layer: int) -> Float[Tensor, "head width d_model"]:
     """Matrices that are as long along every direction as `W_OV` is: `||M d|| = ||W_OV d||`."""
     OV = folded_ov(model, layer)
-    return torch.linalg.qr(OV.A).R @ OV.B
+    R: Tensor = torch.linalg.qr(OV.A).R
+    return R @ OV.B
 
 
 def _read(model: HookedModel, layer: int, through: Through) -> Float[Tensor, "head width d_model"]:
@@ -372,7 +373,8 @@ def _random_directions(
     variances, axes = torch.linalg.eigh(rows.mT @ rows / len(rows))
     if not float(variances[-1]) > 0:
         raise ValueError(f"{words} do not vary: there are no random directions like them")
-    return _RandomDirections(variances.clamp(min=0).sqrt()[:, None] * axes.mT, words, n_draws, seed)
+    # The symmetric root: eigenvectors have no sign of their own, and the draws would depend on the one they came with.
+    return _RandomDirections((axes * variances.clamp(min=0).sqrt()) @ axes.mT, words, n_draws, seed)
 
 
 def _less_mean(rows: Float[Tensor, "row d_model"], centred: bool) -> Float[Tensor, "row d_model"]:
@@ -421,7 +423,7 @@ def _compared(
 def _checked(vectors: Tensor, names: Sequence[str], centred: bool) -> Float[Tensor, "direction d_model"]:
     """Return directions of length 1, less their mean where that is not read."""
     left = _less_mean(vectors, centred)
-    length = left.norm(dim=-1)
+    length: Tensor = torch.linalg.vector_norm(left, dim=-1)
     there = length > _LEAST_LENGTH * vectors.norm(dim=-1)
     for index in (~there).nonzero().flatten().tolist():
         raise ValueError(
@@ -435,7 +437,8 @@ def _lengths_through(
     M: Float[Tensor, "head width d_model"], rows: Float[Tensor, "row d_model"]
 ) -> Float[Tensor, "row head"]:
     """Return the length of each row times each head's matrix."""
-    return (rows @ M.flatten(0, 1).mT).unflatten(-1, M.shape[:2]).norm(dim=-1)
+    lengths: Tensor = torch.linalg.vector_norm((rows @ M.flatten(0, 1).mT).unflatten(-1, M.shape[:2]), dim=-1)
+    return lengths
 
 
 def _held_to(

@@ -282,7 +282,7 @@ class _HeadTerms:
 
     def size(self) -> Float[Tensor, " query"]:
         """Return how large the terms could be in all; rounding errors are relative to it."""
-        widths = self.v.norm(dim=-1) * self.W.norm(dim=(1, 2))[:, None]
+        widths: Tensor = torch.linalg.vector_norm(self.v, dim=-1) * torch.linalg.matrix_norm(self.W)[:, None]
         return (self.coefficients.abs() * widths).sum((1, 2))
 
     def proximities(self, state: Float[Tensor, "query d_model"]) -> Float[Tensor, "query head key"]:
