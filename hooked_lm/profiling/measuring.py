@@ -6,7 +6,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch.profiler import ProfilerActivity
@@ -37,7 +37,7 @@ def profile(
     names_filter: NamesFilter | None = None,
     n_repeats: int = 7,
     verbose: bool = True,
-    **options: Any,
+    **options: Any,  # of the model's forward pass, each of its own type
 ) -> Profile:
     """Return where a forward pass spends its time and memory, and what hooks, interventions and a cache cost.
 
@@ -145,10 +145,27 @@ def _costs(seconds: dict[str, list[float]]) -> Iterable[HookCost]:
         yield HookCost(name, statistics.median(more), (min(more), max(more)), statistics.median(seconds[_PLAIN]))
 
 
-# Events of torch's profiler. Any: its events have no types.
+# Events of torch's profiler
 
 
-def _events(run: Callable[[], object], gradients: bool = False) -> tuple[list[Any], float]:
+class _Event(Protocol):
+    """What is read of an event of torch's profiler, which has no types of its own."""
+
+    name: str
+    self_cpu_time_total: float
+    self_cpu_memory_usage: int
+    input_shapes: list[list[int]] | None
+    cpu_parent: _Event | None
+
+    @property
+    def time_range(self) -> _Range: ...
+
+
+class _Range(Protocol):
+    start: float
+
+
+def _events(run: Callable[[], object], gradients: bool = False) -> tuple[list[_Event], float]:
     """The events of a run, and the seconds that it took under the profiler."""
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
@@ -161,27 +178,26 @@ def _events(run: Callable[[], object], gradients: bool = False) -> tuple[list[An
         run()
         _wait()
         seconds = time.perf_counter() - begun
-    return list(record.events()), seconds
+    return cast("list[_Event]", list(record.events())), seconds
 
 
-def _time_of(event: Any) -> float:
+def _time_of(event: _Event) -> float:
     """The seconds of an operation itself, on the accelerator where it ran there."""
     on_device: float = getattr(event, "self_device_time_total", 0)
-    own: float = event.self_cpu_time_total
-    return max(own, on_device) * 1e-6
+    return max(event.self_cpu_time_total, on_device) * 1e-6
 
 
-def _place_of(event: Any) -> str:
+def _place_of(event: _Event) -> str:
     """The innermost part or hook that an operation was called in."""
-    while event is not None:
-        if event.name.startswith((PART, HOOK)):
-            name: str = event.name
-            return name
-        event = event.cpu_parent
+    at: _Event | None = event
+    while at is not None:
+        if at.name.startswith((PART, HOOK)):
+            return at.name
+        at = at.cpu_parent
     return PART + _REST
 
 
-def _parts(events: Iterable[Any]) -> list[PartCost]:
+def _parts(events: Iterable[_Event]) -> list[PartCost]:
     times: dict[str, float] = defaultdict(float)
     allocated: dict[str, int] = defaultdict(int)
     for event in events:
@@ -205,7 +221,7 @@ def _parts(events: Iterable[Any]) -> list[PartCost]:
     return found
 
 
-def _operations(events: Iterable[Any]) -> list[Operation]:
+def _operations(events: Iterable[_Event]) -> list[Operation]:
     times: dict[tuple[str, str], float] = defaultdict(float)
     calls: dict[tuple[str, str], int] = defaultdict(int)
     for event in events:
@@ -219,7 +235,7 @@ def _operations(events: Iterable[Any]) -> list[Operation]:
     return [Operation(name, shapes, calls[name, shapes], times[name, shapes] / total) for name, shapes in ordered]
 
 
-def _peak(events: Iterable[Any]) -> int:
+def _peak(events: Iterable[_Event]) -> int:
     """The most that was allocated beyond what there was at the beginning, between operations."""
     held = most = 0
     for event in sorted(events, key=lambda event: event.time_range.start):

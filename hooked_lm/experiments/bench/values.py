@@ -106,9 +106,9 @@ class _Packing:
 
         if isinstance(value, list):
             return {"list": [inner(one, index) for index, one in enumerate(value)]}
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            fields = {name: inner(getattr(value, name), name) for name in value._fields}
-            return {"fields": fields, "class": _class(value)}
+        named = vars(type(value)).get("_fields") if isinstance(value, tuple) else None
+        if named is not None:
+            return {"fields": {name: inner(getattr(value, name), name) for name in named}, "class": _class(value)}
         if isinstance(value, torch.Size):
             return {"tuple": list(value)}
         if isinstance(value, tuple):
