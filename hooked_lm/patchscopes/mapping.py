@@ -153,9 +153,9 @@ def fit_affine_maps(
 ) -> AffineMaps:
     """Fit maps from each source layer's states to each target layer's states of the same tokens, by least squares.
 
-    Source: Din et al. 2023, "Jump to Conclusions: Short-Cutting Transformers With Linear Transformations"; as mapping of
-    a patchscope Ghandeharioun et al. 2024. All tokens of a prompt are on one side of the division, and so are equal
-    prompts. Hooks and interventions that are in place act.
+    Source: Din et al. 2023, "Jump to Conclusions: Short-Cutting Transformers With Linear Transformations"; as the
+    mapping of a patchscope Ghandeharioun et al. 2024. All tokens of a prompt are on one side of the division, and so
+    are equal prompts. Hooks and interventions that are in place act.
 
     Args:
         model: a `HookedTransformer`.
@@ -186,7 +186,7 @@ def fit_affine_maps(
     tokens = TokensAt.of(
         model, prompts, _all_but_first(model, prompts, attention_mask) if pos is None else pos, attention_mask
     )
-    groups = numbered([str(one) for one in tokens.same_prompt], len(tokens.prompts), "prompts")[tokens.rows]
+    groups = numbered(tokens.same_prompt, len(tokens), "prompts")
     held_out = hold_out(groups, test_share, torch.Generator().manual_seed(seed))
     read = tuple(dict.fromkeys((*sources, *targets)))
     states = activations_at(model, tokens, site, read, batch_size=batch_size, device=device, verbose=verbose)

@@ -178,7 +178,6 @@ def compare_lenses(
     tokens = TokensAt.of(model, prompts, pos, attention_mask)
     read = tuple(dict.fromkeys((*chosen, last)))
     home = model.embed.W_E.device
-    settings = {"batch_size": batch_size, "verbose": verbose}
     states = activations_at(model, tokens, "resid_post", read, device=home, batch_size=batch_size, verbose=verbose)
     at = {layer: states[row] for row, layer in enumerate(read)}
     answers = torch.cat([read_out(model, part).argmax(-1) for part in at[last].split(batch_size)]).cpu()
@@ -191,7 +190,8 @@ def compare_lenses(
         answers=answers,
         top_k=1,
         attention_mask=attention_mask,
-        **settings,
+        batch_size=batch_size,
+        verbose=verbose,
     )
     assert found.answer_ranks is not None
     assert found.answer_log_probs is not None
@@ -217,8 +217,8 @@ def _check_maps(maps: AffineMaps | None, layers: tuple[int, ...], last: int) -> 
     missing = sorted(set(layers) - set(maps.source_layers))
     if maps.site != "resid_post" or missing or last not in maps.target_layers:
         raise ValueError(
-            f"maps go from 'resid_post' of layers {', '.join(map(str, layers))} to that of layer {last}; these are of "
-            f"{maps.site!r}, from {', '.join(map(str, maps.source_layers))} to {', '.join(map(str, maps.target_layers))}"
+            f"maps go from 'resid_post' of layers {list(layers)} to that of layer {last}; these are of {maps.site!r}, "
+            f"from {list(maps.source_layers)} to {list(maps.target_layers)}"
         )
 
 

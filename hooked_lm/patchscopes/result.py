@@ -90,7 +90,7 @@ class Patchscope:
         """How many source prompts there are."""
         return len(self.source_tokens)
 
-    def grid(self, values: Shaped[Tensor, "cell *rest"]) -> Shaped[Tensor, "source target *rest"]:
+    def grid(self, values: Shaped[Tensor, " cell *rest"]) -> Shaped[Tensor, " source target *rest"]:
         """Return values of cells with an axis for either layer.
 
         Args:
@@ -101,7 +101,7 @@ class Patchscope:
         """
         if not self.is_grid:
             raise ValueError("each source layer has one target layer here: give target_layers for a grid")
-        return values.unflatten(0, (len(self.source_layers), len(self.target_layers)))
+        return torch.unflatten(values, 0, (len(self.source_layers), len(self.target_layers)))
 
     @property
     def precision(self) -> Float[Tensor, " cell"]:

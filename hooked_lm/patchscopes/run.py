@@ -140,8 +140,8 @@ def _mapped(
     mapped = mapping(states, source, target)
     if not isinstance(mapped, Tensor) or mapped.shape != states.shape or not bool(mapped.isfinite().all()):
         raise ValueError(
-            f"a mapping returns finite states of shape {tuple(states.shape)}, as it got; from layer {source} to {target} "
-            f"it returned {tuple(mapped.shape) if isinstance(mapped, Tensor) else mapped!r}"
+            f"a mapping returns finite states of the shape that it got, {tuple(states.shape)}; from layer {source} to "
+            f"{target} it returned {tuple(mapped.shape) if isinstance(mapped, Tensor) else mapped!r}"
         )
     return mapped.to(states)
 
@@ -199,9 +199,9 @@ class _Scope:
         tokens = self.target.tokens.expand(len(states), -1)
         patches = [self._patch(states, layers, layer) for layer in layers.unique().tolist()]
         # An explicit mask, so that a token that is also used for padding is read as a token.
-        options: dict[str, Tensor] = {"attention_mask": torch.ones_like(tokens)}
+        mask = torch.ones_like(tokens)
         if self.max_new_tokens == 0:
-            logits = self.model.run(tokens, interventions=patches, logits_to_keep=1, **options)
+            logits = self.model.run(tokens, interventions=patches, logits_to_keep=1, attention_mask=mask)
             return cast(Tensor, logits)[:, -1], tokens[:, :0]
         made = cast(TextGeneration, self.model).generate(
             tokens,
@@ -211,7 +211,7 @@ class _Scope:
             output_logits=True,
             stop_at_eos=self.model.tokenizer is not None,
             verbose=False,
-            **options,
+            attention_mask=mask,
         )
         sequences, steps = cast("tuple[Tensor, tuple[Tensor, ...]]", made)
         return steps[0], sequences[:, tokens.shape[1] :]
@@ -219,11 +219,13 @@ class _Scope:
     def _patch(self, states: Tensor, layers: Tensor, layer: int) -> Intervention:
         rows = (layers == layer).nonzero().flatten()
         value = states[rows.to(states.device)]
-        return Intervention(get_act_name(self.site, layer), "replace", value, pos=self.target.pos, batch=rows.tolist())
+        return Intervention(
+            get_act_name(self.site, layer), "replace", value, pos=self.target.pos, batch=tuple(rows.tolist())
+        )
 
 
 def _joined(parts: Sequence[Int[Tensor, "_ _"]]) -> Int[Tensor, "state new"]:
-    """Continuations of several batches, some of which may have ended early: the last token, which ends all, repeated."""
+    """Continuations of several batches; where a batch ended early, its last tokens, which end texts, are repeated."""
     longest = max(part.shape[1] for part in parts)
     return torch.cat(
         [torch.cat((part, part[:, -1:].expand(-1, longest - part.shape[1])), 1) if longest else part for part in parts]
