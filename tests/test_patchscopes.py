@@ -247,6 +247,11 @@ def test_what_cannot_be_read_raises(model: HookedTransformer, settings: dict[str
         patchscope(model, SOURCE, target, verbose=False, **settings)  # type: ignore[arg-type]
 
 
+def test_a_bidirectional_model_has_no_next_token() -> None:
+    with pytest.raises(ValueError, match="this model's attention is bidirectional"):
+        patchscope(tiny_model(attention_dir="bidirectional"), SOURCE, TARGET, verbose=False)
+
+
 def test_readings_that_are_not_there_raise(model: HookedTransformer) -> None:
     found = patchscope(model, SOURCE, TARGET, source_layers=[1], verbose=False)
     for call in (lambda: found.table(3), lambda: found.figure(3), lambda: found.top(1, prompt=3)):

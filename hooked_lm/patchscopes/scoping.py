@@ -109,6 +109,8 @@ def patchscope(
         raise ValueError(
             f"k and batch_size are 1 or more, max_new_tokens 0 or more: {k}, {batch_size}, {max_new_tokens}"
         )
+    if model.cfg.attention_dir != "causal":
+        raise ValueError("a patchscope reads the next token, and this model's attention is bidirectional")
     into = _target_tokens(model, target, target_pos)
     tokens = TokensAt.of(model, source, source_pos)
     if len(tokens) != len(tokens.prompts):
