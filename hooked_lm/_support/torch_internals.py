@@ -17,6 +17,7 @@ from torch.nn.modules import module as _module
 __all__ = [
     "ONEDNN_LINEAR",
     "has_global_module_hooks",
+    "has_gradient_hooks",
     "has_module_hooks",
     "memory_reference",
     "only_plain_operations",
@@ -45,6 +46,14 @@ def has_any_module_hooks(module: nn.Module) -> bool:
     try:
         backward = module._backward_hooks or module._backward_pre_hooks
         return bool(backward or module._forward_hooks or module._forward_pre_hooks)
+    except AttributeError:
+        return True
+
+
+def has_gradient_hooks(tensor: Tensor) -> bool:
+    """Return whether functions are registered that act on a tensor's gradient; True where torch does not say."""
+    try:
+        return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
     except AttributeError:
         return True
 
