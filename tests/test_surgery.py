@@ -296,6 +296,10 @@ def own_scale(model: HookedTransformer) -> None:
     model.blocks[2].attn.scale = 3.0
 
 
+def own_embedding_scale(model: HookedTransformer) -> None:
+    model.embed.scale = 3.0
+
+
 def own_hook_point(model: HookedTransformer) -> None:
     model.blocks[2].hook_mine = HookPoint("batch pos d_model")
 
@@ -322,6 +326,7 @@ def own_block_forward(model: HookedTransformer) -> None:
         (torch_hook, "hooks of torch's"),
         (gradient_hook, r"hooks on the gradient of blocks\.2\.attn\.W_O"),
         (own_scale, r"blocks\.2\.attn\.scale is 3\.0"),
+        (own_embedding_scale, r"embed\.scale is 3\.0"),
         (own_hook_point, r"blocks\.2\.hook_mine|blocks\.2 has a hook_mine"),
         (other_norm, r"blocks\.2\.ln1\.centred is False"),
         (own_note, r"blocks\.2\.mlp\.note is 'mine'"),
@@ -333,6 +338,13 @@ def test_what_is_no_weight_raises_rather_than_be_lost(change: Any, named: str) -
     change(model)
     with pytest.raises(ValueError, match=named):
         model.with_layers([0, 2, 3])
+
+
+def test_a_part_of_a_model_that_is_shared_out_raises() -> None:
+    model = deep()
+    model.ranks = object()
+    with pytest.raises(ValueError, match="this process has a part of the model's weights"):
+        model.with_layers([0])
 
 
 def test_components_of_layers_that_are_left_out_do_not_matter() -> None:

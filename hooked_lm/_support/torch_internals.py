@@ -51,11 +51,8 @@ def has_any_module_hooks(module: nn.Module) -> bool:
 
 
 def has_gradient_hooks(tensor: Tensor) -> bool:
-    """Return whether functions are registered that act on a tensor's gradient; True where torch does not say."""
-    try:
-        return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
-    except AttributeError:
-        return True
+    """Return whether functions are registered that act on a tensor's gradient; False where torch does not say."""
+    return any(bool(getattr(tensor, name, ())) for name in ("_backward_hooks", "_post_accumulate_grad_hooks"))
 
 
 def has_module_hooks(module: nn.Module) -> bool:

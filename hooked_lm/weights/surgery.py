@@ -10,7 +10,7 @@ from torch import nn
 
 from hooked_lm._support.integers import entries_of, integer
 from hooked_lm._support.torch_internals import has_any_module_hooks, has_gradient_hooks
-from hooked_lm.components import Norm
+from hooked_lm.components import Attention, Norm
 from hooked_lm.components.stock import not_stock
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint
@@ -187,13 +187,10 @@ def _differences(name: str, old: nn.Module, new: nn.Module) -> list[str]:
         if other is None or not same_kind:
             found.append(f"{place} is a {type(module).__name__}, which the config does not ask for")
             continue
-        # A divisor of scores by layer is in W_Q instead.
-        skipped = (
-            {*_BY_PLACE, "scale"}
-            if "layer_id" in vars(module) and module.cfg.scale_attn_by_inverse_layer_idx
-            else _BY_PLACE
-        )
-        own = {key: value for key, value in vars(module).items() if key not in skipped}
+        own = {key: value for key, value in vars(module).items() if key not in _BY_PLACE}
+        if isinstance(module, Attention) and own["scale"] == module.cfg.score_scale(module.layer_id):
+            # Where scores are divided by the number of the layer, the new place has another divisor.
+            del own["scale"]
         found += [f"{place}.{key} is {value!r}" for key, value in own.items() if _changed(key, value, vars(other))]
     return found
 
