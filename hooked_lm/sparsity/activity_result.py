@@ -152,7 +152,8 @@ class UnitActivity:
         from hooked_lm.plotting import layer_curves
 
         last = len(self.layers) - 1
-        drawn = layers or [self.layers[row] for row in sorted({round(part * last / 4) for part in range(5)})]
+        some = [self.layers[row] for row in sorted({round(part * last / 4) for part in range(5)})]
+        drawn = some if layers is None else [integer(layer, "a layer") for layer in layers]
         missing = [layer for layer in drawn if layer not in self.layers]
         if missing:
             raise ValueError(f"layer {missing[0]} was not read: there are {', '.join(map(str, self.layers))}")
