@@ -96,6 +96,7 @@ def test_planted_dead_and_rare_units_are_found() -> None:
     assert [one[:2] for one in found.top(len(found.dead_units), least=True)] == list(found.dead_units)
     assert found.top(1)[0].rate == found.rate.max()
     assert found.rate_bound() == rate_bound(16)
+    assert f"below {found.rate_bound(all_units=True):.2g}, of all of them at 95%" in found.table()
     assert f"{len([one for one in found.dead_units if one[0] == 1])}" in found.table().splitlines()[3]
     # Without the dead units the model computes the same.
     curve = ablation_curve(model, torch.tensor([ROWS[3]]), order=found.dead_units, steps=1, n_random=0, verbose=False)
@@ -194,6 +195,22 @@ def test_the_bound_of_a_rate_is_the_rule_of_three() -> None:
     for n_tokens, confidence, named in ((0, 0.95, "n_tokens"), (5, 1.0, "confidence"), (5, 0.0, "confidence")):
         with pytest.raises(ValueError, match=named):
             rate_bound(n_tokens, confidence)
+
+
+def test_the_bound_of_dead_units_holds_for_all_of_them_however_they_were_found() -> None:
+    activity = unit_activity(relu_model(), ROWS * 20, verbose=False)
+    n_tokens, n_units, draws = activity.n_tokens, activity.rate.numel(), 4000
+    one, every = activity.rate_bound(), activity.rate_bound(all_units=True)
+    assert one == rate_bound(320)
+    silent = torch.zeros(2)
+    for index, rate in enumerate((one, every)):
+        # How often some unit of so many, each active on this share of tokens, is dead all the same.
+        dead = torch.rand(draws, n_units, dtype=torch.float64) < (1 - rate) ** n_tokens
+        silent[index] = dead.any(1).double().mean()
+    assert silent[0] > 0.5  # twenty units with the rate of the bound for one: mostly one is dead
+    assert 0.035 < silent[1] < 0.065
+    with pytest.raises(ValueError, match="confidence is between 0 and 1, got 2"):
+        activity.rate_bound(2.0, all_units=True)
 
 
 # Curves
