@@ -255,7 +255,7 @@ def test_results_as_rows_text_and_figures() -> None:
     assert merged.rows()[1]["ablated_loss"] == merged.groups[1].ablated.loss
     lines = str(merged).splitlines()
     assert lines[0].startswith(f"layer 0, 18 tokens; loss before {merged.loss:.4f}")
-    assert f"{merged.groups[1].cost.kl:.4f}" in lines[3]
+    assert f"{merged.groups[1].cost.kl:.2g}" in lines[3]
     heights = [merged.groups[0].cost.kl, merged.groups[0].ablated.kl, merged.groups[1].cost.kl]
     assert list(merged.figure().data[0].x)[:3] == pytest.approx(heights)
     one = merge_heads(model, 0, [[1, 3]], TOKENS, verbose=False)

@@ -181,6 +181,7 @@ def test_hoyer_and_gini_of_known_vectors() -> None:
     pairs = [abs(abs(x) - abs(y)) for x, y in itertools.product(some.tolist(), repeat=2)]
     assert float(gini(some)) == pytest.approx(sum(pairs) / len(pairs) / 2 / 2.5)
     assert torch.equal(hoyer(some), hoyer(some * -7))
+    assert float(gini(some.clone().requires_grad_()).detach()) == float(gini(some))
     for measure in (hoyer, gini):
         # The sum of these is beyond single precision.
         assert measure(torch.full((4,), 3e38)).item() == pytest.approx(0, abs=1e-6)

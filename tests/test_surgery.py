@@ -49,7 +49,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "inverse of the layer": {"scale_attn_by_inverse_layer_idx": True, "attn_scores_soft_cap": 2.0},
     "attention only": {"attn_only": True, "positional_embedding_type": "alibi"},
 }
-ORDERS = ([0, 2, 1, 1, 3], [3, 0], [-1, -2, -3, -4], [2])
+ORDERS = ([0, 2, 1, 1, 3], [-1, 0])
 
 
 def deep(**changes: Any) -> HookedTransformer:

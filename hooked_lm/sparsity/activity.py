@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from numbers import Real
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -40,8 +40,8 @@ def unit_activity(
     """Return how often each unit of a site is active in a corpus, how strongly, and how sparse each layer is.
 
     A unit is active on a token where the magnitude of its activation is above a threshold. After ReLU a threshold of 0
-    separates activity from silence. GELU and SiLU are never exactly 0, so there the share of tokens on which a unit is
-    active depends on the threshold: give one, and name it with the result.
+    separates activity from silence. GELU and SiLU are exactly 0 only where rounding makes them so, and the share of
+    tokens on which a unit is active depends on the threshold: give one, and name it with the result.
 
     The units are the entries of the site's last axis (neurons); at a site with heads, such as `"z"`, they are the
     heads, each with the norm of its vector as its activation. BOS and padding do not count. Hooks and interventions
@@ -93,14 +93,8 @@ def unit_activity(
             )
             scored = scored_tokens(model, tokens, mask)
             for of_layer, sum_ in zip(units, sums, strict=True):
-                activation = cache[of_layer.site]
-                names = names or of_layer.names(activation)
-                values = of_layer.read(activation)[scored.to(activation.device)]
-                if not bool(values.isfinite().all()):
-                    raise ValueError(
-                        f"texts {texts[0]}-{texts[-1]} have activations at {of_layer.site} that are NaN or infinite"
-                    )
-                sum_.add(values)
+                names = names or of_layer.names(cache[of_layer.site])
+                sum_.add(_counted(of_layer, cache[of_layer.site], scored, texts))
     if not sums[0].n_tokens:
         raise ValueError(f"the corpus has no tokens besides BOS and padding; it has {n_texts} texts")
     means = [sum_.means() for sum_ in sums]
@@ -114,6 +108,19 @@ def unit_activity(
         n_tokens=sums[0].n_tokens,
         **{name: torch.stack([one[name] for one in means]) for name in means[0]},
     )
+
+
+def _counted(
+    units: Units,
+    activation: Float[Tensor, "batch pos *head width"],
+    scored: Bool[Tensor, "batch pos"],
+    texts: list[int],
+) -> Float[Tensor, "token unit"]:
+    """The activations of a layer's units on the tokens that count."""
+    values = units.read(activation)[scored.to(activation.device)]
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"texts {texts[0]}-{texts[-1]} have activations at {units.site} that are NaN or infinite")
+    return values
 
 
 class _Sums:

@@ -87,7 +87,8 @@ def ablation_curve(
             comes twice, a metric without a gradient for `"attribution"`, or the loss of a model that does not predict
             its next token.
     """
-    _check_choices(metric, unit, order, value, n_random, batch_size, confidence, reference, reference_mask)
+    _check_choices(metric, unit, order, value, reference, reference_mask)
+    _check_numbers(n_random, confidence, batch_size)
     seed, chosen = integer(seed, "seed"), distinct_layers(model, layers)
     tokens, mask = read_prompts(model, prompts, attention_mask)
     others, others_mask = (tokens, mask) if reference is None else read_prompts(model, reference, reference_mask)
@@ -105,17 +106,11 @@ def ablation_curve(
     orders = [places, *(_shuffled(places, generator) for _ in range(n_random))]
     # The same units may come at a step of several orders: none and all of them at the least.
     wanted = [[frozenset(one[:count]) for count in counts] for one in orders]
-    distinct = {units_: index for index, units_ in enumerate(dict.fromkeys(cell for row in wanted for cell in row))}
-    found = sweep(
-        model,
-        tokens,
-        [units.interventions(cell) for cell in distinct],
-        score,
-        attention_mask=mask,
-        memory_budget=memory_budget,
-        verbose=verbose,
-    )
-    scores = torch.stack([found[[distinct[cell] for cell in row]] for row in wanted]).double().cpu()
+    cells = list(dict.fromkeys(cell for row in wanted for cell in row))
+    plans = [units.interventions(cell) for cell in cells]
+    found = sweep(model, tokens, plans, score, attention_mask=mask, memory_budget=memory_budget, verbose=verbose)
+    score_of = dict(zip(cells, found.tolist(), strict=True))
+    scores = torch.tensor([[score_of[cell] for cell in row] for row in wanted], dtype=torch.float64)
     interval = bootstrap_interval(scores[1:].T, confidence, seed=seed) if n_random else (None, None)
     return AblationCurve(
         unit=unit,
@@ -138,9 +133,6 @@ def _check_choices(
     unit: object,
     order: object,
     value: object,
-    n_random: int,
-    batch_size: int,
-    confidence: float,
     reference: object,
     reference_mask: object,
 ) -> None:
@@ -152,14 +144,17 @@ def _check_choices(
         raise ValueError(f"order is one of {', '.join(ORDERS)}, or pairs (layer, unit); got {order!r}")
     if value not in ("zero", "mean"):
         raise ValueError(f"value is 'zero' or 'mean'; got {value!r}")
+    if reference is None and reference_mask is not None:
+        raise ValueError("reference_mask belongs to a reference, and there is none")
+
+
+def _check_numbers(n_random: int, confidence: float, batch_size: int) -> None:
     if integer(n_random, "n_random") < 0 or n_random == 1:
         raise ValueError(f"n_random is 0, or 2 and more for an interval; got {n_random}")
     if integer(batch_size, "batch_size") < 1:
         raise ValueError(f"batch_size is 1 or more, got {batch_size}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is between 0 and 1, got {confidence}")
-    if reference is None and reference_mask is not None:
-        raise ValueError("reference_mask belongs to a reference, and there is none")
 
 
 def _check_loss(model: HookedModel) -> None:

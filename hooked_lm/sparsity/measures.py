@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -43,7 +44,7 @@ def gini(x: Float[Tensor, "*vector unit"]) -> Float[Tensor, "*vector"]:
     """
     _check_not_empty(x)
     n = x.shape[-1]
-    x = at_least_single(x).abs().sort(-1).values
+    x = _sorted(at_least_single(x).abs())
     # As in `hoyer`: the sum of large entries may overflow.
     x = x / x[..., -1:]
     weights = (n - torch.arange(1, n + 1, device=x.device, dtype=x.dtype) + 0.5) / n
@@ -73,6 +74,14 @@ def rate_bound(n_tokens: int, confidence: float = 0.95) -> float:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is between 0 and 1, got {confidence}")
     return -math.expm1(math.log1p(-confidence) / n_tokens)
+
+
+def _sorted(x: Tensor) -> Tensor:
+    """The entries of each vector in rising order."""
+    if x.device.type == "cpu" and not x.requires_grad:
+        # torch sorts indices along with the values, which takes twenty times as long.
+        return torch.from_numpy(np.sort(x.numpy(), axis=-1))
+    return x.sort(-1).values
 
 
 def _check_not_empty(x: Tensor) -> None:

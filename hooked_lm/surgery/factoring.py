@@ -71,13 +71,13 @@ def merged_weights(attn: Attention, heads: Sequence[int], kept: int) -> tuple[di
     W_V, b_V, b_O = (one.detach().double().clone() for one in (attn.W_V, attn.b_V, attn.b_O))
     for head in heads:
         b_O += b_V[head] @ W_O[head]
-    U, S, V = _sum_of_circuits(W_V[list(heads)], W_O[list(heads)]).svd()
-    rounding = _NOTHING * S[0]
-    rank = min(W_V.shape[-1], int((S > rounding).sum()))
-    lost = float(S[rank:].square().sum() / S.square().sum()) if bool(S.any()) else 0.0
+    U, singular, V = _sum_of_circuits(W_V[list(heads)], W_O[list(heads)]).svd()
+    rank = min(W_V.shape[-1], int((singular > _NOTHING * singular[0]).sum()))
+    squared = singular.square()
+    lost = float(squared[rank:].sum() / squared.sum()) if bool(squared.any()) else 0.0
     for weight in (W_V, W_O, b_V):
         weight[list(heads)] = 0.0
-    W_V[kept, :, :rank] = U[:, :rank] * S[:rank]
+    W_V[kept, :, :rank] = U[:, :rank] * singular[:rank]
     W_O[kept, :rank] = V[:, :rank].T
     named = {"W_V": W_V, "W_O": W_O, "b_V": b_V, "b_O": b_O}
     return {name: value.to(getattr(attn, name).dtype) for name, value in named.items()}, lost
@@ -90,9 +90,9 @@ def lost_share(attn: Attention, heads: Sequence[int]) -> float:
         attn: of one layer.
         heads: which.
     """
-    W_V, W_O = (one.detach().double()[list(heads)] for one in (attn.W_V, attn.W_O))
-    S = _sum_of_circuits(W_V, W_O).svd()[1].square()
-    return float(S[W_V.shape[-1] :].sum() / S.sum()) if bool(S.any()) else 0.0
+    W_V, W_O = (one.detach()[list(heads)].double() for one in (attn.W_V, attn.W_O))
+    squared = _sum_of_circuits(W_V, W_O).svd()[1].square()
+    return float(squared[W_V.shape[-1] :].sum() / squared.sum()) if bool(squared.any()) else 0.0
 
 
 def _sum_of_circuits(

@@ -110,11 +110,11 @@ class HeadMerge:
         for row in self.rows():
             kept, lost, error = (
                 "" if row[key] is None else f"{row[key]:{form}}"
-                for key, form in (("kept", ""), ("lost", ".2f"), ("pattern_error", ".3f"))
+                for key, form in (("kept", ""), ("lost", ".2f"), ("pattern_error", ".2g"))
             )
             losses = ["" if row[key] is None else f"{row[key]:.4f}" for key in ("loss", "ablated_loss")]
             line = (
-                f"{row['heads']:<8}  {kept:>4}  {lost:>4}  {error:>13}  {row['kl']:>9.4f}  {row['ablated_kl']:>10.4f}"
+                f"{row['heads']:<8}  {kept:>4}  {lost:>4}  {error:>13}  {row['kl']:>9.2g}  {row['ablated_kl']:>10.2g}"
             )
             lines.append(f"{line}  {losses[0]:>11}  {losses[1]:>12}".rstrip())
         return "\n".join(lines)

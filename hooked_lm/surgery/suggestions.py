@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -207,15 +208,14 @@ def _distances(
 
 
 def _pair(layer: int, first: int, second: int, similarity: float, attn: Attention) -> HeadPair:
-    W_O = attn.W_O.detach().double()
-    if attn.n_kv_heads == attn.n_heads:
-        W_V, lost = attn.W_V.detach().double(), lost_share(attn, (first, second))
-        reads, writes = W_V[first].T @ W_V[second], W_O[first] @ W_O[second].T
-        norms = [float((W_V[one].T @ W_V[one] * (W_O[one] @ W_O[one].T)).sum()) for one in (first, second)]
-    else:
-        W_V = attn.W_V.detach().double()[first // attn.repeat_kv_heads]
-        reads, writes, lost = W_V.T @ W_V, W_O[first] @ W_O[second].T, 0.0
-        norms = [float((reads * (W_O[one] @ W_O[one].T)).sum()) for one in (first, second)]
-    size = (norms[0] * norms[1]) ** 0.5
-    cosine = float((reads * writes).sum()) / size if size > 0 else 0.0
+    grouped = attn.n_kv_heads != attn.n_heads
+    values = [first // attn.repeat_kv_heads] * 2 if grouped else [first, second]
+    W_V, W_O = attn.W_V.detach()[values].double(), attn.W_O.detach()[[first, second]].double()
+    # <W_V_i W_O_i, W_V_j W_O_j> for each two, without a matrix of d_model by d_model.
+    reads = einsum(W_V, W_V, "i d_model one, j d_model other -> i j one other")
+    writes = einsum(W_O, W_O, "i one d_model, j other d_model -> i j one other")
+    products = (reads * writes).sum((2, 3))
+    size = float((products[0, 0] * products[1, 1]).sqrt())
+    cosine = float(products[0, 1]) / size if size > 0 else 0.0
+    lost = 0.0 if grouped else lost_share(attn, (first, second))
     return HeadPair(layer, first, second, similarity * (1 - lost), similarity, lost, cosine)
