@@ -108,6 +108,14 @@ def test_a_smooth_activation_is_active_everywhere_unless_a_threshold_is_given() 
     model = tiny_model(act_fn="gelu_new")
     assert unit_activity(model, ROWS, verbose=False).rate.min() == 1
     assert unit_activity(model, ROWS, threshold=0.2, verbose=False).rate.min() < 1
+    # Dead is what stays under the threshold, also above 0; not what is strong below 0 alone.
+    found = unit_activity(model, ROWS, threshold=1.2, verbose=False)
+    assert float(found.max[found.dead].max()) > 0.2
+    with torch.no_grad():
+        model.blocks[0].mlp.b_out[2] = -1e3
+    below = unit_activity(model, ROWS, "mlp_out", threshold=0.01, verbose=False)
+    assert float(below.max[0, 2]) < 0
+    assert (0, 2) not in below.dead_units
 
 
 def test_layers_are_chosen_and_a_token_without_activity_has_no_sparsity() -> None:
@@ -134,8 +142,8 @@ def test_numbers_of_numpy_are_taken_as_pythons_are() -> None:
     model = relu_model()
     found = unit_activity(model, ROWS, threshold=np.float32(0.5), verbose=False)
     assert torch.equal(found.rate, unit_activity(model, ROWS, threshold=0.5, verbose=False).rate)
-    steps = ablation_curve(model, TOKENS, steps=np.int64(4), n_random=0, verbose=False).counts
-    assert steps == ablation_curve(model, TOKENS, steps=4, n_random=0, verbose=False).counts == (0, 5, 10, 15, 20)
+    for four in (4, np.int64(4), torch.tensor(4)):
+        assert ablation_curve(model, TOKENS, steps=four, n_random=0, verbose=False).counts == (0, 5, 10, 15, 20)
 
 
 @pytest.mark.usefixtures("no_type_checks")
@@ -428,6 +436,9 @@ def test_results_as_rows_text_and_figures() -> None:
     curve = ablation_curve(model, TOKENS, steps=[4, 20], n_random=2, verbose=False)
     assert [row["ablated"] for row in curve.rows()] == [0, 4, 20]
     assert curve.rows()[1]["score"] == float(curve.scores[1])
+    part = ablation_curve(model, TOKENS, steps=[5], n_random=0, verbose=False)
+    assert part.shares.tolist() == [0, 0.25]
+    assert part.area == pytest.approx(0.25 * (float(part.scores[1]) - part.intact) / 2)
     lines = curve.table().splitlines()
     assert str(curve) == curve.table()
     assert f"{curve.area:+.3f}" in lines[-1]

@@ -74,11 +74,12 @@ def ablation_curve(
         layers: blocks whose units are ablated, each once; by default all.
         reference: the prompts that means, activities and norms are taken from, and attributions of the loss; by default
             `prompts`. Attributions of another metric are those on `prompts`, to which it belongs.
-        n_random: how many random orders; 0 for none, otherwise two or more.
+        n_random: how many random orders; 0 for none, otherwise two or more. With few the interval is too narrow: at 95%
+            that of five holds the mean in 84% of cases, of twenty in 93%, were scores normally distributed.
         seed: for the random orders and the bootstrap.
         confidence: of the bootstrap interval of the mean over random orders.
         attention_mask, reference_mask: [batch pos], 0 at padding.
-        batch_size: prompts that are run at a time to find the order.
+        batch_size: prompts that are run at a time for means, activities and norms; attributions are of all together.
         memory_budget, verbose: as for `sweep`.
 
     Raises:
