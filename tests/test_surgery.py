@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hooked_lm import HookedTransformer, HookedTransformerConfig
 from hooked_lm.components import Attention
+from hooked_lm.hooks import HookPoint
 from hooked_lm.weights import select_layers
 from hooked_lm.weights.surgery import PER_LAYER
 from tests.family_rows import ROWS, Row
@@ -287,6 +288,30 @@ def torch_hook(model: HookedTransformer) -> None:
     model.register_forward_hook(lambda *args: None)
 
 
+def gradient_hook(model: HookedTransformer) -> None:
+    model.blocks[2].attn.W_O.register_hook(lambda gradient: 2 * gradient)
+
+
+def own_scale(model: HookedTransformer) -> None:
+    model.blocks[2].attn.scale = 3.0
+
+
+def own_embedding_scale(model: HookedTransformer) -> None:
+    model.embed.scale = 3.0
+
+
+def own_hook_point(model: HookedTransformer) -> None:
+    model.blocks[2].hook_mine = HookPoint("batch pos d_model")
+
+
+def other_norm(model: HookedTransformer) -> None:
+    model.blocks[2].ln1.centred = False
+
+
+def own_note(model: HookedTransformer) -> None:
+    model.blocks[2].mlp.note = "mine"
+
+
 def own_block_forward(model: HookedTransformer) -> None:
     model.blocks[3].forward = model.blocks[2].forward
 
@@ -299,6 +324,12 @@ def own_block_forward(model: HookedTransformer) -> None:
         (own_attribute, "note"),
         (own_forward, "forward"),
         (torch_hook, "hooks of torch's"),
+        (gradient_hook, r"hooks on the gradient of blocks\.2\.attn\.W_O"),
+        (own_scale, r"blocks\.2\.attn\.scale is 3\.0"),
+        (own_embedding_scale, r"embed\.scale is 3\.0"),
+        (own_hook_point, r"blocks\.2\.hook_mine|blocks\.2 has a hook_mine"),
+        (other_norm, r"blocks\.2\.ln1\.centred is False"),
+        (own_note, r"blocks\.2\.mlp\.note is 'mine'"),
         (own_block_forward, r"blocks\.3 has a forward of its own"),
     ],
 )
@@ -306,7 +337,30 @@ def test_what_is_no_weight_raises_rather_than_be_lost(change: Any, named: str) -
     model = deep()
     change(model)
     with pytest.raises(ValueError, match=named):
-        model.with_layers([0, 1])
+        model.with_layers([0, 2, 3])
+
+
+def test_a_part_of_a_model_that_is_shared_out_raises() -> None:
+    model = deep()
+    model.ranks = object()
+    with pytest.raises(ValueError, match="this process has a part of the model's weights"):
+        model.with_layers([0])
+
+
+def test_components_of_layers_that_are_left_out_do_not_matter() -> None:
+    model = deep()
+    own_attention(model)
+    assert torch.equal(model.with_layers([0, 1])(TOKENS), by_hand(model, [0, 1]))
+
+
+@pytest.mark.parametrize("kind", ["windows", "norms folded", "tied"])
+@torch.no_grad()
+def test_a_model_that_was_processed_in_place_can_be_cut(kind: str) -> None:
+    model = deep(**KINDS[kind])
+    model.process_weights_(refactor_factored_attn_matrices=True)
+    made = model.with_layers([2, 0])
+    assert torch.equal(made(TOKENS), by_hand(model, [2, 0]))
+    assert made.processed == model.processed
 
 
 @pytest.mark.parametrize(

@@ -197,14 +197,15 @@ class WeightProcessing(nn.Module):
                 attributes of one's own, which the new model would lack; or this process has a part of the weights.
         """
         cfg, weights = select_layers(self.cfg, self.own_tensors(), layers)
+        chosen = chosen_layers(self.cfg, layers)
         kept = {"device": self.cfg.device, "tokenizer_name": cfg.tokenizer_name, "init_weights": cfg.init_weights}
         with torch.device("meta"):
             built = type(self)(cfg.replace(init_weights=False, device=None, tokenizer_name=None), move_to_device=False)
         if self.tokenizer is not None:
             built.tokenizer = self.tokenizer
-        check_nothing_lost(self, built)
+        check_nothing_lost(self, built, chosen)
         here = {name for name, one in self.named_parameters() if one.requires_grad}
-        moved = sources(here, chosen_layers(self.cfg, layers))
+        moved = sources(here, chosen)
         place_copies(built, weights, moved.keys())
         built.cfg.set_unlocked(**kept)
         built.spread_over = Spread.of(built.embed.W_E, built.blocks)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from hooked_lm._support.integers import entries_of, integer
-from hooked_lm._support.torch_internals import has_any_module_hooks
+from hooked_lm._support.torch_internals import has_any_module_hooks, has_gradient_hooks
+from hooked_lm.components import Attention, Norm
 from hooked_lm.components.stock import not_stock
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.hooks import HookPoint
@@ -21,6 +22,8 @@ __all__ = ["PER_LAYER", "check_nothing_lost", "chosen_layers", "place_copies", "
 PER_LAYER = ("attn_types", "rotary_layers", "moe_layers")
 # What a model has besides weights and config, which the new model gets in its own way.
 _GIVEN_OTHERWISE = ("training", "processed", "origin", "spread_over")
+# The attributes of components that depend on where in the model they are.
+_BY_PLACE = ("training", "name", "layer_id")
 
 _IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
@@ -124,12 +127,13 @@ def sources(names: Iterable[str], chosen: Sequence[int]) -> dict[str, str]:
 # Models
 
 
-def check_nothing_lost(model: nn.Module, built: nn.Module) -> None:
-    """Check that a model consists of its config and weights, and that another one, built from these, has all it has.
+def check_nothing_lost(model: nn.Module, built: nn.Module, chosen: Sequence[int]) -> None:
+    """Check that a model is its config and weights, so that one built from these computes and has all that it does.
 
     Args:
         model: a `HookedTransformer`.
-        built: a model of the same class, built from a config.
+        built: a model of the same class, built from the config with the chosen layers.
+        chosen: indices of layers, counted from 0.
 
     Raises:
         ValueError: hooks, components of one's own or attributes of one's own, which the other would lack.
@@ -141,29 +145,62 @@ def check_nothing_lost(model: nn.Module, built: nn.Module) -> None:
             f"hooks are attached at {hooked[0]}{more}, and the new model would lack them: remove them first "
             "(reset_hooks(including_permanent=True)), and add them to the new model"
         )
-    for name, child in model.named_children():
-        # The list of blocks has no config, to which not_stock compares those of its modules.
-        parts = child.named_children() if name == "blocks" else [("", child)]
-        reasons = [not_stock(part, name=".".join(filter(None, (name, inner)))) for inner, part in parts]
-        own = [reason for reason in (not_stock(child, name=name, alone=True), *reasons) if reason is not None]
-        if own:
-            raise ValueError(f"a model with other layers is built from config and weights, and {own[0]}")
-    theirs = vars(built)
-    lost = [name for name, value in vars(model).items() if _is_lost(name, value, theirs)]
-    if has_any_module_hooks(model):
-        lost.append("hooks of torch's")
+    lost = _lost_of_model(model, built)
+    pairs = [(name, name) for name, _ in model.named_children() if name != "blocks"]
+    pairs += [(f"blocks.{layer}", f"blocks.{place}") for place, layer in enumerate(chosen)]
+    there = {name for name, _ in built.named_modules()}
+    for name, counterpart in pairs:
+        old = model.get_submodule(name)
+        reason = not_stock(old, name=name)
+        lost += [reason] if reason is not None else []
+        if counterpart not in there:
+            lost.append(f"{name} is no part of a new model")
+        elif reason is None:
+            lost += _differences(name, old, built.get_submodule(counterpart))
     if lost:
         raise ValueError(
-            f"a model with other layers is built from config and weights, and this one has {', '.join(lost)} besides"
+            f"a model with other layers is built from config and weights, and would lack what else this one has: "
+            f"{lost[0]}{f'; and {len(lost) - 1} more' if len(lost) > 1 else ''}"
         )
 
 
-def _is_lost(name: str, value: object, built: Mapping[str, object]) -> bool:
-    """Whether an attribute of a model differs from that of a model that was built anew."""
-    if name in _GIVEN_OTHERWISE or (name.startswith("_") and name in built):
-        return False
-    plain = isinstance(value, (bool, int, float, str))
-    return name not in built or (plain and value != built[name])
+def _lost_of_model(model: nn.Module, built: nn.Module) -> list[str]:
+    """What a model has on itself that one built anew lacks."""
+    own = {name: value for name, value in vars(model).items() if name not in _GIVEN_OTHERWISE}
+    lost = [f"the attribute {name}" for name, value in own.items() if _changed(name, value, vars(built))]
+    if has_any_module_hooks(model):
+        lost.append("hooks of torch's")
+    if "blocks" in dict(model.named_children()):
+        reason = not_stock(model.get_submodule("blocks"), name="blocks", alone=True)
+        lost += [reason] if reason is not None else []
+    hooked = [name for name, one in model.named_parameters() if has_gradient_hooks(one)]
+    return lost + [f"hooks on the gradient of {name}" for name in hooked]
+
+
+def _differences(name: str, old: nn.Module, new: nn.Module) -> list[str]:
+    """How a component differs from its counterpart in a model built anew, as clauses; weights apart."""
+    counterparts, found = dict(new.named_modules()), list[str]()
+    for path, module in old.named_modules():
+        place = f"{name}.{path}" if path else name
+        other = counterparts.get(path)
+        same_kind = type(other) is type(module) or (isinstance(other, Norm) and isinstance(module, Norm))
+        if other is None or not same_kind:
+            found.append(f"{place} is a {type(module).__name__}, which the config does not ask for")
+            continue
+        own = {key: value for key, value in vars(module).items() if key not in _BY_PLACE}
+        if isinstance(module, Attention) and own["scale"] == module.cfg.score_scale(module.layer_id):
+            # Where scores are divided by the number of the layer, the new place has another divisor.
+            del own["scale"]
+        found += [f"{place}.{key} is {value!r}" for key, value in own.items() if _changed(key, value, vars(other))]
+    return found
+
+
+def _changed(name: str, value: object, built: Mapping[str, object]) -> bool:
+    """Whether an attribute differs from that of a module that was built anew. Only plain values are compared."""
+    if name not in built:
+        return True
+    plain = isinstance(value, (bool, int, float, str)) or value is None
+    return plain and not name.startswith("_") and value != built[name]
 
 
 @torch.no_grad()
