@@ -6,6 +6,7 @@ import itertools
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -95,6 +96,7 @@ def test_planted_dead_and_rare_units_are_found() -> None:
     assert [one[:2] for one in found.top(len(found.dead_units), least=True)] == list(found.dead_units)
     assert found.top(1)[0].rate == found.rate.max()
     assert found.rate_bound() == rate_bound(16)
+    assert f"below {found.rate_bound(all_units=True):.2g}, of all of them at 95%" in found.table()
     assert f"{len([one for one in found.dead_units if one[0] == 1])}" in found.table().splitlines()[3]
     # Without the dead units the model computes the same.
     curve = ablation_curve(model, torch.tensor([ROWS[3]]), order=found.dead_units, steps=1, n_random=0, verbose=False)
@@ -106,6 +108,14 @@ def test_a_smooth_activation_is_active_everywhere_unless_a_threshold_is_given() 
     model = tiny_model(act_fn="gelu_new")
     assert unit_activity(model, ROWS, verbose=False).rate.min() == 1
     assert unit_activity(model, ROWS, threshold=0.2, verbose=False).rate.min() < 1
+    # Dead is what stays under the threshold, also above 0; not what is strong below 0 alone.
+    found = unit_activity(model, ROWS, threshold=1.2, verbose=False)
+    assert float(found.max[found.dead].max()) > 0.2
+    with torch.no_grad():
+        model.blocks[0].mlp.b_out[2] = -1e3
+    below = unit_activity(model, ROWS, "mlp_out", threshold=0.01, verbose=False)
+    assert float(below.max[0, 2]) < 0
+    assert (0, 2) not in below.dead_units
 
 
 def test_layers_are_chosen_and_a_token_without_activity_has_no_sparsity() -> None:
@@ -120,18 +130,36 @@ def test_layers_are_chosen_and_a_token_without_activity_has_no_sparsity() -> Non
     assert found.dead_units[0] == (1, 0)
 
 
+def test_a_site_may_be_a_hook_name_with_the_layer_left_open() -> None:
+    model = relu_model()
+    named = unit_activity(model, ROWS, "blocks.{layer}.mlp.hook_post", layers=[1, 0], verbose=False)
+    assert torch.equal(named.rate, unit_activity(model, ROWS, verbose=False).rate[[1, 0]])
+    assert unit_activity(model, ROWS, "blocks.{layer}.ln1.hook_normalized", verbose=False).rate.shape == (2, 12)
+
+
+@pytest.mark.usefixtures("no_type_checks")
+def test_numbers_of_numpy_are_taken_as_pythons_are() -> None:
+    model = relu_model()
+    found = unit_activity(model, ROWS, threshold=np.float32(0.5), verbose=False)
+    assert torch.equal(found.rate, unit_activity(model, ROWS, threshold=0.5, verbose=False).rate)
+    for four in (4, np.int64(4), torch.tensor(4)):
+        assert ablation_curve(model, TOKENS, steps=four, n_random=0, verbose=False).counts == (0, 5, 10, 15, 20)
+
+
 @pytest.mark.usefixtures("no_type_checks")
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"threshold": -1.0}, ValueError, "threshold is a magnitude"),
         ({"threshold": math.nan}, ValueError, "threshold is a magnitude"),
+        ({"threshold": True}, ValueError, "threshold is a magnitude"),
         ({"batch_size": 0}, ValueError, "batch_size"),
         ({"max_tokens": 0}, ValueError, "max_tokens"),
         ({"site": "embed"}, ValueError, "belongs to the whole model"),
         ({"site": "pattern"}, ValueError, "units are read at sites"),
         ({"site": "pots"}, ValueError, "did you mean 'post'"),
         ({"layers": [2]}, ValueError, "2"),
+        ({"layers": [0, -2]}, ValueError, "0 comes twice"),
         ({"corpus": [[], []]}, ValueError, "no tokens"),
         ({"corpus": "text"}, TypeError, "one text"),
     ],
@@ -162,8 +190,9 @@ def test_hoyer_and_gini_of_known_vectors() -> None:
     assert float(gini(some)) == pytest.approx(sum(pairs) / len(pairs) / 2 / 2.5)
     assert torch.equal(hoyer(some), hoyer(some * -7))
     assert float(gini(some.clone().requires_grad_()).detach()) == float(gini(some))
-    assert hoyer(torch.full((4,), 1e30)).item() == pytest.approx(0, abs=1e-6)
     for measure in (hoyer, gini):
+        # The sum of these is beyond single precision.
+        assert measure(torch.full((4,), 3e38)).item() == pytest.approx(0, abs=1e-6)
         assert math.isnan(measure(torch.zeros(3)))
         with pytest.raises(ValueError, match="one entry or more"):
             measure(torch.zeros(2, 0))
@@ -175,6 +204,22 @@ def test_the_bound_of_a_rate_is_the_rule_of_three() -> None:
     for n_tokens, confidence, named in ((0, 0.95, "n_tokens"), (5, 1.0, "confidence"), (5, 0.0, "confidence")):
         with pytest.raises(ValueError, match=named):
             rate_bound(n_tokens, confidence)
+
+
+def test_the_bound_of_dead_units_holds_for_all_of_them_however_they_were_found() -> None:
+    activity = unit_activity(relu_model(), ROWS * 20, verbose=False)
+    n_tokens, n_units, draws = activity.n_tokens, activity.rate.numel(), 4000
+    one, every = activity.rate_bound(), activity.rate_bound(all_units=True)
+    assert one == rate_bound(320)
+    silent = torch.zeros(2)
+    for index, rate in enumerate((one, every)):
+        # How often some unit of so many, each active on this share of tokens, is dead all the same.
+        dead = torch.rand(draws, n_units, dtype=torch.float64) < (1 - rate) ** n_tokens
+        silent[index] = dead.any(1).double().mean()
+    assert silent[0] > 0.5  # twenty units with the rate of the bound for one: mostly one is dead
+    assert 0.035 < silent[1] < 0.065
+    with pytest.raises(ValueError, match="confidence is between 0 and 1, got 2"):
+        activity.rate_bound(2.0, all_units=True)
 
 
 # Curves
@@ -391,6 +436,9 @@ def test_results_as_rows_text_and_figures() -> None:
     curve = ablation_curve(model, TOKENS, steps=[4, 20], n_random=2, verbose=False)
     assert [row["ablated"] for row in curve.rows()] == [0, 4, 20]
     assert curve.rows()[1]["score"] == float(curve.scores[1])
+    part = ablation_curve(model, TOKENS, steps=[5], n_random=0, verbose=False)
+    assert part.shares.tolist() == [0, 0.25]
+    assert part.area == pytest.approx(0.25 * (float(part.scores[1]) - part.intact) / 2)
     lines = curve.table().splitlines()
     assert str(curve) == curve.table()
     assert f"{curve.area:+.3f}" in lines[-1]
@@ -422,15 +470,19 @@ def test_results_as_rows_text_and_figures() -> None:
         ({"order": [(0, 99)]}, ValueError, "no unit 99 of layer 0"),
         ({"order": [(0, 1), (0, 1)]}, ValueError, "each of them once"),
         ({"order": [3]}, ValueError, "pairs"),
+        ({"order": 3}, ValueError, "order is one of .* got 3"),
         ({"value": "median"}, ValueError, "value is 'zero'"),
         ({"n_random": 1}, ValueError, "n_random"),
-        ({"confidence": 1.0}, ValueError, "confidence"),
         ({"steps": 0}, ValueError, "steps is 1 or more"),
         ({"steps": [99]}, ValueError, "steps are numbers of units"),
         ({"steps": []}, ValueError, "steps are numbers of units"),
+        ({"steps": iter([3, 99])}, ValueError, r"got \[3, 99\]"),
+        ({"steps": 2.5}, TypeError, "steps is an integer"),
+        ({"confidence": 1.0, "n_random": 0}, ValueError, "confidence is between 0 and 1"),
         ({"batch_size": 0}, ValueError, "batch_size"),
         ({"reference_mask": MASK}, ValueError, "reference_mask"),
         ({"layers": [7]}, ValueError, "7"),
+        ({"layers": [1, 0, 1]}, ValueError, "1 comes twice"),
         ({"order": "attribution", "metric": metrics.accuracy([1, 2, 3])}, ValueError, "no gradient"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,13 +12,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooked_lm._support.integers import integer
-from hooked_lm.circuits.last_token import chosen_layers
 from hooked_lm.examples.corpus import Corpus, batches, read_batch, scored_tokens
 from hooked_lm.examples.units import Units
 from hooked_lm.hooked_model import HookedModel
-from hooked_lm.names import get_act_name
+from hooked_lm.patching.patches import Patch
 from hooked_lm.sparsity.activity_result import UnitActivity
 from hooked_lm.sparsity.measures import gini, hoyer
+from hooked_lm.sparsity.orders import distinct_layers
 
 __all__ = ["unit_activity"]
 
@@ -49,8 +50,9 @@ def unit_activity(
     Args:
         model: a `HookedTransformer`.
         corpus: texts, or for each text its tokens without padding; any iterable, read lazily.
-        site: of each layer, with axes [batch pos width] or [batch pos head width].
-        layers: blocks to look at; by default all.
+        site: of each layer, with axes [batch pos width] or [batch pos head width]: a short name, `"post"`; or a hook
+            name with `{layer}` in it.
+        layers: blocks to look at, each once; by default all.
         threshold: magnitudes above it are active.
         relative: the threshold is a multiple of the root mean square of the token's activations in the layer, which is
             another number for each token and layer, rather than one in the units of activations.
@@ -58,19 +60,20 @@ def unit_activity(
 
     Raises:
         UnknownHookError: the model has no such hook.
-        ValueError: a layer that the model lacks, an unknown site, one outside the blocks or with other axes, a negative
-            threshold, activations that are NaN or infinite, a text that is too long, tokens that seem padded, a corpus
-            without tokens, or a count out of range.
+        ValueError: a layer that the model lacks or that comes twice, an unknown site, one outside the blocks or with
+            other axes, a negative threshold, activations that are NaN or infinite, a text that is too long, tokens that
+            seem padded, a corpus without tokens, or a count out of range.
         TypeError: the corpus is one string, or its entries are neither texts nor rows of tokens.
     """
-    if not (isinstance(threshold, (int, float)) and 0 <= threshold < math.inf):
+    if isinstance(threshold, bool) or not (isinstance(threshold, Real) and 0 <= threshold < math.inf):
         raise ValueError(f"threshold is a magnitude, 0 or more; got {threshold!r}")
     if integer(batch_size, "batch_size") < 1:
         raise ValueError(f"batch_size is 1 or more, got {batch_size}")
     if max_tokens is not None and integer(max_tokens, "max_tokens") < 1:
         raise ValueError(f"max_tokens is 1 or more, or None; got {max_tokens}")
-    chosen = chosen_layers(model, layers)
-    units = [Units.at(model, get_act_name(site, layer), None, None, None) for layer in chosen]
+    chosen = distinct_layers(model, layers)
+    of_each = Patch(site, ("layer", "pos"))
+    units = [Units.at(model, of_each.site(layer), None, None, None) for layer in chosen]
     sums, names, n_texts = [_Sums(float(threshold), relative) for _ in chosen], tuple[str, ...](), 0
     with tqdm(disable=not verbose, desc="texts", leave=False) as bar:
         for batch in batches(corpus, batch_size):

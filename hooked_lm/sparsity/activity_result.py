@@ -76,16 +76,20 @@ class UnitActivity:
         """The units that are active on no token, as (layer, unit)."""
         return tuple((self.layers[row], unit) for row, unit in self.dead.nonzero().tolist())
 
-    def rate_bound(self, confidence: float = 0.95) -> float:
+    def rate_bound(self, confidence: float = 0.95, *, all_units: bool = False) -> float:
         """Return the highest rate of a unit that is not ruled out by its being dead in this corpus.
 
         Args:
             confidence: with which higher rates are ruled out, were tokens independent; see `measures.rate_bound`.
+            all_units: rule them out for all dead units at once, whichever these are. Otherwise the bound is that of one
+                unit that was chosen before the corpus was read: among many units with a rate at that bound some are
+                dead by chance, and those are the ones that are seen. By Bonferroni, over all units that were read.
 
         Raises:
             ValueError: the confidence is not between 0 and 1.
         """
-        return rate_bound(self.n_tokens, confidence)
+        bound = rate_bound(self.n_tokens, confidence)
+        return rate_bound(self.n_tokens, 1 - (1 - confidence) / self.rate.numel()) if all_units else bound
 
     def top(self, k: int = 10, *, least: bool = False) -> list[ActiveUnit]:
         """Return the `k` units of all layers that are active most often; of equal ones the first comes first.
@@ -131,7 +135,8 @@ class UnitActivity:
             sparse = f"{self.hoyer[row]:>5.2f}  {self.gini[row]:>4.2f}"
             lines.append(f"{layer:>5}  {active:>17}  {dead:>4}  {median:>11.3f}  {sparse}")
         if self.dead.any():
-            lines.append(f"a dead unit's rate is below {self.rate_bound():.2g} at 95%, were tokens independent")
+            bound = f"{self.rate_bound(all_units=True):.2g}"
+            lines.append(f"the rate of each dead unit is below {bound}, of all of them at 95%, were tokens independent")
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -152,7 +157,8 @@ class UnitActivity:
         from hooked_lm.plotting import layer_curves
 
         last = len(self.layers) - 1
-        drawn = layers or [self.layers[row] for row in sorted({round(part * last / 4) for part in range(5)})]
+        some = [self.layers[row] for row in sorted({round(part * last / 4) for part in range(5)})]
+        drawn = some if layers is None else [integer(layer, "a layer") for layer in layers]
         missing = [layer for layer in drawn if layer not in self.layers]
         if missing:
             raise ValueError(f"layer {missing[0]} was not read: there are {', '.join(map(str, self.layers))}")

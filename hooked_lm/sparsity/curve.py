@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_lm._support.integers import integer
+from hooked_lm._support.integers import integer, is_integer
 from hooked_lm._support.precision import at_least_single
-from hooked_lm.circuits.last_token import chosen_layers
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.losses import lm_cross_entropy_loss
 from hooked_lm.patching.sites import read_prompts
 from hooked_lm.patching.statistics import bootstrap_interval
 from hooked_lm.sparsity.curve_result import AblationCurve
-from hooked_lm.sparsity.orders import ORDERS, AblatedUnits, Order, Place, UnitKind, given_order
+from hooked_lm.sparsity.orders import ORDERS, AblatedUnits, Order, Place, UnitKind, distinct_layers, given_order
 from hooked_lm.sweep import AnyMetric, sweep
 from hooked_lm.sweep.options import DEFAULT_MEMORY_BUDGET
 from hooked_lm.tokenization import Prompts
@@ -63,7 +62,7 @@ def ablation_curve(
 
     Args:
         model: a `HookedTransformer`.
-        prompts: the prompts that are scored, as the model takes them.
+        prompts: the prompts that are scored, as the model takes them. All of them are run together, at each step.
         metric: `"loss"`, the mean next-token loss in nats; one of `hooked_lm.metrics`; or a function from logits [batch
             pos vocab] to a scalar.
         unit: `"neurons"` (after the activation function, and the gate if there is one) or `"heads"` (z).
@@ -72,24 +71,26 @@ def ablation_curve(
         steps: into how many steps the units are divided; or at which numbers of ablated units to score. 0 is always
             among them.
         value: the replacement: `"zero"`, or the `"mean"` of the unit over the reference, BOS and padding left out.
-        layers: blocks whose units are ablated; by default all.
+        layers: blocks whose units are ablated, each once; by default all.
         reference: the prompts that means, activities and norms are taken from, and attributions of the loss; by default
             `prompts`. Attributions of another metric are those on `prompts`, to which it belongs.
-        n_random: how many random orders; 0 for none, otherwise two or more.
+        n_random: how many random orders; 0 for none, otherwise two or more. With few the interval is too narrow: at 95%
+            that of five holds the mean in 84% of cases, of twenty in 93%, were scores normally distributed.
         seed: for the random orders and the bootstrap.
         confidence: of the bootstrap interval of the mean over random orders.
         attention_mask, reference_mask: [batch pos], 0 at padding.
-        batch_size: prompts that are run at a time to find the order.
+        batch_size: prompts that are run at a time for means, activities and norms; attributions are of all together.
         memory_budget, verbose: as for `sweep`.
 
     Raises:
         UnknownHookError: a layer has no such units: no MLP, or experts in place of one.
-        ValueError: an unknown unit, order, value or metric, a layer, step or unit out of range, a metric without a
-            gradient for `"attribution"`, or the loss of a model that does not predict its next token.
+        ValueError: an unknown unit, order, value or metric, a layer, step or unit out of range, a layer or unit that
+            comes twice, a metric without a gradient for `"attribution"`, or the loss of a model that does not predict
+            its next token.
     """
     _check_choices(metric, unit, order, value, reference, reference_mask)
     _check_numbers(n_random, confidence, batch_size)
-    seed, chosen = integer(seed, "seed"), chosen_layers(model, layers)
+    seed, chosen = integer(seed, "seed"), distinct_layers(model, layers)
     tokens, mask = read_prompts(model, prompts, attention_mask)
     others, others_mask = (tokens, mask) if reference is None else read_prompts(model, reference, reference_mask)
     score: AnyMetric = _loss(tokens, mask) if isinstance(metric, str) else metric
@@ -203,12 +204,14 @@ def _shuffled(places: Sequence[Place], generator: torch.Generator) -> list[Place
 
 def _counts(steps: int | Sequence[int], n_units: int) -> list[int]:
     """The numbers of ablated units at which the metric is taken, 0 first."""
-    if isinstance(steps, int):
-        if integer(steps, "steps") < 1:
+    if is_integer(steps) or not isinstance(steps, Iterable):
+        n_steps = integer(steps, "steps")
+        if n_steps < 1:
             raise ValueError(f"steps is 1 or more, or the numbers of units to ablate; got {steps}")
-        return sorted({round(step * n_units / steps) for step in range(steps + 1)})
-    counts = {0, *(integer(step, "a step") for step in steps)}
+        return sorted({round(step * n_units / n_steps) for step in range(n_steps + 1)})
+    given = [integer(step, "a step") for step in steps]
+    counts = {0, *given}
     wrong = [count for count in counts if not 0 <= count <= n_units]
     if wrong or len(counts) < 2:
-        raise ValueError(f"steps are numbers of units to ablate, 1-{n_units}; got {list(steps)}")
+        raise ValueError(f"steps are numbers of units to ablate, 1-{n_units}; got {given}")
     return sorted(counts)

@@ -62,7 +62,10 @@ class AblationCurve:
 
     @property
     def area(self) -> float:
-        """The area under the change of the metric over the share of ablated units, by the trapezoidal rule."""
+        """The area under the change of the metric over the share of ablated units, by the trapezoidal rule.
+
+        It ends at the last step: compare areas of curves that end at the same share.
+        """
         return float(self._areas(self.scores))
 
     @property

@@ -45,6 +45,8 @@ def gini(x: Float[Tensor, "*vector unit"]) -> Float[Tensor, "*vector"]:
     _check_not_empty(x)
     n = x.shape[-1]
     x = _sorted(at_least_single(x).abs())
+    # As in `hoyer`: the sum of large entries may overflow.
+    x = x / x[..., -1:]
     weights = (n - torch.arange(1, n + 1, device=x.device, dtype=x.dtype) + 0.5) / n
     return 1 - 2 * (x * weights).sum(-1) / x.sum(-1)
 
@@ -56,6 +58,9 @@ def rate_bound(n_tokens: int, confidence: float = 0.95) -> float:
     which that is one minus the confidence, `1 - (1 - confidence)^(1/n)`. At 95% it is nearly `3 / n`, the rule of three
     (Hanley and Lippman-Hand 1983, "If Nothing Goes Wrong, Is Everything All Right?"). Tokens of a text are not
     independent: a corpus of few texts allows for higher rates than its number of tokens says.
+
+    The bound is that of one event that was chosen beforehand. Of many units with a rate at the bound, one in twenty is
+    dead at 95%, so that the dead ones among many need the confidence `1 - (1 - confidence) / units` (Bonferroni).
 
     Args:
         n_tokens: how many tokens were looked at.

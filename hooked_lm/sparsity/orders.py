@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hooked_lm._support.integers import entries_of, integer
 from hooked_lm._support.precision import at_least_single
+from hooked_lm.circuits.last_token import chosen_layers
 from hooked_lm.components.stock import require_stock
 from hooked_lm.examples.corpus import scored_tokens
 from hooked_lm.hooked_model import HookedModel
@@ -21,7 +22,7 @@ from hooked_lm.names import UnknownHookError, describe_unknown, get_act_name
 from hooked_lm.patching.attribution import differentiated_run
 from hooked_lm.sweep import AnyMetric
 
-__all__ = ["ORDERS", "AblatedUnits", "Order", "Place", "UnitKind", "given_order"]
+__all__ = ["ORDERS", "AblatedUnits", "Order", "Place", "UnitKind", "distinct_layers", "given_order"]
 
 UnitKind = Literal["neurons", "heads"]
 Order = Literal["activity", "norm", "attribution", "random"]
@@ -182,6 +183,23 @@ class AblatedUnits:
         return found
 
 
+def distinct_layers(model: HookedModel, layers: Sequence[int] | None) -> tuple[int, ...]:
+    """Return the chosen layers, counted from 0; all of them by default.
+
+    Args:
+        model: a `HookedTransformer`.
+        layers: negative ones count from the end; None for all.
+
+    Raises:
+        ValueError: a layer that the model lacks or that comes twice, whose units would count twice; or no layer at all.
+    """
+    chosen = chosen_layers(model, layers)
+    twice = sorted({layer for layer in chosen if chosen.count(layer) > 1})
+    if twice:
+        raise ValueError(f"layers are given once each, and {twice[0]} comes twice in {list(chosen)}")
+    return chosen
+
+
 def given_order(order: Sequence[Sequence[int]], places: Sequence[Place]) -> list[Place]:
     """Return an order of the caller's own, checked.
 
@@ -193,6 +211,8 @@ def given_order(order: Sequence[Sequence[int]], places: Sequence[Place]) -> list
         ValueError: an entry is no such pair, a unit that there is not, one that comes twice, or none.
     """
     known, found = set(places), list[Place]()
+    if not isinstance(order, Iterable):
+        raise ValueError(f"order is one of {', '.join(ORDERS)}, or pairs (layer, unit); got {order!r}")
     for entry in order:
         pair = entries_of(entry)
         if pair is None or len(pair) != 2:
