@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hooked_lm import HookedTransformer, UnknownHookError
+from hooked_lm import HookedTransformer, Intervention, UnknownHookError
 from hooked_lm.circuits.logit_lens import logit_lens
 from hooked_lm.patchscopes import AffineMaps, Patchscope, compare_lenses, fit_affine_maps, identity_prompt, patchscope
 from tests.architectures_helpers import ROTARY
@@ -103,13 +103,40 @@ def test_the_last_layers_state_at_the_end_gives_the_sources_own_prediction() -> 
 @pytest.mark.parametrize("site", ["resid_pre", "resid_post"])
 def test_a_prompts_own_state_in_its_place_changes_nothing(site: Any) -> None:
     model = tiny_model()
-    unpatched = model(TARGET[None], logits_to_keep=1)[:, -1].detach().log_softmax(-1)
+    unpatched = model(TARGET[None], logits_to_keep=1)[:, -1].detach().log_softmax(-1).sort(descending=True).values
     for pos in (0, 3, -1):
-        found = patchscope(
-            model, TARGET[None], TARGET, source_pos=pos, target_pos=pos, site=site, top_k=20, batch_size=1, **QUIET
-        )
-        for cell in range(2):
-            assert torch.equal(found.top_log_probs[cell], unpatched.sort(descending=True).values)
+        options: dict[str, Any] = {"source_pos": pos, "target_pos": pos, "site": site, "top_k": 20, "batch_size": 1}
+        found = patchscope(model, TARGET[None], TARGET, **options, **QUIET)
+        assert torch.allclose(found.top_log_probs, unpatched.expand(2, 1, -1), atol=1e-12, rtol=0)
+        # With a hook in place whole prompts run, and not even the rounding is another.
+        with model.hooks(fwd_hooks=[("hook_embed", lambda activation, hook: None)]):
+            whole = patchscope(model, TARGET[None], TARGET, **options, **QUIET)
+        assert torch.equal(whole.top_log_probs, unpatched.expand(2, 1, -1))
+
+
+def test_what_comes_before_the_state_runs_once_unless_hooks_are_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = tiny_model(), list[tuple[int, ...]]()
+    original = HookedTransformer.forward
+
+    def counting(self: Any, tokens: Tensor, *args: Any, **options: Any) -> Any:
+        calls.append(tuple(tokens.shape))
+        return original(self, tokens, *args, **options)
+
+    monkeypatch.setattr(HookedTransformer, "forward", counting)
+    patchscope(model, SOURCES, TARGET, target_pos=4, target_layers=(0, 1), batch_size=4, **QUIET)
+    assert calls == [(3, 4), (1, 4), (4, 2), (4, 2), (4, 2)]
+    calls.clear()
+    zeroed = Intervention("blocks.0.attn.hook_z", "zero", pos=1, head=2)
+    with model.intervening([zeroed]):
+        found = patchscope(model, TARGET[None], TARGET, target_pos=4, source_layers=[0], top_k=20, **QUIET)
+        _, cache = model.run_with_cache(TARGET[None])
+        expected = said(model, TARGET, cache["resid_post", 0][0, -1].detach(), 0, 4, "resid_post")
+    assert calls[:2] == [(1, 6), (1, 6)]
+    assert torch.allclose(found.top_log_probs[0, 0], expected.sort(descending=True).values, atol=1e-12)
+    assert not torch.allclose(
+        found.top_log_probs,
+        patchscope(model, TARGET[None], TARGET, target_pos=4, source_layers=[0], top_k=20, **QUIET).top_log_probs,
+    )
 
 
 def wired() -> HookedTransformer:
@@ -252,10 +279,10 @@ def _fitted_prompts(model: HookedTransformer, tokens: Tensor) -> Tensor:
     return ~held_out.reshape(len(tokens), -1)[:, 0]
 
 
-def test_a_map_to_states_that_have_nothing_to_do_with_the_source_explains_nothing() -> None:
+def test_a_map_explains_no_more_than_the_source_knows() -> None:
     model = tiny_model(n_layers=2, attn_only=True, normalization_type=None, d_vocab=1000)
     with torch.no_grad():
-        # Layer 1 takes the stream away, and puts what it reads at the token before in its place.
+        # Layer 1 adds the mean of the tokens so far: from the token alone, the others cannot be known.
         attn, n = model.blocks[1].attn, 12
         for parameter in model.parameters():
             parameter.zero_()
@@ -265,7 +292,6 @@ def test_a_map_to_states_that_have_nothing_to_do_with_the_source_explains_nothin
         for head in range(3):
             attn.W_V[head, 4 * head : 4 * head + 4] = torch.eye(4)
             attn.W_O[head, :, 4 * head : 4 * head + 4] = torch.eye(4)
-    # Attention is uniform over tokens: mapped from the token alone, the sum over the others cannot be known.
     tokens = tiny_tokens(batch=80, pos=8, vocab=1000)
     maps = fit_affine_maps(model, tokens, (1,), **QUIET)
     _, cache = model.run_with_cache(tokens)

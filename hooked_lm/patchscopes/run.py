@@ -23,10 +23,12 @@ from hooked_lm.circuits.last_token import Answers, answer_tokens, chosen_layers
 from hooked_lm.generation.methods import TextGeneration
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.interventions import Intervention
+from hooked_lm.kv_cache import HookedTransformerKeyValueCache, HookedTransformerKeyValueCacheEntry
 from hooked_lm.names import get_act_name
 from hooked_lm.patchscopes.result import Patchscope
 from hooked_lm.patchscopes.target import TargetPrompt, target_of
 from hooked_lm.probing.positions import Positions, TokensAt, activations_at
+from hooked_lm.sweep.exactness import walking_obstacle
 from hooked_lm.tokenization import Prompts
 
 __all__ = ["Mapped", "ScopeSite", "patchscope", "require_next_token"]
@@ -58,8 +60,8 @@ def patchscope(
     """Return what the model says after a target prompt into which states of source prompts were put.
 
     The sources run once. Each state then runs in a copy of the target prompt; copies for any layers share a batch, and
-    only the last position is unembedded. Hooks and interventions that are in place act in all runs, before the state is
-    put in.
+    only the last position is unembedded. What the target has before the state's position runs once for all, unless
+    hooks are in place, which act in all runs, before the state is put in.
 
     Args:
         model: a `HookedTransformer`, causal.
@@ -105,7 +107,7 @@ def patchscope(
     )
     put = [_mapped(mapping, states[read_from.index(one)], one, other) for one, other in pairs]
     layers = torch.tensor([other for _, other in pairs]).repeat_interleave(len(tokens))
-    scope = _Scope(model, target, site, top_k, max_new_tokens)
+    scope = _Scope(model, target, site, top_k, max_new_tokens, _prefix(model, target, max_new_tokens))
     columns = scope.read(torch.cat(put), layers, asked, batch_size, verbose)
     return _result(model, columns, target, site, sources, targets, is_grid, tokens.tokens, asked)
 
@@ -157,15 +159,38 @@ class _Read:
     new: Int[Tensor, "state new"]
 
 
+def _prefix(model: HookedModel, target: TargetPrompt, max_new_tokens: int) -> HookedTransformerKeyValueCache | None:
+    """The keys and values of what comes before the state, which no state changes; None where whole prompts run."""
+    # A generation keeps a cache of its own.
+    if target.pos == 0 or max_new_tokens or walking_obstacle(model, ()) is not None:
+        return None
+    tokens = target.tokens[None, : target.pos]
+    cache = HookedTransformerKeyValueCache.init_cache(model.cfg, tokens.device, 1)
+    model(tokens, return_type=None, past_kv_cache=cache, attention_mask=torch.ones_like(tokens))
+    return cache
+
+
+def _repeated(cache: HookedTransformerKeyValueCache, n: int) -> HookedTransformerKeyValueCache:
+    """The cache of so many copies of its prompt."""
+    entries = [
+        HookedTransformerKeyValueCacheEntry(
+            entry.past_keys.expand(n, -1, -1, -1), entry.past_values.expand(n, -1, -1, -1)
+        )
+        for entry in cache.entries
+    ]
+    return HookedTransformerKeyValueCache(entries, cache.previous_attention_mask.expand(n, -1))
+
+
 @dataclass(frozen=True)
 class _Scope:
-    """A target prompt, and how it is read."""
+    """A target prompt, and how it is read; `prefix` is the part before the state, where that runs once."""
 
     model: HookedModel
     target: TargetPrompt
     site: ScopeSite
     top_k: int
     max_new_tokens: int
+    prefix: HookedTransformerKeyValueCache | None
 
     def read(
         self,
@@ -201,7 +226,14 @@ class _Scope:
         # An explicit mask, so that a token that is also used for padding is read as a token.
         mask = torch.ones_like(tokens)
         if self.max_new_tokens == 0:
-            logits = self.model.run(tokens, interventions=patches, logits_to_keep=1, attention_mask=mask)
+            start, past = (0, None) if self.prefix is None else (self.target.pos, _repeated(self.prefix, len(states)))
+            logits = self.model.run(
+                tokens[:, start:],
+                interventions=patches,
+                logits_to_keep=1,
+                attention_mask=mask[:, start:],
+                past_kv_cache=past,
+            )
             return cast(Tensor, logits)[:, -1], tokens[:, :0]
         made = cast(TextGeneration, self.model).generate(
             tokens,
