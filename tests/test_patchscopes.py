@@ -14,7 +14,7 @@ from hooked_lm import HookedTransformer, Intervention, UnknownHookError
 from hooked_lm.circuits.logit_lens import logit_lens
 from hooked_lm.patchscopes import AffineMaps, Patchscope, compare_lenses, fit_affine_maps, identity_prompt, patchscope
 from tests.architectures_helpers import ROTARY
-from tests.helpers import CORPUS, VOCAB, randomise_, tiny_config, tiny_model, tiny_tokenizer, tiny_tokens
+from tests.helpers import CORPUS, VOCAB, counted, randomise_, tiny_config, tiny_model, tiny_tokenizer, tiny_tokens
 
 QUIET: dict[str, Any] = {"verbose": False}
 TARGET = tiny_tokens(batch=1, pos=6, seed=5)[0]
@@ -115,23 +115,16 @@ def test_a_prompts_own_state_in_its_place_changes_nothing(site: Any) -> None:
 
 
 def test_what_comes_before_the_state_runs_once_unless_hooks_are_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, calls = tiny_model(), list[tuple[int, ...]]()
-    original = HookedTransformer.forward
-
-    def counting(self: Any, tokens: Tensor, *args: Any, **options: Any) -> Any:
-        calls.append(tuple(tokens.shape))
-        return original(self, tokens, *args, **options)
-
-    monkeypatch.setattr(HookedTransformer, "forward", counting)
+    model, calls = tiny_model(), counted(monkeypatch, HookedTransformer, "forward")
     patchscope(model, SOURCES, TARGET, target_pos=4, target_layers=(0, 1), batch_size=4, **QUIET)
-    assert calls == [(3, 4), (1, 4), (4, 2), (4, 2), (4, 2)]
+    assert [tuple(call[1].shape) for call in calls] == [(3, 4), (1, 4), (4, 2), (4, 2), (4, 2)]
     calls.clear()
     zeroed = Intervention("blocks.0.attn.hook_z", "zero", pos=1, head=2)
     with model.intervening([zeroed]):
         found = patchscope(model, TARGET[None], TARGET, target_pos=4, source_layers=[0], top_k=20, **QUIET)
         _, cache = model.run_with_cache(TARGET[None])
         expected = said(model, TARGET, cache["resid_post", 0][0, -1].detach(), 0, 4, "resid_post")
-    assert calls[:2] == [(1, 6), (1, 6)]
+    assert [tuple(call[1].shape) for call in calls[:2]] == [(1, 6), (1, 6)]
     assert torch.allclose(found.top_log_probs[0, 0], expected.sort(descending=True).values, atol=1e-12)
     assert not torch.allclose(
         found.top_log_probs,
