@@ -145,6 +145,18 @@ def test_pairs_are_used_as_pairs() -> None:
     assert not bool(effect_test(treated, base, pairs=False).found)
 
 
+@pytest.mark.parametrize("alternative", ["two-sided", "greater", "less"])
+@pytest.mark.parametrize("offset", [0.0, 3.7])
+def test_numbers_in_single_precision_have_the_ties_that_they_have_in_double(alternative: str, offset: float) -> None:
+    differences = torch.tensor([0.1, 0.2, 0.3, -0.6, 0.4, -0.4], dtype=torch.float64)
+    base = torch.tensor([0.3, 1.1, 0.2, 0.9, 2.3, 0.7], dtype=torch.float64) + offset
+    exact = signs_by_hand(differences.tolist(), alternative)
+    in_single = effect_test((base + differences).float(), base.float(), alternative=alternative)  # type: ignore[arg-type]
+    assert float(in_single.p) == pytest.approx(exact)
+    alone = effect_test(differences.float(), alternative=alternative)  # type: ignore[arg-type]
+    assert float(alone.p) == pytest.approx(exact)
+
+
 # Numbers beside the p-value
 
 
@@ -175,6 +187,7 @@ def test_no_difference_at_all_is_no_effect_and_one_that_never_varies_is_infinite
     none = effect_test([2.0, 3.0, 4.0], [2.0, 3.0, 4.0])
     assert (float(none.p), float(none.effect_size), float(none.mean)) == (1.0, 0.0, 0.0)
     assert float(effect_test([1.0] * 8).effect_size) == math.inf
+    assert float(effect_test([-0.1] * 7).effect_size) == -math.inf
 
 
 # Many tests
@@ -403,6 +416,19 @@ def test_no_effect_in_words_says_what_would_have_been_found() -> None:
     assert found.verdict.startswith("no effect shown: ")
     size = detectable_effect(30)
     assert found.verdict.endswith(f"an effect of {size:.2f} standard deviations would be found four times in five")
+
+
+@pytest.mark.parametrize("correction", ["holm", "bh"])
+def test_what_would_be_found_in_a_grid_is_found_so_often(correction: str) -> None:
+    nothing = effect_test(normal(100, 20, seed=11), correction=correction, n_resamples=1)  # type: ignore[arg-type]
+    said = float(nothing.verdict.rpartition("an effect of ")[2].split()[0])
+    hits = 0
+    for seed in range(40):
+        values = normal(100, 20, seed=100 + seed)
+        values[3] += said
+        found = effect_test(values, correction=correction, n_permutations=20_000, n_resamples=1)  # type: ignore[arg-type]
+        hits += bool(found.found[3])
+    assert hits >= 24  # four in five are expected; fewer in 1 of 1000
 
 
 def test_too_few_pairs_are_said_to_be_too_few() -> None:

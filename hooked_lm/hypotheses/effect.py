@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,6 +63,7 @@ def effect_test(
     """
     _check_settings(alternative, correction, alpha, n_permutations)
     first, second = _checked(treated, "treated"), None if baseline is None else _checked(baseline, "baseline")
+    rounding = _rounding(treated, first) + (0.0 if second is None else _rounding(baseline, second))
     if not pairs and second is None:
         raise ValueError("two groups are needed: give the second as baseline, or pairs=True for differences")
     if second is not None and (first.shape != second.shape if pairs else first.shape[:-1] != second.shape[:-1]):
@@ -71,14 +73,14 @@ def effect_test(
         )
     if pairs:
         differences = first if second is None else first - second
-        p, drawn = sign_p_values(differences, alternative, n_permutations, seed)
+        p, drawn = sign_p_values(differences, alternative, n_permutations, seed, rounding)
         low, high = bootstrap_interval(differences, confidence, n_resamples, seed)
         mean, size = differences.mean(-1), _hedges(differences)
         n: int | tuple[int, int] = differences.shape[-1]
         ways = exact_count(differences.shape[-1])
     else:
         assert second is not None
-        p, drawn = group_p_values(first, second, alternative, n_permutations, seed)
+        p, drawn = group_p_values(first, second, alternative, n_permutations, seed, rounding)
         low, high = _group_interval(first, second, confidence, n_resamples, seed)
         mean, size = first.mean(-1) - second.mean(-1), _hedges_of_groups(first, second)
         n = (first.shape[-1], second.shape[-1])
@@ -176,6 +178,14 @@ def _checked(values: ArrayLike, what: str) -> Tensor:
     return found
 
 
+def _rounding(given: ArrayLike | None, values: Tensor) -> Tensor:
+    """By how much the sum of measured values may be off: each is rounded to the precision that it came in."""
+    came = to_numpy(given) if given is not None else None
+    if came is None or came.dtype.kind != "f":
+        return torch.zeros(values.shape[:-1], dtype=torch.float64)
+    return float(np.finfo(came.dtype).eps) * values.abs().sum(-1)
+
+
 def _hedges(differences: Tensor) -> Tensor:
     df = differences.shape[-1] - 1
     return _ratio(differences.mean(-1), differences.std(-1)) * _small_sample(df)
@@ -188,8 +198,9 @@ def _hedges_of_groups(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _ratio(mean: Tensor, deviation: Tensor) -> Tensor:
-    """The mean in deviations: 0 for no difference at all, infinite for one that is always the same."""
-    return torch.where(mean == 0, torch.zeros_like(mean), mean / deviation)
+    """The mean in deviations: 0 for no difference at all, infinite for one that is always the same, up to rounding."""
+    always = deviation <= 1e-12 * mean.abs()
+    return torch.where(mean == 0, 0.0, torch.where(always, mean.sign() * torch.inf, mean / deviation))
 
 
 def _small_sample(df: int) -> float:

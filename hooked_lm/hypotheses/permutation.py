@@ -17,7 +17,7 @@ Alternative = Literal["two-sided", "greater", "less"]
 ALTERNATIVES = ("two-sided", "greater", "less")
 # Numbers that are held at once.
 _CHUNK = 2**22
-# Sums of the same numbers in another order differ by rounding: ties within this share of the largest sum are ties.
+# Sums of the same numbers in another order differ by rounding: sums within this share of the largest are ties.
 _TIE = 1e-10
 Weights = Callable[[], Iterator[Tensor]]
 
@@ -33,7 +33,11 @@ def exact_count(n: int, other: int | None = None) -> int:
 
 
 def sign_p_values(
-    differences: Float[Tensor, "*cell pair"], alternative: Alternative, n_permutations: int, seed: int
+    differences: Float[Tensor, "*cell pair"],
+    alternative: Alternative,
+    n_permutations: int,
+    seed: int,
+    rounding: Float[Tensor, "*cell"] | float = 0.0,
 ) -> tuple[Float[Tensor, "*cell"], int | None]:
     """Return the p-values of the mean of paired differences, by flipping their signs.
 
@@ -47,13 +51,15 @@ def sign_p_values(
         alternative: `"greater"` asks for a mean above 0, `"less"` below, `"two-sided"` for either.
         n_permutations: how many ways are tried at most.
         seed: of the draws.
+        rounding: by how much a sum of the differences may be off, since they were measured in a coarser precision:
+            sums within it are ties.
 
     Returns:
         The p-values, and the number of draws; None where all ways were tried.
     """
     n = differences.shape[-1]
     values = differences.reshape(-1, n).double().cpu()
-    observed, tie = values.sum(-1), _TIE * values.abs().sum(-1)
+    observed, tie = values.sum(-1), _tie(values, rounding)
     exact = exact_count(n) <= n_permutations
 
     def ways() -> Iterator[Tensor]:
@@ -80,12 +86,13 @@ def group_p_values(
     alternative: Alternative,
     n_permutations: int,
     seed: int,
+    rounding: Float[Tensor, "*cell"] | float = 0.0,
 ) -> tuple[Float[Tensor, "*cell"], int | None]:
     """Return the p-values of the difference of two groups' means, by dealing out the labels anew.
 
     Args:
         treated, control: of the two groups, along the last axis.
-        alternative, n_permutations, seed: as for `sign_p_values`.
+        alternative, n_permutations, seed, rounding: as for `sign_p_values`.
 
     Returns:
         The p-values, and the number of draws; None where all ways were tried.
@@ -93,7 +100,7 @@ def group_p_values(
     n, m = treated.shape[-1], control.shape[-1]
     values = torch.cat([treated.reshape(-1, n), control.reshape(-1, m)], -1).double().cpu()
     # The difference of means is, up to a constant, the sum over the treated.
-    observed, tie = values[:, :n].sum(-1), _TIE * values.abs().sum(-1)
+    observed, tie = values[:, :n].sum(-1), _tie(values, rounding)
     centre = values.sum(-1) * n / (n + m)
     exact = exact_count(n, m) <= n_permutations
 
@@ -113,6 +120,12 @@ def group_p_values(
     return _p_values(count, exact_count(n, m), exact, n_permutations).reshape(treated.shape[:-1]), (
         None if exact else n_permutations
     )
+
+
+def _tie(values: Float[Tensor, "cell n"], rounding: Tensor | float) -> Float[Tensor, " cell"]:
+    """How close two sums of each cell are ties."""
+    given = torch.as_tensor(rounding, dtype=torch.float64).reshape(-1)
+    return torch.maximum(_TIE * values.abs().sum(-1), given.expand(len(values)))
 
 
 def _as_extreme(

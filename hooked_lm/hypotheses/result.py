@@ -124,7 +124,8 @@ class EffectTest:
             return f"{self._sample()} cannot show any: the smallest p-value there is is {self.smallest_p:.2g}"
         if not isinstance(self.n, int):
             return "an effect that is not shown may be there"
-        alpha = self.alpha / (tests if self.correction == "holm" else 1)
+        # An effect that stands alone among the cells has to pass the strictest of the steps of either correction.
+        alpha = self.alpha / tests
         size = abs(detectable_effect(self.n, alpha=alpha, alternative=self.alternative))
         return f"an effect of {size:.2f} standard deviations would be found four times in five"
 
