@@ -211,6 +211,9 @@ def unpack(tree: object, tensor: Callable[[str], Tensor], figure: Callable[[str]
         tree: the plain data.
         tensor: gives a tensor by its name.
         figure: gives the path of a figure's page by its name.
+
+    Raises:
+        ValueError: a kind of value that this version does not know, or a tensor that is not what was recorded.
     """
 
     def inner(one: object) -> object:
