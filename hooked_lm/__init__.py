@@ -10,19 +10,27 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hooked_lm import circuits as circuits
+    from hooked_lm import comparison as comparison
     from hooked_lm import compat as compat
     from hooked_lm import components as components
+    from hooked_lm import datasets as datasets
     from hooked_lm import evals as evals
     from hooked_lm import examples as examples
     from hooked_lm import experiments as experiments
+    from hooked_lm import fourier as fourier
     from hooked_lm import head_detector as head_detector
+    from hooked_lm import hypotheses as hypotheses
     from hooked_lm import interventions as interventions
     from hooked_lm import metrics as metrics
     from hooked_lm import parallel as parallel
     from hooked_lm import patching as patching
+    from hooked_lm import patchscopes as patchscopes
     from hooked_lm import plotting as plotting
     from hooked_lm import probing as probing
+    from hooked_lm import profiling as profiling
     from hooked_lm import remote as remote
+    from hooked_lm import sparsity as sparsity
+    from hooked_lm import surgery as surgery
     from hooked_lm import sweep as sweep
     from hooked_lm import tasks as tasks
     from hooked_lm import tracing as tracing
@@ -73,22 +81,30 @@ __all__ = [
     "Slice",
     "UnknownHookError",
     "circuits",
+    "comparison",
     "compat",
     "components",
     "connect",
+    "datasets",
     "evals",
     "examples",
     "experiments",
+    "fourier",
     "head_detector",
+    "hypotheses",
     "interventions",
     "load_interventions",
     "metrics",
     "parallel",
     "patching",
+    "patchscopes",
     "plotting",
     "probing",
+    "profiling",
     "remote",
     "save_interventions",
+    "sparsity",
+    "surgery",
     "sweep",
     "tasks",
     "tracing",

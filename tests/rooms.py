@@ -20,6 +20,8 @@ ORDER = (
         "tracing",
     ),
     *("transformer", "certificate", "parallel", "remote", "workers", "patching", "circuits", "utils", "head_detector"),
-    *("training", "tasks", "evals", "experiments", "plotting", "probing", "examples", "demo"),
+    *("training", "tasks", "evals", "plotting", "probing", "examples"),
+    *("hypotheses", "profiling", "fourier", "comparison", "datasets", "patchscopes", "surgery", "sparsity"),
+    *("experiments", "explorer", "demo"),
     *("__init__", "cli", "compat"),
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import linecache
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,10 +86,12 @@ def run(page: str) -> Iterator[tuple[Block, str, dict[str, Any]]]:
     """Run a page's blocks; yield each with what it printed and the namespace as it then is."""
     torch.manual_seed(0)
     namespace: dict[str, Any] = {}
-    for block in python_blocks(page):
-        printed = io.StringIO()
+    for number, block in enumerate(python_blocks(page)):
+        printed, name = io.StringIO(), f"<{page}, block {number}>"
+        # So that the source of what a block defines can be read, as that of a notebook's cell can.
+        linecache.cache[name] = (len(block.code), None, block.code.splitlines(keepends=True), name)
         with contextlib.redirect_stdout(printed):
-            exec(compile(block.code, page, "exec"), namespace)
+            exec(compile(block.code, name, "exec", dont_inherit=True), namespace)
         yield block, printed.getvalue(), namespace
 
 

@@ -1,17 +1,19 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import re
+import shutil
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["explained", "whole_file", "write_whole"]
+__all__ = ["append_line", "explained", "unfinished_folder", "whole_file", "write_whole"]
 
 
 def write_whole(path: str | Path, content: str | Callable[[Path], object]) -> Path:
@@ -60,6 +62,51 @@ def whole_file(path: str | Path) -> Generator[BinaryIO, None, None]:
 
 
 @contextmanager
+def unfinished_folder(parent: str | Path) -> Generator[Path, None, None]:
+    """Make a folder under a temporary name; rename it to its final name within the `with` block, or it is removed.
+
+    Folders of writers that were killed are removed too.
+
+    Args:
+        parent: the folder in which it is; it is made where it is missing.
+
+    Raises:
+        ValueError: the folder cannot be made.
+    """
+    parent = Path(parent)
+    with explained(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        _remove_left(parent)
+        place = parent / f".{next(_numbers)}.{_HOST}.{os.getpid()}.unfinished"
+        place.mkdir()
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def append_line(path: str | Path, line: str) -> None:
+    """Add a line to the end of a file that several processes may add to. A line that was cut off before it is ended.
+
+    Args:
+        path: of the file, which is made where it is missing.
+        line: without its line break.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    path = Path(path)
+    with explained(path), path.open("ab+", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        whole = size == 0
+        if size:
+            file.seek(size - 1)
+            whole = file.read(1) == b"\n"
+        # One call: what several processes append at once is not mixed up on a local disk.
+        file.write(("" if whole else "\n").encode() + line.encode() + b"\n")
+
+
+@contextmanager
 def explained(path: Path) -> Generator[None, None, None]:
     """Within a `with` block that writes to a file, an OSError is a ValueError that names the file."""
     try:
@@ -91,6 +138,7 @@ def _whole(path: Path) -> Generator[Path, None, None]:
 _HOST = re.sub(r"[^\w-]", "-", platform.node()) or "unknown"
 _UNFINISHED = re.compile(r"\.(?P<name>.+)\.(?P<host>[\w-]+)\.(?P<process>\d+)\.unfinished")
 _being_written: set[Path] = set()
+_numbers = itertools.count()
 _looking = threading.Lock()
 
 
@@ -123,6 +171,14 @@ def _others_writing(target: Path) -> bool:
         else:
             left.unlink(missing_ok=True)
     return busy
+
+
+def _remove_left(parent: Path) -> None:
+    """Remove the unfinished folders of processes of this machine that are gone."""
+    for left in parent.glob(".*.unfinished"):
+        found = _UNFINISHED.fullmatch(left.name)
+        if found is not None and found["host"] == _HOST and not _is_running(int(found["process"])):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _is_running(process: int) -> bool:

@@ -17,6 +17,7 @@ from torch.nn.modules import module as _module
 __all__ = [
     "ONEDNN_LINEAR",
     "has_global_module_hooks",
+    "has_gradient_hooks",
     "has_module_hooks",
     "memory_reference",
     "only_plain_operations",
@@ -47,6 +48,11 @@ def has_any_module_hooks(module: nn.Module) -> bool:
         return bool(backward or module._forward_hooks or module._forward_pre_hooks)
     except AttributeError:
         return True
+
+
+def has_gradient_hooks(tensor: Tensor) -> bool:
+    """Return whether functions are registered that act on a tensor's gradient; False where torch does not say."""
+    return any(bool(getattr(tensor, name, ())) for name in ("_backward_hooks", "_post_accumulate_grad_hooks"))
 
 
 def has_module_hooks(module: nn.Module) -> bool:

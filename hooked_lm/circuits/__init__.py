@@ -1,10 +1,11 @@
-"""Circuits, read from weights and activations: heads, composition, full circuits, logit attribution, function vectors.
+"""Circuits, from weights and activations: heads, composition, full circuits, attribution, routes, function vectors.
 
 `logit_lens` is the module, as it always was: its function is `hooked_lm.circuits.logit_lens.logit_lens`.
 """
 
 from hooked_lm.circuits.composition import CompositionScores, chance_of_square, head_composition, pairs_table
 from hooked_lm.circuits.direct_logit import LogitAttribution, hooks_for_attribution, logit_attribution
+from hooked_lm.circuits.directions import DirectionHead, HeadDirections, reading_heads, writing_heads
 from hooked_lm.circuits.full_circuits import (
     TopEntries,
     full_ov_circuit,
@@ -45,17 +46,24 @@ from hooked_lm.circuits.induction import (
     strongest_head,
 )
 from hooked_lm.circuits.logit_lens import LogitLens, read_out
+from hooked_lm.circuits.routes import information_routes
+from hooked_lm.circuits.routes_result import InformationRoutes, RouteEdge, RouteNode
 from hooked_lm.circuits.svd import CircuitVectors, SVDInterpreter, circuit_vectors
 
 __all__ = [
     "CircuitVectors",
     "CompositionScores",
+    "DirectionHead",
     "FunctionVector",
+    "HeadDirections",
     "HeadEffects",
     "HeadScores",
+    "InformationRoutes",
     "LogitAttribution",
     "LogitLens",
     "NextTokenScores",
+    "RouteEdge",
+    "RouteNode",
     "SVDInterpreter",
     "SteeringEffect",
     "TopEntries",
@@ -73,6 +81,7 @@ __all__ = [
     "hooks_for_attribution",
     "induction_pattern",
     "induction_scores",
+    "information_routes",
     "k_composition_qk_circuit",
     "logit_attribution",
     "matching_scores",
@@ -83,6 +92,7 @@ __all__ = [
     "previous_token_pattern",
     "previous_token_scores",
     "read_out",
+    "reading_heads",
     "register_head_pattern",
     "repeated_random_tokens",
     "repeated_token_scores",
@@ -91,4 +101,5 @@ __all__ = [
     "token_embeddings",
     "top1_accuracy",
     "top_entries",
+    "writing_heads",
 ]

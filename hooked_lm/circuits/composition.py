@@ -31,8 +31,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hooked_lm.circuits.folded import folded_ov, folded_qk
-from hooked_lm.components.norm import Norm
+from hooked_lm.circuits.folded import folded_ov, folded_qk, reads_centred
 from hooked_lm.factored_matrix import FactoredMatrix
 from hooked_lm.hooked_model import HookedModel
 
@@ -208,7 +207,7 @@ def head_composition(model: HookedModel, mode: str, *, verbose: bool = True) -> 
         raise ValueError(f"heads compose with those of earlier layers, and this model has {n_layers} layers")
     layers = tqdm(range(n_layers), disable=not verbose, desc="singular values", leave=False)
     sides = [_sides(model, layer, mode) for layer in layers]
-    dimensions = model.cfg.d_model - int(_reads_centred(model))
+    dimensions = model.cfg.d_model - int(reads_centred(model))
     scores = sides[0].S_written.new_zeros(n_layers, n_heads, n_layers, n_heads)
     z = torch.zeros_like(scores)
     pairs = list(combinations(range(n_layers), 2))
@@ -236,20 +235,13 @@ class _Sides(NamedTuple):
 
 def _sides(model: HookedModel, layer: int, mode: str) -> _Sides:
     OV = folded_ov(model, layer)
-    if _reads_centred(model):
+    if reads_centred(model):
         # LayerNorm hides the mean of the stream from later heads: the part of a write along it is not read.
         OV = FactoredMatrix(OV.A, OV.B - OV.B.mean(-1, keepdim=True))
     reads = OV if mode == "V" else folded_qk(model, layer) if mode == "Q" else folded_qk(model, layer).T
     _, S_written, V = OV.svd()
     U, S_read, _ = reads.svd()
     return _Sides(S_written[..., None] * V.mT, S_written, U * S_read[..., None, :], S_read)
-
-
-def _reads_centred(model: HookedModel) -> bool:
-    """Whether heads read the residual stream less its mean."""
-    # The last block's: the first may have none, and its heads read no other head.
-    norm = model.blocks[-1].ln1
-    return isinstance(norm, Norm) and norm.centred
 
 
 def _squared_scores(first: _Sides, second: _Sides) -> Float[Tensor, "writer reader"]:

@@ -20,6 +20,7 @@ __all__ = [
     "head_norm_linear_part",
     "linear_part",
     "read_through",
+    "reads_centred",
     "require_additive",
     "require_scores_by_head",
 ]
@@ -93,6 +94,13 @@ def head_norm_linear_part(
         return rows
     gain = norm.w if head is None or norm.w.ndim == 1 else norm.w[head]
     return rows * gain.to(rows)[..., None, :]
+
+
+def reads_centred(model: HookedModel) -> bool:
+    """Return whether heads read the residual stream less its mean."""
+    # The last block's: the first may have none, and its heads read no other head.
+    norm = model.blocks[-1].ln1
+    return isinstance(norm, Norm) and norm.centred
 
 
 def require_additive(model: HookedModel) -> None:

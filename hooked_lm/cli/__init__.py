@@ -11,7 +11,7 @@ import sys
 import typer
 
 import hooked_lm
-from hooked_lm.cli import demo, heads, info, lens, patch, serve, verify
+from hooked_lm.cli import bench, demo, explore, heads, info, lens, patch, serve, verify
 
 __all__ = ["app", "main", "version"]
 
@@ -33,6 +33,8 @@ app.command()(heads.heads)
 app.command()(patch.patch)
 app.command()(verify.verify)
 app.command()(serve.serve)
+app.command()(explore.explore)
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

@@ -2,10 +2,25 @@
 
 `decode_early`: when an answer appears; `patch_ioi`: where two names are told apart; `continue_repeats`: how a repeat is
 recognised; `transplant_task`: the vector that carries a task; `find_name_movers`: the heads that give the name.
+
+`Bench(folder)` records any experiment: its code, arguments, model, seeds, environment and results.
 """
 
 from __future__ import annotations
 
+from hooked_lm.experiments.bench import (
+    Bench,
+    Difference,
+    Entry,
+    ModelFingerprint,
+    NotKept,
+    Record,
+    RecordDiff,
+    Rerun,
+    Tool,
+    Tools,
+    Versions,
+)
 from hooked_lm.experiments.early_decoding import EarlyDecoding, decode_early
 from hooked_lm.experiments.name_movers import NameMovers, find_name_movers
 from hooked_lm.experiments.repeats import Repeats, continue_repeats
@@ -13,11 +28,22 @@ from hooked_lm.experiments.residual_patching import IOIPatching, patch_ioi
 from hooked_lm.experiments.task_vectors import TaskVectors, transplant_task
 
 __all__ = [
+    "Bench",
+    "Difference",
     "EarlyDecoding",
+    "Entry",
     "IOIPatching",
+    "ModelFingerprint",
     "NameMovers",
+    "NotKept",
+    "Record",
+    "RecordDiff",
     "Repeats",
+    "Rerun",
     "TaskVectors",
+    "Tool",
+    "Tools",
+    "Versions",
     "continue_repeats",
     "decode_early",
     "find_name_movers",

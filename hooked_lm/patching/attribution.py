@@ -49,6 +49,7 @@ __all__ = [
     "AuditedCell",
     "attribution_patch",
     "choose_cells",
+    "differentiated_run",
     "replacement",
     "spearman",
 ]
@@ -152,7 +153,7 @@ def attribution_patch(
     if fixed:
         check_attention(model)
     clean_values = clean_activations(model, clean, sites, tokens, mask, attention_mask)
-    run = _differentiate(model, tokens, mask, metric, list(dict.fromkeys([*sites, *extra])))
+    run = differentiated_run(model, tokens, mask, metric, list(dict.fromkeys([*sites, *extra])))
     effects = {name: _first_order(model, GRIDS[name], clean_values, run) for name in names if name not in fixed}
     if fixed:
         valid = None if bool(mask.all()) else mask.bool()
@@ -178,10 +179,20 @@ def _checked_grids(model: HookedModel, grids: Sequence[str] | None) -> list[str]
 # The corrupted run and its gradients
 
 
-def _differentiate(
+def differentiated_run(
     model: HookedModel, tokens: Tensor, mask: Tensor, metric: AnyMetric, sites: Sequence[str]
 ) -> DifferentiatedRun:
-    """Run the corrupted prompts forward and backward. Nothing of the model is changed."""
+    """Return the activations of a run at some sites, and the gradients of a metric by them. The model stays as it is.
+
+    Args:
+        model: a `HookedTransformer`.
+        tokens, mask: the prompts, [batch pos], and 0 at their padding.
+        metric: returns a scalar that has a gradient.
+        sites: full hook names.
+
+    Raises:
+        ValueError: the metric is no such scalar.
+    """
     starts = [name for name in ("hook_embed", "hook_pos_embed") if name in model.hook_dict]
     values: dict[str, Tensor] = {}
 

@@ -24,7 +24,7 @@ from hooked_lm.plotting.style import (
 )
 from hooked_lm.utils import ArrayLike, to_numpy
 
-__all__ = ["lens_table", "patching_grid"]
+__all__ = ["lens_table", "patching_grid", "site_map"]
 
 # The number of letters across a page.
 _LETTERS = 100
@@ -142,6 +142,50 @@ def lens_table(
     figure.update_yaxes(**ticks(sites, most=n_sites))
     longest = max(min(letters, len(cell[0].strip())) for row in tokens for cell in row) if letters > 2 else 2
     return styled(figure, title, 130 + _SITE * n_sites, grid=False, least_width=110 + (8 + 6 * longest) * n_columns)
+
+
+def site_map(
+    values: ArrayLike,
+    sites: Sequence[str],
+    labels: Sequence[str] | None = None,
+    *,
+    unit: str = "value",
+    title: str = "",
+) -> Figure:
+    """Return a map with a row for each site, the first on top, and a column for each position.
+
+    Args:
+        values: [site pos].
+        sites: the labels of the rows.
+        labels: of the positions; by default their numbers.
+        unit: of the values.
+        title: of the figure.
+
+    Raises:
+        ValueError: the labels are not as many as rows or columns.
+    """
+    found = matrix(values, "a map of sites", "site position")
+    if len(sites) != found.shape[0]:
+        raise ValueError(f"{len(sites)} labels for {found.shape[0]} sites")
+    names = names_of(labels, found.shape[1], "positions")
+    row = min(22, max(9, 900 // len(sites)))
+    title, bar_unit = place_of_unit(title, unit, row * len(sites))
+    figure = Figure(
+        go.Heatmap(
+            z=found,
+            x=list(range(found.shape[1])),
+            y=list(range(len(sites))),
+            colorscale=SEQUENTIAL,
+            colorbar=colour_bar(bar_unit, tickformat=".3~g"),
+            xgap=1,
+            ygap=1,
+            customdata=[[f"{text(site)}, position {place}" for place in _places(names)] for site in sites],
+            hovertemplate=f"%{{customdata}}<br>{text(unit)} %{{z:.3f}}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="position", **ticks(names, most=48))
+    figure.update_yaxes(autorange="reversed", **ticks(sites, most=60))
+    return styled(figure, title, 150 + row * len(sites), grid=False, least_width=260 + 9 * found.shape[1])
 
 
 def _places(names: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ from hooked_lm.weights.processing import (
     untie,
     unties,
 )
+from hooked_lm.weights.surgery import select_layers
 from weight_conversion.classic_state import from_classic
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "process",
     "process_",
     "refactor_factored_attn_matrices",
+    "select_layers",
     "untie",
     "unties",
 ]

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from hooked_lm import bundled
-from hooked_lm._support.plain_data import PlainData
 from hooked_lm.config import HookedTransformerConfig
 from hooked_lm.config.defaults import defaults
 from hooked_lm.tokenization import Tokenizer
@@ -30,10 +29,6 @@ __all__ = ["WeightLoading"]
 
 class WeightLoading(WeightProcessing):
     """The loading and processing methods of `HookedTransformer`."""
-
-    tokenizer: Tokenizer | None
-    # The HuggingFace config of the checkpoint, from which `to_huggingface` writes one.
-    origin: PlainData | None = None
 
     # Checkpoints
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import overload
+from collections.abc import Mapping, Sequence
+from typing import Self, overload
 
 import torch
 from torch import Tensor, nn
 
-from hooked_lm.components import Norm, Unembed
+from hooked_lm._support.plain_data import PlainData
+from hooked_lm.components import Embed, Norm, TransformerBlock, Unembed
+from hooked_lm.components.spread import Spread
 from hooked_lm.config import HookedTransformerConfig
+from hooked_lm.tokenization import Tokenizer
 from hooked_lm.weights import processing, state_dicts
 from hooked_lm.weights.processing import Weights
+from hooked_lm.weights.surgery import check_nothing_lost, chosen_layers, place_copies, select_layers, sources
 
 __all__ = ["WeightProcessing"]
 
@@ -27,6 +31,12 @@ class WeightProcessing(nn.Module):
     cfg: HookedTransformerConfig
     # The processing steps applied to the weights, so that loading a saved model does not apply them again.
     processed: tuple[str, ...] = ()
+    # The HuggingFace config of the checkpoint, from which `to_huggingface` writes one.
+    origin: PlainData | None = None
+    tokenizer: Tokenizer | None
+    spread_over: Spread | None
+    embed: Embed
+    blocks: Sequence[TransformerBlock]
     unembed: Unembed
 
     def own_tensors(self) -> Weights:
@@ -170,6 +180,38 @@ class WeightProcessing(nn.Module):
                 f"the state dict has no {', '.join(notable)}: filled with the model's present values", stacklevel=2
             )
         return weights
+
+    def with_layers(self, layers: Sequence[int]) -> Self:
+        """Return a new model with these blocks of this one, in this order; embeddings and unembedding are the same.
+
+        Blocks may be left out, moved, or come several times. Each computes in its new place what it computed in its
+        old one; see `weights.select_layers`. The new model has copies of the weights, a copy of its own for every time
+        that a block comes, on the devices of the originals, and the tokenizer of this model.
+
+        Args:
+            layers: indices of layers, such as `[0, 2, 1, 1, 3]`; negative ones count from the end.
+
+        Raises:
+            TypeError: `layers` is not a sequence of integers.
+            ValueError: a layer out of range; a block that would not be the same in its new place; hooks, components or
+                attributes of one's own, which the new model would lack; or this process has a part of the weights.
+        """
+        cfg, weights = select_layers(self.cfg, self.own_tensors(), layers)
+        chosen = chosen_layers(self.cfg, layers)
+        kept = {"device": self.cfg.device, "tokenizer_name": cfg.tokenizer_name, "init_weights": cfg.init_weights}
+        with torch.device("meta"):
+            built = type(self)(cfg.replace(init_weights=False, device=None, tokenizer_name=None), move_to_device=False)
+        if self.tokenizer is not None:
+            built.tokenizer = self.tokenizer
+        check_nothing_lost(self, built, chosen)
+        here = {name for name, one in self.named_parameters() if one.requires_grad}
+        moved = sources(here, chosen)
+        place_copies(built, weights, moved.keys())
+        built.cfg.set_unlocked(**kept)
+        built.spread_over = Spread.of(built.embed.W_E, built.blocks)
+        built.processed, built.origin = self.processed, self.origin
+        built.train(self.training)
+        return built
 
     def _process(self, step: str, state_dict: Mapping[str, Tensor] | None) -> Weights | None:
         if state_dict is None:
