@@ -151,6 +151,9 @@ def test_a_map_explains_what_is_affine_and_not_what_is_noise() -> None:
     assert float(maps.explained[0, 1]) == pytest.approx(1.0)
     assert (maps.n_fitted, maps.n_held_out) == (150, 50)
     assert maps.top(1)[0][2] == pytest.approx(1.0)
+    assert maps.figure().data[0].z.tolist() == maps.explained.tolist()
+    assert len(str(maps).splitlines()) == 3
+    assert maps.rows()[1] == {"source": 0, "target": 1, "explained": float(maps.explained[0, 1])}
     state = torch.randn(3, model.cfg.d_model, generator=generator, dtype=torch.float64)
     assert torch.allclose(maps(state, 0, 1), state @ matrix + 3.0, atol=1e-5)
     with pytest.raises(ValueError, match="no map from layer 0 to 5: there are maps from"):

@@ -117,6 +117,45 @@ class Effects:
         order = (self.b - self.a).abs().argsort(descending=True, stable=True)[: _at_least_one(k)].tolist()
         return [(self.labels[i], float(self.a[i]), float(self.b[i])) for i in order]
 
+    def rows(self) -> list[Row]:
+        """Return a dictionary for each intervention: `label`, `a`, `b`; `pandas.DataFrame` takes them."""
+        return [
+            {"label": label, "a": float(a), "b": float(b)}
+            for label, a, b in zip(self.labels, self.a, self.b, strict=True)
+        ]
+
+    def table(self, k: int = _SHOWN) -> str:
+        """Return the interventions whose effects differ most as text.
+
+        Args:
+            k: how many.
+
+        Raises:
+            ValueError: `k` is below 1.
+        """
+        return "\n".join(_part("effects", [f"{label}: {a:+.3g} and {b:+.3g}" for label, a, b in self.top(k)], k))
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def figure(self, title: str = "") -> Figure:
+        """Return the difference of the effects: a map of heads, or bars. Needs the extra `viz`.
+
+        Args:
+            title: of the figure; by default the largest difference.
+
+        Raises:
+            ImportError: plotly is not installed.
+        """
+        # Plotting is an optional extra.
+        from hooked_lm.plotting import effect_intervals, patching_grid
+
+        [(label, a, b)] = self.top(1)
+        named, change = title or f"{label} differs most, {b - a:+.3g}", self.b - self.a
+        if len(self.shape) == 2:
+            return patching_grid(change.view(self.shape), axis="head", unit="effect in b less that in a", title=named)
+        return effect_intervals(self.labels, change, change, change, axis="effect in b less that in a", title=named)
+
 
 @dataclass(frozen=True, eq=False)
 class ModelComparison:
@@ -269,7 +308,7 @@ class ModelComparison:
                 for row in self.top(5)
             ]
         if self.effects is not None:
-            lines += _part("effects", [f"{label}: {a:+.3g} and {b:+.3g}" for label, a, b in self.effects.top(k)], k)
+            lines.append(self.effects.table(k))
         return "\n".join(lines)
 
     def __str__(self) -> str:

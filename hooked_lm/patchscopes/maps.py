@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,9 @@ from hooked_lm.circuits.last_token import chosen_layers
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.probing import Positions, TokensAt, activations_at
 from hooked_lm.tokenization import Prompts
+
+if TYPE_CHECKING:
+    from hooked_lm.plotting import Figure
 
 __all__ = ["AffineMaps", "fit_affine_maps"]
 
@@ -76,6 +80,39 @@ class AffineMaps:
             (self.source_layers[i // width], self.target_layers[i % width], float(self.explained.flatten()[i]))
             for i in order
         ]
+
+    def rows(self) -> list[dict[str, int | float]]:
+        """Return a dictionary for each map: `source`, `target` (layers), `explained`; `pandas.DataFrame` takes them."""
+        return [
+            {"source": source, "target": target, "explained": float(self.explained[i, j])}
+            for i, source in enumerate(self.source_layers)
+            for j, target in enumerate(self.target_layers)
+        ]
+
+    def table(self) -> str:
+        """Return the shares of the variance as text: a row for each source layer, a column for each target layer."""
+        lines = ["from layer  " + "  ".join(f"into {layer}".rjust(7) for layer in self.target_layers)]
+        for layer, shares in zip(self.source_layers, self.explained.tolist(), strict=True):
+            lines.append(f"{layer:>10}  " + "  ".join(f"{share:>7.3f}" for share in shares))
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def figure(self, title: str = "") -> Figure:
+        """Return the shares of the variance as a map. Needs the extra `viz`.
+
+        Args:
+            title: of the figure.
+
+        Raises:
+            ImportError: plotly is not installed.
+        """
+        # Plotting is an optional extra.
+        from hooked_lm.plotting import composition_matrix
+
+        writers = [f"from {layer}" for layer in self.source_layers]
+        return composition_matrix(self.explained, writers, [f"into {layer}" for layer in self.target_layers], title)
 
 
 @torch.no_grad()
