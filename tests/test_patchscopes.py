@@ -13,6 +13,7 @@ from torch import Tensor
 from hooked_lm import HookedTransformer, Intervention, UnknownHookError
 from hooked_lm.circuits.logit_lens import logit_lens
 from hooked_lm.patchscopes import AffineMaps, Patchscope, compare_lenses, fit_affine_maps, identity_prompt, patchscope
+from hooked_lm.probing.division import hold_out
 from tests.architectures_helpers import ROTARY
 from tests.helpers import CORPUS, VOCAB, counted, randomise_, tiny_config, tiny_model, tiny_tokenizer, tiny_tokens
 
@@ -265,8 +266,6 @@ def test_affine_maps_are_least_squares_and_explain_what_they_say() -> None:
 
 
 def _fitted_prompts(model: HookedTransformer, tokens: Tensor) -> Tensor:
-    from hooked_lm.probing.division import hold_out
-
     groups = torch.arange(len(tokens)).repeat_interleave(tokens.shape[1] - 1)
     held_out = hold_out(groups, 0.25, torch.Generator().manual_seed(0))
     return ~held_out.reshape(len(tokens), -1)[:, 0]

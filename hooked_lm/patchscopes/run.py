@@ -113,11 +113,14 @@ def patchscope(
 
 
 def require_next_token(model: HookedModel, what: str) -> None:
-    """Raise a ValueError unless a model predicts the next token.
+    """Check that a model predicts the next token.
 
     Args:
         model: a `HookedTransformer`.
         what: needs that; for the message.
+
+    Raises:
+        ValueError: it does not, as its attention is not causal.
     """
     if model.cfg.attention_dir != "causal":
         raise ValueError(f"{what} reads the next token, and this model's attention is {model.cfg.attention_dir}")
