@@ -253,6 +253,8 @@ class Patchscope:
             columns = [self.str_token(int(self.source_tokens[one])) for one in chosen]
             axis, source = "source token", f"{len(chosen)} prompts"
         words = [[[self.str_token(one) for one in cell] for cell in row] for row in tokens.tolist()]
-        named = title or f"{self.site} of {source} in {str(self.target)!r}"
+        # The whole target prompt may be longer than the figure is wide.
+        gap = repr(self.target.strings[self.target.pos])
+        named = title or f"{self.site} of {source}, in the place of {gap} at position {self.target.pos} of the target"
         figure = lens_table(words, log_probs.exp(), rows, columns, title=named)
-        return figure.update_xaxes(title=axis)
+        return figure.update_xaxes(title_text=axis)
