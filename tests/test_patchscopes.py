@@ -423,7 +423,7 @@ def test_tables_rows_and_figures_say_what_the_numbers_say(reader: HookedTransfor
     assert torch.allclose(torch.tensor(figure.data[0].z), grid.grid(grid.top_log_probs[:, 1, 0].exp()), atol=1e-12)
     assert (figure.layout.xaxis.title.text, len(figure.data[0].x)) == ("target layer", 2)
     last = len(target.tokens) - 1
-    assert figure.layout.title.text.endswith(f"in the place of &#x27;?&#x27; at position {last} of the target")
+    assert f"in the place of &#x27;?&#x27; at position {last} of the target" in figure.layout.title.text
     pairs = patchscope(reader, CORPUS, target, answers=[5, 6, 7], max_new_tokens=2, **QUIET)
     assert pairs.texts is not None
     assert repr(pairs.texts[1][0]) in str(pairs)
