@@ -87,6 +87,12 @@ DRAWN = [
         (-1.5, 0),
         "L0H1\nwrites to 2, reads from 0",
     ),
+    (
+        "route_graph",
+        [(".scatterlayer .point", 5 + 6), (".xtick", N), (".ytick", 3)],
+        (9.0, 1.5),
+        "L1H4 4 -> 14\ninto 1_post\nflow 0.300\nimportance 0.300",
+    ),
 ]
 
 

@@ -234,6 +234,8 @@ def test_rows_and_tables_say_what_the_numbers_say() -> None:
     assert best.label in found.table(1)
     assert len(str(found).splitlines()) == 12
     assert {one.direction for one in found.top(100, 1)} == {"direction 1"}
+    named = writing_heads(tiny_model(), normal(2, 12), names=["a", "b"], **QUIET)
+    assert named.top(100, "b") == [one._replace(direction="b") for one in found.top(100, 1)]
     assert plotting.patching_grid(found.z[0], axis="head", unit="z").data[0].z.shape == (2, 3)
 
 
@@ -252,6 +254,8 @@ def test_rows_and_tables_say_what_the_numbers_say() -> None:
         ({"chance": torch.ones(1, 12)}, "two or more"),
         ({"chance": torch.ones(9, 12)}, "do not vary"),
         ({"n_draws": 1}, "n_draws"),
+        ({"names": "x"}, "names are as many"),
+        ({"names": ["a", "b"]}, "names are as many"),
     ],
 )
 @pytest.mark.usefixtures("no_type_checks")
