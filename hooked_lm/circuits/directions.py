@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hooked_lm._support.integers import integer, is_integer
+from hooked_lm._support.integers import at_least_one, integer, is_integer
 from hooked_lm._support.multiple_tests import holm_adjusted
 from hooked_lm._support.precision import at_least_single
 from hooked_lm.circuits.folded import (
@@ -126,8 +126,7 @@ class HeadDirections:
         Raises:
             ValueError: `k` is below 1, or there is no such direction.
         """
-        if integer(k, "k") < 1:
-            raise ValueError(f"k is at least 1, got {k}")
+        at_least_one(k, "k")
         rows = range(len(self.directions)) if direction is None else [self._index(direction)]
         return sorted((one for row in rows for one in self._heads_of(row)), key=lambda one: -one.z)[:k]
 

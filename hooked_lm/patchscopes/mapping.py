@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_lm._support.integers import integer
+from hooked_lm._support.integers import at_least_one
 from hooked_lm.circuits.last_token import LastTokenPrompts, chosen_layers, layer_index
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.patchscopes.run import ScopeSite
@@ -84,8 +84,7 @@ class AffineMaps:
         Raises:
             ValueError: `k` is below 1.
         """
-        if integer(k, "k") < 1:
-            raise ValueError(f"k is at least 1, got {k}")
+        at_least_one(k, "k")
         best = self.r2.flatten().argsort(descending=True, stable=True)[:k].tolist()
         width = len(self.target_layers)
         return [

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_lm._support.integers import integer
+from hooked_lm._support.integers import at_least_one
 from hooked_lm._support.precision import at_least_single
 from hooked_lm.circuits.last_token import chosen_layers
 from hooked_lm.circuits.logit_lens import read_out
@@ -77,8 +77,7 @@ class LensComparison:
         Raises:
             ValueError: `k` is below 1.
         """
-        if integer(k, "k") < 1:
-            raise ValueError(f"k is at least 1, got {k}")
+        at_least_one(k, "k")
         found = self.precision.flatten()
         width = len(self.layers)
         best = found.argsort(descending=True, stable=True)[:k].tolist()

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from hooked_lm._support.integers import integer
+from hooked_lm._support.integers import at_least_one, integer
 from hooked_lm.patching.statistics import bootstrap_interval
 from hooked_lm.patchscopes.target import TargetPrompt
 
@@ -144,8 +144,7 @@ class Patchscope:
         Raises:
             ValueError: `k` is below 1, or there is no such prompt.
         """
-        if integer(k, "k") < 1:
-            raise ValueError(f"k is at least 1, got {k}")
+        at_least_one(k, "k")
         by = self.top_log_probs[..., 0] if self.answer_log_probs is None else self.answer_log_probs
         chosen = range(self.n_prompts) if prompt is None else [self._prompt(prompt)]
         places = [(cell, one) for cell in range(len(self.cells)) for one in chosen]
