@@ -214,6 +214,14 @@ def test_a_float32_model_gives_the_same_scores() -> None:
     one, other = writing_heads(model, [3], **QUIET), writing_heads(tiny_model(), [3], **QUIET)
     assert torch.allclose(one.scores.double(), other.scores, atol=1e-5)
     assert torch.allclose(one.z.double(), other.z, atol=1e-2)
+    d, activations = normal(12), normal(50, 12, seed=1)
+    mixed = reading_heads(model, d, chance=activations, **QUIET)
+    exact = reading_heads(tiny_model(), d.float(), chance=activations.float(), **QUIET)
+    assert (mixed.scores.dtype, exact.scores.dtype) == (torch.float32, torch.float64)
+    assert torch.allclose(mixed.scores.double(), exact.scores, atol=1e-5)
+    half = tiny_model(dtype=torch.bfloat16)
+    half.load_state_dict(tiny_model().state_dict())
+    assert torch.allclose(reading_heads(half, d, **QUIET).scores.double(), exact.scores, atol=0.02)
 
 
 # Results and errors

@@ -27,6 +27,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "norms on the stream": {"norm_placement": "residual"},
     "shortformer": {"positional_embedding_type": "shortformer", "n_heads": 4, "n_key_value_heads": 2},
     "attention only": {"attn_only": True},
+    "sinks, a window": {"attention_sinks": True, "use_local_attn": True, "window_size": 2, "attn_types": ["local"] * 2},
 }
 
 
