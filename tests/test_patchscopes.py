@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "norms on the stream": {"norm_placement": "residual"},
     "shortformer": {"positional_embedding_type": "shortformer", "n_heads": 4, "n_key_value_heads": 2},
     "attention only": {"attn_only": True},
+    "sinks, a window": {"attention_sinks": True, "use_local_attn": True, "window_size": 2, "attn_types": ["local"] * 2},
 }
 
 
@@ -119,6 +121,9 @@ def test_what_comes_before_the_state_runs_once_unless_hooks_are_in_place(monkeyp
     model, calls = tiny_model(), counted(monkeypatch, HookedTransformer, "forward")
     patchscope(model, SOURCES, TARGET, target_pos=4, target_layers=(0, 1), batch_size=4, **QUIET)
     assert [tuple(call[1].shape) for call in calls] == [(3, 4), (1, 4), (4, 2), (4, 2), (4, 2)]
+    calls.clear()
+    patchscope(model, SOURCES, TARGET, target_pos=4, source_layers=[0], max_new_tokens=2, **QUIET)
+    assert [tuple(call[1].shape) for call in calls] == [(3, 4), (3, 6), (3, 1)]
     calls.clear()
     zeroed = Intervention("blocks.0.attn.hook_z", "zero", pos=1, head=2)
     with model.intervening([zeroed]):
@@ -215,10 +220,25 @@ def test_a_continuation_ends_as_text_where_the_text_ends(reader: HookedTransform
         model.unembed.b_U[0] += 1000.0  # type: ignore[operator, union-attr]
     found = patchscope(model, CORPUS[:2], "The capital", max_new_tokens=3, batch_size=1, **QUIET)  # type: ignore[arg-type]
     assert found.texts == (("", ""), ("", ""))
+    assert found.new_tokens is not None
+    assert found.new_tokens.shape == (2, 2, 1)
     plain = patchscope(reader, CORPUS[:2], "The capital", max_new_tokens=3, **QUIET)
     assert plain.new_tokens is not None
     assert plain.texts is not None
     assert plain.texts[0][1] == reader.to_string(plain.new_tokens[0, 1])
+
+
+def test_a_text_that_ends_before_those_of_other_batches_is_padded_with_its_end(reader: HookedTransformer) -> None:
+    model = randomise_(HookedTransformer(reader.cfg, tiny_tokenizer()))
+    with torch.no_grad():
+        model.unembed.W_U[0, 0] += 100.0  # type: ignore[operator, index]
+    ends = torch.tensor([10.0, -10.0])[:, None] * torch.eye(12)[0]
+    options: dict[str, Any] = {"source_layers": [-1], "mapping": lambda given, source, target: ends, "batch_size": 1}
+    found = patchscope(model, CORPUS[:2], "The", max_new_tokens=3, **options, **QUIET)  # type: ignore[arg-type]
+    assert found.new_tokens is not None
+    first, second = found.new_tokens[0].tolist()
+    assert len(second) > 1
+    assert (set(first), second[0] != 0) == ({0}, True)
 
 
 # Mappings
@@ -397,6 +417,16 @@ def test_what_makes_no_identity_prompt_is_refused(reader: HookedTransformer) -> 
             identity_prompt(reader, **arguments)
     with pytest.raises(ValueError, match="no tokenizer"):
         identity_prompt(tiny_model())
+
+
+def test_a_target_prompt_brings_its_position(reader: HookedTransformer) -> None:
+    last = identity_prompt(reader, ["Paris"])
+    first = dataclasses.replace(last, pos=1)
+    assert str(first).startswith("<|endoftext|>«")
+    found = patchscope(reader, CORPUS, first, **QUIET)
+    expected = patchscope(reader, CORPUS, last, target_pos=1, **QUIET)
+    assert torch.equal(found.top_log_probs, expected.top_log_probs)
+    assert not torch.allclose(found.top_log_probs, patchscope(reader, CORPUS, last, **QUIET).top_log_probs)
 
 
 # Results and errors

@@ -307,6 +307,12 @@ def _embedding_directions(model: HookedModel) -> Float[Tensor, "vocab d_model"]:
     return rows - rows.mean(0)
 
 
+def _at_work(model: HookedModel, vectors: Tensor) -> Tensor:
+    """Vectors on the device and in the precision that heads' matrices are compared in."""
+    home = model.embed.W_E
+    return vectors.detach().to(home.device, torch.promote_types(home.dtype, torch.float32))
+
+
 _Named = tuple[tuple[str, ...], Float[Tensor, "direction d_model"]]
 
 
@@ -327,7 +333,7 @@ def _named_directions(
 
 def _vectors(model: HookedModel, given: Directions, of_tokens: Callable[[HookedModel], Tensor]) -> _Named:
     if isinstance(given, Tensor) and given.is_floating_point():
-        rows = at_least_single(given.detach().to(model.embed.W_E.device))
+        rows = _at_work(model, given)
         rows = rows[None] if rows.ndim == 1 else rows
         if rows.ndim != 2 or rows.shape[1] != model.cfg.d_model or not len(rows):
             raise ValueError(
@@ -374,14 +380,14 @@ class _RandomDirections:
 def _random_directions(
     model: HookedModel, chance: Chance, n_draws: int | None, seed: int, centred: bool
 ) -> _RandomDirections:
-    d_model, home = model.cfg.d_model, model.embed.W_E.device
+    d_model = model.cfg.d_model
     n_draws = (
         max(_LEAST_DRAWS, _DRAWS_PER_HEAD * model.cfg.n_layers * model.cfg.n_heads) if n_draws is None else n_draws
     )
     if integer(n_draws, "n_draws") < 2:
         raise ValueError(f"n_draws is 2 or more, got {n_draws}")
     if isinstance(chance, str) and chance == "isotropic":
-        root = torch.eye(d_model, device=home, dtype=torch.promote_types(model.cfg.dtype, torch.float32))
+        root = _at_work(model, torch.eye(d_model))
         return _RandomDirections(_less_mean(root, centred), "directions, all alike", n_draws, seed)
     if isinstance(chance, Tensor):
         if chance.ndim != 2 or chance.shape[1] != d_model or len(chance) < 2 or not bool(chance.isfinite().all()):
@@ -389,7 +395,7 @@ def _random_directions(
                 f"chance is activations [example d_model], two or more, finite, with d_model {d_model}; got shape "
                 f"{tuple(chance.shape)}"
             )
-        rows, words = at_least_single(chance.detach().to(home)), f"directions like {len(chance)} activations"
+        rows, words = _at_work(model, chance), f"directions like {len(chance)} activations"
     else:
         known = {"unembedding": _logit_directions, "embedding": _embedding_directions}
         if chance not in known:
