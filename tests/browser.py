@@ -150,6 +150,27 @@ def gallery() -> dict[str, plotting.Figure | plotting.HtmlFigure]:
         "composition_graph": plotting.composition_graph(
             composition(4, 6), top=12, unit="K-composition", title="Who reads whom"
         ),
+        "effect_intervals": plotting.effect_intervals(
+            ["L0H4", "L1H1", "L2H0"],
+            [0.62, -0.2, 0.03],
+            [0.39, -0.31, -0.05],
+            [0.86, -0.1, 0.11],
+            marked=[True, True, False],
+            title="What ablating a head costs",
+        ),
+        "stacked_bars": plotting.stacked_bars(
+            {"attention": [1.0, 1.2], "MLP": [2.0, 1.9], "norms": [0.2, 0.2]},
+            ["layer 0", "layer 1"],
+            axis="milliseconds",
+            title="A profile",
+        ),
+        "site_map": plotting.site_map(
+            np.arange(24.0).reshape(4, 6) / 8 - 3,
+            ["hook_embed", "blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out", "log-probabilities"],
+            PROMPT[:6],
+            unit="log10 of the difference",
+            title="Where two models differ",
+        ),
         "route_graph": plotting.route_graph(routes(), "Routes to the last token"),
         "attention_heads": plotting.attention_heads(attention(12, n), PROMPT, HEADS, "Layer 0"),
         "attention_heads_large": plotting.attention_heads(
