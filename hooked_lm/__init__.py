@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from hooked_lm.certificate import Certificate as Certificate
     from hooked_lm.certificate import verify as verify
     from hooked_lm.circuits.svd import SVDInterpreter as SVDInterpreter
+    from hooked_lm.comparison import compare as compare
     from hooked_lm.config import HookedTransformerConfig as HookedTransformerConfig
     from hooked_lm.factored_matrix import FactoredMatrix as FactoredMatrix
     from hooked_lm.hooks import HookedRootModule as HookedRootModule
@@ -81,6 +82,7 @@ __all__ = [
     "Slice",
     "UnknownHookError",
     "circuits",
+    "compare",
     "comparison",
     "compat",
     "components",
@@ -132,6 +134,7 @@ _HOMES = {
     "Output": "hooked_lm.transformer",
     "SVDInterpreter": "hooked_lm.circuits.svd",
     "USE_DEFAULT_VALUE": "hooked_lm.tokenization",
+    "compare": "hooked_lm.comparison",
     "connect": "hooked_lm.remote.client",
     "Slice": "hooked_lm.slicing",
     "UnknownHookError": "hooked_lm.names",

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from hooked_lm import plotting
+from hooked_lm.circuits import InformationRoutes, RouteEdge, RouteNode
 from hooked_lm.plotting.static import browser_flags, find_browser
 
 PROMPT = [
@@ -59,6 +61,23 @@ def composition(n_layers: int, n_heads: int) -> np.ndarray:
         if reader[0] < n_layers:
             scores[(*writer, *reader)] = score
     return scores * (layer[:, None, None, None] < layer[:, None])
+
+
+def routes() -> InformationRoutes:
+    """Two layers of attention alone: the last token reads a name, which has read its title, and the stream goes on."""
+    first, name, last = (RouteNode(0, "0_pre", 3), RouteNode(0, "0_pre", 4), RouteNode(0, "0_pre", 14))
+    middle, end = (RouteNode(1, "0_post", 4), RouteNode(1, "0_post", 14)), RouteNode(2, "1_post", 14)
+    edges = (
+        RouteEdge("residual", 1, None, middle[1], end, 0.6, 0.6),
+        RouteEdge("head", 1, 4, middle[0], end, 0.3, 0.3),
+        RouteEdge("bias", 1, None, None, end, 0.1, 0.1),
+        RouteEdge("residual", 0, None, last, middle[1], 1.0, 0.6),
+        RouteEdge("head", 0, 1, first, middle[0], 0.75, 0.225),
+        RouteEdge("head", 0, 2, name, middle[0], 0.25, 0.075),
+    )
+    inputs, tokens = torch.zeros(15), torch.arange(15)
+    inputs[[3, 4, 14]] = torch.tensor([0.225, 0.075, 0.6])
+    return InformationRoutes(tokens, tuple(PROMPT), end, 0.04, edges, inputs, 0.1, (), 2, 8, 0.0)
 
 
 def gallery() -> dict[str, plotting.Figure | plotting.HtmlFigure]:
@@ -131,6 +150,28 @@ def gallery() -> dict[str, plotting.Figure | plotting.HtmlFigure]:
         "composition_graph": plotting.composition_graph(
             composition(4, 6), top=12, unit="K-composition", title="Who reads whom"
         ),
+        "effect_intervals": plotting.effect_intervals(
+            ["L0H4", "L1H1", "L2H0"],
+            [0.62, -0.2, 0.03],
+            [0.39, -0.31, -0.05],
+            [0.86, -0.1, 0.11],
+            marked=[True, True, False],
+            title="What ablating a head costs",
+        ),
+        "stacked_bars": plotting.stacked_bars(
+            {"attention": [1.0, 1.2], "MLP": [2.0, 1.9], "norms": [0.2, 0.2]},
+            ["layer 0", "layer 1"],
+            axis="milliseconds",
+            title="A profile",
+        ),
+        "site_map": plotting.site_map(
+            np.arange(24.0).reshape(4, 6) / 8 - 3,
+            ["hook_embed", "blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out", "log-probabilities"],
+            PROMPT[:6],
+            unit="log10 of the difference",
+            title="Where two models differ",
+        ),
+        "route_graph": plotting.route_graph(routes(), "Routes to the last token"),
         "attention_heads": plotting.attention_heads(attention(12, n), PROMPT, HEADS, "Layer 0"),
         "attention_heads_large": plotting.attention_heads(
             attention(144, 60), [f" w{i % 9}" for i in range(60)], None, "144 heads"

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import socket
-import threading
-import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import uvicorn
 
 from hooked_lm import HookedTransformer, metrics
 from hooked_lm.remote.app import make_app
@@ -24,6 +20,7 @@ from hooked_lm.remote.tokens import UserTable
 from hooked_lm.tracing import Trace
 from hooked_lm.tracing.wire import to_bytes
 from tests.helpers import tiny_model
+from tests.serving import at_socket
 
 SCOPES = {"ann": ["trace", "gradient", "weight"], "bob": ["trace"], "eve": []}
 
@@ -63,22 +60,8 @@ def service_of(folder: Path, users: UserTable | None = None, replicas: int = 1, 
 @contextmanager
 def listening(service: Service, heartbeat: float = 10.0) -> Generator[str]:
     """A service at a socket of this machine; the address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    config = uvicorn.Config(
-        make_app(service, heartbeat), host="127.0.0.1", port=port, log_level="error", lifespan="off"
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = server.force_exit = True
-        thread.join(10)
+    with at_socket(make_app(service, heartbeat)) as address:
+        yield address
 
 
 def small_trace(model: Any, number: int = 0) -> Trace:

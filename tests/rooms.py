@@ -23,5 +23,5 @@ ORDER = (
     *("training", "tasks", "evals", "plotting", "probing", "examples"),
     *("hypotheses", "profiling", "fourier", "comparison", "datasets", "patchscopes", "surgery", "sparsity"),
     *("experiments", "explorer", "demo"),
-    *("__init__", "cli", "compat"),
+    *("__init__", "cli", "__main__", "compat"),
 )

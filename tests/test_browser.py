@@ -87,6 +87,30 @@ DRAWN = [
         (-1.5, 0),
         "L0H1\nwrites to 2, reads from 0",
     ),
+    (
+        "effect_intervals",
+        [(".scatterlayer .point", 3), (".scatterlayer .js-line", 3), (".ytick", 3)],
+        (0.62, "L0H4"),
+        "L0H4\n0.62 (0.39 to 0.86)",
+    ),
+    (
+        "stacked_bars",
+        [(".barlayer .point path", 6), (".legend .traces", 3)],
+        (2.0, "layer 0"),
+        "MLP\nlayer 0: 2",
+    ),
+    (
+        "site_map",
+        [(".heatmaplayer image", 1), (".xtick", 6), (".ytick", 4)],
+        (2, 3),
+        "log-probabilities, position ' Mary'\nlog10 of the difference -0.500",
+    ),
+    (
+        "route_graph",
+        [(".scatterlayer .point", 5 + 6), (".xtick", N), (".ytick", 3)],
+        (9.0, 1.5),
+        "L1H4 4 -> 14\ninto 1_post\nflow 0.300\nimportance 0.300",
+    ),
 ]
 
 

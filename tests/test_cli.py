@@ -51,8 +51,9 @@ def model(gpt2_folder: Path) -> HookedTransformer:
     return HookedTransformer.from_pretrained(gpt2_folder)
 
 
-def test_version_prints_the_version() -> None:
-    run = runner.invoke(app, ["version"])
+@pytest.mark.parametrize("word", ["version", "--version"])
+def test_version_prints_the_version(word: str) -> None:
+    run = runner.invoke(app, [word])
     assert run.exit_code == 0
     assert run.output.strip() == hooked_lm.__version__
 
@@ -130,7 +131,7 @@ def test_the_report_says_each_number() -> None:
 
 
 def test_the_package_runs_as_a_module() -> None:
-    run = subprocess.run([sys.executable, "-m", "hooked_lm.cli", "version"], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-m", "hooked_lm", "--version"], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == hooked_lm.__version__
 
 

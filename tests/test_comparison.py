@@ -220,6 +220,9 @@ def test_effects_of_heads_are_those_of_a_loop() -> None:
             assert float(effects[place]) == pytest.approx(float(metric(model.run(TOKENS, interventions=[zero])) - base))
     most = max(range(len(found.labels)), key=lambda i: abs(float(found.b[i] - found.a[i])))
     assert found.top(1) == [(found.labels[most], float(found.a[most]), float(found.b[most]))]
+    assert found.figure().data[0].z.shape == found.shape
+    assert str(found).startswith(f"effects\n  {found.labels[most]}: ")
+    assert found.rows()[most] == {"label": found.labels[most], "a": float(found.a[most]), "b": float(found.b[most])}
 
 
 def test_effects_of_interventions_that_are_given() -> None:
@@ -228,6 +231,7 @@ def test_effects_of_interventions_that_are_given() -> None:
     found = compared(a, b, metric=metrics.log_prob(3), interventions=[cell]).effects
     assert found is not None
     assert found.labels == ("zero at blocks.1.hook_mlp_out",)
+    assert list(found.figure().data[-1].x) == [float(found.b - found.a)]
 
 
 # Other shapes

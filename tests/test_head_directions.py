@@ -160,7 +160,8 @@ def test_random_directions_have_uniform_p_values(chance: str) -> None:
     if chance == "embedding":
         rows[chance] = model.W_E.detach() - model.W_E.detach().mean(0)
     drawn = normal(400, len(rows[chance]), seed=9) @ rows[chance]
-    given: Any = uneven if chance == "activations" else chance
+    # Their mean does not count.
+    given: Any = uneven + 5 * normal(12, seed=2) if chance == "activations" else chance
     for found in (
         writing_heads(model, drawn, chance=given, n_draws=2000, **QUIET),
         reading_heads(model, drawn, "k", chance=given, n_draws=2000, **QUIET),
@@ -190,8 +191,8 @@ def test_chance_without_a_preferred_direction_is_that_of_a_random_rotation() -> 
 
 
 def test_adjusted_p_values_are_holms() -> None:
-    p = torch.tensor([[0.01, 0.04, 0.03, 0.005], [0.5, 0.9, 0.2, 0.3]], dtype=torch.float64)
-    expected = [[0.03, 0.06, 0.06, 0.02], [1.0, 1.0, 0.8, 0.9]]
+    p = torch.tensor([[0.01, 0.04, 0.03, 0.005], [0.5, 0.9, 0.2, 0.3], [0.3, 0.9, 0.4, 0.5]], dtype=torch.float64)
+    expected = [[0.03, 0.06, 0.06, 0.02], [1.0, 1.0, 0.8, 0.9], [1.0, 1.0, 1.0, 1.0]]
     assert torch.allclose(holm_adjusted(p), torch.tensor(expected, dtype=torch.float64))
 
 
@@ -213,6 +214,14 @@ def test_a_float32_model_gives_the_same_scores() -> None:
     one, other = writing_heads(model, [3], **QUIET), writing_heads(tiny_model(), [3], **QUIET)
     assert torch.allclose(one.scores.double(), other.scores, atol=1e-5)
     assert torch.allclose(one.z.double(), other.z, atol=1e-2)
+    d, activations = normal(12), normal(50, 12, seed=1)
+    mixed = reading_heads(model, d, chance=activations, **QUIET)
+    exact = reading_heads(tiny_model(), d.float(), chance=activations.float(), **QUIET)
+    assert (mixed.scores.dtype, exact.scores.dtype) == (torch.float32, torch.float64)
+    assert torch.allclose(mixed.scores.double(), exact.scores, atol=1e-5)
+    half = tiny_model(dtype=torch.bfloat16)
+    half.load_state_dict(tiny_model().state_dict())
+    assert torch.allclose(reading_heads(half, d, **QUIET).scores.double(), exact.scores, atol=0.02)
 
 
 # Results and errors
@@ -234,6 +243,8 @@ def test_rows_and_tables_say_what_the_numbers_say() -> None:
     assert best.label in found.table(1)
     assert len(str(found).splitlines()) == 12
     assert {one.direction for one in found.top(100, 1)} == {"direction 1"}
+    named = writing_heads(tiny_model(), normal(2, 12), names=["a", "b"], **QUIET)
+    assert named.top(100, "b") == [one._replace(direction="b") for one in found.top(100, 1)]
     assert plotting.patching_grid(found.z[0], axis="head", unit="z").data[0].z.shape == (2, 3)
 
 
@@ -252,6 +263,8 @@ def test_rows_and_tables_say_what_the_numbers_say() -> None:
         ({"chance": torch.ones(1, 12)}, "two or more"),
         ({"chance": torch.ones(9, 12)}, "do not vary"),
         ({"n_draws": 1}, "n_draws"),
+        ({"names": "x"}, "names are as many"),
+        ({"names": ["a", "b"]}, "names are as many"),
     ],
 )
 @pytest.mark.usefixtures("no_type_checks")

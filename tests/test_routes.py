@@ -266,6 +266,13 @@ def test_models_whose_terms_do_not_add_up_are_refused() -> None:
     model.blocks[0].attn.forward = lambda *args: 0.0  # type: ignore[assignment]
     with pytest.raises(ValueError, match="information routes"):
         information_routes(model, TOKENS, **QUIET)
+    on_stream = tiny_model(norm_placement="residual")
+    on_stream.blocks[0].ln2.forward = lambda x: 2 * x  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"blocks\.0\.ln2"):
+        information_routes(on_stream, TOKENS, **QUIET)
+    past_a_layer = {"shortcut_experts": True, "num_experts": 3, "experts_per_token": 2, "d_expert": 8}
+    with pytest.raises(ValueError, match="routes would lead past them"):
+        information_routes(tiny_model(**past_a_layer), TOKENS, **QUIET)
     with pytest.raises(ValueError, match="no layers"):
         information_routes(tiny_model(n_layers=0), TOKENS, **QUIET)
 

@@ -7,7 +7,7 @@ import operator
 import numpy as np
 import torch
 
-__all__ = ["entries_of", "integer", "is_integer"]
+__all__ = ["at_least_one", "entries_of", "integer", "is_integer"]
 
 
 def is_integer(value: object) -> bool:
@@ -46,3 +46,20 @@ def integer(value: object, what: str) -> int:
     if not is_integer(value):
         raise TypeError(f"{what} is an integer, got {type(value).__name__} {value!r}")
     return operator.index(value)  # type: ignore[arg-type]
+
+
+def at_least_one(value: object, what: str) -> int:
+    """Return a whole number from 1 as an int: a count of what is asked for.
+
+    Args:
+        value: the number.
+        what: the name of the argument, for the message.
+
+    Raises:
+        TypeError: it is no whole number.
+        ValueError: it is below 1.
+    """
+    found = integer(value, what)
+    if found < 1:
+        raise ValueError(f"{what} is at least 1, got {found}")
+    return found

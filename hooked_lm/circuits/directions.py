@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hooked_lm._support.integers import integer, is_integer
+from hooked_lm._support.integers import at_least_one, integer, is_integer
 from hooked_lm._support.multiple_tests import holm_adjusted
 from hooked_lm._support.precision import at_least_single
 from hooked_lm.circuits.folded import (
@@ -60,6 +60,8 @@ Row = dict[str, str | int | float]
 
 # Random directions for each head, by default: so many that the smallest adjusted p-value is about 0.01.
 _DRAWS_PER_HEAD, _LEAST_DRAWS = 100, 1000
+# Added to seeds: a model that was initialised with seed 0 has the numbers in its weights that seed 0 draws here too.
+_SEED_OFFSET = 5_851_834_092_671
 # Random directions that go through a layer's heads at a time.
 _DRAWS_AT_A_TIME = 1024
 # A direction is one if this share of its length is left without the mean.
@@ -124,8 +126,7 @@ class HeadDirections:
         Raises:
             ValueError: `k` is below 1, or there is no such direction.
         """
-        if integer(k, "k") < 1:
-            raise ValueError(f"k is at least 1, got {k}")
+        at_least_one(k, "k")
         rows = range(len(self.directions)) if direction is None else [self._index(direction)]
         return sorted((one for row in rows for one in self._heads_of(row)), key=lambda one: -one.z)[:k]
 
@@ -193,6 +194,7 @@ def writing_heads(
     model: HookedModel,
     direction: Directions,
     *,
+    names: Sequence[str] | None = None,
     chance: Chance = "unembedding",
     n_draws: int | None = None,
     seed: int = 0,
@@ -204,6 +206,7 @@ def writing_heads(
         model: a `HookedTransformer`.
         direction: [d_model], or several [direction d_model], of any length; or tokens, as strings or numbers, for the
             directions in which their logits read the stream, less the mean of all tokens, which changes no probability.
+        names: of the directions, in results; by default the tokens, or `"direction 0"`.
         chance: the random directions' covariance: of those that all tokens' logits read (`"unembedding"`), of all
             token embeddings (`"embedding"`), the same in all directions (`"isotropic"`), or of activations
             [example d_model], such as `probing.activations_at` returns of the residual stream.
@@ -215,8 +218,9 @@ def writing_heads(
         ValueError: directions of another width, that are zero (less their mean, where heads read through LayerNorm) or
             not finite; an unknown chance; a model whose heads write no product of matrices; overridden components.
     """
-    require_additive(model)
-    return _compared(model, direction, "writes", _written, _logit_directions, chance, n_draws, seed, verbose)
+    _require_heads(model)
+    given = _named_directions(model, direction, _logit_directions, names)
+    return _compared(model, given, "writes", _written, chance, n_draws, seed, verbose)
 
 
 @torch.no_grad()
@@ -225,6 +229,7 @@ def reading_heads(
     direction: Directions,
     through: Through = "q",
     *,
+    names: Sequence[str] | None = None,
     chance: Chance = "embedding",
     n_draws: int | None = None,
     seed: int = 0,
@@ -240,14 +245,14 @@ def reading_heads(
         direction: [d_model], or several [direction d_model], of any length; or tokens, as strings or numbers, for their
             embeddings less the mean of all.
         through: `"q"`, `"k"` or `"v"`.
-        chance, n_draws, seed, verbose: as for `writing_heads`.
+        names, chance, n_draws, seed, verbose: as for `writing_heads`.
 
     Raises:
         ValueError: as `writing_heads`, or norms of queries and keys that mix heads.
     """
     if through not in get_args(Through):
         raise ValueError(f"heads read through 'q', 'k' or 'v', not {through!r}")
-    require_additive(model)
+    _require_heads(model)
     require_own_matrices(model, "how much a head reads")
     if through != "v":
         require_scores_by_head(model)
@@ -255,11 +260,17 @@ def reading_heads(
     def read(model: HookedModel, layer: int) -> Float[Tensor, "head width d_model"]:
         return _read(model, layer, through)
 
-    kind = f"reads by {through}"
-    return _compared(model, direction, kind, read, _embedding_directions, chance, n_draws, seed, verbose)
+    given = _named_directions(model, direction, _embedding_directions, names)
+    return _compared(model, given, f"reads by {through}", read, chance, n_draws, seed, verbose)
 
 
 # The matrices
+
+
+def _require_heads(model: HookedModel) -> None:
+    if model.cfg.n_layers == 0:
+        raise ValueError("this model has no layers, and so no heads")
+    require_additive(model)
 
 
 def _written(model: HookedModel, layer: int) -> Float[Tensor, "head width d_model"]:
@@ -296,12 +307,33 @@ def _embedding_directions(model: HookedModel) -> Float[Tensor, "vocab d_model"]:
     return rows - rows.mean(0)
 
 
+def _at_work(model: HookedModel, vectors: Tensor) -> Tensor:
+    """Vectors on the device and in the precision that heads' matrices are compared in."""
+    home = model.embed.W_E
+    return vectors.detach().to(home.device, torch.promote_types(home.dtype, torch.float32))
+
+
+_Named = tuple[tuple[str, ...], Float[Tensor, "direction d_model"]]
+
+
 def _named_directions(
-    model: HookedModel, given: Directions, of_tokens: Callable[[HookedModel], Tensor]
-) -> tuple[tuple[str, ...], Float[Tensor, "direction d_model"]]:
+    model: HookedModel,
+    given: Directions,
+    of_tokens: Callable[[HookedModel], Tensor],
+    names: Sequence[str] | None,
+) -> _Named:
     """Return names and vectors of the directions that were asked for."""
+    own, vectors = _vectors(model, given, of_tokens)
+    if names is None:
+        return own, vectors
+    if isinstance(names, str) or len(names) != len(vectors):
+        raise ValueError(f"names are as many as the directions, {len(vectors)}; got {names!r}")
+    return tuple(names), vectors
+
+
+def _vectors(model: HookedModel, given: Directions, of_tokens: Callable[[HookedModel], Tensor]) -> _Named:
     if isinstance(given, Tensor) and given.is_floating_point():
-        rows = at_least_single(given.detach().to(model.embed.W_E.device))
+        rows = _at_work(model, given)
         rows = rows[None] if rows.ndim == 1 else rows
         if rows.ndim != 2 or rows.shape[1] != model.cfg.d_model or not len(rows):
             raise ValueError(
@@ -339,7 +371,7 @@ class _RandomDirections:
 
     def blocks(self) -> Iterator[Float[Tensor, "draw rank"]]:
         """Yield `g`, a block of draws at a time."""
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(_SEED_OFFSET + self.seed)
         for start in range(0, self.n_draws, _DRAWS_AT_A_TIME):
             n = min(_DRAWS_AT_A_TIME, self.n_draws - start)
             yield torch.randn(n, len(self.root), generator=generator).to(self.root)
@@ -348,14 +380,14 @@ class _RandomDirections:
 def _random_directions(
     model: HookedModel, chance: Chance, n_draws: int | None, seed: int, centred: bool
 ) -> _RandomDirections:
-    d_model, home = model.cfg.d_model, model.embed.W_E.device
+    d_model = model.cfg.d_model
     n_draws = (
         max(_LEAST_DRAWS, _DRAWS_PER_HEAD * model.cfg.n_layers * model.cfg.n_heads) if n_draws is None else n_draws
     )
     if integer(n_draws, "n_draws") < 2:
         raise ValueError(f"n_draws is 2 or more, got {n_draws}")
     if isinstance(chance, str) and chance == "isotropic":
-        root = torch.eye(d_model, device=home, dtype=torch.promote_types(model.cfg.dtype, torch.float32))
+        root = _at_work(model, torch.eye(d_model))
         return _RandomDirections(_less_mean(root, centred), "directions, all alike", n_draws, seed)
     if isinstance(chance, Tensor):
         if chance.ndim != 2 or chance.shape[1] != d_model or len(chance) < 2 or not bool(chance.isfinite().all()):
@@ -363,7 +395,7 @@ def _random_directions(
                 f"chance is activations [example d_model], two or more, finite, with d_model {d_model}; got shape "
                 f"{tuple(chance.shape)}"
             )
-        rows, words = at_least_single(chance.detach().to(home)), f"directions like {len(chance)} activations"
+        rows, words = _at_work(model, chance), f"directions like {len(chance)} activations"
     else:
         known = {"unembedding": _logit_directions, "embedding": _embedding_directions}
         if chance not in known:
@@ -386,21 +418,17 @@ def _less_mean(rows: Float[Tensor, "row d_model"], centred: bool) -> Float[Tenso
 
 def _compared(
     model: HookedModel,
-    direction: Directions,
+    given: _Named,
     kind: str,
     matrices: Callable[[HookedModel, int], Tensor],
-    of_tokens: Callable[[HookedModel], Tensor],
     chance: Chance,
     n_draws: int | None,
     seed: int,
     verbose: bool,
 ) -> HeadDirections:
     """Hold the shares of directions in every head's matrix to those of random directions."""
-    if model.cfg.n_layers == 0:
-        raise ValueError("this model has no layers, and so no heads")
     centred = reads_centred(model)
-    names, vectors = _named_directions(model, direction, of_tokens)
-    vectors = _checked(vectors, names, centred)
+    names, vectors = given[0], _checked(*given, centred)
     drawn = _random_directions(model, chance, n_draws, seed, centred)
     lengths = torch.cat([(g @ drawn.root).norm(dim=-1) for g in drawn.blocks()])
     found = list[tuple[Tensor, ...]]()
@@ -420,7 +448,7 @@ def _compared(
     return HeadDirections(kind, names, scores, expected, z, percentile, p, adjusted, drawn.description, drawn.n_draws)
 
 
-def _checked(vectors: Tensor, names: Sequence[str], centred: bool) -> Float[Tensor, "direction d_model"]:
+def _checked(names: Sequence[str], vectors: Tensor, centred: bool) -> Float[Tensor, "direction d_model"]:
     """Return directions of length 1, less their mean where that is not read."""
     left = _less_mean(vectors, centred)
     length: Tensor = torch.linalg.vector_norm(left, dim=-1)

@@ -71,7 +71,8 @@ def information_routes(
         model: a `HookedTransformer`.
         prompt: one prompt: a string, or tokens [pos] or [1 pos].
         pos: the position whose final state is explained, padding included in the count; negative from the end.
-        threshold: edges with a larger importance are kept; the paper's value by default. 0 keeps all that contribute.
+        threshold: edges with a larger importance are kept, each head's edge from each position by itself. 0 keeps all
+            that contribute.
         attention_mask: [1 pos], 0 at padding, for tokens.
         prepend_bos: as for the model.
         precision: the relative precision of the run, by which float error in the sums is judged; by default that of the

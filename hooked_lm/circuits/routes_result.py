@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_lm._support.integers import integer
+from hooked_lm._support.integers import at_least_one
 from hooked_lm.circuits.heads import HeadScores
 
 __all__ = ["EdgeKind", "InformationRoutes", "RouteEdge", "RouteNode"]
@@ -132,8 +132,7 @@ class InformationRoutes:
         Raises:
             ValueError: `k` is below 1, or an unknown kind or order.
         """
-        if integer(k, "k") < 1:
-            raise ValueError(f"k is at least 1, got {k}")
+        at_least_one(k, "k")
         _check_order(by)
         return sorted(self.of_kind(kind), key=lambda edge: -float(getattr(edge, by)))[:k]
 

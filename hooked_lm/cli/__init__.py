@@ -7,17 +7,33 @@ from __future__ import annotations
 
 import io
 import sys
+from typing import Annotated
 
 import typer
 
 import hooked_lm
 from hooked_lm.cli import bench, demo, explore, heads, info, lens, patch, serve, verify
 
-__all__ = ["app", "main", "version"]
+__all__ = ["app", "hooked_lm_command", "main", "version"]
 
 app = typer.Typer(
     help="Look inside language models.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(hooked_lm.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def hooked_lm_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Look inside language models."""
 
 
 @app.command()

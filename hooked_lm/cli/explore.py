@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 import webbrowser
@@ -44,8 +45,20 @@ def explore(
         except ImportError as error:
             raise ValueError(str(error)) from error
         check_device(device)
+        _check_port(port)
         found, name, load = _loaded(model, device, dtype, revision, processing, token)
         _serve(found, name, load, port, open_page)
+
+
+def _check_port(port: int) -> None:
+    """Check, before a model is loaded, that the page can be served there."""
+    with socket.socket() as tried:
+        # As the server does: a connection that has just ended does not keep the port.
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ValueError(f"--port {port}: {error.strerror}; --port 0 takes one that is free") from error
 
 
 def _loaded(

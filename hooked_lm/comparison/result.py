@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_lm._support.integers import integer
+from hooked_lm._support.integers import at_least_one, integer
 
 if TYPE_CHECKING:
     from hooked_lm.plotting import Figure, HtmlFigure
@@ -114,8 +114,47 @@ class Effects:
 
     def top(self, k: int = 5) -> list[tuple[str, float, float]]:
         """Return the `k` interventions whose effects differ most, as (label, in a, in b)."""
-        order = (self.b - self.a).abs().argsort(descending=True, stable=True)[: _at_least_one(k)].tolist()
+        order = (self.b - self.a).abs().argsort(descending=True, stable=True)[: at_least_one(k, "k")].tolist()
         return [(self.labels[i], float(self.a[i]), float(self.b[i])) for i in order]
+
+    def rows(self) -> list[Row]:
+        """Return a dictionary for each intervention: `label`, `a`, `b`; `pandas.DataFrame` takes them."""
+        return [
+            {"label": label, "a": float(a), "b": float(b)}
+            for label, a, b in zip(self.labels, self.a, self.b, strict=True)
+        ]
+
+    def table(self, k: int = _SHOWN) -> str:
+        """Return the interventions whose effects differ most as text.
+
+        Args:
+            k: how many.
+
+        Raises:
+            ValueError: `k` is below 1.
+        """
+        return "\n".join(_part("effects", [f"{label}: {a:+.3g} and {b:+.3g}" for label, a, b in self.top(k)], k))
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def figure(self, title: str = "") -> Figure:
+        """Return the difference of the effects: a map of heads, or bars. Needs the extra `viz`.
+
+        Args:
+            title: of the figure; by default the largest difference.
+
+        Raises:
+            ImportError: plotly is not installed.
+        """
+        # Plotting is an optional extra.
+        from hooked_lm.plotting import effect_intervals, patching_grid
+
+        [(label, a, b)] = self.top(1)
+        named, change = title or f"{label} differs most, {b - a:+.3g}", self.b - self.a
+        if len(self.shape) == 2:
+            return patching_grid(change.view(self.shape), axis="head", unit="effect in b less that in a", title=named)
+        return effect_intervals(self.labels, change, change, change, axis="effect in b less that in a", title=named)
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +252,7 @@ class ModelComparison:
             ValueError: `k` is below 1.
         """
         values = self.kl.where(self.real, -1.0).flatten()
-        order = values.argsort(descending=True, stable=True)[: min(_at_least_one(k), int(self.real.sum()))].tolist()
+        order = values.argsort(descending=True, stable=True)[: min(at_least_one(k, "k"), int(self.real.sum()))].tolist()
         return [self._place(*divmod(index, self.tokens.shape[1])) for index in order]
 
     def _place(self, prompt: int, pos: int) -> Row:
@@ -248,7 +287,7 @@ class ModelComparison:
         Raises:
             ValueError: `k` is below 1.
         """
-        _at_least_one(k)
+        at_least_one(k, "k")
         lines = [self.summary]
         lines += _part("config", [str(one) for one in self.config], k)
         lines += _part("parameters", [str(one) for one in self.weights], k)
@@ -269,7 +308,7 @@ class ModelComparison:
                 for row in self.top(5)
             ]
         if self.effects is not None:
-            lines += _part("effects", [f"{label}: {a:+.3g} and {b:+.3g}" for label, a, b in self.effects.top(k)], k)
+            lines.append(self.effects.table(k))
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -350,7 +389,7 @@ class CheckpointComparison:
         Raises:
             ValueError: `k` is below 1.
         """
-        order = self.kl.argsort(descending=True, stable=True)[: _at_least_one(k)].tolist()
+        order = self.kl.argsort(descending=True, stable=True)[: at_least_one(k, "k")].tolist()
         return [(self.names[i], float(self.kl[i])) for i in order]
 
     def rows(self) -> list[Row]:
@@ -401,9 +440,3 @@ def _part(title: str, found: Sequence[str], k: int) -> list[str]:
         return []
     left = [f"  and {len(found) - k} more"] if len(found) > k else []
     return [title, *(f"  {line}" for line in found[:k]), *left]
-
-
-def _at_least_one(k: int) -> int:
-    if integer(k, "k") < 1:
-        raise ValueError(f"k is at least 1, got {k}")
-    return k

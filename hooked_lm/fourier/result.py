@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_lm._support.integers import integer
+from hooked_lm._support.integers import at_least_one
 
 if TYPE_CHECKING:
     from hooked_lm.plotting import Figure
@@ -74,8 +74,7 @@ class ModularAnalysis:
         Raises:
             ValueError: `k` is below 1.
         """
-        if integer(k, "k") < 1:
-            raise ValueError(f"k is at least 1, got {k}")
+        at_least_one(k, "k")
         order = self.embedding.argsort(descending=True, stable=True)[:k].tolist()
         return [(one + 1, float(self.embedding[one])) for one in order]
 

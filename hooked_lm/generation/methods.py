@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hooked_lm import tokenization
-from hooked_lm._support.integers import integer, is_integer
+from hooked_lm._support.integers import at_least_one, integer, is_integer
 from hooked_lm.generation.decoding import Sampling, decode_steps
 from hooked_lm.hooks import HookPoint, current_pass
 from hooked_lm.interventions import Intervention
@@ -203,8 +203,7 @@ class TextGeneration(TextInterface, Intervening):
         """
         if return_type not in get_args(StreamAs):
             raise ValueError(f"return_type is 'input', 'str' or 'tokens', not {return_type!r}")
-        if integer(max_tokens_per_yield, "max_tokens_per_yield") < 1:
-            raise ValueError(f"max_tokens_per_yield is at least 1, got {max_tokens_per_yield}")
+        at_least_one(max_tokens_per_yield, "max_tokens_per_yield")
         tokens, mask, _ = self._prompts(input, prepend_bos, padding_side, None)
         as_text = return_type == "str"
         if as_text and tokens.shape[0] != 1:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from hooked_lm._support.integers import integer
+from hooked_lm._support.integers import at_least_one, integer
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.hypotheses.permutation import ALTERNATIVES, Alternative
 
@@ -93,8 +93,7 @@ def control_heads(model: HookedModel, heads: Sequence[Head], n: int = 20, seed: 
         ValueError: no head is given, one is not the model's or comes twice, or too few others are left.
     """
     given = _checked_heads(model, heads)
-    if integer(n, "n") < 1:
-        raise ValueError(f"n is at least 1, got {n}")
+    at_least_one(n, "n")
     others = [
         (layer, head)
         for layer in range(model.cfg.n_layers)
@@ -143,8 +142,7 @@ def shuffled(
     """
     entries = list(labels)
     group_of = [None] * len(entries) if groups is None else list(groups)
-    if integer(n, "n") < 1:
-        raise ValueError(f"n is at least 1, got {n}")
+    at_least_one(n, "n")
     if len(group_of) != len(entries):
         raise ValueError(f"groups are one for each of the {len(entries)} labels, got {len(group_of)}")
     places: dict[Hashable, list[int]] = {}

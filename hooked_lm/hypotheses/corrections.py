@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_lm._support.multiple_tests import holm_adjusted
+
 __all__ = ["CORRECTIONS", "Correction", "adjusted"]
 
 Correction = Literal["holm", "bh"]
@@ -35,11 +37,10 @@ def adjusted(p_values: Float[Tensor, "*cell"], correction: Correction | None = "
         raise ValueError("p-values are between 0 and 1")
     if correction is None or p_values.numel() < 2:
         return p_values
+    if correction == "holm":
+        return holm_adjusted(p_values.flatten()).reshape(p_values.shape)
     ordered, order = p_values.flatten().sort()
     m = len(ordered)
     rank = torch.arange(1, m + 1, dtype=ordered.dtype, device=ordered.device)
-    if correction == "holm":
-        found = ((m - rank + 1) * ordered).cummax(0).values
-    else:
-        found = (m * ordered / rank).flip(0).cummin(0).values.flip(0)
+    found = (m * ordered / rank).flip(0).cummin(0).values.flip(0)
     return torch.empty_like(ordered).scatter_(0, order, found.clamp(max=1.0)).reshape(p_values.shape)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooked_lm._support.integers import integer
+from hooked_lm._support.integers import at_least_one, integer
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.hypotheses.controls import ControlTest, Head, against_controls, control_heads, shuffled
 from hooked_lm.hypotheses.corrections import CORRECTIONS, Correction, adjusted
@@ -162,8 +162,7 @@ def _check_settings(alternative: str, correction: str | None, alpha: float, n_pe
         raise ValueError(f"correction is 'holm', 'bh' or None, got {correction!r}")
     if not 0 < alpha < 1:
         raise ValueError(f"alpha is between 0 and 1, got {alpha}")
-    if integer(n_permutations, "n_permutations") < 1:
-        raise ValueError(f"n_permutations is at least 1, got {n_permutations}")
+    at_least_one(n_permutations, "n_permutations")
 
 
 def _checked(values: ArrayLike, what: str) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_lm._support.integers import integer
+from hooked_lm._support.integers import at_least_one
 from hooked_lm.hypotheses.controls import ControlTest
 from hooked_lm.hypotheses.corrections import Correction
 from hooked_lm.hypotheses.permutation import Alternative
@@ -138,8 +138,7 @@ class EffectTest:
         Raises:
             ValueError: `k` is below 1.
         """
-        if integer(k, "k") < 1:
-            raise ValueError(f"k is at least 1, got {k}")
+        at_least_one(k, "k")
         return sorted(self.rows(), key=lambda row: (not row["found"], -abs(float(row["mean"]))))[:k]
 
     def rows(self) -> list[Row]:

@@ -1,250 +1,259 @@
-"""What the model reads in hidden states that were put into another prompt."""
+"""What patchscopes give: the tokens that follow a target prompt with a source's state in it, for pairs of layers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from hooked_lm._support.integers import integer
+from hooked_lm._support.integers import at_least_one, integer
+from hooked_lm.patching.statistics import bootstrap_interval
+from hooked_lm.patchscopes.target import TargetPrompt
 
 if TYPE_CHECKING:
     from hooked_lm.plotting import Figure
 
-__all__ = ["Patchscope", "ReadingPrecision"]
+__all__ = ["Patchscope", "ScopeCell"]
 
 # A line of `Patchscope.rows`.
-Row = dict[str, str | int | float | None]
+Row = dict[str, str | int | float]
+
+
+class ScopeCell(NamedTuple):
+    """A pair of layers for one source prompt. `pandas.DataFrame` takes a list of them.
+
+    Attributes:
+        source_layer, target_layer: where the state was taken, and where it was put.
+        prompt: the number of the source prompt.
+        token: the likeliest next token.
+        probability: of that token.
+        text: the continuation of the target prompt; empty where none was generated.
+    """
+
+    source_layer: int
+    target_layer: int
+    prompt: int
+    token: str
+    probability: float
+    text: str
 
 
 @dataclass(frozen=True, eq=False)
 class Patchscope:
-    """What the target prompt is continued by, with the hidden state of each source prompt in it.
+    """What the model says after the target prompt, for each pair of layers and each source prompt.
 
     Attributes:
-        site: whose activations were moved.
-        source_layers: from which they were taken.
-        target_layers: into which they were put; empty where each went into its own layer.
-        top_tokens: the likeliest next tokens, [prompt source target top]; target has size 1 where each state went into
-            its own layer.
-        top_log_probs: their log-probabilities in nats.
-        answer_log_probs: of each prompt's answer, [prompt source target]; None where there are no answers.
-        base_tokens: the likeliest next tokens of the target prompt as it is, [top].
-        texts: continuations, by prompt, source and target; None where none were asked for.
-        strings: the tokens that occur, as texts; None without a tokenizer.
+        site: `"resid_pre"`, `"resid_mid"` or `"resid_post"`.
+        target: the prompt and the position that states were put into.
+        source_layers, target_layers: the blocks; of a grid every pair is a cell, otherwise each source layer with the
+            target layer in the same place.
+        is_grid: whether every pair is a cell.
+        source_tokens: the token that each state was taken at, [prompt].
+        top_tokens: the likeliest next tokens, the likeliest first, [cell prompt top].
+        top_log_probs: their log-probabilities in nats, [cell prompt top].
+        answers: the token asked about for each prompt, [prompt]; None where none was.
+        answer_ranks: how many tokens are likelier, [cell prompt].
+        answer_log_probs: its log-probability in nats, [cell prompt].
+        new_tokens: the continuation, greedily, [cell prompt new]; None where none was generated.
+        texts: the continuations as text, for each cell and prompt.
+        strings: every token above as a string; None without a tokenizer.
     """
 
     site: str
+    target: TargetPrompt
     source_layers: tuple[int, ...]
     target_layers: tuple[int, ...]
-    top_tokens: Int[Tensor, "prompt source target top"]
-    top_log_probs: Float[Tensor, "prompt source target top"]
-    answer_log_probs: Float[Tensor, "prompt source target"] | None
-    base_tokens: Int[Tensor, " top"]
-    texts: tuple[tuple[tuple[str, ...], ...], ...] | None
-    strings: dict[int, str] | None
+    is_grid: bool
+    source_tokens: Int[Tensor, " prompt"]
+    top_tokens: Int[Tensor, "cell prompt top"]
+    top_log_probs: Float[Tensor, "cell prompt top"]
+    answers: Int[Tensor, " prompt"] | None
+    answer_ranks: Int[Tensor, "cell prompt"] | None
+    answer_log_probs: Float[Tensor, "cell prompt"] | None
+    new_tokens: Int[Tensor, "cell prompt new"] | None
+    texts: tuple[tuple[str, ...], ...] | None
+    strings: Mapping[int, str] | None
 
-    def word(self, token: int) -> str:
-        """Return a token as text; as its number without a tokenizer.
+    @property
+    def cells(self) -> tuple[tuple[int, int], ...]:
+        """The pairs (source layer, target layer), in the order of the axis `cell`; of a grid source by source."""
+        if not self.is_grid:
+            return tuple(zip(self.source_layers, self.target_layers, strict=True))
+        return tuple((source, target) for source in self.source_layers for target in self.target_layers)
+
+    @property
+    def n_prompts(self) -> int:
+        """How many source prompts there are."""
+        return len(self.source_tokens)
+
+    def grid(self, values: Shaped[Tensor, " cell *rest"]) -> Shaped[Tensor, " source target *rest"]:
+        """Return values of cells with an axis for either layer.
 
         Args:
-            token: one that occurs.
-        """
-        return str(token) if self.strings is None else self.strings[token]
-
-    def read(
-        self, prompt: int = 0, source_layer: int | None = None, target_layer: int | None = None
-    ) -> list[tuple[str, float]]:
-        """Return the likeliest tokens of one reading with their probabilities.
-
-        Args:
-            prompt: its number.
-            source_layer: by default the last that was read.
-            target_layer: by default the first; None also where each state went into its own layer.
+            values: one entry for each cell.
 
         Raises:
-            ValueError: there is no such reading.
+            ValueError: the cells are no grid.
         """
-        source = self.source_layers[-1] if source_layer is None else source_layer
-        if source not in self.source_layers or not 0 <= integer(prompt, "prompt") < len(self.top_tokens):
-            raise ValueError(
-                f"no reading of prompt {prompt} at layer {source}: there are prompts 0 to {len(self.top_tokens) - 1} "
-                f"and layers {list(self.source_layers)}"
-            )
-        if target_layer is not None and target_layer not in (self.target_layers or (source,)):
-            raise ValueError(f"no state was put into layer {target_layer}: {list(self.target_layers or (source,))}")
-        column = 0 if target_layer is None or not self.target_layers else self.target_layers.index(target_layer)
-        row = self.source_layers.index(source)
-        tokens, scores = (
-            self.top_tokens[prompt, row, column].tolist(),
-            self.top_log_probs[prompt, row, column].exp().tolist(),
-        )
-        return [(self.word(token), score) for token, score in zip(tokens, scores, strict=True)]
+        if not self.is_grid:
+            raise ValueError("each source layer has one target layer here: give target_layers for a grid")
+        return torch.unflatten(values, 0, (len(self.source_layers), len(self.target_layers)))
 
-    def top(self, k: int = 5, prompt: int = 0) -> list[Row]:
-        """Return the `k` readings of a prompt that are the surest of their token, or of the answer where there is one.
+    @property
+    def precision(self) -> Float[Tensor, " cell"]:
+        """The share of prompts whose answer is the likeliest next token (precision@1).
+
+        Raises:
+            ValueError: no answers were given.
+        """
+        return self._hits().mean(-1)
+
+    def precision_interval(
+        self, confidence: float = 0.95, n_resamples: int = 1000, seed: int = 0
+    ) -> tuple[Float[Tensor, " cell"], Float[Tensor, " cell"]]:
+        """Return the ends of the bootstrap interval of the precision; prompts are drawn.
 
         Args:
-            k: how many.
-            prompt: its number.
+            confidence, n_resamples, seed: as for `patching.bootstrap_interval`.
+
+        Raises:
+            ValueError: no answers were given, or fewer than two prompts.
+        """
+        return bootstrap_interval(self._hits(), confidence, n_resamples, seed)
+
+    def _hits(self) -> Float[Tensor, "cell prompt"]:
+        if self.answer_ranks is None:
+            raise ValueError("no answers were given: say answers=, a token for each prompt")
+        return (self.answer_ranks == 0).to(self.top_log_probs.dtype)
+
+    def str_token(self, token: int) -> str:
+        """Return a token that occurs here as a string; its number where the model has no tokenizer."""
+        return str(token) if self.strings is None else self.strings[token]
+
+    def top(self, k: int = 5, prompt: int | None = None) -> list[ScopeCell]:
+        """Return the `k` cells whose answer is likeliest; without answers those that are surest of their token.
+
+        Args:
+            k: how many; fewer where there are fewer.
+            prompt: the cells of one source prompt; by default of all.
 
         Raises:
             ValueError: `k` is below 1, or there is no such prompt.
         """
-        if integer(k, "k") < 1:
-            raise ValueError(f"k is at least 1, got {k}")
-        if not 0 <= integer(prompt, "prompt") < len(self.top_tokens):
-            raise ValueError(f"no prompt {prompt}: there are 0 to {len(self.top_tokens) - 1}")
-        key = "probability" if self.answer_log_probs is None else "answer"
-        rows = [row for row in self.rows() if row["prompt"] == prompt]
-        return sorted(rows, key=lambda row: -float(row[key] or 0))[:k]
+        at_least_one(k, "k")
+        by = self.top_log_probs[..., 0] if self.answer_log_probs is None else self.answer_log_probs
+        chosen = range(self.n_prompts) if prompt is None else [self._prompt(prompt)]
+        places = [(cell, one) for cell in range(len(self.cells)) for one in chosen]
+        return [self._cell(*place) for place in sorted(places, key=lambda place: -float(by[place]))[:k]]
+
+    def _prompt(self, prompt: int) -> int:
+        if not 0 <= integer(prompt, "prompt") < self.n_prompts:
+            raise ValueError(f"no prompt {prompt}: there are prompts 0-{self.n_prompts - 1}")
+        return integer(prompt, "prompt")
+
+    def _cell(self, cell: int, prompt: int) -> ScopeCell:
+        token, probability = self.top_tokens[cell, prompt, 0], self.top_log_probs[cell, prompt, 0].exp()
+        text = "" if self.texts is None else self.texts[cell][prompt]
+        return ScopeCell(*self.cells[cell], prompt, self.str_token(int(token)), float(probability), text)
 
     def rows(self) -> list[Row]:
-        """Return a dictionary for each reading; `pandas.DataFrame` takes them.
+        """Return a dictionary for each cell and prompt; `pandas.DataFrame` takes them.
 
-        Keys: `prompt`, `source`, `target` (layers), `token`, `probability`, `answer` (its probability, or None), `text`
-        (the continuation, or None).
+        Keys: `source_layer`, `target_layer`, `prompt`, `source_token`, `top`, `top_prob`, and where they were asked for
+        `answer`, `answer_rank`, `answer_prob`, and `text`.
         """
-        found: list[Row] = []
-        for prompt, source, target in (
-            torch.cartesian_prod(*map(torch.arange, self.top_tokens.shape[:3])).view(-1, 3).tolist()
-        ):
-            layer = self.source_layers[source]
-            answer = (
-                None if self.answer_log_probs is None else float(self.answer_log_probs[prompt, source, target].exp())
-            )
-            found.append(
-                {
-                    "prompt": prompt,
-                    "source": layer,
-                    "target": self.target_layers[target] if self.target_layers else layer,
-                    "token": self.word(int(self.top_tokens[prompt, source, target, 0])),
-                    "probability": float(self.top_log_probs[prompt, source, target, 0].exp()),
-                    "answer": answer,
-                    "text": None if self.texts is None else self.texts[prompt][source][target],
-                }
-            )
-        return found
+        return [self._row(cell, prompt) for cell in range(len(self.cells)) for prompt in range(self.n_prompts)]
+
+    def _row(self, cell: int, prompt: int) -> Row:
+        read = self._cell(cell, prompt)
+        row: Row = {
+            "source_layer": read.source_layer,
+            "target_layer": read.target_layer,
+            "prompt": prompt,
+            "source_token": self.str_token(int(self.source_tokens[prompt])),
+            "top": read.token,
+            "top_prob": read.probability,
+        }
+        if self.answers is not None and self.answer_ranks is not None and self.answer_log_probs is not None:
+            row["answer"] = self.str_token(int(self.answers[prompt]))
+            row["answer_rank"] = int(self.answer_ranks[cell, prompt])
+            row["answer_prob"] = float(self.answer_log_probs[cell, prompt].exp())
+        if self.texts is not None:
+            row["text"] = read.text
+        return row
 
     def table(self, prompt: int = 0) -> str:
-        """Return a prompt's readings as text: a row for each source layer, a column for each target layer.
+        """Return a prompt's readings as text: of a grid a line for each source layer and a column for each target.
+
+        Otherwise a line for each pair, with the continuation and, where there are answers, the precision over all
+        prompts.
 
         Args:
-            prompt: its number.
+            prompt: the number of the source prompt.
 
         Raises:
-            ValueError: there is no such prompt.
+            ValueError: no such prompt.
         """
-        if not 0 <= integer(prompt, "prompt") < len(self.top_tokens):
-            raise ValueError(f"no prompt {prompt}: there are 0 to {len(self.top_tokens) - 1}")
-        heads = [f"into {layer}" for layer in self.target_layers] or ["into the same"]
-        n_rows, n_columns = len(self.source_layers), len(heads)
-        cells = [[self._cell(prompt, row, column) for column in range(n_columns)] for row in range(n_rows)]
-        width = max(len(cell) for cell in [*heads, *(one for line in cells for one in line)])
-        lines = ["from layer  " + "  ".join(head.ljust(width) for head in heads)]
-        for layer, line in zip(self.source_layers, cells, strict=True):
-            lines.append(f"{layer:>10}  " + "  ".join(cell.ljust(width) for cell in line))
-        lines.append(f"without a patch: {self.word(int(self.base_tokens[0]))!r}")
-        return "\n".join(line.rstrip() for line in lines)
-
-    def _cell(self, prompt: int, row: int, column: int) -> str:
-        token = self.word(int(self.top_tokens[prompt, row, column, 0]))
-        return f"{token!r} {float(self.top_log_probs[prompt, row, column, 0].exp()):.2f}"
+        prompt = self._prompt(prompt)
+        read = [self._cell(cell, prompt) for cell in range(len(self.cells))]
+        said = [f"{one.token!r} {one.probability:.0%}" for one in read]
+        if self.is_grid:
+            width = len(self.target_layers)
+            lines = [["source", *(f"into {layer}" for layer in self.target_layers)]]
+            lines += [
+                [str(layer), *said[row * width : (row + 1) * width]] for row, layer in enumerate(self.source_layers)
+            ]
+        else:
+            asked = self.answer_ranks is not None
+            lines = [["layers", "next token", *(["precision"] if asked else []), *(["text"] if self.texts else [])]]
+            for cell, one in enumerate(read):
+                precise = [f"{float(self.precision[cell]):.2f}"] if asked else []
+                text = [repr(one.text)] if self.texts else []
+                lines.append([f"{one.source_layer} -> {one.target_layer}", said[cell], *precise, *text])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        head = f"{self.site} of {self.str_token(int(self.source_tokens[prompt]))!r} in {str(self.target)!r}"
+        return "\n".join([head, *("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)])
 
     def __str__(self) -> str:
         return self.table()
 
-    def figure(self, prompt: int = 0, title: str = "") -> Figure:
-        """Return a prompt's readings as a table of tokens on the colour of their probability. Needs the extra `viz`.
+    def figure(self, prompt: int | None = None, title: str = "") -> Figure:
+        """Return the likeliest next tokens, in the colour of their probability. Needs the extra `viz`.
+
+        Of a grid the source layers are rows and the target layers columns; otherwise each pair is a row, and each
+        prompt a column.
 
         Args:
-            prompt: its number.
-            title: of the figure.
+            prompt: the number of the source prompt; by default the first of a grid, and all otherwise.
+            title: of the figure; by default what is shown.
 
         Raises:
-            ValueError: there is no such prompt.
+            ValueError: no such prompt.
             ImportError: plotly is not installed.
         """
         # Plotting is an optional extra.
         from hooked_lm.plotting import lens_table
 
-        if not 0 <= integer(prompt, "prompt") < len(self.top_tokens):
-            raise ValueError(f"no prompt {prompt}: there are 0 to {len(self.top_tokens) - 1}")
-        tokens = [[[self.word(one) for one in cell] for cell in row] for row in self.top_tokens[prompt].tolist()]
-        columns = [f"into {layer}" for layer in self.target_layers] or ["into the same layer"]
-        rows = [f"from {layer}" for layer in self.source_layers]
-        figure = lens_table(tokens, self.top_log_probs[prompt].exp(), rows, columns, title)
-        return figure.update_xaxes(title="target layer")
-
-
-@dataclass(frozen=True, eq=False)
-class ReadingPrecision:
-    """How often a hidden state tells the model's own next token, read by a patchscope and by the logit lens.
-
-    Attributes:
-        layers: whose states were read.
-        patchscope, lens: the share of prompts, [layer].
-        patchscope_interval, lens_interval: ends of the bootstrap intervals, [end layer].
-        n_prompts: how many.
-    """
-
-    layers: tuple[int, ...]
-    patchscope: Float[Tensor, " layer"]
-    lens: Float[Tensor, " layer"]
-    patchscope_interval: Float[Tensor, "end layer"]
-    lens_interval: Float[Tensor, "end layer"]
-    n_prompts: int
-
-    def top(self, k: int = 5) -> list[tuple[int, float, float]]:
-        """Return the `k` layers at which the patchscope is most precise, as (layer, patchscope, lens).
-
-        Args:
-            k: how many.
-
-        Raises:
-            ValueError: `k` is below 1.
-        """
-        if integer(k, "k") < 1:
-            raise ValueError(f"k is at least 1, got {k}")
-        order = self.patchscope.argsort(descending=True, stable=True)[:k].tolist()
-        return [(self.layers[i], float(self.patchscope[i]), float(self.lens[i])) for i in order]
-
-    def rows(self) -> list[Row]:
-        """Return a dictionary for each layer: `layer`, `patchscope`, `lens`; `pandas.DataFrame` takes them."""
-        return [
-            {"layer": layer, "patchscope": float(one), "lens": float(other)}
-            for layer, one, other in zip(self.layers, self.patchscope, self.lens, strict=True)
-        ]
-
-    def table(self) -> str:
-        """Return the layers as text, with 95 % intervals."""
-        lines = [f"layer  patchscope           logit lens    ({self.n_prompts} prompts)"]
-        for i, layer in enumerate(self.layers):
-            one, other = (
-                f"{float(share[i]):.2f} ({float(ends[0, i]):.2f} to {float(ends[1, i]):.2f})"
-                for share, ends in ((self.patchscope, self.patchscope_interval), (self.lens, self.lens_interval))
-            )
-            lines.append(f"{layer:>5}  {one:<20} {other}")
-        return "\n".join(lines)
-
-    def __str__(self) -> str:
-        return self.table()
-
-    def figure(self, title: str = "") -> Figure:
-        """Return both precisions over layers as curves. Needs the extra `viz`.
-
-        Args:
-            title: of the figure.
-
-        Raises:
-            ImportError: plotly is not installed.
-        """
-        # Plotting is an optional extra.
-        from hooked_lm.plotting import layer_curves
-
-        labels = [str(layer) for layer in self.layers]
-        curves = {"patchscope": self.patchscope, "logit lens": self.lens}
-        return layer_curves(curves, labels, axis="share of prompts", title=title)
+        if self.is_grid:
+            chosen = [self._prompt(0 if prompt is None else prompt)]
+            at = self.grid(torch.arange(len(self.cells)))
+            tokens, log_probs = self.top_tokens[at, chosen[0]], self.top_log_probs[at, chosen[0]]
+            rows = [f"from {layer}" for layer in self.source_layers]
+            columns, axis = [f"into {layer}" for layer in self.target_layers], "target layer"
+            source = repr(self.str_token(int(self.source_tokens[chosen[0]])))
+        else:
+            chosen = list(range(self.n_prompts)) if prompt is None else [self._prompt(prompt)]
+            tokens, log_probs = self.top_tokens[:, chosen], self.top_log_probs[:, chosen]
+            rows = [f"{source} -> {target}" for source, target in self.cells]
+            columns = [self.str_token(int(self.source_tokens[one])) for one in chosen]
+            axis, source = "source token", f"{len(chosen)} prompts"
+        words = [[[self.str_token(one) for one in cell] for cell in row] for row in tokens.tolist()]
+        # The whole target prompt may be longer than the figure is wide.
+        gap = repr(self.target.strings[self.target.pos])
+        named = title or f"{self.site} of {source}, in the place of {gap} at position {self.target.pos} of the target"
+        figure = lens_table(words, log_probs.exp(), rows, columns, title=named)
+        return figure.update_xaxes(title_text=axis)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hooked_lm._support.integers import integer
+from hooked_lm._support.integers import at_least_one
 from hooked_lm.circuits.last_token import chosen_layers
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.probing.division import Entries, listed
@@ -80,8 +80,7 @@ class LayerProbes:
         Raises:
             ValueError: `k` is below 1.
         """
-        if integer(k, "k") < 1:
-            raise ValueError(f"k is at least 1, got {k}")
+        at_least_one(k, "k")
         best = self.accuracy.argsort(descending=True, stable=True)[:k].tolist()
         return [(self.layers[index], self.results[index].accuracy) for index in best]
 

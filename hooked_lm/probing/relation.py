@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_lm._support.integers import integer
+from hooked_lm._support.integers import at_least_one
 from hooked_lm.circuits.last_token import chosen_layers
 from hooked_lm.circuits.logit_lens import read_out
 from hooked_lm.hooked_model import HookedModel
@@ -106,8 +106,7 @@ class RelationProbes:
         Raises:
             ValueError: `k` is below 1.
         """
-        if integer(k, "k") < 1:
-            raise ValueError(f"k is at least 1, got {k}")
+        at_least_one(k, "k")
         found = self.faithfulness
         return [(self.layers[at], float(found[at])) for at in found.argsort(descending=True, stable=True)[:k].tolist()]
 

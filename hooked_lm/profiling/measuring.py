@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 from tqdm.auto import tqdm
 
-from hooked_lm._support.integers import integer
+from hooked_lm._support.integers import at_least_one
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.hooks import HookSpec
 from hooked_lm.interventions import Intervention
@@ -60,8 +60,7 @@ def profile(
         UnknownHookError: no such hook.
         ValueError: `n_repeats` is below 1, or as the forward pass.
     """
-    if integer(n_repeats, "n_repeats") < 1:
-        raise ValueError(f"n_repeats is at least 1, got {n_repeats}")
+    at_least_one(n_repeats, "n_repeats")
     named = [
         (names, in_range(function, f"{number}: {_name_of((names, function))}"))
         for number, (names, function) in enumerate(fwd_hooks)

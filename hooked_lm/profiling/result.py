@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hooked_lm._support.integers import integer
+from hooked_lm._support.integers import at_least_one
 
 if TYPE_CHECKING:
     from hooked_lm.plotting import Figure
@@ -110,7 +110,7 @@ class CallProfile:
         Raises:
             ValueError: `k` is below 1.
         """
-        return list(self.operations[: _at_least_one(k)])
+        return list(self.operations[: at_least_one(k, "k")])
 
     def rows(self) -> list[Row]:
         """Return a dictionary for each operation, with its attributes; `pandas.DataFrame` takes them."""
@@ -185,7 +185,7 @@ class Profile:
         Raises:
             ValueError: `k` is below 1.
         """
-        return sorted(self.parts, key=lambda part: -part.share)[: _at_least_one(k)]
+        return sorted(self.parts, key=lambda part: -part.share)[: at_least_one(k, "k")]
 
     def by_part(self) -> dict[str, float]:
         """Return the share of each kind of part, over all layers, the largest first."""
@@ -218,7 +218,7 @@ class Profile:
         ]
         lines += [f"{100 * share:>5.1f} %  {part}" for part, share in self.by_part().items()]
         lines += [f"{cost.name}: {cost.verdict}" for cost in self.hooks]
-        return "\n".join([*lines, *_operation_lines(list(self.operations[: _at_least_one(k)]))])
+        return "\n".join([*lines, *_operation_lines(list(self.operations[: at_least_one(k, "k")]))])
 
     def __str__(self) -> str:
         return self.table()
@@ -253,9 +253,3 @@ class Profile:
 
 def _operation_lines(shown: Sequence[Operation]) -> list[str]:
     return [f"{100 * one.share:>5.1f} %  {one.calls:>5} x {one.name}  {one.shapes}"[:118] for one in shown]
-
-
-def _at_least_one(k: int) -> int:
-    if integer(k, "k") < 1:
-        raise ValueError(f"k is at least 1, got {k}")
-    return k

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooked_lm._support.integers import integer
+from hooked_lm._support.integers import at_least_one, integer
 from hooked_lm.sparsity.measures import rate_bound
 
 if TYPE_CHECKING:
@@ -101,8 +101,7 @@ class UnitActivity:
         Raises:
             ValueError: `k` is below 1.
         """
-        if integer(k, "k") < 1:
-            raise ValueError(f"k is at least 1, got {k}")
+        at_least_one(k, "k")
         order = self.rate.flatten().argsort(descending=not least, stable=True)[:k].tolist()
         return [self._unit(*divmod(place, len(self.units))) for place in order]
 

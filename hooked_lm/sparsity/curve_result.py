@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_lm._support.integers import integer
+from hooked_lm._support.integers import at_least_one
 
 if TYPE_CHECKING:
     from hooked_lm.plotting import Figure
@@ -119,8 +119,7 @@ class AblationCurve:
         Raises:
             ValueError: `k` is below 1.
         """
-        if integer(k, "k") < 1:
-            raise ValueError(f"k is at least 1, got {k}")
+        at_least_one(k, "k")
         last = range(len(self.places) - 1, max(-1, len(self.places) - 1 - k), -1)
         return [(*self.places[index], None if self.sizes is None else float(self.sizes[index])) for index in last]
 

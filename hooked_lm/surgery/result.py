@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from hooked_lm._support.integers import integer
+from hooked_lm._support.integers import at_least_one
 from hooked_lm.transformer import HookedTransformer
 
 if TYPE_CHECKING:
@@ -86,8 +86,7 @@ class HeadMerge:
         Raises:
             ValueError: `k` is below 1.
         """
-        if integer(k, "k") < 1:
-            raise ValueError(f"k is at least 1, got {k}")
+        at_least_one(k, "k")
         return sorted(self.groups, key=lambda group: group.cost.kl)[:k]
 
     def rows(self) -> list[Row]:

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hooked_lm._support.integers import integer
+from hooked_lm._support.integers import at_least_one, integer
 from hooked_lm._support.precision import at_least_single
 from hooked_lm.circuits.last_token import chosen_layers
 from hooked_lm.components import Attention
@@ -74,8 +74,7 @@ class MergeSuggestions:
         Raises:
             ValueError: `k` is below 1.
         """
-        if integer(k, "k") < 1:
-            raise ValueError(f"k is at least 1, got {k}")
+        at_least_one(k, "k")
         return list(self.pairs[:k])
 
     def rows(self) -> list[Row]:

@@ -472,6 +472,25 @@ def test_a_rerun_gives_arguments_by_place_where_the_function_wants_them_so(bench
     assert bench.rerun("places").result == [1, 2, 3, 4, 5]
 
 
+class Counter:
+    def __repr__(self) -> str:
+        return "Counter()"
+
+    def count(self, n: int, dtype: torch.dtype = torch.float32) -> int:
+        return n + 1
+
+
+def test_a_method_is_recorded_and_its_object_shown_by_its_text(bench: Bench) -> None:
+    assert bench.record(Counter().count)(2) == 3
+    bench.run(Counter.count, Counter(), 3)
+    assert bench.get("count", 1).arguments == {"n": 2, "dtype": torch.float32}
+    second = bench.get("count", 2)
+    assert second.arguments["self"] == NotKept("tests.bench.test_recording.Counter", "Counter()")
+    assert "  self = Counter()" in str(second)
+    assert "  dtype = float32" in str(second)
+    assert "return n + 1" in second.source
+
+
 # Parts
 
 

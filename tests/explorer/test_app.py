@@ -14,9 +14,9 @@ from torch import Tensor
 from hooked_lm import HookedTransformer, connect, metrics, patching
 from hooked_lm.explorer import make_app
 from hooked_lm.explorer.app import ASSETS
-from tests.explorer.helpers import at_socket
 from tests.helpers import tiny_model
 from tests.remote_helpers import listening, saved_model, service_of
+from tests.serving import at_socket
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 OTHER = "When Mary and John went to the store, Mary gave a drink to"

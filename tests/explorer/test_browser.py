@@ -15,8 +15,8 @@ import pytest
 from hooked_lm import HookedTransformer
 from hooked_lm.explorer import make_app
 from tests.browser import launched
-from tests.explorer.helpers import at_socket
 from tests.explorer.test_app import LOAD, OTHER, PROMPT
+from tests.serving import at_socket
 
 # What a browser may take for one step on a machine that does other work too.
 PATIENCE = 15_000

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hooked_lm._support.integers import integer
+from hooked_lm._support.integers import at_least_one
 from hooked_lm._support.plain_data import PlainData
 from hooked_lm._support.reading import SafetensorFile
 from hooked_lm.experiments.bench.fingerprint import ModelFingerprint
@@ -106,8 +106,7 @@ class RecordDiff:
         Raises:
             ValueError: `k` is below 1.
         """
-        if integer(k, "k") < 1:
-            raise ValueError(f"k is at least 1, got {k}")
+        at_least_one(k, "k")
         return sorted(self.results, key=lambda one: float("-inf") if one.size is None else -one.size)[:k]
 
     def rows(self) -> list[Row]:

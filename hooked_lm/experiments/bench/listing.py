@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, overload
 
-from hooked_lm._support.integers import integer
+from hooked_lm._support.integers import at_least_one
 from hooked_lm.experiments.bench.store import Entry
 from hooked_lm.experiments.bench.words import seconds_in_words
 
@@ -56,8 +56,7 @@ class Versions(Sequence[Entry]):
         Raises:
             ValueError: `k` is below 1, or no record has the number among those that the index repeats.
         """
-        if integer(k, "k") < 1:
-            raise ValueError(f"k is at least 1, got {k}")
+        at_least_one(k, "k")
         paths = list(dict.fromkeys(path for entry in reversed(self.entries) for path in entry.results))
         by = by if by is not None else next(iter(paths), None)
         having = [entry for entry in self.entries if by in entry.results]

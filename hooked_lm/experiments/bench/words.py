@@ -7,6 +7,8 @@ from collections.abc import Iterator
 __all__ = ["brief", "flattened", "seconds_in_words"]
 
 _SHORT = 48
+# Kinds of packed values whose own text says what they are.
+_TOLD = ("text", "torch", "path", "function", "figure", "tool", "float", "complex", "range", "bytes", "array_of")
 
 
 def flattened(tree: object, path: str = "") -> dict[str, object]:
@@ -72,7 +74,8 @@ def _text(tree: object) -> str:
         return f"{tree.get('class', '').rpartition('.')[2] or 'dict'}({inner})"
     if "pairs" in tree:
         return f"dict({', '.join(f'{_text(key)}: {_text(one)}' for key, one in tree['pairs'])})"
-    return str(next(iter(tree.values())))
+    told = next((kind for kind in _TOLD if kind in tree), None)
+    return str(tree if told is None else tree[told])
 
 
 def seconds_in_words(seconds: float) -> str:

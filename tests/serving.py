@@ -1,4 +1,4 @@
-"""The explorer at a socket of this machine, in a thread."""
+"""A web application at a socket of this machine, in a thread."""
 
 from __future__ import annotations
 
@@ -24,4 +24,4 @@ def at_socket(app: Starlette) -> Generator[str]:
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = server.force_exit = True
-        thread.join(5)
+        thread.join(10)
