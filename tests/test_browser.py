@@ -91,7 +91,7 @@ DRAWN = [
         "effect_intervals",
         [(".scatterlayer .point", 3), (".scatterlayer .js-line", 3), (".ytick", 3)],
         (0.62, "L0H4"),
-        "L0H4\n0.62 (0.39 to 0.86)",
+        "L0H4\n0.6200 (0.3900 to 0.8600)",
     ),
     (
         "stacked_bars",
