@@ -262,6 +262,16 @@ def test_rows_are_read_by_number_slice_list_and_mask(
     assert repr(view).startswith("StoredActivations('blocks.0.attn.hook_z', (42, ")
 
 
+def test_only_so_many_shards_are_open_at_a_time(
+    model: HookedTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hooked_lm.datasets.store._OPEN", 2)
+    store = stored(model, tmp_path)
+    assert len(store.manifest["shards"]) > 3
+    assert torch.equal(torch.cat(list(store.batches("token", 5, shuffle=False))), store.tokens)
+    assert len(store._open) == 2
+
+
 @pytest.mark.parametrize("batch_size", [1, 5, 42, 100])
 @pytest.mark.parametrize("buffer", [None, "buffered"])
 def test_every_row_comes_once_in_shuffled_batches(

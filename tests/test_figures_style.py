@@ -113,4 +113,5 @@ def test_every_map_has_a_scale_of_its_kind() -> None:
                 assert heat.zmin == -heat.zmax, name
             else:
                 assert colours == [colour for _, colour in SEQUENTIAL], name
-                assert heat.zmin == 0.0, name
+                # A map of sites is of powers of ten, which have no 0 to begin at.
+                assert heat.zmin == (heat.z.min() if name == "site_map" else 0.0), name

@@ -26,6 +26,8 @@ __all__ = ["COLUMNS", "FORMAT", "MANIFEST", "ActivationStore", "StoredActivation
 FORMAT = 1
 MANIFEST = "manifest.json"
 COLUMNS = ("text", "position", "token")
+# Shards that are open at a time: a process may have about a thousand files open.
+_OPEN = 64
 # Rows that are read at a time for means.
 _CHUNK = 8192
 Rows = int | slice | Sequence[int] | Tensor
@@ -188,6 +190,8 @@ class ActivationStore:
             path = self.folder / self.manifest["shards"][index]["file"]
             if not path.is_file():
                 raise ValueError(f"{path} is missing from the store")
+            while len(self._open) >= _OPEN:
+                del self._open[next(iter(self._open))]
             self._open[index] = SafetensorFile(path)
         return self._open[index]
 

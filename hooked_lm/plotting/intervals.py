@@ -68,6 +68,9 @@ def effect_intervals(
             hovertemplate="%{customdata[0]}<br>%{x:.4g} (%{customdata[1]:.4g} to %{customdata[2]:.4g})<extra></extra>",
         )
     figure.add_vline(0.0, line={"color": MUTED, "width": 1, "dash": "dot"})
-    figure.update_xaxes(title=text(axis))
+    # Plotly leaves no room beyond the ends of lines.
+    ends = [min(0.0, *low, *centre), max(0.0, *high, *centre)]
+    room = 0.04 * ((ends[1] - ends[0]) or 1.0)
+    figure.update_xaxes(title=text(axis), range=[ends[0] - room, ends[1] + room])
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=places, autorange="reversed")
     return styled(figure, title, height=130 + _ROW * len(labels))

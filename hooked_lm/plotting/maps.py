@@ -175,6 +175,9 @@ def site_map(
             z=found,
             x=list(range(found.shape[1])),
             y=list(range(len(sites))),
+            # Powers of ten have no 0 to begin at.
+            zmin=float(found.min()),
+            zmax=float(found.max()),
             colorscale=SEQUENTIAL,
             colorbar=colour_bar(bar_unit, tickformat=".3~g"),
             xgap=1,

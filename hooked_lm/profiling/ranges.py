@@ -62,6 +62,8 @@ def ranges_around(model: HookedModel) -> Generator[None, None, None]:
     finally:
         for handle in handles:
             handle.remove()
+        while open_ranges:  # an interrupt runs no hooks after it
+            end(nn.Identity(), None, None)
 
 
 def in_range(function: Callable[[Tensor, HookPoint], object], name: str) -> Callable[[Tensor, HookPoint], object]:

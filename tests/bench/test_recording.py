@@ -284,6 +284,24 @@ def test_variables_of_the_function_around_it_count(bench: Bench) -> None:
     assert first.source != second.source
 
 
+def test_a_tensor_or_a_model_around_a_function_is_known_again(bench: Bench) -> None:
+    around, model = torch.zeros(3), model_of()
+    run = bench.record(name="around")(lambda: float(around.sum()) + float(model.b_U.detach().sum()))
+    run()
+    run()
+    around[1] = 2.0
+    run()
+    changed_through_data(model)
+    run()
+    sources = [entry.source for entry in bench.versions("around")]
+    assert sources[0] == sources[1]
+    assert len(set(sources)) == 3
+    [tensor] = bench.diff("around@2", "around@3").names
+    assert "around: tensor float32 [3]" in str(tensor)
+    [changed] = bench.diff("around@3", "around@4").names
+    assert "parameters, weights" in str(changed)
+
+
 def test_a_file_that_was_edited_after_it_was_loaded_is_noted(bench: Bench, tmp_path: Path) -> None:
     path = tmp_path / "edited.py"
     path.write_text("def experiment(x):\n    return x + 1\n")

@@ -11,7 +11,8 @@ import torch
 from starlette.testclient import TestClient
 from torch import Tensor
 
-from hooked_lm import HookedTransformer, connect, metrics, patching
+from hooked_lm import HookedTransformer, metrics, patching
+from hooked_lm.cli.explore import _loaded
 from hooked_lm.explorer import make_app
 from hooked_lm.explorer.app import ASSETS
 from tests.helpers import tiny_model
@@ -263,7 +264,10 @@ def test_the_python_of_the_attribution_fits_the_architecture(kind: str, tmp_path
 def test_a_model_on_a_server_is_explored_alike(tmp_path: Path) -> None:
     model = saved_model(tmp_path / "model", n_layers=2)
     with service_of(tmp_path / "model") as service, listening(service) as address:
-        remote = client_of(connect(address).model("tiny"))
+        served, name, load = _loaded(f"{address}/tiny", "cpu", None, None, True, None)
+        assert name == "tiny"
+        assert load == f'import hooked_lm\n\nmodel = hooked_lm.connect("{address}").model("tiny")'
+        remote = client_of(served)
         local = client_of(model)
         fields = {"prompt": "1 2 3 4", "corrupted": "1 5 3 4", "answer": "7", "wrong": "8"}
         for view, more in {

@@ -383,8 +383,9 @@ def test_the_python_of_a_cell_is_that_of_the_cell_chosen(shared: Watched) -> Non
 # Screens
 
 
-@pytest.mark.parametrize("width", [400, 900, 1400])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("width", "scheme"), [(400, "light"), (400, "dark"), (900, "light"), (1400, "dark"), (1400, "light")]
+)
 def test_nothing_is_cut_off_on_any_screen(browser: Any, address: str, width: int, scheme: str) -> None:
     watched = Watched(browser, address, width, scheme)
     page = watched.page

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from hooked_lm.cli import app
 from hooked_lm.cli.explore import _loaded
-from tests.remote_helpers import listening, saved_model, service_of
+from tests.remote_helpers import saved_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,8 +71,3 @@ def test_a_model_is_loaded_from_where_it_is_and_the_python_says_how(tmp_path: Pa
     assert name == str(tmp_path / "model")
     assert load.endswith(f'model = HookedTransformer.from_pretrained_no_processing("{name}", dtype="float64")')
     assert str(model.cfg.dtype) == "torch.float64"
-    with service_of(tmp_path / "model") as service, listening(service) as address:
-        remote, served, how = _loaded(f"{address}/tiny", "cpu", None, None, True, None)
-        assert served == "tiny"
-        assert how == f'import hooked_lm\n\nmodel = hooked_lm.connect("{address}").model("tiny")'
-        assert remote.cfg.n_layers == 1

@@ -7,16 +7,17 @@ import json
 from dataclasses import asdict, dataclass, replace
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from hooked_lm._support.checksums import checksums
 from hooked_lm._support.plain_data import PlainData
+from hooked_lm._support.tensor_bytes import bytes_of
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.remote import RemoteModel
 from hooked_lm.tokenization import Tokenizer
 from hooked_lm.transformer import HookedTransformer
 
-__all__ = ["ModelFingerprint", "fingerprint_of", "sha256"]
+__all__ = ["ModelFingerprint", "fingerprint_of", "sha256", "tensor_sha256"]
 
 # Fields that do not change what a built model computes.
 _NOT_COMPUTED_WITH = ("device", "model_name", "tokenizer_name", "seed")
@@ -153,3 +154,10 @@ def _tokenizer_hash(tokenizer: Tokenizer | None) -> str:
         _vocabularies[tokenizer] = (size, vocabulary)
     special = {name: str(getattr(tokenizer, name, None)) for name in ("bos_token", "eos_token", "pad_token")}
     return sha256([vocabulary, special, str(getattr(tokenizer, "padding_side", None))])
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """Return the SHA-256 of a tensor's dtype, shape and contents."""
+    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    found.update(bytes_of(tensor).numpy().data)
+    return found.hexdigest()

@@ -12,8 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 from types import CodeType, FunctionType, ModuleType
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from hooked_lm._support.plain_data import PlainData
-from hooked_lm.experiments.bench.fingerprint import sha256
+from hooked_lm.experiments.bench.fingerprint import fingerprint_of, sha256, tensor_sha256
 
 __all__ = ["FunctionSource", "source_of"]
 
@@ -27,7 +31,8 @@ class FunctionSource:
     Attributes:
         text: of the function, and of the functions and classes of its own package that it calls, the function first.
         hash: the SHA-256 of the text and of `names`.
-        names: plain values that the code reads from around it: global constants, and variables of functions around it.
+        names: what the code reads from around it, global constants and variables of functions around it: plain values
+            as text, tensors and models by a hash.
         as_loaded: whether the text is that of the code that runs; False where the file was edited after it was
             imported; None where that cannot be told.
     """
@@ -60,10 +65,8 @@ def source_of(function: Callable[..., object]) -> FunctionSource:
         for name, value in _used(part):
             if isinstance(value, (FunctionType, type)) and _belongs(value, start):
                 waiting.append(value)
-            elif isinstance(value, ModuleType) or callable(value):
-                continue
-            elif _is_plain(value):
-                names[f"{part.__qualname__}: {name}"] = _stable(value)
+            elif (told := _told(value)) is not None:
+                names[f"{part.__qualname__}: {name}"] = told
     text = "\n\n".join(parts.values())
     return FunctionSource(text, sha256([text, names]), names, _as_loaded(start))
 
@@ -130,6 +133,23 @@ def _is_plain(value: object, depth: int = 3) -> bool:
     if isinstance(value, dict) and depth and len(value) <= 1000:
         return all(_is_plain(one, depth - 1) for pair in value.items() for one in pair)
     return isinstance(value, _PLAIN)
+
+
+def _told(value: object) -> str | None:
+    """What tells a value around a function from another one: its text, or a hash; None for what is not looked at."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, Tensor):
+        tellable = value.layout == torch.strided and not (value.is_meta or value.is_quantized)
+        return (
+            f"tensor {str(value.dtype).removeprefix('torch.')} {list(value.shape)} {tensor_sha256(value)[:16]}"
+            if tellable
+            else None
+        )
+    fingerprint = None if isinstance(value, (ModuleType, type)) else fingerprint_of(value)
+    if fingerprint is not None:
+        return f"{fingerprint}, {sha256(fingerprint.as_dict())[:16]}"
+    return _stable(value) if _is_plain(value) else None
 
 
 def _stable(value: object) -> str:

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from hooked_lm._support.plain_data import PlainData
-from hooked_lm._support.tensor_bytes import bytes_of
-from hooked_lm.experiments.bench.fingerprint import ModelFingerprint, fingerprint_of
+from hooked_lm.experiments.bench.fingerprint import ModelFingerprint, fingerprint_of, tensor_sha256
 from hooked_lm.experiments.bench.source import source_of
 
 if TYPE_CHECKING:
     from hooked_lm.plotting import Figure, HtmlFigure
 
-__all__ = ["NotKept", "Packed", "pack", "tensor_sha256", "unpack"]
+__all__ = ["NotKept", "Packed", "pack", "unpack"]
 
 # Files larger than this are known by their size and time alone.
 _LARGEST_FILE = 2**30
@@ -73,13 +72,6 @@ def pack(values: Mapping[str, object], prefix: str, known: Mapping[int, object] 
     for name, value in values.items():
         packing.found.tree[name] = packing.pack(value, name, 0)
     return packing.found
-
-
-def tensor_sha256(tensor: Tensor) -> str:
-    """Return the SHA-256 of a tensor's dtype, shape and contents."""
-    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    found.update(bytes_of(tensor).numpy().data)
-    return found.hexdigest()
 
 
 class _Packing:
