@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,6 +51,9 @@ def _rank(
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
+    # Its work is done and written. As the interpreter ends, torch may take down threads of its own that still run,
+    # which aborts the process now and then ("terminate called without an active exception").
+    os._exit(0)
 
 
 def whole(ranks: Ranks, found: dict[str, Tensor]) -> dict[str, Tensor]:
