@@ -245,6 +245,9 @@ def test_models_of_other_shapes_are_compared_where_they_can_be() -> None:
     assert kinds["blocks.2.mlp.W_in"] == "only in b"
     assert kinds["blocks.0.mlp.W_in"] == "shape"
     assert {one.site: one.note for one in found.sites}["blocks.0.mlp.hook_pre"].startswith("shapes (5, ")
+    only_wider = compared(model_of(1), model_of(1, d_mlp=12), sites="blocks.0.mlp.hook_pre")
+    assert "They first differ at blocks.0.mlp.hook_pre, which has shapes (5, " in only_wider.summary
+    assert "nan" not in str(only_wider)
 
 
 def test_other_vocabularies_raise() -> None:

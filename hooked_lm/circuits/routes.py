@@ -99,7 +99,7 @@ def information_routes(
         stop_at_layer=model.cfg.n_layers,
         return_type=None,
     )
-    run = _Run(model, cache, precision)
+    run = _ObservedRun(model, cache, precision)
     with not_autocast(model.embed.W_E):
         return _walked(model, run, steps, tokens[0], start, threshold, verbose)
 
@@ -185,7 +185,7 @@ def _steps(cfg: HookedTransformerConfig) -> Iterator[_Step]:
             yield _Step(layer, "mid", "post", ("mlp",), "ln2" if on_stream else None)
 
 
-class _Run:
+class _ObservedRun:
     """The recorded run of one prompt: activations without batch axis, on one device, half precision as float32."""
 
     def __init__(self, model: HookedModel, cache: ActivationCache, precision: float | None) -> None:
@@ -310,7 +310,7 @@ def _slices(n: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, n, size)]
 
 
-def _sum_after(run: _Run, step: _Step, queries: Int[Tensor, " query"]) -> _Sum:
+def _sum_after(run: _ObservedRun, step: _Step, queries: Int[Tensor, " query"]) -> _Sum:
     """Take apart the states after a step."""
     block = run.model.blocks[step.layer]
     norm = nn.Identity() if step.norm is None else getattr(block, step.norm)
@@ -334,7 +334,7 @@ def _sum_after(run: _Run, step: _Step, queries: Int[Tensor, " query"]) -> _Sum:
 
 
 def _head_terms(
-    run: _Run,
+    run: _ObservedRun,
     layer: int,
     queries: Int[Tensor, " query"],
     behind: Callable[[Tensor], Tensor],
@@ -353,7 +353,13 @@ def _head_terms(
 
 
 def _walked(
-    model: HookedModel, run: _Run, steps: list[_Step], tokens: Tensor, start: int, threshold: float, verbose: bool
+    model: HookedModel,
+    run: _ObservedRun,
+    steps: list[_Step],
+    tokens: Tensor,
+    start: int,
+    threshold: float,
+    verbose: bool,
 ) -> InformationRoutes:
     """Go down from the final state, and keep the edges above the threshold."""
     flow = torch.zeros(len(tokens), dtype=torch.float64)

@@ -10,7 +10,7 @@ from hooked_lm.comparison.comparing import compare, compare_checkpoints
 from hooked_lm.comparison.result import (
     CheckpointComparison,
     ConfigDifference,
-    Effects,
+    EffectDifferences,
     ModelComparison,
     SiteDifference,
     WeightDifference,
@@ -20,7 +20,7 @@ from hooked_lm.comparison.weights import compare_configs, compare_weights
 __all__ = [
     "CheckpointComparison",
     "ConfigDifference",
-    "Effects",
+    "EffectDifferences",
     "ModelComparison",
     "SiteDifference",
     "WeightDifference",

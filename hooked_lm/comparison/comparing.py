@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooked_lm._support.integers import integer
-from hooked_lm.comparison.result import CheckpointComparison, Effects, ModelComparison, SiteDifference
+from hooked_lm.comparison.result import CheckpointComparison, EffectDifferences, ModelComparison, SiteDifference
 from hooked_lm.comparison.weights import compare_configs, compare_weights
 from hooked_lm.hooked_model import HookedModel
 from hooked_lm.interventions import Intervention
@@ -82,7 +82,7 @@ def compare(
     tokens, mask = a.tokens_and_mask(prompts, attention_mask, padding_side="left")
     real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
     weights, n_weights = compare_weights(a, b)
-    walk = _Walk(a, b, tokens, real.cpu(), _tolerance(a, b) if tolerance is None else tolerance, sites)
+    walk = _PairedRuns(a, b, tokens, real.cpu(), _tolerance(a, b) if tolerance is None else tolerance, sites)
     for rows in tqdm(
         list(torch.arange(len(tokens)).split(batch_size)), disable=not verbose, desc="compare", leave=False
     ):
@@ -122,14 +122,14 @@ def _tolerance(a: HookedModel, b: HookedModel) -> float:
 
 @dataclass
 class _Seen:
-    """What has been seen of a site so far."""
+    """The differences of a site, over the batches so far."""
 
     absolute: float = 0.0
     scale: float = 0.0
     gaps: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # rows, and the largest gap [row pos]
 
 
-class _Walk:
+class _PairedRuns:
     """Both models over the prompts, a batch at a time: of each site only the gap of each position is kept."""
 
     def __init__(
@@ -144,6 +144,11 @@ class _Walk:
 
     @torch.no_grad()
     def run(self, rows: Tensor) -> None:
+        """Run both models on some of the prompts, and compare what they compute.
+
+        Args:
+            rows: the numbers of the prompts.
+        """
         outputs, caches = [], []
         for model in self.models:
             place = next(iter(model.parameters())).device
@@ -289,7 +294,7 @@ def _effects(
     metric: Metric,
     interventions: Sequence[Intervention] | None,
     verbose: bool,
-) -> Effects:
+) -> EffectDifferences:
     cfg = a.cfg
     shape: tuple[int, ...]
     if interventions is None:
@@ -309,7 +314,7 @@ def _effects(
             base = metric(cast(Tensor, model(moved, attention_mask=real)))
         scores = sweep(model, moved, cells, metric, attention_mask=real, verbose=verbose)
         changes.append((scores - base).double().cpu())
-    return Effects(labels, changes[0], changes[1], shape)
+    return EffectDifferences(labels, changes[0], changes[1], shape)
 
 
 def compare_checkpoints(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointComparison",
     "ConfigDifference",
-    "Effects",
+    "EffectDifferences",
     "ModelComparison",
     "SiteDifference",
     "WeightDifference",
@@ -98,7 +98,7 @@ class SiteDifference:
 
 
 @dataclass(frozen=True, eq=False)
-class Effects:
+class EffectDifferences:
     """What interventions do to a metric in both models.
 
     Attributes:
@@ -191,7 +191,7 @@ class ModelComparison:
     same_argmax: float
     loss_a: float
     loss_b: float
-    effects: Effects | None = None
+    effects: EffectDifferences | None = None
 
     @property
     def real(self) -> Bool[Tensor, "prompt pos"]:
@@ -235,8 +235,11 @@ class ModelComparison:
             elif self.weights:
                 why = ", so these prompts do not show the difference"
             return f"Activations and outputs are equal up to rounding ({self.tolerance:g}){why}"
-        place = f"position {first.pos} of prompt {first.prompt}"
-        where = f"They first differ at {first.site}, {place}, by {first.relative:.2g} of its largest value"
+        if first.absolute != first.absolute:  # NaN: there is nothing to subtract
+            where = f"They first differ at {first.site}, which has {first.note}"
+        else:
+            place = f"position {first.pos} of prompt {first.prompt}"
+            where = f"They first differ at {first.site}, {place}, by {first.relative:.2g} of its largest value"
         if self.same:
             return f"{where}; the outputs are equal up to rounding ({self.tolerance:g})"
         agreed = f"the same likeliest token at {100 * self.same_argmax:.4g} % of positions"
@@ -291,7 +294,7 @@ class ModelComparison:
         lines = [self.summary]
         lines += _part("config", [str(one) for one in self.config], k)
         lines += _part("parameters", [str(one) for one in self.weights], k)
-        differing = [site for site in self.sites if site.differs]
+        differing = [site for site in self.sites if site.differs and site.absolute == site.absolute]
         lines += _part(
             "sites",
             [f"{one.site}: {one.relative:.2g}, from prompt {one.prompt}, pos {one.pos}" for one in differing],

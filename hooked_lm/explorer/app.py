@@ -118,7 +118,7 @@ class _Views:
         number = self._newest[view]
         async with self._busy:
             if number != self._newest[view]:
-                # No error: nobody waits for this answer any more.
+                # No error: the page has sent a newer request, and ignores the answer to this one.
                 return JSONResponse({"superseded": True})
             return await run_in_threadpool(self._computed, view, fields)
 

@@ -16,7 +16,7 @@ from hooked_lm.hypotheses.permutation import ALTERNATIVES, Alternative
 __all__ = ["ControlTest", "Head", "against_controls", "control_heads", "shuffled"]
 
 Head = tuple[int, int]
-Entry = TypeVar("Entry")
+GivenLabel = TypeVar("GivenLabel")
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ def _checked_heads(model: HookedModel, heads: Sequence[Head]) -> list[Head]:
 
 
 def shuffled(
-    labels: Sequence[Entry], n: int = 20, groups: Sequence[Hashable] | None = None, seed: int = 0
-) -> list[list[Entry]]:
+    labels: Sequence[GivenLabel], n: int = 20, groups: Sequence[Hashable] | None = None, seed: int = 0
+) -> list[list[GivenLabel]]:
     """Return `n` random orders of labels.
 
     Args:

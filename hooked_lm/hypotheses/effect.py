@@ -209,7 +209,7 @@ def _small_sample(df: int) -> float:
 def _group_interval(
     first: Tensor, second: Tensor, confidence: float, n_resamples: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """The percentile bootstrap interval of the difference of two means; each group is drawn anew."""
+    """The percentile bootstrap interval of the difference of two means; each group is resampled."""
     if not 0 < confidence < 1 or integer(n_resamples, "n_resamples") < 1:
         raise ValueError(f"confidence is between 0 and 1 and n_resamples at least 1, got {confidence}, {n_resamples}")
     generator = torch.Generator().manual_seed(seed)

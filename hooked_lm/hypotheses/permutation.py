@@ -88,7 +88,7 @@ def group_p_values(
     seed: int,
     rounding: Float[Tensor, "*cell"] | float = 0.0,
 ) -> tuple[Float[Tensor, "*cell"], int | None]:
-    """Return the p-values of the difference of two groups' means, by dealing out the labels anew.
+    """Return the p-values of the difference of two groups' means, by permuting the labels.
 
     Args:
         treated, control: of the two groups, along the last axis.

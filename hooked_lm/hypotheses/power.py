@@ -142,7 +142,7 @@ def _beyond(critical: float, shift: float, n: int) -> float:
 def _deviations(n: int) -> tuple[Float[Tensor, " point"], Float[Tensor, " point"]]:
     """Estimated deviations of n standard normal numbers, and the probability of each."""
     df = n - 1
-    # All but 1e-16 of the probability: twelve deviations of a normal one, of which s has about 1 / sqrt(2 df).
+    # s has a standard deviation of about 1 / sqrt(2 df); beyond twelve of them lies less than 1e-16 of the probability.
     spread = 12 / math.sqrt(2 * df)
     s = torch.linspace(max(1 - spread, 1e-9), 1 + spread, _POINTS, dtype=torch.float64)
     log_density = (df - 1) * s.log() - df * s**2 / 2

@@ -133,7 +133,7 @@ class _Sums:
         self._highest: Tensor | None = None
 
     def add(self, values: Float[Tensor, "token unit"]) -> None:
-        """Take in the activations of some tokens."""
+        """Add the activations of a batch of tokens to the counts."""
         if not len(values):
             return
         self.n_tokens += len(values)

@@ -194,7 +194,7 @@ class _Measured:
         self.divergence, self.loss, self.n_tokens, self.n_predictions = 0.0, 0.0, 0, 0
 
     def add(self, base: Tensor, logits: Tensor, tokens: Tensor, mask: Tensor) -> None:
-        """Take in a batch of prompts: the old model's logits, and those of the other."""
+        """Add a batch of prompts: the original model's logits, and those of the changed one."""
         logits, real = at_least_single(logits), mask.bool().to(base.device)
         old, new = base.log_softmax(-1), logits.log_softmax(-1)
         divergence = (old.exp() * (old - new)).sum(-1)[real]

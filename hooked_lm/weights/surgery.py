@@ -165,7 +165,7 @@ def check_nothing_lost(model: nn.Module, built: nn.Module, chosen: Sequence[int]
 
 
 def _lost_of_model(model: nn.Module, built: nn.Module) -> list[str]:
-    """What a model has on itself that one built anew lacks."""
+    """Attributes of a model that a newly built model lacks."""
     own = {name: value for name, value in vars(model).items() if name not in _GIVEN_OTHERWISE}
     lost = [f"the attribute {name}" for name, value in own.items() if _changed(name, value, vars(built))]
     if has_any_module_hooks(model):

@@ -8,18 +8,18 @@ from hooked_lm.experiments.bench.fingerprint import ModelFingerprint
 from hooked_lm.experiments.bench.listing import Versions
 from hooked_lm.experiments.bench.record import Record
 from hooked_lm.experiments.bench.rerun import Rerun
-from hooked_lm.experiments.bench.store import Entry
+from hooked_lm.experiments.bench.store import RecordEntry
 from hooked_lm.experiments.bench.tools import Tool, Tools
 from hooked_lm.experiments.bench.values import NotKept
 
 __all__ = [
     "Bench",
     "Difference",
-    "Entry",
     "ModelFingerprint",
     "NotKept",
     "Record",
     "RecordDiff",
+    "RecordEntry",
     "Rerun",
     "Tool",
     "Tools",

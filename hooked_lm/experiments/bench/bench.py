@@ -16,7 +16,7 @@ from hooked_lm.experiments.bench.listing import Versions
 from hooked_lm.experiments.bench.record import Record
 from hooked_lm.experiments.bench.recording import Recording, TraceContent, current_scope
 from hooked_lm.experiments.bench.rerun import KnownObjects, Rerun, arguments_again
-from hooked_lm.experiments.bench.store import Entry, RecordStore
+from hooked_lm.experiments.bench.store import RecordEntry, RecordStore
 from hooked_lm.experiments.bench.tools import Tool, Tools, with_tools
 from hooked_lm.hypotheses import EffectTest, controlled_test, effect_test
 from hooked_lm.profiling import profile_call
@@ -327,7 +327,7 @@ class Bench:
     def __str__(self) -> str:
         return self.table()
 
-    def _named(self, name: str) -> list[Entry]:
+    def _named(self, name: str) -> list[RecordEntry]:
         entries = self._store.entries()
         found = [entry for entry in entries if entry.name == name]
         if not found:
@@ -401,7 +401,7 @@ class Bench:
         return Rerun(result, diff_records(old, self.get(id)))
 
 
-def _version_of(entries: Sequence[Entry], name: str, version: int | str) -> Entry:
+def _version_of(entries: Sequence[RecordEntry], name: str, version: int | str) -> RecordEntry:
     if isinstance(version, str):
         found = [entry for entry in entries if version and entry.id.startswith(version)]
         if len(found) != 1:

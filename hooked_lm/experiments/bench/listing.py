@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, overload
 
 from hooked_lm._support.integers import at_least_one
-from hooked_lm.experiments.bench.store import Entry
+from hooked_lm.experiments.bench.store import RecordEntry
 from hooked_lm.experiments.bench.words import seconds_in_words
 
 if TYPE_CHECKING:
@@ -22,31 +22,31 @@ _SHOWN = 60
 
 
 @dataclass(frozen=True)
-class Versions(Sequence[Entry]):
+class Versions(Sequence[RecordEntry]):
     """Records in the order in which they were written.
 
     Attributes:
         entries: what the index says of each.
     """
 
-    entries: Sequence[Entry]
+    entries: Sequence[RecordEntry]
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[RecordEntry]:
         return iter(self.entries)
 
     @overload
-    def __getitem__(self, index: int) -> Entry: ...
+    def __getitem__(self, index: int) -> RecordEntry: ...
 
     @overload
-    def __getitem__(self, index: slice) -> Sequence[Entry]: ...
+    def __getitem__(self, index: slice) -> Sequence[RecordEntry]: ...
 
-    def __getitem__(self, index: int | slice) -> Entry | Sequence[Entry]:
+    def __getitem__(self, index: int | slice) -> RecordEntry | Sequence[RecordEntry]:
         return self.entries[index]
 
-    def top(self, k: int = 5, by: str | None = None) -> list[Entry]:
+    def top(self, k: int = 5, by: str | None = None) -> list[RecordEntry]:
         """Return the `k` records with the highest value of a number of their results.
 
         Args:
@@ -127,7 +127,7 @@ class Versions(Sequence[Entry]):
         return layer_curves({path: [entry.results[path] for entry in having]}, labels, axis=path, title=named)
 
 
-def _line(entry: Entry) -> tuple[str, ...]:
+def _line(entry: RecordEntry) -> tuple[str, ...]:
     arguments = ", ".join(f"{name}={text}" for name, text in entry.arguments.items())
     results = ", ".join(f"{path} {value:.4g}" for path, value in entry.results.items())
     return (

@@ -11,7 +11,7 @@ from hooked_lm._support.plain_data import PlainData
 from hooked_lm._support.reading import SafetensorFile, read_text
 from hooked_lm.experiments.bench.environment import RandomState
 from hooked_lm.experiments.bench.fingerprint import ModelFingerprint
-from hooked_lm.experiments.bench.store import Entry, RecordStore
+from hooked_lm.experiments.bench.store import RecordEntry, RecordStore
 from hooked_lm.experiments.bench.values import unpack
 from hooked_lm.experiments.bench.words import brief, flattened, seconds_in_words
 
@@ -35,7 +35,7 @@ class Record:
         ValueError: the record was changed, or is not there any more.
     """
 
-    def __init__(self, store: RecordStore, entry: Entry) -> None:
+    def __init__(self, store: RecordStore, entry: RecordEntry) -> None:
         self.id, self.name, self.version = entry.id, entry.name, entry.version
         self.data: PlainData = store.read(entry.id)
         self._store = store

@@ -25,7 +25,7 @@ from hooked_lm._support.plain_data import PlainData
 from hooked_lm._support.reading import read_json_object, read_text
 from hooked_lm._support.versions import check_version
 
-__all__ = ["FORMAT", "Entry", "RecordStore"]
+__all__ = ["FORMAT", "RecordEntry", "RecordStore"]
 
 FORMAT = 1
 # Letters of the SHA-256 that name a record: 64 bits.
@@ -33,7 +33,7 @@ _LETTERS = 16
 
 
 @dataclass(frozen=True)
-class Entry:
+class RecordEntry:
     """A line of the index: what a table of records shows.
 
     Attributes:
@@ -119,7 +119,7 @@ class RecordStore:
         append_line(self._index, json.dumps(_line(id, record)))
         return id
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[RecordEntry]:
         """Return the records that are there, in the order in which they were written.
 
         Raises:
@@ -133,11 +133,11 @@ class RecordStore:
         for id in missing:
             lines[id] = _line(id, self.read(id))
             append_line(self._index, json.dumps(lines[id]))
-        found, numbers = list[Entry](), dict[str, int]()
+        found, numbers = list[RecordEntry](), dict[str, int]()
         for id, line in lines.items():
             numbers[line["name"]] = number = numbers.get(line["name"], 0) + 1
             if id in there:
-                found.append(Entry(version=number, **line))
+                found.append(RecordEntry(version=number, **line))
         return found
 
     def _lines(self) -> dict[str, PlainData]:

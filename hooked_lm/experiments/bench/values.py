@@ -68,13 +68,13 @@ def pack(values: Mapping[str, object], prefix: str, known: Mapping[int, object] 
         prefix: of the names of tensors.
         known: the id of an object -> what stands for it, such as a tool's name.
     """
-    packing = _Packing(prefix, known or {})
+    packing = _Packer(prefix, known or {})
     for name, value in values.items():
         packing.found.tree[name] = packing.pack(value, name, 0)
     return packing.found
 
 
-class _Packing:
+class _Packer:
     def __init__(self, prefix: str, known: Mapping[int, object]) -> None:
         self.prefix, self.known, self.found = prefix, known, Packed()
 
