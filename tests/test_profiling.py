@@ -66,7 +66,7 @@ def test_interventions_and_caches_are_measured() -> None:
     found = profile(
         model_of(), TOKENS, interventions=[zero], names_filter="blocks.*.hook_resid_post", n_repeats=1, verbose=False
     )
-    assert [cost.name for cost in found.hooks] == ["1 interventions", "cache"]
+    assert [cost.name for cost in found.hooks] == ["1 intervention", "cache"]
 
 
 def test_what_the_repeats_cannot_tell_from_nothing_is_called_so() -> None:

@@ -354,10 +354,9 @@ class ActivationStore:
 
     def table(self) -> str:
         """Return what is stored as text."""
+        shards = f"{len(self._counts)} shard{'s' if len(self._counts) > 1 else ''}"
         size = sum((self.folder / shard["file"]).stat().st_size for shard in self.manifest["shards"])
-        lines = [
-            f"{len(self):,} tokens of {self.n_texts:,} texts in {len(self._counts)} shards, {size / 2**20:.1f} MiB"
-        ]
+        lines = [f"{len(self):,} tokens of {self.n_texts:,} texts in {shards}, {size / 2**20:.1f} MiB"]
         for site in self.sites:
             shape, dtype = self.layout(site)
             lines.append(f"  {site}  {list(shape)}  {str(dtype).removeprefix('torch.')}")

@@ -77,7 +77,9 @@ def profile(
     if len(named) > 1:
         runs["all hooks"] = observed
     if interventions:
-        runs[f"{len(interventions)} interventions"] = lambda: model.run(input, interventions=interventions, **options)
+        runs[f"{len(interventions)} intervention{'s' if len(interventions) > 1 else ''}"] = lambda: model.run(
+            input, interventions=interventions, **options
+        )
     if names_filter is not None:
         runs["cache"] = lambda: model.run_with_cache(input, names_filter=names_filter, **options)
     seconds = _in_turns(runs, n_repeats, verbose)
